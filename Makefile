@@ -1,0 +1,60 @@
+# GNU make. Nothing but a C compiler and make is needed; `make help` lists what can be made.
+# Options: CC=clang   SAN=address,undefined   FAST=1 (-Ofast). Each set of them has its own folder under build/.
+
+WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wundef
+OPTIMISE = $(if $(FAST),-Ofast,-O2)
+SANITISE = $(if $(SAN),-g -fno-omit-frame-pointer -fsanitize=$(SAN) -fno-sanitize-recover=all)
+COMPILE = $(CC) -std=c99 $(WARN) $(OPTIMISE) $(SANITISE) $(CFLAGS)
+LIBS    = -lm -pthread
+
+empty   =
+space   = $(empty) $(empty)
+comma   = ,
+named   = $(if $(filter command,$(firstword $(origin CC))),$(notdir $(CC))) $(SAN) $(if $(FAST),fast)
+folder  = $(subst $(comma),-,$(subst $(space),-,$(strip $(named))))
+BUILD  := build$(if $(folder),/$(folder))
+
+HEADERS  := $(wildcard *.h *.cuh examples/*.h tests/*.h tests/*/*.h)
+EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/*.c))
+TESTS    := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/unit/*.c tests/parity/*.c tests/train/*.c))
+LONG     := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/long/*.c))
+SCRIPTS  := $(shell for f in $(filter-out tests/long/%,$(wildcard tests/*/*.sh)); do test -x $$f && echo $$f; done)
+RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) sh tests/run.sh
+
+.PHONY: all run test test-long clean help detect FORCE
+
+all: detect $(EXAMPLES)
+
+run: all
+	$(BUILD)/examples/digits --csv $(BUILD)/digits.csv
+
+test: detect $(EXAMPLES) $(TESTS)
+	@$(RUN_TESTS) $(TESTS) $(SCRIPTS)
+
+test-long: detect $(LONG)
+	@$(RUN_TESTS) $(LONG)
+
+clean:
+	rm -rf build
+
+help: detect
+	@echo 'make            builds the examples in build/examples'
+	@echo 'make run        trains on the digits and writes build/digits.csv'
+	@echo 'make test       runs all tests; the last line is their sum'
+	@echo 'make test-long  runs the tests that take minutes'
+	@echo 'make clean      removes build/'
+	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
+
+detect:
+	@echo "compiler    $(CC): $$($(CC) --version 2>/dev/null | head -n 1)"
+	@echo "processors  $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo unknown)"
+	@echo "nvcc        $$(nvcc --version 2>/dev/null | grep release || echo 'none; only needed for mpt_cuda.cuh')"
+
+$(BUILD)/%: %.c $(HEADERS) $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(COMPILE) -I. $< -o $@ $(LIBS)
+
+# Written anew only when the command changes, and with it everything is built anew.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@

@@ -1,0 +1,165 @@
+/* digits.c - trains an MLP and a small CNN on 1,797 real handwritten digits in fp32, bf16 and fp16, side by side.
+
+       cc -O2 examples/digits.c -o digits -lm && ./digits --help
+
+   Every fifth digit is for testing. After the table it asks whether fp16 needs its loss scale here, and answers with a
+   run without one and with the sizes of the gradients.                                                              */
+
+#define _POSIX_C_SOURCE 200809L
+#define MPT_IMPLEMENTATION
+#ifdef MPT_TRAINER_CUDA
+#include "../mpt_cuda.cuh"
+#else
+#include "../mpt.h"
+#endif
+
+#define TRAINER_NAME "digits"
+#define TRAINER_ABOUT "Trains small nets on handwritten digits of 8x8 pixels in fp32, bf16 and fp16."
+#define TRAINER_DATA "examples/data/digits"
+#define TRAINER_MODELS "mlp|cnn|all"
+#include "trainer.h"
+
+#include <math.h>
+
+enum { SIDE = 8, PIXELS = SIDE * SIDE, INK = 16, CLASSES = 10 }; /* pixels are 0..INK */
+
+static void mlp_layers(mpt_model *net) {
+    int h = mpt_input(net, SIDE, SIDE, 1);
+    h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
+    h = mpt_relu(net, mpt_linear(net, h, 64, NULL));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+}
+
+static void cnn_layers(mpt_model *net) {
+    int h = mpt_input(net, SIDE, SIDE, 1);
+    h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));
+    h = mpt_max_pool2d(net, h, 2, NULL);
+    h = mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL));
+    h = mpt_max_pool2d(net, h, 2, NULL);
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+}
+
+enum { MLP, CNN, MODELS };
+static const trainer_model models[MODELS] = {{"mlp", mlp_layers, 30, 2e-3}, {"cnn", cnn_layers, 30, 3e-3}};
+
+/* Every fifth digit tests, the others train. */
+static trainer_data load(const char *folder) {
+    trainer_idx idx = trainer_idx_read(folder, "images.idx3-ubyte", "labels.idx1-ubyte", CLASSES);
+    trainer_data data = MPT_ZERO;
+    if (idx.height != SIDE || idx.width != SIDE || idx.count < 5)
+        TRAINER_FAIL(TRAINER_BAD_USE, "%s: %zu images of %zux%zu, want 5 or more of 8x8", folder, idx.count,
+                     idx.height, idx.width);
+    data.sample = PIXELS;
+    data.train_x = (float *)trainer_alloc(idx.count * PIXELS, sizeof(float));
+    data.test_x = (float *)trainer_alloc(idx.count * PIXELS, sizeof(float));
+    data.train_y = (int32_t *)trainer_alloc(idx.count, sizeof(int32_t));
+    data.test_y = (int32_t *)trainer_alloc(idx.count, sizeof(int32_t));
+    for (size_t i = 0; i < idx.count; i++) {
+        const int test = i % 5 == 4;
+        const size_t to = test ? data.test_count++ : data.train_count++;
+        float *x = (test ? data.test_x : data.train_x) + to * PIXELS;
+        (test ? data.test_y : data.train_y)[to] = idx.labels[i];
+        for (size_t p = 0; p < PIXELS; p++) {
+            const int pixel = idx.images[i * PIXELS + p];
+            if (pixel > INK)
+                TRAINER_FAIL(TRAINER_BAD_USE, "%s: pixel %zu of image %zu is %d, want 0 to %d", folder, p, i, pixel,
+                             INK);
+            x[p] = (float)pixel / (float)INK;
+        }
+    }
+    free(idx.images);
+    free(idx.labels);
+    return data;
+}
+
+/* ---- Does fp16 need its loss scale here? ---- */
+
+static double share_of(uint64_t part, uint64_t all) { return all ? 100.0 * (double)part / (double)all : 0; }
+
+/* The histogram as bars of two exponents each, down to the smallest number that fp16 holds with the scale. */
+static void print_bars(const mpt_histogram *h, int log2_scale) {
+    const int low = (-24 - log2_scale - 2) / 2 * 2;
+    uint64_t all = 0, below = 0, longest = 1;
+    int top = low;
+    for (int e = -127; e < 128; e++) {
+        const uint64_t n = h->exponent[e + 127], pair = e % 2 ? 0 : n + h->exponent[e + 128];
+        all += n;
+        if (e < low) below += n;
+        if (e >= low && n) top = e;
+        if (e >= low && pair > longest) longest = pair;
+    }
+    for (int e = top - (top & 1); e >= low; e -= 2) {
+        const uint64_t n = h->exponent[e + 127] + h->exponent[e + 128];
+        const int bar = (int)(40 * n / longest);
+        printf("  2^%-4d%7.2f %%  %.*s", e, share_of(n, all), bar, "########################################");
+        if (e == -14) printf("  smallest normal number of fp16");
+        if (e == -24) printf("  smallest subnormal number");
+        if (log2_scale && -14 - log2_scale - e <= 1 && -14 - log2_scale >= e) printf("  smallest normal, scaled");
+        if (log2_scale && -24 - log2_scale - e <= 1 && -24 - log2_scale >= e) printf("  smallest subnormal, scaled");
+        putchar('\n');
+    }
+    printf("  below %7.2f %%\n", share_of(below, all));
+}
+
+static void print_verdict(const trainer_run *scaled, const trainer_run *bare, double flushed, size_t tested) {
+    const double p = scaled->accuracy;
+    const double noise = sqrt(2 * p * (1 - p) * (double)tested); /* deviation of a difference of two tests */
+    const int lost = (int)scaled->correct - (int)bare->correct;
+    printf("Without the scale %d of %zu test digits are %s; one standard deviation of such a difference is %.1f.\n",
+           lost < 0 ? -lost : lost, tested, lost < 0 ? "won" : "lost", noise);
+    if (bare->diverged || lost > 2 * noise)
+        puts("So fp16 without loss scaling is worse here.");
+    else
+        printf("So fp16 without loss scaling is not measurably worse at this size: the %.1f %% that vanish are the\n"
+               "smallest gradients, and the larger ones still train the net.\n", 100 * flushed);
+}
+
+static int compare_scaling(mpt_context *ctx, const trainer_options *o, const trainer_data *data) {
+    trainer_run runs[TRAINER_RUNS], *plain = &runs[0], *scaled = &runs[1], *bare = &runs[2];
+    mpt_histogram h;
+    mpt_fit without, with;
+    int log2_scale;
+    memset(&h, 0, sizeof h);
+    memset(runs, 0, sizeof runs);
+    for (int i = 0; i < 3; i++) {
+        runs[i].model = &models[MLP];
+        runs[i].level = i == 0 ? MPT_O0 : MPT_O2;
+        runs[i].type = i == 0 ? MPT_F32 : MPT_F16;
+        runs[i].epochs = o->epochs ? o->epochs : models[MLP].epochs;
+        runs[i].number = i + 1;
+        runs[i].of = 3;
+    }
+    plain->gradients = &h;
+    bare->scaler = MPT_SCALER_OFF;
+    printf("\nDoes fp16 need its loss scale here?\n");
+    for (int i = 0; i < 3; i++) trainer_train(ctx, o, data, &runs[i]);
+    trainer_wipe();
+    log2_scale = (int)lround(log2((double)scaled->scale));
+    without = mpt_histogram_fit(&h, MPT_F16, 0);
+    with = mpt_histogram_fit(&h, MPT_F16, log2_scale);
+    printf("mlp O2 f16: test accuracy %.2f %% with the scale, %.2f %% without.\n"
+           "Gradients of the weights in the last epoch of fp32 training by size, the zeros left out:\n",
+           100 * scaled->accuracy, 100 * bare->accuracy);
+    print_bars(&h, log2_scale);
+    printf("fp16 would round %.2f %% of them to zero and make %.2f %% subnormal; times 2^%d, the scale in use,\n"
+           "%.2f %% and %.2f %%, and %.2f %% overflow. (mpt sums gradients of weights in fp32; what passes through\n"
+           "fp16 on the way are the gradients of activations.)\n",
+           100 * without.flushed, 100 * without.subnormal, log2_scale, 100 * with.flushed, 100 * with.subnormal,
+           100 * with.overflowed);
+    print_verdict(scaled, bare, without.flushed, data->test_count);
+    return plain->diverged || scaled->diverged || bare->diverged ? TRAINER_BAD_RUN : 0;
+}
+
+int main(int argc, char **argv) {
+    const trainer_options o = trainer_parse(argc, argv, models, MODELS);
+    trainer_run runs[MODELS * TRAINER_RUNS];
+    const int count = trainer_select(&o, models, MODELS, runs);
+    mpt_context *ctx = trainer_open(&o);
+    trainer_data data = load(o.data);
+    int status = trainer_run_all(ctx, &o, &data, runs, count), half = 0;
+    for (int i = 0; i < count; i++) half |= runs[i].type == MPT_F16;
+    if (half) status |= compare_scaling(ctx, &o, &data);
+    trainer_data_free(&data);
+    mpt_close(ctx);
+    return trainer_finish(status);
+}

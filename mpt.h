@@ -1,0 +1,4234 @@
+/* mpt.h - mixed-precision training in one C header.                                  version 0.1.0, MIT licence
+
+   Do this in ONE source file, and a plain #include "mpt.h" in all others:
+
+       #define MPT_IMPLEMENTATION
+       #include "mpt.h"
+
+   and compile it with   cc -O2 program.c -lm   (C99 or later, or C++11 or later; nothing else to install).
+   GPU: mpt_cuda.cuh beside this file opens the same API on CUDA.
+
+   CONTENTS   search for "==== NAME"
+     MANUAL            what mixed precision is, the training loop, rules for errors, memory, threads and numbers
+     CONFIGURATION     every macro that may be defined before the include
+     CONTEXT           results, allocator, reason text, device memory
+     NUMBERS           floor 0: half types, scalar casts, rounding, counter-based random numbers
+     ARRAYS            floor 1: typed arrays; bulk cast, scan, exponent histogram
+     OPERATIONS        floor 2: gemm, linear, conv2d, pooling, activations, losses, forward and backward
+     TRAINING          floor 3: loss scaler, parameter block, optimizers, clipping, the step protocol
+     MODEL             floor 4: graph of layers, precision policy, memory plan, training and evaluation
+     BACKEND           the seam: the table of operations that a device implements
+     - stop here if you only want the API -
+     RULES             element rules shared by host and device: casts, hash, scaler, optimizers
+     CORE              context, errors, threads, checked sizes
+     REFERENCE         gemm, conv2d and pooling as plain loops: the meaning of each operation
+     ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
+     TRAINING PARTS    scaler, parameter block, optimizer
+     MODEL PARTS       graph, plan, forward, backward, step
+     LICENCE
+
+   ==== MANUAL ====
+
+   1. Why. A 16-bit number takes half the memory and, on most chips, multiplies at twice to sixteen times the rate of
+   fp32. Two formats are in use:
+
+                 bits (sign exponent fraction)   largest      smallest normal   smallest subnormal   gap after 1
+       fp32      1  8 23                         3.4e38       1.2e-38           1.4e-45              1.2e-7
+       bf16      1  8  7                         3.4e38       1.2e-38           9.2e-41              7.8e-3
+       fp16      1  5 10                         65504        6.1e-5            6.0e-8               9.8e-4
+       e5m2      1  5  2                         57344        6.1e-5            1.5e-5               0.25
+       e4m3      1  4  3                         448          1.6e-2            2.0e-3               0.125
+
+   Training in them as they stand fails in three ways, and each has one remedy (Micikevicius et al., "Mixed Precision
+   Training", 2018, arXiv 1710.03740):
+
+     - Small gradients vanish: fp16 flushes everything under 6e-8 to zero. Remedy: multiply the loss by a scale S. By
+       the chain rule every gradient grows by S; divide by S again in fp32 before the update. S is found by trial:
+       halve it when a gradient overflows (and skip that step), double it after 2000 clean steps. See mpt_scaler.
+     - Small updates vanish: 1 + 0.0004 is 1 in fp16, so a weight stops moving when lr * gradient falls under half its
+       gap. Remedy: keep an fp32 master of every weight, update that, and round it to 16 bits for the products. See
+       mpt_params.
+     - Long sums lose their tail: adding 0.5 to 2048 in fp16 gives 2048. Remedy: multiply in 16 bits, accumulate in
+       fp32. Every product, norm, softmax and loss here does.
+
+   bf16 has the range of fp32, so it needs no loss scale (mpt still checks every step); it needs masters even more.
+
+   2. A whole program. Shapes are known when the model is built; a step allocates nothing.
+
+       mpt_context *ctx = mpt_open(NULL);
+       mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+       int h = mpt_input(net, 8, 8, 1);                         height, width, channels
+       h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));      16 filters, 3x3, stride 1, padding 1
+       h = mpt_max_pool2d(net, h, 2, NULL);
+       h = mpt_linear(net, h, 10, NULL);
+       mpt_softmax_cross_entropy(net, h, NULL);
+
+       mpt_train_desc train = MPT_ZERO;
+       train.batch = 32;
+       train.optimizer = mpt_adam(1e-3);
+       if (mpt_model_build(net, &train) != MPT_OK) puts(mpt_why(ctx));
+
+       for (int step = 0; step < 1000; step++)
+           mpt_train_step(net, images, labels);                 32 x 8 x 8 floats, 32 int32_t
+       printf("loss %g scale %g skipped %d\n", mpt_loss(net), mpt_loss_scale(net), (int)mpt_steps_skipped(net));
+       mpt_model_free(net);
+       mpt_close(ctx);
+
+   mpt_train_step is these calls; make them yourself to look between them or to change them:
+
+       mpt_forward(net, images, labels, 32);                    loss, and all that backward needs
+       mpt_backward(net);                                       adds S * dloss/dw to the fp32 gradients
+       mpt_unscale(opt);                                        all finite? norm? (opt = mpt_model_optimizer(net))
+       mpt_clip_norm(opt, 1.0);
+       mpt_step(opt);                                           update the masters, round the 16-bit copies; or skip
+       mpt_scaler_update(scaler);                               S for the next step (scaler = mpt_model_scaler(net))
+
+   Every floor is usable without those above it: convert arrays with mpt_cast, train your own model with mpt_params,
+   mpt_optimizer and mpt_scaler alone.
+
+   3. A step is a transaction. If any gradient is inf or NaN, mpt_step changes nothing: not the weights, the moments,
+   the step count of Adam's bias correction, nor the learning-rate schedule. Only S and the counters change, and the
+   journal says which tensor it was (mpt_optimizer_skips).
+
+   4. Errors. Calls return an mpt_result; MPT_OK is 0. The context keeps the reason with names and values: mpt_why(ctx).
+   Calls that return a node or tensor id return 0 for "failed"; 0 passes through later calls, and the build reports the
+   first reason. Nothing prints, exits, aborts, or reads errno; a failed call leaves everything as it was.
+
+   5. Memory. All of it comes from the allocator in mpt_context_desc (malloc by default) and goes back on the _free and
+   _close calls. Free what was made from a context before the context, and optimizers before their scaler and params.
+
+   6. Threads. One context belongs to one thread at a time; two contexts share nothing. A context owns a pool of worker
+   threads that sleep when idle. Results are the same bits for any number of threads.
+
+   7. Layout is NHWC for images (batch, height, width, channels), [K][R][S][C] for convolution weights (filters, kernel
+   height, kernel width, channels), [outputs][inputs] for linear weights, all row-major and dense.
+
+   8. Numbers. 16-bit storage, fp32 arithmetic. Casts, scans and the scaler use integers where it matters, so that
+   -ffast-math in your build cannot break them. Optimizers follow PyTorch's formulas operation by operation.
+
+   9. Not here: recurrent nets and attention, training on several machines, inference engines.                        */
+
+#ifndef MPT_H
+#define MPT_H
+
+/* ==== CONFIGURATION ====
+
+   Everywhere the header is included, the same in all files:
+     MPT_STATIC          every function is static: one private copy per source file
+     MPT_DEF             linkage of every function, for example __declspec(dllexport); default extern
+
+   Only where MPT_IMPLEMENTATION is defined:
+     MPT_NO_THREADS      no worker threads, no pthread.h
+
+   No macro changes a public struct.                                                                                  */
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MPT_VERSION 100 /* major * 10000 + minor * 100 + patch */
+#define MPT_VERSION_STRING "0.1.0"
+
+#if defined(__GNUC__) || defined(__clang__)
+#define MPT__UNUSED __attribute__((unused))
+#else
+#define MPT__UNUSED
+#endif
+
+#ifndef MPT_DEF
+#ifdef MPT_STATIC
+#define MPT_DEF static MPT__UNUSED
+#else
+#define MPT_DEF extern
+#endif
+#endif
+
+/* Inline functions that nvcc compiles for host and device. */
+#ifdef __CUDACC__
+#define MPT_HD static inline __host__ __device__
+#else
+#define MPT_HD static inline
+#endif
+
+/* mpt_train_desc d = MPT_ZERO;   all-zero descriptors mean "defaults" in C and in C++. */
+#ifdef __cplusplus
+#define MPT_ZERO {}
+#else
+#define MPT_ZERO {0}
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== CONTEXT ==== */
+
+/* Result codes. One list makes the enum and the texts; numbers are stable, new ones go last. */
+#define MPT_RESULTS(X)                                                              \
+    X(OK, "success")                                                                \
+    X(ERROR_ARGUMENT, "an argument is NULL or out of range")                        \
+    X(ERROR_NO_MEMORY, "the allocator returned NULL")                               \
+    X(ERROR_SHAPE, "shapes do not fit together, or a size overflows")               \
+    X(ERROR_TYPE, "a data type is not allowed here")                                \
+    X(ERROR_ORDER, "a call came in the wrong order")                                \
+    X(ERROR_VALUE, "a label is out of range, or an input is not finite")            \
+    X(ERROR_DIVERGED, "gradients stay inf or NaN at the smallest loss scale")       \
+    X(ERROR_UNSUPPORTED, "not available in this build, on this device or this file") \
+    X(ERROR_DEVICE, "the device reported an error")
+
+typedef enum mpt_result {
+#define MPT__X(id, text) MPT_##id,
+    MPT_RESULTS(MPT__X)
+#undef MPT__X
+    MPT_RESULT_COUNT
+} mpt_result;
+
+typedef struct mpt_context mpt_context; /* one device, its allocator, its worker threads, the last reason */
+
+typedef enum mpt_log_level { MPT_LOG_ERROR = 1, MPT_LOG_WARNING = 2, MPT_LOG_INFO = 3 } mpt_log_level;
+
+typedef struct mpt_context_desc {
+    void *(*alloc)(size_t bytes, void *user);            /* NULL: malloc. Set both or neither. Aligned as malloc's */
+    void (*release)(void *p, size_t bytes, void *user);  /* NULL: free. bytes: what alloc was asked for */
+    void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent. Gets every reason as it arises */
+    void *user;                                          /* handed to the three calls above */
+    int threads;                                         /* 0: one per processor; 1: none but the caller's */
+    int reference;                                       /* 1: products and convolutions as the loops of REFERENCE */
+} mpt_context_desc;
+
+/* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
+   had or when the descriptor is wrong; desc->log then gets the reason. */
+MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc);
+/* Stops the worker threads and frees the context. NULL is allowed. */
+MPT_DEF void mpt_close(mpt_context *ctx);
+/* The reason of the last failed call, with names and values; "" if nothing failed yet. Valid until the next failure. */
+MPT_DEF const char *mpt_why(const mpt_context *ctx);
+/* Static English text of a result code. */
+MPT_DEF const char *mpt_result_text(mpt_result result);
+/* MPT_VERSION of the compiled implementation. */
+MPT_DEF int mpt_version(void);
+/* "cpu" or "cuda". */
+MPT_DEF const char *mpt_device_name(const mpt_context *ctx);
+/* Threads that work for this context, the caller's included. */
+MPT_DEF int mpt_thread_count(const mpt_context *ctx);
+
+/* Memory of the context's device, 64-byte aligned, zeroed: the arrays that floor 1 and 2 take. On the CPU it is ordinary
+   memory, and any pointer of yours does as well. mpt_alloc returns NULL when out of memory, and for 0 bytes. */
+MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes);
+MPT_DEF void mpt_free(mpt_context *ctx, void *p);
+MPT_DEF mpt_result mpt_upload(mpt_context *ctx, void *device, const void *host, size_t bytes);
+MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device, size_t bytes);
+
+/* ==== NUMBERS ==== floor 0
+
+   Half types are one-member structs, so that mixing them up or adding them as integers does not compile. */
+
+typedef struct mpt_f16 { uint16_t bits; } mpt_f16;   /* IEEE binary16 */
+typedef struct mpt_bf16 { uint16_t bits; } mpt_bf16; /* upper half of a binary32 */
+typedef struct mpt_e4m3 { uint8_t bits; } mpt_e4m3;  /* OCP FP8 E4M3: no inf, one NaN per sign, largest 448 */
+typedef struct mpt_e5m2 { uint8_t bits; } mpt_e5m2;  /* OCP FP8 E5M2: upper byte of a binary16 */
+
+typedef enum mpt_dtype { MPT_F32 = 0, MPT_F16, MPT_BF16, MPT_E4M3, MPT_E5M2, MPT_DTYPE_COUNT } mpt_dtype;
+
+MPT_DEF size_t mpt_dtype_size(mpt_dtype type);      /* bytes of one element; 0 for an unknown type */
+MPT_DEF const char *mpt_dtype_name(mpt_dtype type); /* "f32", "f16", "bf16", "e4m3", "e5m2" */
+
+typedef enum mpt_round {
+    MPT_ROUND_NEAREST = 0, /* to the nearest value, ties to the even one (IEEE 754 roundTiesToEven) */
+    MPT_ROUND_ZERO,        /* toward zero; a finite value never becomes inf */
+    MPT_ROUND_STOCHASTIC   /* up with probability (x - below) / (above - below): right on average */
+} mpt_round;
+
+typedef enum mpt_overflow {
+    MPT_OVERFLOW_INF = 0, /* past the largest finite value: inf, or NaN in e4m3, which has no inf */
+    MPT_OVERFLOW_SATURATE /* past the largest finite value, and for inf itself: the largest finite value */
+} mpt_overflow;
+
+/* fp32 to `type`, as its bits in the low bytes. Integer arithmetic only.
+   Rounds as told; `random` supplies the bits of MPT_ROUND_STOCHASTIC and is otherwise not used. Subnormals are kept.
+   NaN stays NaN, quiet, with its sign and the upper payload bits (e4m3: its one NaN). -0 stays -0.
+   Error: nearest: at most half a gap, so |y - x| <= 2^-(p) |x| for normal y with p significant bits (fp16 11, bf16 8,
+   e5m2 3, e4m3 4); toward zero and stochastic: under one gap. */
+MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflow overflow, uint32_t random);
+/* Bits of `type` to fp32. Exact for every value; subnormals are kept; NaN stays NaN with sign and payload, made quiet. */
+MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type);
+
+/* The common cases by name: nearest even, overflow to inf (e4m3: NaN). Contract as above. */
+MPT_HD mpt_f16 mpt_f16_from_f32(float x);
+MPT_HD mpt_bf16 mpt_bf16_from_f32(float x);
+MPT_HD mpt_e4m3 mpt_e4m3_from_f32(float x);
+MPT_HD mpt_e5m2 mpt_e5m2_from_f32(float x);
+MPT_HD float mpt_f32_from_f16(mpt_f16 x);
+MPT_HD float mpt_f32_from_bf16(mpt_bf16 x);
+MPT_HD float mpt_f32_from_e4m3(mpt_e4m3 x);
+MPT_HD float mpt_f32_from_e5m2(mpt_e5m2 x);
+
+/* 32 random bits named by four numbers: the same on every device, thread count and launch shape, and independent for
+   different names. Initialisation, stochastic rounding and dropout draw from it. (splitmix64's finalizer, Steele,
+   Lea, Flood 2014, applied twice.) */
+MPT_HD uint32_t mpt_hash(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element);
+/* Uniform in [0, 1), 24 bits. */
+MPT_HD float mpt_uniform(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element);
+
+/* ==== ARRAYS ==== floor 1
+
+   A typed pointer into the memory of the context's device. */
+typedef struct mpt_array {
+    void *data; /* NULL where an operation says "optional" */
+    mpt_dtype type;
+} mpt_array;
+
+/* mpt_array of a pointer. Inputs are never written through it. */
+MPT_HD mpt_array mpt_f32_array(const float *p);
+MPT_HD mpt_array mpt_f16_array(const mpt_f16 *p);
+MPT_HD mpt_array mpt_bf16_array(const mpt_bf16 *p);
+MPT_HD mpt_array mpt_typed_array(const void *p, mpt_dtype type);
+
+/* How mpt_cast rounds. All zero: nearest even, overflow to inf. */
+typedef struct mpt_rounding {
+    mpt_round round;
+    mpt_overflow overflow;
+    uint64_t seed, step, tensor; /* stochastic: element i uses mpt_hash(seed, step, tensor, i) */
+} mpt_rounding;
+
+/* dst[i] = src[i] for n elements, between any two types; rounds once, from the value of src (through fp32, which holds
+   every value of every type). rounding may be NULL. src and dst must not overlap unless they are the same array. */
+MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array dst, const mpt_rounding *rounding);
+
+typedef struct mpt_scan {
+    double sum_squares; /* over the finite elements, in a fixed order: the same bits on any number of threads */
+    uint64_t inf, nan;  /* how many elements are inf, NaN */
+    uint64_t first;     /* index of the first of them; n if there is none */
+} mpt_scan;
+
+/* What is in an array: one pass, any type. Inf and NaN are told by their bits. Waits for the device. */
+MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out);
+
+typedef struct mpt_histogram {
+    uint64_t zero, inf, nan;
+    uint64_t exponent[256]; /* [e]: elements with 2^(e-127) <= |x| < 2^(e-126); [0]: fp32 subnormals */
+} mpt_histogram;
+
+/* Adds the n elements of x to *h, by their binary exponent. Zero *h first. Waits for the device. */
+MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h);
+
+typedef struct mpt_fit {
+    double flushed, subnormal, overflowed; /* shares of the nonzero finite values; 0 if there are none */
+} mpt_fit;
+
+/* What would become of the values of *h in `type` if all were multiplied by 2^log2_scale first: share that rounds to
+   zero, that lands in the subnormals, that overflows. By exponent only, so values at a bin's edge count with their bin. */
+MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale);
+
+/* ==== OPERATIONS ==== floor 2
+
+   Raw arrays in the memory of the context's device, sizes, and no state. Storage F32, F16 or BF16 each; arithmetic and
+   sums in fp32. Forward and backward stand side by side. Gradients are named as in papers: dy is dloss/dy.
+   `beta` says what happens to the old content of an output, as in BLAS: out = new + beta * out; with 0 it is not read.
+   Letters: N batch, H W height and width, C channels, K filters, R S kernel height and width, P Q output height and width.
+   All calls: MPT_ERROR_ARGUMENT for a NULL array, MPT_ERROR_SHAPE for sizes that do not fit or overflow,
+   MPT_ERROR_TYPE for fp8 arrays. A size of 0 is allowed where nothing is then to do. */
+
+/* c(m,n) = alpha * op(a)(m,k) op(b)(k,n) + beta * c. op(x) is x, or its transpose if trans_x. Row-major: lda is the
+   distance of rows in elements of a as stored, at least its number of columns. */
+MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
+                            mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc);
+
+typedef enum mpt_activation { MPT_IDENTITY = 0, MPT_RELU, MPT_ACTIVATION_COUNT } mpt_activation;
+
+/* y(N,O) = act(x(N,I) w(O,I)^T + b(O)); b optional. torch.nn.functional.linear */
+MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array x, mpt_array w,
+                                      mpt_array b, mpt_activation act, mpt_array y);
+/* dx(N,I) = dy(N,O) w(O,I) + beta * dx */
+MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array w,
+                                            float beta, mpt_array dx);
+/* dw(O,I) = dy(N,O)^T x(N,I) + beta * dw */
+MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array x,
+                                              float beta, mpt_array dw);
+/* db(C) = column sums of dy(rows,C) + beta * db: the bias gradient of linear (rows = N) and conv2d (rows = N P Q) */
+MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
+
+/* Shape of a convolution. stride and dilation 0 mean 1. Output P = (H + 2 padding - dilation (R - 1) - 1) / stride + 1,
+   Q likewise. */
+typedef struct mpt_conv2d_shape {
+    size_t N, H, W, C, K, R, S;
+    size_t stride, padding, dilation;
+} mpt_conv2d_shape;
+
+/* Output height and width. MPT_ERROR_SHAPE (and *P = *Q = 0) if the kernel does not fit. ctx may be NULL. */
+MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q);
+/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C)) + b(K)); b optional. torch.nn.functional.conv2d */
+MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array x, mpt_array w,
+                                      mpt_array b, mpt_activation act, mpt_array y);
+/* dx(N,H,W,C) += contributions of dy(N,P,Q,K) through w; beta scales the old dx */
+MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array w,
+                                            float beta, mpt_array dx);
+/* dw(K,R,S,C) likewise from dy and x; the bias gradient is mpt_bias_backward over N P Q rows */
+MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array x,
+                                              float beta, mpt_array dw);
+
+/* y = act(x), n elements; x and y may be the same array. */
+MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y);
+/* dx = dy * act'(x) + beta * dx, from the output y (ReLU: y > 0). dx may be the same array as dy. */
+MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array y, mpt_array dy,
+                                           float beta, mpt_array dx);
+
+typedef enum mpt_pool { MPT_POOL_MAX = 0, MPT_POOL_AVERAGE } mpt_pool;
+
+/* Shape of a pooling window R x S. stride 0 means the window's size (R down, S across). Padding is at most half the
+   window; max ignores it, average counts it as zeros (PyTorch's defaults). Global pooling: R = H, S = W. */
+typedef struct mpt_pool2d_shape {
+    size_t N, H, W, C, R, S;
+    size_t stride, padding;
+} mpt_pool2d_shape;
+
+MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q);
+/* y(N,P,Q,C) from x(N,H,W,C), same type. Max: index(N,P,Q,C) receives r * S + s of the first largest element for the
+   backward pass; NaN counts as larger than all. Average: index may be NULL. R S at most 65536 for max. */
+MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
+                                      mpt_array y, uint16_t *index);
+/* dx(N,H,W,C) = gradient from dy(N,P,Q,C) + beta * dx */
+MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array dy,
+                                       const uint16_t *index, float beta, mpt_array dx);
+
+/* y = act(a + beta * b), n elements; y may be a or b. The residual connection, and the sum of gradients where a value
+   is used twice. */
+MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
+                                  mpt_array y);
+
+/* What a loss call adds to, in the memory of the context's device; zero it first. */
+typedef struct mpt_loss_sum {
+    double loss;      /* sum over rows of the row's loss */
+    uint64_t rows;    /* rows seen */
+    uint64_t correct; /* rows whose largest logit is the label's (the first largest; cross-entropy only) */
+} mpt_loss_sum;
+
+/* Softmax cross-entropy with its gradient, in fp32: row loss = log(sum_j exp x_j) - x_label, taken from the row's
+   largest value so that nothing overflows. dx(N,C) = (softmax(x) - onehot(label)) * grad_scale * *loss_scale; dx optional.
+   For the mean over the batch grad_scale is 1 / N. loss_scale points into device memory; NULL means 1.
+   labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. torch.nn.functional.cross_entropy */
+MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, size_t N, size_t C, mpt_array x, const int32_t *labels,
+                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum);
+/* Squared error with its gradient, in fp32: row loss = mean_j (x_j - t_j)^2, dx = 2 (x - t) / C * grad_scale *
+   *loss_scale; dx optional. With grad_scale 1 / N this is torch.nn.functional.mse_loss. */
+MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_array x, const float *target,
+                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum);
+
+/* ==== TRAINING ==== floor 3
+
+   Loss scaler, parameter block and optimizer work on flat arrays and know nothing of models.
+
+   -- The loss scaler -- */
+
+typedef enum mpt_scaler_mode {
+    MPT_SCALER_DEFAULT = 0, /* dynamic; in a model: dynamic for fp16, off for fp32, bf16 and O3 */
+    MPT_SCALER_DYNAMIC,     /* grows and backs off */
+    MPT_SCALER_STATIC,      /* stays at init_scale; steps that are not finite are still skipped */
+    MPT_SCALER_OFF          /* stays at 1; steps that are not finite are still skipped */
+} mpt_scaler_mode;
+
+/* All zero: ours, which is torch.amp.GradScaler's rule kept between 1 and 2^24. */
+typedef struct mpt_scaler_desc {
+    mpt_scaler_mode mode;
+    float init_scale;      /* 0: 65536 */
+    double growth_factor;  /* 0: 2 */
+    double backoff_factor; /* 0: 0.5 */
+    float min_scale;       /* 0: 1 */
+    float max_scale;       /* 0: 2^24 */
+    int growth_interval;   /* clean updates before growth; 0: 2000 */
+    int hysteresis;        /* overflows before the scale backs off; 0: 1 */
+    int patience;          /* overflows in a row at the smallest scale before MPT_ERROR_DIVERGED; 0: 10 */
+    int refill_when_clean; /* 1: a clean update restores hysteresis (Apex kernel); 0: only growth does (Megatron) */
+    int late_growth;       /* 1: growth after an overflow and at the start takes interval + 1 (DeepSpeed) */
+    int unguarded;         /* 1: no largest scale; growth may reach inf (Keras, Megatron, DeepSpeed) */
+    int no_min;            /* 1: no smallest scale (torch, Keras) */
+} mpt_scaler_desc;
+
+/* The scaler as plain data: copy it, write it to a file, restore it. Every member is meaningful; no pointers. */
+#define MPT_SCALER_STATE_VERSION 1u
+typedef struct mpt_scaler_state {
+    uint32_t version;         /* MPT_SCALER_STATE_VERSION */
+    float scale;              /* multiply the loss by this */
+    int32_t growth_tracker;   /* clean updates since the last change */
+    int32_t hysteresis_left;  /* overflows that are still forgiven, plus one */
+    int32_t stuck;            /* overflows in a row at the smallest scale */
+    int32_t reserved;         /* 0 */
+    uint64_t updates;         /* calls of the rule */
+    uint64_t overflows;       /* of them with found = 1 */
+    mpt_scaler_desc desc;     /* with the defaults filled in */
+} mpt_scaler_state;
+
+/* The defaults filled in. desc may be NULL. */
+MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc);
+/* The state before the first update. */
+MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc);
+/* One update of the scale; found: was a gradient inf or NaN? A pure rule, usable without any context. One rule with
+   switches covers torch, Apex, jmp, Keras, Megatron and DeepSpeed. */
+MPT_HD void mpt_scaler_rule(mpt_scaler_state *state, int found);
+
+typedef struct mpt_scaler mpt_scaler; /* a state in device memory, and the optimizers that share its scale */
+
+enum { MPT_OPTIMIZERS = 16 }; /* that may share one scaler */
+
+/* desc may be NULL. NULL: out of memory or a bad descriptor (see mpt_why). Free it after its optimizers. */
+MPT_DEF mpt_scaler *mpt_scaler_new(mpt_context *ctx, const mpt_scaler_desc *desc);
+MPT_DEF void mpt_scaler_free(mpt_scaler *scaler);
+/* The scale now. Waits for the device. */
+MPT_DEF float mpt_scaler_scale(mpt_scaler *scaler);
+/* Sets the scale by hand: a finite number above 0. The trackers start again. torch: update(new_scale) */
+MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale);
+MPT_DEF mpt_result mpt_scaler_get_state(mpt_scaler *scaler, mpt_scaler_state *out);
+MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_state *state);
+
+/* -- The parameter block --
+
+   One flat array per role: fp32 masters, 16-bit copies, fp32 gradients; the optimizer adds its moments. Tensors are
+   slices of it, each starting at a multiple of 16 elements. */
+
+typedef enum mpt_master {
+    MPT_MASTER_F32 = 0, /* fp32 masters are updated and rounded to the copies */
+    MPT_MASTER_NONE     /* no masters: the 16-bit weights themselves are updated (to show what breaks) */
+} mpt_master;
+
+typedef struct mpt_params_desc {
+    mpt_dtype type;    /* of the copies that products read; MPT_F32: no copies, the masters are read */
+    mpt_master master; /* ignored when type is MPT_F32 */
+} mpt_params_desc;
+
+typedef struct mpt_params mpt_params;
+
+/* What a tensor is for; optimizer groups select by it. More bits, up to 1 << 15, are yours. */
+enum { MPT_GROUP_WEIGHT = 1, MPT_GROUP_BIAS = 2, MPT_GROUP_NORM = 4 };
+
+/* desc may be NULL: fp32. NULL: out of memory or a bad descriptor (see mpt_why). */
+MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc);
+MPT_DEF void mpt_params_free(mpt_params *params);
+/* Adds a tensor of `count` elements in one MPT_GROUP_ (0: weight). The name is copied (63 characters). Returns its id
+   1, 2, ...; 0: failed, or already built. */
+MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, unsigned group);
+/* Allocates all arrays, zeroed. Reports the first mpt_params_add that failed. */
+MPT_DEF mpt_result mpt_params_build(mpt_params *params);
+/* Slices of the flat arrays in device memory, tensor 1..; tensor 0 gives the whole array. NULL where there is none. */
+MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);  /* fp32 masters */
+MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor); /* what products read: copy, or master in fp32 */
+MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);    /* fp32 gradients, S times too large before the step */
+/* Number of tensors; elements, name of a tensor (of all with the padding between them for tensor 0, "" ). */
+MPT_DEF int mpt_params_tensors(const mpt_params *params);
+MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
+MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor);
+/* Host fp32 values into master and copy, and back (from the master where there is one). */
+MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *host);
+MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host);
+/* All gradients to 0. (A model's backward does it by itself at the first micro-batch.) */
+MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params);
+
+typedef enum mpt_init {
+    MPT_INIT_DEFAULT = 0,     /* PyTorch's for linear and conv2d: uniform in +-1 / sqrt(fan_in), bias too */
+    MPT_INIT_KAIMING_UNIFORM, /* +-sqrt(6 / fan_in), for ReLU (He et al. 2015); bias 0 in this and all below */
+    MPT_INIT_KAIMING_NORMAL,  /* deviation sqrt(2 / fan_in) */
+    MPT_INIT_XAVIER_UNIFORM,  /* +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010) */
+    MPT_INIT_XAVIER_NORMAL,   /* deviation sqrt(2 / (fan_in + fan_out)) */
+    MPT_INIT_ZERO,
+    MPT_INIT_COUNT
+} mpt_init;
+
+/* Fills a tensor with values named by (seed, tensor, element). */
+MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init, size_t fan_in, size_t fan_out,
+                                   uint64_t seed);
+
+/* -- Optimizers -- */
+
+typedef enum mpt_optimizer_kind { MPT_OPTIMIZER_DEFAULT = 0, MPT_SGD, MPT_ADAM, MPT_ADAMW } mpt_optimizer_kind;
+
+/* Hyperparameters as PyTorch names them, in double as there. Start from mpt_sgd, mpt_adam or mpt_adamw, which hold
+   PyTorch's defaults, and change what you like; then every number means itself. All zero: mpt_adam(1e-3). */
+typedef struct mpt_optimizer_desc {
+    mpt_optimizer_kind kind;
+    int nesterov;                   /* SGD; needs momentum > 0 and dampening 0 */
+    double lr;                      /* >= 0 */
+    double momentum, dampening;     /* SGD */
+    double beta1, beta2, eps;       /* Adam, AdamW */
+    double weight_decay;            /* SGD, Adam: added to the gradient (L2); AdamW: decoupled */
+} mpt_optimizer_desc;
+
+MPT_DEF mpt_optimizer_desc mpt_sgd(double lr, double momentum); /* torch.optim.SGD */
+MPT_DEF mpt_optimizer_desc mpt_adam(double lr);                 /* torch.optim.Adam: 0.9, 0.999, 1e-8 */
+MPT_DEF mpt_optimizer_desc mpt_adamw(double lr);                /* torch.optim.AdamW: weight_decay 0.01 */
+
+typedef struct mpt_optimizer mpt_optimizer;
+
+/* An optimizer over built params, sharing the scale of `scaler`. Allocates the moments it needs (SGD without momentum
+   none, with momentum one, Adam two arrays of fp32). desc may be NULL. NULL: see mpt_why. Free it before both. */
+MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc);
+MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt);
+/* Changes lr for the steps to come. */
+MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr);
+/* Tensors whose group is in the mask `groups` use lr * lr_factor and weight_decay from now on. Biases and norms without
+   decay: mpt_optimizer_group(opt, MPT_GROUP_BIAS | MPT_GROUP_NORM, 1, 0). */
+MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, double lr_factor, double weight_decay);
+
+/* -- The step --
+
+   For each optimizer mpt_unscale, perhaps mpt_clip_norm, mpt_step; then once mpt_scaler_update. A call out of this
+   order returns MPT_ERROR_ORDER and changes nothing. Two passes over memory: unscale reads the gradients, step reads and
+   writes everything. The gradients in memory stay S times too large; step divides as it reads. */
+
+/* Looks at every gradient: are all finite, what is their norm? torch: GradScaler.unscale_ */
+MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt);
+/* Scales the gradients by min(1, max_norm / (norm + 1e-6)). torch.nn.utils.clip_grad_norm_ */
+MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm);
+/* Updates masters, moments and copies; or, if a gradient was inf or NaN, nothing. Unscales first if you did not. */
+MPT_DEF mpt_result mpt_step(mpt_optimizer *opt);
+/* Adapts the scale to what its optimizers found. MPT_ERROR_DIVERGED, naming the tensor, from the `patience`th overflow
+   in a row at the smallest scale on; the update is done all the same. */
+MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler);
+
+/* One skipped step. */
+typedef struct mpt_skip {
+    uint64_t step;     /* number of the attempt, from 1 */
+    float scale;       /* scale it was made with */
+    int32_t tensor;    /* first tensor with an inf or NaN: mpt_params_name(params, tensor) */
+    uint64_t inf, nan; /* how many, in all tensors */
+} mpt_skip;
+
+enum { MPT_JOURNAL = 64 };
+
+/* An optimizer's counters as plain data, in device memory while it runs. */
+#define MPT_OPTIMIZER_STATE_VERSION 1u
+typedef struct mpt_optimizer_state {
+    uint32_t version;                     /* MPT_OPTIMIZER_STATE_VERSION */
+    int32_t found;                        /* last check: 1 if a gradient was inf or NaN */
+    uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
+    double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction */
+    double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
+    double inv_scale;                     /* last check: 1 / S */
+    double clip;                          /* factor of mpt_clip_norm; 1 without */
+    mpt_scan scan;                        /* last check: of the scaled gradients; scan.first is a tensor id, 0 if none */
+    mpt_skip journal[MPT_JOURNAL];        /* skipped step number i (from 0) is in [i % MPT_JOURNAL] */
+} mpt_optimizer_state;
+
+/* Waits for the device. */
+MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
+MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
+/* Moment 1 or 2 of a tensor in device memory (momentum buffer; Adam's m, v); NULL where there is none. */
+MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
+
+/* ==== MODEL ==== floor 4
+
+   -- Precision policy -- */
+
+typedef enum mpt_level {
+    MPT_O0 = 0, /* everything fp32 */
+    MPT_O1,     /* autocast: fp32 weights and biases; products read 16-bit copies of the weights, made once per step */
+    MPT_O2,     /* 16-bit weights and biases with fp32 masters */
+    MPT_O3      /* 16-bit weights without masters, 16-bit logits, no loss scale: to show what breaks */
+} mpt_level;
+
+/* Which type where. Sums, losses and gradients of weights are fp32 in all of them. */
+typedef struct mpt_policy {
+    mpt_dtype param;   /* type the parameters are kept in between steps */
+    mpt_dtype compute; /* type products read and activations are stored in */
+    mpt_dtype output;  /* type of the node that the loss reads */
+    mpt_master master; /* where param is 16 bits: fp32 masters or none */
+} mpt_policy;
+
+/* type: MPT_F16 or MPT_BF16; ignored by O0. An impossible pair gives a policy that mpt_model_build rejects. */
+MPT_DEF mpt_policy mpt_policy_preset(mpt_level level, mpt_dtype type);
+
+/* -- Building --
+
+   Every layer call takes the id of its input node and returns the id of its own, 1, 2, ...; 0 means failed, passes
+   through, and mpt_model_build reports the first reason. Descriptors may be NULL. Names are copied (31 characters). */
+
+typedef struct mpt_model mpt_model;
+
+/* NULL: out of memory. */
+MPT_DEF mpt_model *mpt_model_new(mpt_context *ctx, mpt_policy policy);
+MPT_DEF void mpt_model_free(mpt_model *net);
+
+typedef struct mpt_linear_desc {
+    const char *name; /* NULL: "linear1", "linear2", ... in order of creation */
+    int no_bias;
+    mpt_init init;
+} mpt_linear_desc;
+
+typedef struct mpt_conv2d_desc {
+    const char *name;   /* NULL: "conv1", ... */
+    int stride;         /* 0: 1 */
+    int padding;        /* zeros on each side; 0: (kernel - 1) / 2 * dilation, which keeps the size at stride 1 */
+    int no_padding;     /* 1: none */
+    int dilation;       /* 0: 1 */
+    int no_bias;
+    mpt_init init;
+} mpt_conv2d_desc;
+
+typedef struct mpt_pool2d_desc {
+    int stride;  /* 0: the window */
+    int padding; /* at most half the window */
+} mpt_pool2d_desc;
+
+/* The model's one input: samples of H x W x C floats. A flat vector of n features is (1, 1, n). */
+MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C);
+/* Flattens its input in H, W, C order by itself. */
+MPT_DEF int mpt_linear(mpt_model *net, int node, int outputs, const mpt_linear_desc *desc);
+MPT_DEF int mpt_conv2d(mpt_model *net, int node, int filters, int kernel, const mpt_conv2d_desc *desc);
+MPT_DEF int mpt_relu(mpt_model *net, int node);
+MPT_DEF int mpt_max_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
+MPT_DEF int mpt_avg_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
+MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int node);
+MPT_DEF int mpt_flatten(mpt_model *net, int node);
+/* a + b, same shape: the skip connection. */
+MPT_DEF int mpt_add(mpt_model *net, int a, int b);
+/* Losses, one a model, last: mean over the batch. Targets are int32_t classes, one a sample... */
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node);
+/* ...or floats, as many a sample as the node has. */
+MPT_DEF int mpt_mse(mpt_model *net, int node);
+
+typedef struct mpt_train_desc {
+    int batch;                    /* most samples in one forward pass; 0: 32 */
+    int accumulate;               /* micro-batches whose gradients make one step; 0: 1 */
+    mpt_optimizer_desc optimizer; /* all zero: mpt_adam(1e-3) */
+    mpt_scaler_desc scaler;       /* all zero: dynamic where the policy computes in fp16, else off */
+    double clip_norm;             /* 0: no clipping */
+    uint64_t seed;                /* of the initial weights */
+} mpt_train_desc;
+
+/* Checks the graph, plans and allocates everything, initialises the weights. train may be NULL. After an error nothing
+   is allocated and the model can still be freed. */
+MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
+
+/* -- Training -- */
+
+/* One step on accumulate * batch samples in host memory: x(samples,H,W,C); target as the loss says.
+   MPT_ERROR_VALUE, naming sample and value, if a label is out of range or an input is not finite; nothing changed then.
+   MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. */
+MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target);
+
+/* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of that loss, times
+   scale / accumulate, to the parameter gradients; the first call after a step overwrites them. */
+MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
+MPT_DEF mpt_result mpt_backward(mpt_model *net);
+MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
+MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
+MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
+
+/* Mean loss over the samples of the last step (of the forward passes since then). These four wait for the device. */
+MPT_DEF double mpt_loss(mpt_model *net);
+MPT_DEF float mpt_loss_scale(mpt_model *net);
+MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
+MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net);
+
+/* -- Evaluation -- any number of samples, in batches; weights and the training state stay as they are. */
+
+typedef struct mpt_metrics {
+    double loss;              /* mean over the samples */
+    double accuracy;          /* correct / samples; cross-entropy only */
+    uint64_t samples, correct;
+} mpt_metrics;
+
+MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *target, size_t samples, mpt_metrics *out);
+/* out(samples, outputs): what the loss would read (logits), as fp32. */
+MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, float *out);
+/* Elements a sample has in what the loss reads. */
+MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
+
+/* Bytes by role. The sum is exactly what the model holds from the allocator. */
+typedef struct mpt_memory {
+    size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
+    size_t masters;     /* fp32 masters of 16-bit weights */
+    size_t gradients;   /* of the parameters */
+    size_t moments;     /* of the optimizer */
+    size_t activations; /* values kept for backward, and their gradients, after reuse */
+    size_t workspace;   /* staging of inputs and targets, sums, state */
+    size_t bookkeeping; /* the graph itself, names, tables; always host memory */
+} mpt_memory;
+
+MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net);
+
+/* ==== BACKEND ====
+
+   A device is one table of operations; floors 3 to 5 call nothing else. The public functions above have checked every
+   argument before the table sees it. Operations may be asynchronous; download waits. mpt_cuda.cuh is another table. */
+
+typedef struct mpt_gemm_op { /* c = act(alpha op(a) op(b) + beta c + bias), see mpt_gemm */
+    int trans_a, trans_b;
+    size_t m, n, k, lda, ldb, ldc;
+    float alpha, beta;
+    mpt_array a, b, c;
+    mpt_array bias; /* (n), data NULL: none */
+    mpt_activation act;
+} mpt_gemm_op;
+
+typedef enum mpt_pass { MPT_FORWARD = 0, MPT_BACKWARD_DATA, MPT_BACKWARD_WEIGHT } mpt_pass;
+
+typedef struct mpt_conv2d_op { /* see mpt_conv2d_forward and its two gradients */
+    mpt_pass pass;             /* which of x, w, y is written: y, x, w */
+    mpt_conv2d_shape shape;    /* stride and dilation filled in */
+    size_t P, Q;
+    mpt_array x, w, y;
+    float beta;
+    mpt_array bias; /* forward only */
+    mpt_activation act;
+} mpt_conv2d_op;
+
+typedef struct mpt_pool2d_op { /* see mpt_pool2d_forward */
+    mpt_pool kind;
+    mpt_pass pass;          /* MPT_FORWARD writes y and index, MPT_BACKWARD_DATA writes x */
+    mpt_pool2d_shape shape; /* padding filled in */
+    size_t P, Q, stride_h, stride_w;
+    mpt_array x, y;
+    uint16_t *index;
+    float beta;
+} mpt_pool2d_op;
+
+typedef enum mpt_map { MPT_MAP_CAST = 0, MPT_MAP_ACTIVATION, MPT_MAP_ACTIVATION_GRADIENT, MPT_MAP_ADD } mpt_map;
+
+typedef struct mpt_map_op { /* one output element from the elements of the same index */
+    mpt_map map;
+    size_t n;
+    mpt_array a, b;        /* cast, activation: a. gradient: a = y, b = dy. add: both */
+    mpt_array out;
+    float beta;            /* gradient: of the old out. add: of b */
+    mpt_activation act;
+    mpt_rounding rounding; /* cast */
+} mpt_map_op;
+
+typedef enum mpt_loss_kind { MPT_LOSS_CROSS_ENTROPY = 0, MPT_LOSS_SQUARED_ERROR } mpt_loss_kind;
+
+typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_squared_error */
+    mpt_loss_kind kind;
+    size_t N, C;
+    mpt_array x, dx;
+    const void *target; /* int32_t(N) or float(N,C) */
+    float grad_scale;
+    const float *loss_scale;
+    mpt_loss_sum *sum;
+} mpt_loss_op;
+
+typedef struct mpt_slice { /* a tensor in the flat arrays, and how its group is updated */
+    size_t offset, count;
+    double lr_factor, weight_decay;
+} mpt_slice;
+
+typedef struct mpt_update_op { /* everything a step reads and writes; all pointers are device memory */
+    mpt_optimizer_desc desc;
+    mpt_optimizer_state *state;
+    const mpt_scaler_state *scaler;
+    const mpt_slice *slices; /* (tensors) */
+    int tensors;
+    size_t count; /* elements of the flat arrays, padding included */
+    const float *grad;
+    float *master;  /* NULL: the copy itself is updated */
+    mpt_array copy; /* data NULL: fp32 only */
+    float *moment1, *moment2;
+} mpt_update_op;
+
+typedef struct mpt_backend {
+    const char *name;
+    size_t overhead; /* bytes that one alloc takes from the host's allocator beyond what was asked */
+    void (*close)(mpt_context *ctx);
+    void *(*alloc)(mpt_context *ctx, size_t bytes); /* zeroed, 64-byte aligned; NULL and a reason if it fails */
+    void (*release)(mpt_context *ctx, void *p);
+    mpt_result (*upload)(mpt_context *ctx, void *device, const void *host, size_t bytes);
+    mpt_result (*download)(mpt_context *ctx, void *host, const void *device, size_t bytes);
+    mpt_result (*zero)(mpt_context *ctx, void *device, size_t bytes);
+    mpt_result (*scan)(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *host);
+    mpt_result (*histogram)(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *host);
+    mpt_result (*map)(mpt_context *ctx, const mpt_map_op *op);
+    mpt_result (*gemm)(mpt_context *ctx, const mpt_gemm_op *op);
+    mpt_result (*conv2d)(mpt_context *ctx, const mpt_conv2d_op *op);
+    mpt_result (*column_sums)(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
+    mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
+    mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
+    mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
+    mpt_result (*clip)(mpt_context *ctx, const mpt_update_op *op, double max_norm);
+    mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
+    /* mpt_scaler_rule with the flags of the `count` optimizers that took part, pointers into device memory, at most
+       MPT_OPTIMIZERS. *stuck, on the host: scaler->stuck after this update, or after an earlier one if it runs late. */
+    mpt_result (*scale)(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
+                        int32_t *stuck);
+} mpt_backend;
+
+/* A context on another device. `device` is the backend's own state; backend->close frees it. NULL: out of memory, or
+   desc is wrong; `device` is then still the caller's. */
+MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *desc, const mpt_backend *backend, void *device);
+/* What mpt_open_backend was given. */
+MPT_DEF void *mpt_context_device(const mpt_context *ctx);
+/* Keeps a reason, tells the log, returns `result`. format knows %s (text), %d (int), %z (size_t) and %g (double). */
+MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+/* ---------------------------- stop here if you only want the API ---------------------------- */
+
+/* ==== RULES ====
+
+   The element rules: inline, the same source for host and device, so that both give the same bits. */
+
+#include <math.h>
+#include <string.h>
+
+/* Keeps a float as it is: no contraction into a fused multiply-add, no reassociation, no reciprocal, whatever the
+   build's flags. Only builds that could do such things pay for it. */
+#if !defined(__CUDA_ARCH__) && defined(__GNUC__) && \
+    (defined(__FAST_MATH__) || (defined(__FP_FAST_FMAF) && !defined(__clang__)))
+#if defined(__x86_64__) || defined(__SSE2__)
+#define MPT__KEEP(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__) || defined(__ARM_FP)
+#define MPT__KEEP(x) __asm__("" : "+w"(x))
+#else
+#define MPT__KEEP(x) __asm__("" : "+m"(x))
+#endif
+#else
+#define MPT__KEEP(x) ((void)0)
+#endif
+
+#ifdef __CUDA_ARCH__
+MPT_HD float mpt__mul(float a, float b) { return __fmul_rn(a, b); }
+MPT_HD float mpt__add(float a, float b) { return __fadd_rn(a, b); }
+MPT_HD float mpt__div(float a, float b) { return __fdiv_rn(a, b); }
+MPT_HD float mpt__sqrt(float a) { return __fsqrt_rn(a); }
+MPT_HD float mpt__fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#else
+MPT_HD float mpt__mul(float a, float b) {
+    float r = a * b;
+    MPT__KEEP(r);
+    return r;
+}
+MPT_HD float mpt__add(float a, float b) {
+    float r = a + b;
+    MPT__KEEP(r);
+    return r;
+}
+MPT_HD float mpt__div(float a, float b) {
+    float r;
+    MPT__KEEP(b);
+    r = a / b;
+    MPT__KEEP(r);
+    return r;
+}
+MPT_HD float mpt__sqrt(float a) {
+    float r = sqrtf(a);
+    MPT__KEEP(r);
+    return r;
+}
+MPT_HD float mpt__fma(float a, float b, float c) { /* a b + c, rounded once */
+    float r = fmaf(a, b, c);
+    MPT__KEEP(r);
+    return r;
+}
+#endif
+
+MPT_HD uint32_t mpt__bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+MPT_HD float mpt__float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+/* Not inf, not NaN, told by the bits so that -ffast-math cannot assume it. */
+MPT_HD int mpt__finite(float x) { return (mpt__bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+/* -- Activations -- */
+
+/* At most 0, and not NaN: ReLU lets NaN through, so that it cannot hide from the loss. */
+MPT_HD int mpt__not_positive(float x) {
+    const uint32_t u = mpt__bits(x);
+    return u == 0 || u - 0x80000000u <= 0x7f800000u;
+}
+
+MPT_HD float mpt__activate(mpt_activation act, float x) {
+    return act == MPT_RELU && mpt__not_positive(x) ? 0.0f : x;
+}
+
+/* dy times the derivative, told from the output y */
+MPT_HD float mpt__activate_backward(mpt_activation act, float y, float dy) {
+    return act == MPT_RELU && mpt__not_positive(y) ? 0.0f : dy;
+}
+
+/* -- Casts -- */
+
+typedef struct mpt__format {
+    int exponent, fraction; /* bits */
+    uint32_t largest;       /* bits of the largest finite value */
+    uint32_t inf;           /* bits that follow it: inf, or e4m3's NaN */
+} mpt__format;
+
+MPT_HD mpt__format mpt__format_of(mpt_dtype type) {
+    mpt__format f = {8, 23, 0x7f7fffffu, 0x7f800000u};
+    if (type == MPT_F16) { f.exponent = 5, f.fraction = 10, f.largest = 0x7bffu, f.inf = 0x7c00u; }
+    if (type == MPT_BF16) { f.exponent = 8, f.fraction = 7, f.largest = 0x7f7fu, f.inf = 0x7f80u; }
+    if (type == MPT_E5M2) { f.exponent = 5, f.fraction = 2, f.largest = 0x7bu, f.inf = 0x7cu; }
+    if (type == MPT_E4M3) { f.exponent = 4, f.fraction = 3, f.largest = 0x7eu, f.inf = 0x7fu; }
+    return f;
+}
+
+MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflow overflow, uint32_t random) {
+    const mpt__format f = mpt__format_of(type);
+    const uint32_t u = mpt__bits(x), magnitude = u & 0x7fffffffu;
+    const uint32_t sign = (u >> 31) << (f.exponent + f.fraction);
+    const int lowest = 129 - (1 << (f.exponent - 1)); /* fp32 exponent field of the format's smallest normal */
+    int exponent = (int)(magnitude >> 23), shift = 23 - f.fraction;
+    uint32_t significand = magnitude & 0x7fffffu, quotient, rest;
+
+    if (type == MPT_F32) return u;
+    if (magnitude > 0x7f800000u) /* NaN: quiet bit and the payload that fits; e4m3 has one NaN only */
+        return sign | f.inf | (type == MPT_E4M3 ? 0 : (1u << (f.fraction - 1)) | (significand >> shift));
+    if (magnitude == 0x7f800000u) return sign | (overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf);
+
+    /* The value in units of the last place of the result: integer part and rest. Normal results get their exponent
+       added; the leading 1 of the significand supplies its lowest bit, and a carry of the rounding moves up into it. */
+    if (exponent) significand |= 0x800000u;
+    else exponent = 1;
+    if (exponent < lowest) shift += lowest - exponent;
+    if (shift > 31) { /* far below the smallest subnormal */
+        significand = shift < 55 ? significand >> (shift - 31) : 0;
+        shift = 31;
+    }
+    quotient = significand >> shift;
+    rest = significand & ((1u << shift) - 1);
+    if (exponent > lowest) quotient += (uint32_t)(exponent - lowest) << f.fraction;
+
+    if (round == MPT_ROUND_NEAREST) {
+        const uint32_t half = 1u << (shift - 1);
+        quotient += rest > half || (rest == half && (quotient & 1));
+    } else if (round == MPT_ROUND_STOCHASTIC) {
+        quotient += (random >> (32 - shift)) < rest;
+    }
+    if (quotient > f.largest)
+        quotient = round == MPT_ROUND_ZERO || overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf;
+    return sign | quotient;
+}
+
+MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type) {
+    const mpt__format f = mpt__format_of(type);
+    const uint32_t sign = (bits >> (f.exponent + f.fraction)) << 31, ones = (1u << f.exponent) - 1;
+    uint32_t fraction = bits & ((1u << f.fraction) - 1), magnitude = bits & ((1u << (f.exponent + f.fraction)) - 1);
+    int exponent = (int)(magnitude >> f.fraction);
+
+    if (magnitude > f.inf || (type == MPT_E4M3 && magnitude == f.inf)) /* NaN */
+        return mpt__float(sign | 0x7fc00000u | (type == MPT_E4M3 ? 0 : fraction << (23 - f.fraction)));
+    if ((uint32_t)exponent == ones && type != MPT_E4M3) return mpt__float(sign | 0x7f800000u);
+    if (f.exponent == 8) return mpt__float(sign | magnitude << (23 - f.fraction)); /* same exponents as fp32 */
+    if (exponent == 0) {
+        if (fraction == 0) return mpt__float(sign);
+        for (exponent = 1; !(fraction >> f.fraction); exponent--) fraction <<= 1;
+        fraction &= (1u << f.fraction) - 1;
+    }
+    exponent += 128 - (1 << (f.exponent - 1));
+    return mpt__float(sign | (uint32_t)exponent << 23 | fraction << (23 - f.fraction));
+}
+
+MPT_HD mpt_f16 mpt_f16_from_f32(float x) {
+    mpt_f16 h;
+    h.bits = (uint16_t)mpt_narrow(x, MPT_F16, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+    return h;
+}
+MPT_HD mpt_bf16 mpt_bf16_from_f32(float x) {
+    mpt_bf16 h;
+    h.bits = (uint16_t)mpt_narrow(x, MPT_BF16, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+    return h;
+}
+MPT_HD mpt_e4m3 mpt_e4m3_from_f32(float x) {
+    mpt_e4m3 h;
+    h.bits = (uint8_t)mpt_narrow(x, MPT_E4M3, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+    return h;
+}
+MPT_HD mpt_e5m2 mpt_e5m2_from_f32(float x) {
+    mpt_e5m2 h;
+    h.bits = (uint8_t)mpt_narrow(x, MPT_E5M2, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+    return h;
+}
+MPT_HD float mpt_f32_from_f16(mpt_f16 x) { return mpt_widen(x.bits, MPT_F16); }
+MPT_HD float mpt_f32_from_bf16(mpt_bf16 x) { return mpt_widen(x.bits, MPT_BF16); }
+MPT_HD float mpt_f32_from_e4m3(mpt_e4m3 x) { return mpt_widen(x.bits, MPT_E4M3); }
+MPT_HD float mpt_f32_from_e5m2(mpt_e5m2 x) { return mpt_widen(x.bits, MPT_E5M2); }
+
+MPT_HD mpt_array mpt_typed_array(const void *p, mpt_dtype type) {
+    mpt_array a;
+    memcpy(&a.data, &p, sizeof p); /* drops const: an operation's inputs are never written */
+    a.type = type;
+    return a;
+}
+MPT_HD mpt_array mpt_f32_array(const float *p) { return mpt_typed_array(p, MPT_F32); }
+MPT_HD mpt_array mpt_f16_array(const mpt_f16 *p) { return mpt_typed_array(p, MPT_F16); }
+MPT_HD mpt_array mpt_bf16_array(const mpt_bf16 *p) { return mpt_typed_array(p, MPT_BF16); }
+
+/* -- Random numbers -- */
+
+MPT_HD uint64_t mpt__mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+MPT_HD uint32_t mpt_hash(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element) {
+    const uint64_t golden = 0x9e3779b97f4a7c15u; /* odd, near 2^64 / golden ratio: names far apart in every bit */
+    const uint64_t stream = mpt__mix(mpt__mix(mpt__mix(seed + golden) + step * golden) + tensor * golden);
+    return (uint32_t)(mpt__mix(stream + element * golden) >> 32);
+}
+
+MPT_HD float mpt_uniform(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element) {
+    return (float)(mpt_hash(seed, step, tensor, element) >> 8) * (1.0f / 16777216.0f);
+}
+
+/* -- Scaler -- */
+
+MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
+    const mpt_scaler_desc *d = &s->desc;
+    const int lowest = d->mode != MPT_SCALER_DYNAMIC || (!d->no_min && s->scale <= d->min_scale);
+    s->updates++;
+    s->overflows += found ? 1u : 0u;
+    s->stuck = found && lowest ? s->stuck + 1 : 0;
+    if (d->mode != MPT_SCALER_DYNAMIC) return;
+
+    if (found) {
+        const float smaller = (float)((double)s->scale * d->backoff_factor);
+        s->growth_tracker = d->late_growth ? -1 : 0;
+        if (s->hysteresis_left > 0) s->hysteresis_left--;
+        if (s->hysteresis_left == 0) s->scale = !d->no_min && smaller < d->min_scale ? d->min_scale : smaller;
+        return;
+    }
+    if (d->refill_when_clean) s->hysteresis_left = d->hysteresis;
+    if (++s->growth_tracker == d->growth_interval) {
+        const float larger = (float)((double)s->scale * d->growth_factor);
+        if (d->unguarded) s->scale = larger;
+        else if (mpt__finite(larger)) s->scale = larger < d->max_scale ? larger : d->max_scale;
+        s->growth_tracker = 0;
+        s->hysteresis_left = d->hysteresis;
+    }
+}
+
+/* -- Optimizers: one element --
+
+   PyTorch's formulas (torch/optim/sgd.py, adam.py; foreach and fused off), with the fused multiply-adds of its
+   vectorised CPU kernels: operation by operation the same roundings, but for its square root, which may be 1 ulp off. */
+
+typedef struct mpt__rates { /* constants of one step for one tensor, rounded to fp32 where PyTorch rounds them */
+    mpt_optimizer_kind kind;
+    int nesterov, first, has_momentum;
+    float inv_scale, clip; /* gradient times both */
+    float lr, decay;       /* AdamW: decay = 1 - lr * weight_decay */
+    float momentum, undamped;
+    float lerp, beta2, square;  /* 1 - beta1, beta2, 1 - beta2 */
+    float step_size, root, eps; /* lr / (1 - beta1^t), sqrt(1 - beta2^t) */
+} mpt__rates;
+
+MPT_HD mpt__rates mpt__rates_of(const mpt_optimizer_desc *d, const mpt_optimizer_state *s, const mpt_slice *slice) {
+    const double lr = d->lr * slice->lr_factor;
+    mpt__rates r;
+    r.kind = d->kind;
+    r.nesterov = d->nesterov;
+    r.first = s->applied == 0;
+    r.has_momentum = d->momentum != 0;
+    r.inv_scale = (float)s->inv_scale;
+    r.clip = (float)s->clip;
+    r.lr = (float)lr;
+    r.decay = (float)(d->kind == MPT_ADAMW ? 1 - lr * slice->weight_decay : slice->weight_decay);
+    r.momentum = (float)d->momentum;
+    r.undamped = (float)(1 - d->dampening);
+    r.lerp = (float)(1 - d->beta1);
+    r.beta2 = (float)d->beta2;
+    r.square = (float)(1 - d->beta2);
+    r.step_size = (float)(lr / (1 - s->beta1_power * d->beta1));
+    r.root = (float)sqrt(1 - s->beta2_power * d->beta2);
+    r.eps = (float)d->eps;
+    return r;
+}
+
+MPT_HD float mpt__sgd_element(const mpt__rates *r, float p, float g, float *buffer) {
+    if (r->decay != 0) g = mpt__fma(r->decay, p, g);
+    if (r->has_momentum) {
+        const float b = r->first ? g : mpt__fma(r->undamped, g, mpt__mul(*buffer, r->momentum));
+        *buffer = b;
+        g = r->nesterov ? mpt__fma(r->momentum, b, g) : b;
+    }
+    return mpt__fma(-r->lr, g, p);
+}
+
+MPT_HD float mpt__adam_element(const mpt__rates *r, float p, float g, float *m, float *v) {
+    float denominator;
+    if (r->kind == MPT_ADAMW) p = mpt__mul(p, r->decay);
+    else if (r->decay != 0) g = mpt__fma(r->decay, p, g);
+    *m = r->lerp < 0.5f ? mpt__fma(r->lerp, mpt__add(g, -*m), *m) : mpt__fma(r->lerp - 1, mpt__add(g, -*m), g);
+    *v = mpt__fma(mpt__mul(r->square, g), g, mpt__mul(*v, r->beta2));
+    denominator = mpt__add(mpt__div(mpt__sqrt(*v), r->root), r->eps);
+    return mpt__add(p, mpt__div(mpt__mul(-r->step_size, *m), denominator));
+}
+
+/* The new value of a parameter from its scaled gradient; m and v are its moments, as far as the kind has them. */
+MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m, float *v) {
+    g = mpt__mul(mpt__mul(g, r->inv_scale), r->clip);
+    return r->kind == MPT_SGD ? mpt__sgd_element(r, p, g, m) : mpt__adam_element(r, p, g, m, v);
+}
+
+/* -- Optimizers: one step -- */
+
+/* After a check: scan is of the scaled gradients, with scan.first an element index of the flat arrays. */
+MPT_HD void mpt__state_checked(mpt_optimizer_state *s, const mpt_scaler_state *scaler, const mpt_slice *slices,
+                               int tensors, const mpt_scan *scan) {
+    int t = 0;
+    s->scan = *scan;
+    s->inv_scale = (float)(1.0 / scaler->scale); /* inf for a scale under 2^-128: found, like any overflow */
+    s->found = scan->inf || scan->nan || !mpt__finite((float)s->inv_scale);
+    s->grad_norm = sqrt(scan->sum_squares) * s->inv_scale;
+    s->clip = 1;
+    if (s->found)
+        while (t < tensors && slices[t].offset <= scan->first) t++;
+    s->scan.first = (uint64_t)t;
+}
+
+/* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first */
+MPT_HD void mpt__state_clip(mpt_optimizer_state *s, double max_norm) {
+    const float factor = mpt__mul(mpt__div(1, mpt__add((float)s->grad_norm, 1e-6f)), (float)max_norm);
+    s->clip = factor < 1 ? (double)factor : 1;
+}
+
+/* After a step: the counters of an applied one, or the journal of a skipped one. */
+MPT_HD void mpt__state_stepped(mpt_optimizer_state *s, const mpt_optimizer_desc *d, const mpt_scaler_state *scaler) {
+    s->attempted++;
+    if (!s->found) {
+        s->applied++;
+        s->beta1_power *= d->beta1;
+        s->beta2_power *= d->beta2;
+    } else {
+        mpt_skip *skip = &s->journal[s->skipped % MPT_JOURNAL];
+        s->skipped++;
+        skip->step = s->attempted;
+        skip->scale = scaler->scale;
+        skip->tensor = (int32_t)s->scan.first;
+        skip->inf = s->scan.inf;
+        skip->nan = s->scan.nan;
+    }
+}
+
+#endif /* MPT_H */
+
+#if defined(MPT_IMPLEMENTATION) && !defined(MPT__IMPLEMENTED)
+#define MPT__IMPLEMENTED
+
+/* ==== CORE ==== */
+
+#include <stdarg.h>
+#include <stdlib.h>
+#ifndef MPT_NO_THREADS
+#include <pthread.h>
+#include <unistd.h>
+#endif
+
+enum {
+    MPT__ALIGN = 64,                        /* of every allocation: a cache line, an AVX-512 register */
+    MPT__OVERHEAD = MPT__ALIGN + 16,        /* room to align, and the header below */
+    MPT__RUN = 64,                          /* elements that elementwise loops take at a time, in fp32 on the stack */
+    MPT__MAX_THREADS = 64,
+    MPT__SCAN_BLOCKS = 64                   /* partial results of a scan */
+};
+
+typedef struct mpt__pool mpt__pool;
+
+struct mpt_context {
+    mpt_context_desc desc;
+    const mpt_backend *backend;
+    void *device;                           /* the backend's own state */
+    int threads;
+    mpt__pool *pool;                        /* NULL with one thread */
+    float *workspace;                       /* of the CPU engine: MPT__WORKSPACE floats a thread */
+    mpt_scan scans[MPT__SCAN_BLOCKS];       /* partial results of the running scan */
+    char why[256];
+};
+
+/* -- Errors -- */
+
+typedef struct mpt__text { /* bounded text under construction */
+    char *at, *end;        /* *end is the terminating 0 */
+} mpt__text;
+
+static void mpt__put_char(mpt__text *t, char c) {
+    if (t->at < t->end) *t->at++ = c;
+    *t->at = 0;
+}
+
+static void mpt__put_string(mpt__text *t, const char *s) {
+    for (s = s ? s : "(null)"; *s; s++) mpt__put_char(t, *s);
+}
+
+static void mpt__put_unsigned(mpt__text *t, uint64_t u) {
+    char digits[20];
+    int n = 0;
+    do digits[n++] = (char)('0' + (int)(u % 10));
+    while (u /= 10);
+    while (n) mpt__put_char(t, digits[--n]);
+}
+
+/* Six significant digits, as %g; by hand because printf's decimal point depends on the locale. */
+static void mpt__put_double(mpt__text *t, double x) {
+    const float f = (float)x;
+    int exponent = 0, digits, point, i;
+    uint64_t mantissa;
+    if ((mpt__bits(f) & 0x7fffffffu) > 0x7f800000u) { mpt__put_string(t, "nan"); return; }
+    if (mpt__bits(f) >> 31) { mpt__put_char(t, '-'); x = -x; }
+    if (!mpt__finite(f)) { mpt__put_string(t, "inf"); return; }
+    if (!(x > 0)) { mpt__put_char(t, '0'); return; }
+    for (; x >= 10; exponent++) x /= 10;
+    for (; x < 1; exponent--) x *= 10;
+    mantissa = (uint64_t)(x * 1e5 + 0.5);
+    if (mantissa >= 1000000) { mantissa /= 10; exponent++; }
+    for (digits = 6; digits > 1 && mantissa % 10 == 0; digits--) mantissa /= 10;
+    if (exponent >= -4 && exponent < 6) { /* plain: move the point */
+        char text[6];
+        for (i = digits; i-- > 0; mantissa /= 10) text[i] = (char)('0' + (int)(mantissa % 10));
+        if (exponent < 0) mpt__put_string(t, "0.");
+        for (i = exponent; i < -1; i++) mpt__put_char(t, '0');
+        for (i = 0; i < digits || i <= exponent; i++) {
+            mpt__put_char(t, i < digits ? text[i] : '0');
+            if (i == exponent && i + 1 < digits) mpt__put_char(t, '.');
+        }
+        return;
+    }
+    for (point = 1, i = 1; i < digits; i++) point *= 10;
+    mpt__put_unsigned(t, mantissa / (uint64_t)point);
+    if (digits > 1) {
+        mpt__put_char(t, '.');
+        for (mantissa %= (uint64_t)point, point /= 10; point; point /= 10)
+            mpt__put_char(t, (char)('0' + (int)(mantissa / (uint64_t)point % 10)));
+    }
+    mpt__put_char(t, 'e');
+    if (exponent < 0) mpt__put_char(t, '-');
+    mpt__put_unsigned(t, (uint64_t)(exponent < 0 ? -exponent : exponent));
+}
+
+static void mpt__format_list(char *out, size_t size, const char *format, va_list args) {
+    mpt__text t;
+    t.at = out;
+    t.end = out + size - 1;
+    *out = 0;
+    for (; *format; format++) {
+        if (*format != '%') {
+            mpt__put_char(&t, *format);
+            continue;
+        }
+        switch (*++format) {
+        case 's': mpt__put_string(&t, va_arg(args, const char *)); break;
+        case 'z': mpt__put_unsigned(&t, va_arg(args, size_t)); break;
+        case 'g': mpt__put_double(&t, va_arg(args, double)); break;
+        default: { /* 'd' */
+            const int64_t i = va_arg(args, int);
+            if (i < 0) mpt__put_char(&t, '-');
+            mpt__put_unsigned(&t, (uint64_t)(i < 0 ? -i : i));
+        }
+        }
+    }
+}
+
+static void mpt__print(char *out, size_t size, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    mpt__format_list(out, size, format, args);
+    va_end(args);
+}
+
+MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...) {
+    va_list args;
+    if (!ctx) return result;
+    va_start(args, format);
+    mpt__format_list(ctx->why, sizeof ctx->why, format, args);
+    va_end(args);
+    if (ctx->desc.log) ctx->desc.log(MPT_LOG_ERROR, ctx->why, ctx->desc.user);
+    return result;
+}
+
+/* Returns from the calling function when a call did not succeed. */
+#define MPT__TRY(call)                                  \
+    do {                                                \
+        const mpt_result mpt__r = (call);               \
+        if (mpt__r != MPT_OK) return mpt__r;            \
+    } while (0)
+
+MPT_DEF const char *mpt_why(const mpt_context *ctx) { return ctx ? ctx->why : "the context is NULL"; }
+
+MPT_DEF const char *mpt_result_text(mpt_result result) {
+    switch (result) {
+#define MPT__X(id, text) \
+    case MPT_##id: return text;
+        MPT_RESULTS(MPT__X)
+#undef MPT__X
+    default: return "unknown result code";
+    }
+}
+
+MPT_DEF int mpt_version(void) { return MPT_VERSION; }
+
+/* -- Memory -- */
+
+static int mpt__multiply(size_t *out, size_t a, size_t b) {
+    if (b && a > (size_t)-1 / b) return 0;
+    *out = a * b;
+    return 1;
+}
+
+/* Bytes of `count` elements, or MPT_ERROR_SHAPE: more than half the address space is refused. */
+static mpt_result mpt__bytes(mpt_context *ctx, const char *what, size_t count, size_t size, size_t *bytes) {
+    *bytes = 0;
+    if (mpt__multiply(bytes, count, size) && *bytes <= (size_t)-1 / 2) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %z elements of %z bytes overflow size_t", what, count, size);
+}
+
+static void *mpt__desc_alloc(const mpt_context_desc *desc, size_t bytes) {
+    return desc->alloc ? desc->alloc(bytes, desc->user) : malloc(bytes);
+}
+
+static void mpt__desc_release(const mpt_context_desc *desc, void *p, size_t bytes) {
+    if (desc->release) desc->release(p, bytes, desc->user);
+    else free(p);
+}
+
+typedef struct mpt__header { /* just below every aligned block */
+    void *raw;
+    size_t bytes;
+} mpt__header;
+
+/* Zeroed host memory, 64-byte aligned. */
+static void *mpt__host_alloc(mpt_context *ctx, size_t bytes) {
+    mpt__header header;
+    char *p;
+    header.bytes = bytes + MPT__OVERHEAD;
+    header.raw = bytes <= (size_t)-1 / 2 ? mpt__desc_alloc(&ctx->desc, header.bytes) : NULL;
+    if (!header.raw) {
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "out of memory: the allocator refused %z bytes", bytes);
+        return NULL;
+    }
+    p = (char *)header.raw + sizeof header;
+    p += (MPT__ALIGN - (uintptr_t)p % MPT__ALIGN) % MPT__ALIGN;
+    memcpy(p - sizeof header, &header, sizeof header);
+    memset(p, 0, bytes);
+    return p;
+}
+
+static void mpt__host_free(mpt_context *ctx, void *p) {
+    mpt__header header;
+    if (!p) return;
+    memcpy(&header, (char *)p - sizeof header, sizeof header);
+    mpt__desc_release(&ctx->desc, header.raw, header.bytes);
+}
+
+MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes) {
+    return ctx && bytes ? ctx->backend->alloc(ctx, bytes) : NULL;
+}
+
+MPT_DEF void mpt_free(mpt_context *ctx, void *p) {
+    if (ctx && p) ctx->backend->release(ctx, p);
+}
+
+MPT_DEF mpt_result mpt_upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
+    if (!ctx || !device || !host) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "upload: an argument is NULL");
+    return ctx->backend->upload(ctx, device, host, bytes);
+}
+
+MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device, size_t bytes) {
+    if (!ctx || !device || !host) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "download: an argument is NULL");
+    return ctx->backend->download(ctx, host, device, bytes);
+}
+
+/* -- Threads --
+
+   mpt__parallel splits [0, count) into one contiguous range a thread. What a task computes for an index must not depend
+   on the split: then the bits are the same for any number of threads. */
+
+typedef void (*mpt__task)(void *arg, size_t begin, size_t end, int worker);
+
+#ifdef MPT_NO_THREADS
+
+static mpt_result mpt__pool_start(mpt_context *ctx) {
+    ctx->threads = 1;
+    return MPT_OK;
+}
+
+static void mpt__pool_stop(mpt_context *ctx) { (void)ctx; }
+
+static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
+    (void)ctx, (void)threads;
+    task(arg, 0, count, 0);
+}
+
+#else
+
+typedef struct mpt__worker {
+    pthread_t thread;
+    mpt__pool *pool;
+    int index; /* 1.. ; the caller is 0 */
+} mpt__worker;
+
+struct mpt__pool {
+    pthread_mutex_t lock;
+    pthread_cond_t start, done;
+    mpt__worker workers[MPT__MAX_THREADS];
+    int started;  /* workers that run */
+    int stopping;
+    unsigned job; /* number of the current job; workers wait for it to change */
+    int busy;     /* workers that have not finished it */
+    mpt__task task;
+    void *arg;
+    size_t count;
+    int threads; /* that share the job */
+};
+
+static void mpt__pool_share(mpt__pool *pool, int index) {
+    const size_t threads = (size_t)pool->threads, i = (size_t)index;
+    const size_t each = pool->count / threads, rest = pool->count % threads;
+    const size_t begin = i * each + (i < rest ? i : rest);
+    if (i < threads) pool->task(pool->arg, begin, begin + each + (i < rest), index);
+}
+
+static void *mpt__pool_main(void *arg) {
+    mpt__worker *worker = (mpt__worker *)arg;
+    mpt__pool *pool = worker->pool;
+    unsigned seen = 0;
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (pool->job == seen && !pool->stopping) pthread_cond_wait(&pool->start, &pool->lock);
+        if (pool->stopping) break;
+        seen = pool->job;
+        pthread_mutex_unlock(&pool->lock);
+        mpt__pool_share(pool, worker->index);
+        pthread_mutex_lock(&pool->lock);
+        if (--pool->busy == 0) pthread_cond_signal(&pool->done);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
+    mpt__pool *pool = ctx->pool;
+    pthread_mutex_lock(&pool->lock);
+    pool->task = task, pool->arg = arg, pool->count = count, pool->threads = threads;
+    pool->busy = pool->started;
+    pool->job++;
+    pthread_cond_broadcast(&pool->start);
+    pthread_mutex_unlock(&pool->lock);
+    mpt__pool_share(pool, 0);
+    pthread_mutex_lock(&pool->lock);
+    while (pool->busy) pthread_cond_wait(&pool->done, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static void mpt__pool_stop(mpt_context *ctx) {
+    mpt__pool *pool = ctx->pool;
+    int i;
+    if (!pool) return;
+    pthread_mutex_lock(&pool->lock);
+    pool->stopping = 1;
+    pthread_cond_broadcast(&pool->start);
+    pthread_mutex_unlock(&pool->lock);
+    for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->start);
+    pthread_mutex_destroy(&pool->lock);
+    mpt__host_free(ctx, pool);
+    ctx->pool = NULL;
+}
+
+static mpt_result mpt__pool_start(mpt_context *ctx) {
+    mpt__pool *pool;
+    if (ctx->threads == 0) {
+        const long online = sysconf(_SC_NPROCESSORS_ONLN);
+        ctx->threads = online < 1 ? 1 : online > MPT__MAX_THREADS ? MPT__MAX_THREADS : (int)online;
+    }
+    if (ctx->threads == 1) return MPT_OK;
+    pool = ctx->pool = (mpt__pool *)mpt__host_alloc(ctx, sizeof *pool);
+    if (!pool) return MPT_ERROR_NO_MEMORY;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->start, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    for (; pool->started < ctx->threads - 1; pool->started++) {
+        mpt__worker *worker = &pool->workers[pool->started];
+        worker->pool = pool;
+        worker->index = pool->started + 1;
+        if (pthread_create(&worker->thread, NULL, mpt__pool_main, worker))
+            return mpt_fail(ctx, MPT_ERROR_UNSUPPORTED, "open: thread %d of %d could not be started", worker->index,
+                            ctx->threads);
+    }
+    return MPT_OK;
+}
+
+#endif
+
+/* work: about how many multiplies or element visits the whole call is. Too little of it stays on this thread: waking a
+   worker costs some microseconds. */
+static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task task, void *arg) {
+    const size_t each = 65536; /* worth a thread */
+    size_t threads = work / each;
+    if (threads > (size_t)ctx->threads) threads = (size_t)ctx->threads;
+    if (threads > count) threads = count;
+    if (threads > 1) mpt__pool_run(ctx, count, (int)threads, task, arg);
+    else if (count) task(arg, 0, count, 0);
+}
+
+/* -- Opening -- */
+
+static const mpt_backend *mpt__cpu_backend(int reference);
+static mpt_result mpt__cpu_workspace(mpt_context *ctx);
+
+MPT_DEF void mpt_close(mpt_context *ctx) {
+    mpt_context_desc desc;
+    if (!ctx) return;
+    if (ctx->backend->close) ctx->backend->close(ctx);
+    mpt__pool_stop(ctx);
+    mpt__host_free(ctx, ctx->workspace);
+    desc = ctx->desc;
+    mpt__desc_release(&desc, ctx, sizeof *ctx);
+}
+
+static mpt_context *mpt__open_failed(const mpt_context_desc *desc, const char *why) {
+    if (desc->log) desc->log(MPT_LOG_ERROR, why, desc->user);
+    return NULL;
+}
+
+MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_backend *backend, void *device) {
+    mpt_context_desc desc = MPT_ZERO;
+    mpt_context *ctx;
+    if (user) desc = *user;
+    if (!backend) return mpt__open_failed(&desc, "open: backend is NULL");
+    if (!desc.alloc != !desc.release) return mpt__open_failed(&desc, "open: set both alloc and release, or neither");
+    if (desc.threads < 0 || desc.threads > MPT__MAX_THREADS)
+        return mpt__open_failed(&desc, "open: threads is not in 0..64");
+    ctx = (mpt_context *)mpt__desc_alloc(&desc, sizeof *ctx);
+    if (!ctx) return mpt__open_failed(&desc, "open: out of memory");
+    memset(ctx, 0, sizeof *ctx);
+    ctx->desc = desc;
+    ctx->backend = backend;
+    ctx->device = device;
+    ctx->threads = desc.threads;
+    return ctx;
+}
+
+MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
+    mpt_context *ctx = mpt_open_backend(desc, mpt__cpu_backend(desc && desc->reference), NULL);
+    if (ctx && (mpt__pool_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK)) {
+        mpt_close(ctx);
+        ctx = NULL;
+    }
+    return ctx;
+}
+
+MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx->device; }
+MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx->backend->name; }
+MPT_DEF int mpt_thread_count(const mpt_context *ctx) { return ctx->threads ? ctx->threads : 1; }
+
+/* -- Arrays in fp32 -- */
+
+MPT_DEF size_t mpt_dtype_size(mpt_dtype type) {
+    switch (type) {
+    case MPT_F32: return 4;
+    case MPT_F16:
+    case MPT_BF16: return 2;
+    case MPT_E4M3:
+    case MPT_E5M2: return 1;
+    default: return 0;
+    }
+}
+
+MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
+    static const char *const names[] = {"f32", "f16", "bf16", "e4m3", "e5m2"};
+    return (unsigned)type < MPT_DTYPE_COUNT ? names[type] : "unknown type";
+}
+
+/* dst(n) = a[i..i+n) as fp32 */
+static void mpt__load(mpt_array a, size_t i, size_t n, float *dst) {
+    const uint8_t *byte = (const uint8_t *)a.data;
+    const uint16_t *half = (const uint16_t *)a.data;
+    size_t j;
+    switch (a.type) {
+    case MPT_F32: memcpy(dst, (const float *)a.data + i, n * sizeof *dst); break;
+    case MPT_F16: for (j = 0; j < n; j++) dst[j] = mpt_widen(half[i + j], MPT_F16); break;
+    case MPT_BF16: for (j = 0; j < n; j++) dst[j] = mpt_widen(half[i + j], MPT_BF16); break;
+    case MPT_E4M3: for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[i + j], MPT_E4M3); break;
+    default: for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[i + j], MPT_E5M2);
+    }
+}
+
+/* a[i..i+n) = src(n), rounded to nearest even */
+static void mpt__store(mpt_array a, size_t i, size_t n, const float *src) {
+    uint8_t *byte = (uint8_t *)a.data;
+    uint16_t *half = (uint16_t *)a.data;
+    size_t j;
+    switch (a.type) {
+    case MPT_F32: memcpy((float *)a.data + i, src, n * sizeof *src); break;
+    case MPT_F16: for (j = 0; j < n; j++) half[i + j] = mpt_f16_from_f32(src[j]).bits; break;
+    case MPT_BF16: for (j = 0; j < n; j++) half[i + j] = mpt_bf16_from_f32(src[j]).bits; break;
+    case MPT_E4M3: for (j = 0; j < n; j++) byte[i + j] = mpt_e4m3_from_f32(src[j]).bits; break;
+    default: for (j = 0; j < n; j++) byte[i + j] = mpt_e5m2_from_f32(src[j]).bits;
+    }
+}
+
+static float mpt__get(mpt_array a, size_t i) {
+    float x;
+    mpt__load(a, i, 1, &x);
+    return x;
+}
+
+static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
+
+/* -- Arrays and operations: arguments are checked here, the backend does the work -- */
+
+static mpt_result mpt__need_any(mpt_context *ctx, const char *call, const char *name, mpt_array a) {
+    if (!a.data) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call, name);
+    if ((unsigned)a.type < MPT_DTYPE_COUNT) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_TYPE, "%s: %s has the unknown type %d", call, name, (int)a.type);
+}
+
+/* What operations compute with: not fp8. */
+static mpt_result mpt__need(mpt_context *ctx, const char *call, const char *name, mpt_array a) {
+    MPT__TRY(mpt__need_any(ctx, call, name, a));
+    if (a.type <= MPT_BF16) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_TYPE, "%s: %s has type %s; f32, f16 and bf16 are allowed", call, name,
+                    mpt_dtype_name(a.type));
+}
+
+static mpt_result mpt__need_act(mpt_context *ctx, const char *call, mpt_activation act) {
+    if ((unsigned)act < MPT_ACTIVATION_COUNT) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: unknown activation %d", call, (int)act);
+}
+
+/* A product of sizes that an array has must fit into size_t as bytes. */
+static mpt_result mpt__need_size(mpt_context *ctx, const char *call, size_t a, size_t b, size_t c, size_t d) {
+    size_t n;
+    if (mpt__multiply(&n, a, b) && mpt__multiply(&n, n, c) && mpt__multiply(&n, n, d) && n <= (size_t)-1 / 16)
+        return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %z x %z x %z x %z elements overflow size_t", call, a, b, c, d);
+}
+
+static mpt_result mpt__need_context(mpt_context *ctx) { return ctx ? MPT_OK : MPT_ERROR_ARGUMENT; }
+
+MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array dst, const mpt_rounding *rounding) {
+    mpt_map_op op = MPT_ZERO;
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need_any(ctx, "cast", "src", src));
+    MPT__TRY(mpt__need_any(ctx, "cast", "dst", dst));
+    MPT__TRY(mpt__need_size(ctx, "cast", n, 1, 1, 1));
+    op.map = MPT_MAP_CAST;
+    op.n = n;
+    op.a = src;
+    op.out = dst;
+    if (rounding) op.rounding = *rounding;
+    if ((unsigned)op.rounding.round > MPT_ROUND_STOCHASTIC || (unsigned)op.rounding.overflow > MPT_OVERFLOW_SATURATE)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cast: unknown rounding %d or overflow %d", (int)op.rounding.round,
+                        (int)op.rounding.overflow);
+    return ctx->backend->map(ctx, &op);
+}
+
+MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need_any(ctx, "scan", "x", x));
+    MPT__TRY(mpt__need_size(ctx, "scan", n, 1, 1, 1));
+    if (!out) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scan: out is NULL");
+    return ctx->backend->scan(ctx, n, x, out);
+}
+
+MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need_any(ctx, "histogram", "x", x));
+    MPT__TRY(mpt__need_size(ctx, "histogram", n, 1, 1, 1));
+    if (!h) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "histogram: h is NULL");
+    return ctx->backend->histogram(ctx, n, x, h);
+}
+
+MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale) {
+    const mpt__format f = mpt__format_of(type);
+    const int bias = (1 << (f.exponent - 1)) - 1;
+    const int normal = 1 - bias, smallest = normal - f.fraction; /* exponents of the smallest normal and subnormal */
+    const int largest = (int)(f.largest >> f.fraction) - bias;   /* exponent of the largest value */
+    uint64_t total = 0, flushed = 0, subnormal = 0, overflowed = 0;
+    mpt_fit fit = MPT_ZERO;
+    int e;
+    for (e = 0; e < 255; e++) {
+        const int exponent = e - 127 + log2_scale;
+        const uint64_t count = h->exponent[e];
+        total += count;
+        if (exponent < smallest - 1) flushed += count; /* under half the smallest subnormal, which rounds up to it */
+        else if (exponent < normal) subnormal += count;
+        else if (exponent > largest) overflowed += count;
+    }
+    if (total) {
+        fit.flushed = (double)flushed / (double)total;
+        fit.subnormal = (double)subnormal / (double)total;
+        fit.overflowed = (double)overflowed / (double)total;
+    }
+    return fit;
+}
+
+MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
+                            mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
+    mpt_gemm_op op = MPT_ZERO;
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need(ctx, "gemm", "a", a));
+    MPT__TRY(mpt__need(ctx, "gemm", "b", b));
+    MPT__TRY(mpt__need(ctx, "gemm", "c", c));
+    if (lda < (trans_a ? m : k) || ldb < (trans_b ? k : n) || ldc < n)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "gemm: lda %z, ldb %z or ldc %z is shorter than its row (m %z, n %z, k %z)",
+                        lda, ldb, ldc, m, n, k);
+    MPT__TRY(mpt__need_size(ctx, "gemm: a", trans_a ? k : m, lda, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "gemm: b", trans_b ? n : k, ldb, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "gemm: c", m, ldc, 1, 1));
+    op.trans_a = trans_a, op.trans_b = trans_b;
+    op.m = m, op.n = n, op.k = k;
+    op.alpha = alpha, op.beta = beta;
+    op.a = a, op.lda = lda;
+    op.b = b, op.ldb = ldb;
+    op.c = c, op.ldc = ldc;
+    return m && n ? ctx->backend->gemm(ctx, &op) : MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array x, mpt_array w,
+                                      mpt_array b, mpt_activation act, mpt_array y) {
+    mpt_gemm_op op = MPT_ZERO;
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need(ctx, "linear", "x", x));
+    MPT__TRY(mpt__need(ctx, "linear", "w", w));
+    MPT__TRY(mpt__need(ctx, "linear", "y", y));
+    if (b.data) MPT__TRY(mpt__need(ctx, "linear", "b", b));
+    MPT__TRY(mpt__need_act(ctx, "linear", act));
+    MPT__TRY(mpt__need_size(ctx, "linear: x", N, I, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "linear: w", O, I, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "linear: y", N, O, 1, 1));
+    op.trans_b = 1;
+    op.m = N, op.n = O, op.k = I;
+    op.alpha = 1;
+    op.a = x, op.lda = I;
+    op.b = w, op.ldb = I;
+    op.c = y, op.ldc = O;
+    op.bias = b;
+    op.act = act;
+    return N && O ? ctx->backend->gemm(ctx, &op) : MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array w,
+                                            float beta, mpt_array dx) {
+    return mpt_gemm(ctx, 0, 0, N, I, O, 1, dy, O, w, I, beta, dx, I);
+}
+
+MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array x,
+                                              float beta, mpt_array dw) {
+    return mpt_gemm(ctx, 1, 0, O, I, N, 1, dy, O, x, I, beta, dw, I);
+}
+
+MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need(ctx, "bias_backward", "dy", dy));
+    MPT__TRY(mpt__need(ctx, "bias_backward", "db", db));
+    MPT__TRY(mpt__need_size(ctx, "bias_backward: dy", rows, C, 1, 1));
+    return ctx->backend->column_sums(ctx, rows, C, dy, beta, db);
+}
+
+/* Output positions of a window of `reach` along `size`: 0 if it does not fit even once. */
+static size_t mpt__window_count(size_t size, size_t padding, size_t reach, size_t stride) {
+    return size + 2 * padding < reach ? 0 : (size + 2 * padding - reach) / stride + 1;
+}
+
+/* Fills in the defaults of user's shape and finds P and Q. */
+static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *user, mpt_conv2d_op *op) {
+    mpt_conv2d_shape *s = &op->shape;
+    size_t reach_h, reach_w;
+    if (!user) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d: shape is NULL");
+    *s = *user;
+    if (!s->stride) s->stride = 1;
+    if (!s->dilation) s->dilation = 1;
+    if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W, s->C,
+                        s->K, s->R, s->S);
+    MPT__TRY(mpt__need_size(ctx, "conv2d: x", s->N, s->H, s->W, s->C));
+    MPT__TRY(mpt__need_size(ctx, "conv2d: w", s->K, s->R, s->S, s->C));
+    if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
+        s->padding > (size_t)-1 / 64 || mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
+        mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: kernel %zx%z, dilation %z, on a %zx%z input with padding %z", s->R,
+                        s->S, s->dilation, s->H, s->W, s->padding);
+    op->P = mpt__window_count(s->H, s->padding, reach_h + 1, s->stride);
+    op->Q = mpt__window_count(s->W, s->padding, reach_w + 1, s->stride);
+    MPT__TRY(mpt__need_size(ctx, "conv2d: y", s->N, op->P, op->Q, s->K));
+    MPT__TRY(mpt__need_size(ctx, "conv2d: taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1));
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q) {
+    mpt_conv2d_op op = MPT_ZERO;
+    const mpt_result r = P && Q ? mpt__conv2d_plan(ctx, shape, &op)
+                                : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d_output: P or Q is NULL");
+    if (P) *P = r == MPT_OK ? op.P : 0;
+    if (Q) *Q = r == MPT_OK ? op.Q : 0;
+    return r;
+}
+
+static mpt_result mpt__conv2d_run(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_conv2d_op *op, const char *names) {
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__conv2d_plan(ctx, shape, op));
+    MPT__TRY(mpt__need(ctx, names, op->pass == MPT_BACKWARD_DATA ? "dx" : "x", op->x));
+    MPT__TRY(mpt__need(ctx, names, op->pass == MPT_BACKWARD_WEIGHT ? "dw" : "w", op->w));
+    MPT__TRY(mpt__need(ctx, names, op->pass == MPT_FORWARD ? "y" : "dy", op->y));
+    if (op->bias.data) MPT__TRY(mpt__need(ctx, names, "b", op->bias));
+    MPT__TRY(mpt__need_act(ctx, names, op->act));
+    return ctx->backend->conv2d(ctx, op);
+}
+
+MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array x, mpt_array w,
+                                      mpt_array b, mpt_activation act, mpt_array y) {
+    mpt_conv2d_op op = MPT_ZERO;
+    op.pass = MPT_FORWARD;
+    op.x = x, op.w = w, op.y = y;
+    op.bias = b;
+    op.act = act;
+    return mpt__conv2d_run(ctx, shape, &op, "conv2d_forward");
+}
+
+MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array w,
+                                            float beta, mpt_array dx) {
+    mpt_conv2d_op op = MPT_ZERO;
+    op.pass = MPT_BACKWARD_DATA;
+    op.x = dx, op.w = w, op.y = dy;
+    op.beta = beta;
+    return mpt__conv2d_run(ctx, shape, &op, "conv2d_backward_data");
+}
+
+MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array x,
+                                              float beta, mpt_array dw) {
+    mpt_conv2d_op op = MPT_ZERO;
+    op.pass = MPT_BACKWARD_WEIGHT;
+    op.x = x, op.w = dw, op.y = dy;
+    op.beta = beta;
+    return mpt__conv2d_run(ctx, shape, &op, "conv2d_backward_weight");
+}
+
+static mpt_result mpt__map_run(mpt_context *ctx, const char *call, const mpt_map_op *op) {
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "y" : op->map == MPT_MAP_ADD ? "a" : "x", op->a));
+    if (op->map != MPT_MAP_ACTIVATION)
+        MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ADD ? "b" : "dy", op->b));
+    MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "dx" : "y", op->out));
+    MPT__TRY(mpt__need_act(ctx, call, op->act));
+    MPT__TRY(mpt__need_size(ctx, call, op->n, 1, 1, 1));
+    return ctx->backend->map(ctx, op);
+}
+
+MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y) {
+    mpt_map_op op = MPT_ZERO;
+    op.map = MPT_MAP_ACTIVATION;
+    op.n = n;
+    op.a = x, op.out = y;
+    op.act = act;
+    return mpt__map_run(ctx, "activation_forward", &op);
+}
+
+MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array y, mpt_array dy,
+                                           float beta, mpt_array dx) {
+    mpt_map_op op = MPT_ZERO;
+    op.map = MPT_MAP_ACTIVATION_GRADIENT;
+    op.n = n;
+    op.a = y, op.b = dy, op.out = dx;
+    op.beta = beta;
+    op.act = act;
+    return mpt__map_run(ctx, "activation_backward", &op);
+}
+
+MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
+                                  mpt_array y) {
+    mpt_map_op op = MPT_ZERO;
+    op.map = MPT_MAP_ADD;
+    op.n = n;
+    op.a = a, op.b = b, op.out = y;
+    op.beta = beta;
+    op.act = act;
+    return mpt__map_run(ctx, "add_arrays", &op);
+}
+
+static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *user, mpt_pool2d_op *op) {
+    mpt_pool2d_shape *s = &op->shape;
+    if (!user) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: shape is NULL");
+    if (kind != MPT_POOL_MAX && kind != MPT_POOL_AVERAGE)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: unknown kind %d", (int)kind);
+    op->kind = kind;
+    *s = *user;
+    if (!s->H || !s->W || !s->C || !s->R || !s->S)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C, s->R,
+                        s->S);
+    MPT__TRY(mpt__need_size(ctx, "pool2d: x", s->N, s->H, s->W, s->C));
+    if (s->padding > s->R / 2 || s->padding > s->S / 2)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %z is more than half the window %zx%z", s->padding, s->R, s->S);
+    op->stride_h = s->stride ? s->stride : s->R;
+    op->stride_w = s->stride ? s->stride : s->S;
+    op->P = s->R > s->H + 2 * s->padding ? 0 : mpt__window_count(s->H, s->padding, s->R, op->stride_h);
+    op->Q = s->S > s->W + 2 * s->padding ? 0 : mpt__window_count(s->W, s->padding, s->S, op->stride_w);
+    if (!op->P || !op->Q)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zx%z on a %zx%z input with padding %z", s->R, s->S, s->H, s->W,
+                        s->padding);
+    if (kind == MPT_POOL_MAX && s->R > 65536 / s->S)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zx%z has more than 65536 elements", s->R, s->S);
+    return mpt__need_size(ctx, "pool2d: y", s->N, op->P, op->Q, s->C);
+}
+
+MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q) {
+    mpt_pool2d_op op = MPT_ZERO;
+    const mpt_result r = P && Q ? mpt__pool2d_plan(ctx, MPT_POOL_AVERAGE, shape, &op)
+                                : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d_output: P or Q is NULL");
+    if (P) *P = r == MPT_OK ? op.P : 0;
+    if (Q) *Q = r == MPT_OK ? op.Q : 0;
+    return r;
+}
+
+static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_pool2d_op *op) {
+    const int forward = op->pass == MPT_FORWARD;
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__pool2d_plan(ctx, kind, shape, op));
+    MPT__TRY(mpt__need(ctx, "pool2d", forward ? "x" : "dx", op->x));
+    MPT__TRY(mpt__need(ctx, "pool2d", forward ? "y" : "dy", op->y));
+    if (kind == MPT_POOL_MAX && !op->index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
+    if (forward && op->x.type != op->y.type)
+        return mpt_fail(ctx, MPT_ERROR_TYPE, "pool2d: x is %s but y is %s", mpt_dtype_name(op->x.type),
+                        mpt_dtype_name(op->y.type));
+    return ctx->backend->pool2d(ctx, op);
+}
+
+MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
+                                      mpt_array y, uint16_t *index) {
+    mpt_pool2d_op op = MPT_ZERO;
+    op.pass = MPT_FORWARD;
+    op.x = x, op.y = y;
+    op.index = index;
+    return mpt__pool2d_run(ctx, kind, shape, &op);
+}
+
+MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array dy,
+                                       const uint16_t *index, float beta, mpt_array dx) {
+    mpt_pool2d_op op = MPT_ZERO;
+    op.pass = MPT_BACKWARD_DATA;
+    op.x = dx, op.y = dy;
+    memcpy(&op.index, &index, sizeof index); /* only read in this pass */
+    op.beta = beta;
+    return mpt__pool2d_run(ctx, kind, shape, &op);
+}
+
+static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_loss_op *op) {
+    MPT__TRY(mpt__need_context(ctx));
+    MPT__TRY(mpt__need(ctx, call, "x", op->x));
+    if (op->dx.data) MPT__TRY(mpt__need(ctx, call, "dx", op->dx));
+    if (!op->target || !op->sum)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call, op->sum ? "the target" : "sum");
+    if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
+    MPT__TRY(mpt__need_size(ctx, call, op->N, op->C, 1, 1));
+    return ctx->backend->loss(ctx, op);
+}
+
+MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, size_t N, size_t C, mpt_array x, const int32_t *labels,
+                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
+    mpt_loss_op op = MPT_ZERO;
+    op.kind = MPT_LOSS_CROSS_ENTROPY;
+    op.N = N, op.C = C;
+    op.x = x, op.dx = dx;
+    op.target = labels;
+    op.grad_scale = grad_scale, op.loss_scale = loss_scale;
+    op.sum = sum;
+    return mpt__loss_run(ctx, "cross_entropy", &op);
+}
+
+MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_array x, const float *target,
+                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
+    mpt_loss_op op = MPT_ZERO;
+    op.kind = MPT_LOSS_SQUARED_ERROR;
+    op.N = N, op.C = C;
+    op.x = x, op.dx = dx;
+    op.target = target;
+    op.grad_scale = grad_scale, op.loss_scale = loss_scale;
+    op.sum = sum;
+    return mpt__loss_run(ctx, "squared_error", &op);
+}
+
+/* ==== REFERENCE ====
+
+   Products and convolutions as plain loops: what each operation means. The engine below computes the same sums, in
+   another order; tests hold the two together. One output element at a time, summed in fp32, rounded once. */
+
+static void mpt__reference_put(mpt_array out, size_t i, float sum, float beta, mpt_array bias, size_t column,
+                               mpt_activation act) {
+    if (beta != 0) sum += beta * mpt__get(out, i);
+    if (bias.data) sum += mpt__get(bias, column);
+    sum = mpt__activate(act, sum);
+    mpt__store(out, i, 1, &sum);
+}
+
+/* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bias(n)) */
+static mpt_result mpt__reference_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+    size_t i, j, l;
+    (void)ctx;
+    for (i = 0; i < op->m; i++)
+        for (j = 0; j < op->n; j++) {
+            float sum = 0;
+            for (l = 0; l < op->k; l++)
+                sum += mpt__get(op->a, op->trans_a ? l * op->lda + i : i * op->lda + l) *
+                       mpt__get(op->b, op->trans_b ? j * op->ldb + l : l * op->ldb + j);
+            mpt__reference_put(op->c, i * op->ldc + j, op->alpha * sum, op->beta, op->bias, j, op->act);
+        }
+    return MPT_OK;
+}
+
+/* Where output position p and kernel row r of a convolution read the input: a row of 0..H-1, or H or more for padding. */
+static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
+    return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
+}
+
+/* y(n,p,q,k) = act(sum over r,s,c of x(n, tap(p,r), tap(q,s), c) w(k,r,s,c) + bias(k)) */
+static void mpt__reference_conv2d_forward(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape z = op->shape;
+    size_t n, p, q, k, r, s, c;
+    for (n = 0; n < z.N; n++)
+        for (p = 0; p < op->P; p++)
+            for (q = 0; q < op->Q; q++)
+                for (k = 0; k < z.K; k++) {
+                    float sum = 0;
+                    for (r = 0; r < z.R; r++)
+                        for (s = 0; s < z.S; s++) {
+                            const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
+                            for (c = 0; c < z.C && h < z.H && w < z.W; c++)
+                                sum += mpt__get(op->x, ((n * z.H + h) * z.W + w) * z.C + c) *
+                                       mpt__get(op->w, ((k * z.R + r) * z.S + s) * z.C + c);
+                        }
+                    mpt__reference_put(op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k, op->act);
+                }
+}
+
+/* dx(n,h,w,c) = sum of dy(n,p,q,k) w(k,r,s,c) over all p,q,k,r,s with tap(p,r) = h and tap(q,s) = w, + beta dx */
+static void mpt__reference_conv2d_backward_data(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape z = op->shape;
+    const mpt_array none = MPT_ZERO;
+    size_t n, h, w, c, p, q, k, r, s;
+    for (n = 0; n < z.N; n++)
+        for (h = 0; h < z.H; h++)
+            for (w = 0; w < z.W; w++)
+                for (c = 0; c < z.C; c++) {
+                    float sum = 0;
+                    for (r = 0; r < z.R; r++)
+                        for (p = 0; p < op->P; p++)
+                            for (s = 0; s < z.S && mpt__tap(&z, p, r) == h; s++)
+                                for (q = 0; q < op->Q; q++)
+                                    for (k = 0; k < z.K && mpt__tap(&z, q, s) == w; k++)
+                                        sum += mpt__get(op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
+                                               mpt__get(op->w, ((k * z.R + r) * z.S + s) * z.C + c);
+                    mpt__reference_put(op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
+                }
+}
+
+/* dw(k,r,s,c) = sum over n,p,q of dy(n,p,q,k) x(n, tap(p,r), tap(q,s), c) + beta dw */
+static void mpt__reference_conv2d_backward_weight(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape z = op->shape;
+    const mpt_array none = MPT_ZERO;
+    size_t n, p, q, k, r, s, c;
+    for (k = 0; k < z.K; k++)
+        for (r = 0; r < z.R; r++)
+            for (s = 0; s < z.S; s++)
+                for (c = 0; c < z.C; c++) {
+                    float sum = 0;
+                    for (n = 0; n < z.N; n++)
+                        for (p = 0; p < op->P; p++)
+                            for (q = 0; q < op->Q; q++) {
+                                const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
+                                if (h < z.H && w < z.W)
+                                    sum += mpt__get(op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
+                                           mpt__get(op->x, ((n * z.H + h) * z.W + w) * z.C + c);
+                            }
+                    mpt__reference_put(op->w, ((k * z.R + r) * z.S + s) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
+                }
+}
+
+static mpt_result mpt__reference_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    (void)ctx;
+    if (op->pass == MPT_FORWARD) mpt__reference_conv2d_forward(op);
+    else if (op->pass == MPT_BACKWARD_DATA) mpt__reference_conv2d_backward_data(op);
+    else mpt__reference_conv2d_backward_weight(op);
+    return MPT_OK;
+}
+
+/* ==== ENGINE ====
+
+   The CPU backend. One driver computes every matrix product, convolutions included: it cuts the result into blocks,
+   copies the parts of both operands that a block needs into panels of fp32 (packing), multiplies panels with a small
+   kernel that keeps its tile in registers, and finishes the block: scale, add, bias, activation, round, store. Operands
+   are read through views, so a convolution is the same product with another way to read an image; no patch matrix is
+   ever stored. Blocks do not depend on the number of threads. */
+
+enum {
+    MPT__TILE_M = 4,    /* rows and columns of the kernel's register tile: 32 sums, half the SSE or NEON registers */
+    MPT__TILE_N = 8,
+    MPT__BLOCK_M = 64,  /* rows and columns of a block of the result */
+    MPT__BLOCK_N = 128,
+    MPT__BLOCK_K = 256, /* depth of the panels: those of a block stay within L2 (64 + 128 KiB) */
+    MPT__WORKSPACE = (MPT__BLOCK_M + MPT__BLOCK_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__BLOCK_K
+};
+
+static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
+    ctx->workspace = (float *)mpt__host_alloc(ctx, (size_t)ctx->threads * MPT__WORKSPACE * sizeof(float));
+    return ctx->workspace ? MPT_OK : MPT_ERROR_NO_MEMORY;
+}
+
+/* -- Views -- */
+
+typedef enum mpt__view_kind {
+    MPT__MATRIX,  /* (u, v) = data[u * stride + v] */
+    MPT__PATCHES, /* u = (n,p,q), v = (r,s,c): the image under the kernel, zeros in the padding */
+    MPT__SPREAD,  /* u = (n,h,w), v = (r,s,k): dy at the output that reads (h,w) through (r,s), 0 if none does */
+    MPT__FILTERS  /* u = (r,s,k), v = c: weights stored (k,r,s,c) */
+} mpt__view_kind;
+
+/* An operand as a table of rows u whose elements v lie in runs in memory. */
+typedef struct mpt__view {
+    mpt__view_kind kind;
+    int v_is_depth;           /* v runs along the summed dimension (else along the result's rows or columns) */
+    mpt_array data;
+    size_t stride;            /* MATRIX */
+    const mpt_conv2d_op *op;  /* the others */
+} mpt__view;
+
+/* Where tap (r,s) of PATCHES row (n,p,q) or SPREAD row (n,h,w) is read: an index of its first channel, or -1 for zeros.
+   `channels` is how many there are. */
+static size_t mpt__tap_index(const mpt__view *view, size_t u, size_t r, size_t s, size_t *channels) {
+    const mpt_conv2d_shape *z = &view->op->shape;
+    const size_t P = view->op->P, Q = view->op->Q;
+    size_t n, y, x;
+    if (view->kind == MPT__PATCHES) {
+        n = u / (P * Q), y = mpt__tap(z, u / Q % P, r), x = mpt__tap(z, u % Q, s);
+        *channels = z->C;
+        return y < z->H && x < z->W ? ((n * z->H + y) * z->W + x) * z->C : (size_t)-1;
+    }
+    n = u / (z->H * z->W);
+    y = u / z->W % z->H + z->padding - r * z->dilation; /* p * stride, wraps below 0 to a huge number */
+    x = u % z->W + z->padding - s * z->dilation;
+    *channels = z->K;
+    if (y % z->stride || x % z->stride || y / z->stride >= P || x / z->stride >= Q) return (size_t)-1;
+    return ((n * P + y / z->stride) * Q + x / z->stride) * z->K;
+}
+
+/* dst(n) = elements v .. v+n of row u as fp32 */
+static void mpt__view_run(const mpt__view *view, size_t u, size_t v, size_t n, float *dst) {
+    const mpt_conv2d_shape *z = view->op ? &view->op->shape : NULL;
+    if (view->kind == MPT__MATRIX) {
+        mpt__load(view->data, u * view->stride + v, n, dst);
+    } else if (view->kind == MPT__FILTERS) {
+        mpt__load(view->data, (u % z->K * z->R * z->S + u / z->K) * z->C + v, n, dst);
+    } else {
+        const size_t depth = view->kind == MPT__PATCHES ? z->C : z->K;
+        while (n) { /* one tap after the other */
+            const size_t tap = v / depth, first = v % depth;
+            size_t channels, some, at = mpt__tap_index(view, u, tap / z->S, tap % z->S, &channels);
+            some = mpt__min(n, channels - first);
+            if (at == (size_t)-1) memset(dst, 0, some * sizeof *dst);
+            else mpt__load(view->data, at + first, some, dst);
+            dst += some, v += some, n -= some;
+        }
+    }
+}
+
+/* Copies rows i .. i+rows of the operand, depth l .. l+depth, into panels of `tile` rows: panel[l][row in tile]. Missing
+   rows of the last panel become zeros. line has room for max(rows, depth) floats. */
+static void mpt__pack(const mpt__view *view, size_t i, size_t rows, size_t l, size_t depth, size_t tile, float *panels,
+                      float *line) {
+    const size_t padded = (rows + tile - 1) / tile * tile;
+    size_t r, d;
+    if (view->v_is_depth) {
+        for (r = 0; r < padded; r++) {
+            float *panel = panels + r / tile * tile * depth + r % tile;
+            if (r < rows) mpt__view_run(view, i + r, l, depth, line);
+            else memset(line, 0, depth * sizeof *line);
+            for (d = 0; d < depth; d++) panel[d * tile] = line[d];
+        }
+    } else {
+        for (d = 0; d < depth; d++) {
+            mpt__view_run(view, l + d, i, rows, line);
+            for (r = rows; r < padded; r++) line[r] = 0;
+            for (r = 0; r < padded; r += tile) memcpy(panels + r * depth + d * tile, line + r, tile * sizeof *line);
+        }
+    }
+}
+
+/* -- The driver -- */
+
+typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bias(n)) */
+    mpt_context *ctx;
+    size_t m, n, k;
+    mpt__view a, b;
+    float alpha, beta;
+    mpt_array c, bias;
+    size_t ldc;
+    mpt_activation act;
+} mpt__product;
+
+/* sums(TILE_M,TILE_N) += a panel times b panel */
+static void mpt__tile_kernel(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
+    float tile[MPT__TILE_M][MPT__TILE_N];
+    size_t d;
+    int i, j;
+    for (i = 0; i < MPT__TILE_M; i++)
+        for (j = 0; j < MPT__TILE_N; j++) tile[i][j] = 0;
+    for (d = 0; d < depth; d++, a += MPT__TILE_M, b += MPT__TILE_N)
+        for (i = 0; i < MPT__TILE_M; i++)
+            for (j = 0; j < MPT__TILE_N; j++) tile[i][j] += a[i] * b[j];
+    for (i = 0; i < MPT__TILE_M; i++)
+        for (j = 0; j < MPT__TILE_N; j++) sums[(size_t)i * stride + (size_t)j] += tile[i][j];
+}
+
+/* Scale, old content, bias, activation, rounding of one row of a block: n columns from column j of row i */
+static void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums) {
+    float out[MPT__RUN], old[MPT__RUN];
+    for (; n; n -= mpt__min(n, MPT__RUN), j += MPT__RUN, sums += MPT__RUN) {
+        const size_t some = mpt__min(n, MPT__RUN);
+        size_t e;
+        for (e = 0; e < some; e++) out[e] = p->alpha * sums[e];
+        if (p->beta != 0) {
+            mpt__load(p->c, i * p->ldc + j, some, old);
+            for (e = 0; e < some; e++) out[e] += p->beta * old[e];
+        }
+        if (p->bias.data) {
+            mpt__load(p->bias, j, some, old);
+            for (e = 0; e < some; e++) out[e] += old[e];
+        }
+        if (p->act)
+            for (e = 0; e < some; e++) out[e] = mpt__activate(p->act, out[e]);
+        mpt__store(p->c, i * p->ldc + j, some, out);
+    }
+}
+
+static void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
+    const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
+    float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *sums = b + MPT__BLOCK_N * MPT__BLOCK_K;
+    float *line = sums + MPT__BLOCK_M * MPT__BLOCK_N;
+    size_t l, r, c;
+    memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
+    for (l = 0; l < p->k; l += MPT__BLOCK_K) {
+        const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K);
+        mpt__pack(&p->a, i, rows, l, depth, MPT__TILE_M, a, line);
+        mpt__pack(&p->b, j, columns, l, depth, MPT__TILE_N, b, line);
+        for (c = 0; c < columns; c += MPT__TILE_N)
+            for (r = 0; r < rows; r += MPT__TILE_M)
+                mpt__tile_kernel(depth, a + r * depth, b + c * depth, sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N);
+    }
+    for (r = 0; r < rows; r++) mpt__finish_row(p, i + r, j, columns, sums + r * MPT__BLOCK_N);
+}
+
+static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__product *p = (const mpt__product *)arg;
+    const size_t across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
+    for (; begin < end; begin++)
+        mpt__product_block(p, begin / across * MPT__BLOCK_M, begin % across * MPT__BLOCK_N,
+                           p->ctx->workspace + (size_t)worker * MPT__WORKSPACE);
+}
+
+static mpt_result mpt__product_run(mpt__product *p) {
+    const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
+    size_t work;
+    if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
+    mpt__parallel(p->ctx, down * across, work, mpt__product_task, p);
+    return MPT_OK;
+}
+
+static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth) {
+    mpt__view view = MPT_ZERO;
+    view.kind = MPT__MATRIX;
+    view.v_is_depth = v_is_depth;
+    view.data = data;
+    view.stride = stride;
+    return view;
+}
+
+static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_conv2d_op *op, int v_is_depth) {
+    mpt__view view = MPT_ZERO;
+    view.kind = kind;
+    view.v_is_depth = v_is_depth;
+    view.data = data;
+    view.op = op;
+    return view;
+}
+
+static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+    mpt__product p = MPT_ZERO;
+    p.ctx = ctx;
+    p.m = op->m, p.n = op->n, p.k = op->k;
+    p.a = mpt__matrix_view(op->a, op->lda, !op->trans_a);
+    p.b = mpt__matrix_view(op->b, op->ldb, op->trans_b != 0);
+    p.alpha = op->alpha, p.beta = op->beta;
+    p.c = op->c, p.ldc = op->ldc;
+    p.bias = op->bias;
+    p.act = op->act;
+    return mpt__product_run(&p);
+}
+
+static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t outputs = z->N * op->P * op->Q, patch = z->R * z->S * z->C;
+    mpt__product p = MPT_ZERO;
+    p.ctx = ctx;
+    p.alpha = 1, p.beta = op->beta;
+    p.bias = op->bias;
+    p.act = op->act;
+    if (op->pass == MPT_FORWARD) { /* y(outputs,K) = patches(outputs,patch) w(K,patch)^T */
+        p.m = outputs, p.n = z->K, p.k = patch;
+        p.a = mpt__image_view(MPT__PATCHES, op->x, op, 1);
+        p.b = mpt__matrix_view(op->w, patch, 1);
+        p.c = op->y;
+    } else if (op->pass == MPT_BACKWARD_DATA) { /* dx(inputs,C) = spread(inputs,RSK) filters(RSK,C) */
+        p.m = z->N * z->H * z->W, p.n = z->C, p.k = z->R * z->S * z->K;
+        p.a = mpt__image_view(MPT__SPREAD, op->y, op, 1);
+        p.b = mpt__image_view(MPT__FILTERS, op->w, op, 0);
+        p.c = op->x;
+    } else { /* dw(K,patch) = dy(outputs,K)^T patches(outputs,patch) */
+        p.m = z->K, p.n = patch, p.k = outputs;
+        p.a = mpt__matrix_view(op->y, z->K, 0);
+        p.b = mpt__image_view(MPT__PATCHES, op->x, op, 0);
+        p.c = op->w;
+    }
+    p.ldc = p.n;
+    return mpt__product_run(&p);
+}
+
+/* db(C) = column sums + beta db; in double, rows in order, a run of columns at a time */
+static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+    double sums[MPT__RUN];
+    float row[MPT__RUN];
+    size_t c, r, e;
+    (void)ctx;
+    for (c = 0; c < C; c += MPT__RUN) {
+        const size_t some = mpt__min(C - c, MPT__RUN);
+        for (e = 0; e < some; e++) sums[e] = 0;
+        for (r = 0; r < rows; r++) {
+            mpt__load(dy, r * C + c, some, row);
+            for (e = 0; e < some; e++) sums[e] += (double)row[e];
+        }
+        for (e = 0; e < some; e++)
+            row[e] = (float)(beta != 0 ? sums[e] + (double)beta * (double)mpt__get(db, c + e) : sums[e]);
+        mpt__store(db, c, some, row);
+    }
+    return MPT_OK;
+}
+
+/* -- Elementwise -- */
+
+static void mpt__map_cast(const mpt_map_op *op, size_t i, size_t n, float *x) {
+    const mpt_rounding *r = &op->rounding;
+    uint8_t *byte = (uint8_t *)op->out.data;
+    uint16_t *half = (uint16_t *)op->out.data;
+    size_t e;
+    if (r->round == MPT_ROUND_NEAREST && r->overflow == MPT_OVERFLOW_INF) {
+        mpt__store(op->out, i, n, x);
+        return;
+    }
+    for (e = 0; e < n; e++) {
+        const uint32_t random =
+            r->round == MPT_ROUND_STOCHASTIC ? mpt_hash(r->seed, r->step, r->tensor, i + e) : 0;
+        const uint32_t bits = mpt_narrow(x[e], op->out.type, r->round, r->overflow, random);
+        if (mpt_dtype_size(op->out.type) == 1) byte[i + e] = (uint8_t)bits;
+        else if (mpt_dtype_size(op->out.type) == 2) half[i + e] = (uint16_t)bits;
+        else ((float *)op->out.data)[i + e] = x[e];
+    }
+}
+
+static void mpt__map_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt_map_op *op = (const mpt_map_op *)arg;
+    float a[MPT__RUN], b[MPT__RUN];
+    (void)worker;
+    for (; begin < end; begin++) {
+        const size_t i = begin * MPT__RUN, n = mpt__min(op->n - i, MPT__RUN);
+        size_t e;
+        mpt__load(op->a, i, n, a);
+        if (op->b.data) mpt__load(op->b, i, n, b);
+        switch (op->map) {
+        case MPT_MAP_CAST: mpt__map_cast(op, i, n, a); continue;
+        case MPT_MAP_ACTIVATION:
+            for (e = 0; e < n; e++) a[e] = mpt__activate(op->act, a[e]);
+            break;
+        case MPT_MAP_ADD:
+            for (e = 0; e < n; e++) a[e] = mpt__activate(op->act, op->beta != 0 ? a[e] + op->beta * b[e] : a[e]);
+            break;
+        case MPT_MAP_ACTIVATION_GRADIENT:
+            for (e = 0; e < n; e++) a[e] = mpt__activate_backward(op->act, a[e], b[e]);
+            if (op->beta != 0) {
+                mpt__load(op->out, i, n, b);
+                for (e = 0; e < n; e++) a[e] += op->beta * b[e];
+            }
+        }
+        mpt__store(op->out, i, n, a);
+    }
+}
+
+static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
+    mpt_map_op copy = *op;
+    mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n, mpt__map_task, &copy);
+    return MPT_OK;
+}
+
+/* -- Pooling: every output gathers what it needs, in fp32, a run of channels at a time -- */
+
+static void mpt__pool_forward_run(const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c, size_t run) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
+    float best[MPT__RUN], x[MPT__RUN];
+    size_t r, s, e;
+    int any = 0;
+    for (e = 0; e < run; e++) best[e] = 0;
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) {
+            const size_t h = p * op->stride_h + r - z->padding, w = q * op->stride_w + s - z->padding;
+            if (h >= z->H || w >= z->W) continue; /* padding; below 0 wraps to a huge number */
+            mpt__load(op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, x);
+            for (e = 0; e < run; e++) {
+                if (op->kind == MPT_POOL_AVERAGE) best[e] += x[e];
+                else if (!any || x[e] > best[e] || (mpt__bits(x[e]) & 0x7fffffffu) > 0x7f800000u) {
+                    best[e] = x[e];
+                    op->index[out + e] = (uint16_t)(r * z->S + s);
+                }
+            }
+            any = 1;
+        }
+    for (e = 0; e < run && op->kind == MPT_POOL_AVERAGE; e++) best[e] /= (float)(z->R * z->S);
+    mpt__store(op->y, out, run, best);
+}
+
+static void mpt__pool_backward_run(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c, size_t run) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
+    float sum[MPT__RUN], dy[MPT__RUN];
+    size_t r, s, e;
+    if (op->beta != 0) mpt__load(op->x, in, run, sum);
+    for (e = 0; e < run; e++) sum[e] = op->beta != 0 ? op->beta * sum[e] : 0;
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) { /* the output whose tap (r,s) is this input, if there is one */
+            const size_t y = h + z->padding - r, x = w + z->padding - s, p = y / op->stride_h, q = x / op->stride_w;
+            const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
+            if (y % op->stride_h || x % op->stride_w || p >= op->P || q >= op->Q) continue;
+            mpt__load(op->y, out, run, dy);
+            for (e = 0; e < run; e++) {
+                if (op->kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(z->R * z->S);
+                else if (op->index[out + e] == r * z->S + s) sum[e] += dy[e];
+            }
+        }
+    mpt__store(op->x, in, run, sum);
+}
+
+/* one row (n,p) of outputs, or (n,h) of inputs, after the other */
+static void mpt__pool_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt_pool2d_op *op = (const mpt_pool2d_op *)arg;
+    const size_t rows = op->pass == MPT_FORWARD ? op->P : op->shape.H;
+    const size_t columns = op->pass == MPT_FORWARD ? op->Q : op->shape.W;
+    size_t i, c;
+    (void)worker;
+    for (; begin < end; begin++)
+        for (i = 0; i < columns; i++)
+            for (c = 0; c < op->shape.C; c += MPT__RUN) {
+                const size_t run = mpt__min(op->shape.C - c, MPT__RUN);
+                if (op->pass == MPT_FORWARD) mpt__pool_forward_run(op, begin / rows, begin % rows, i, c, run);
+                else mpt__pool_backward_run(op, begin / rows, begin % rows, i, c, run);
+            }
+}
+
+static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
+    const mpt_pool2d_shape *z = &op->shape;
+    mpt_pool2d_op copy = *op;
+    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C, mpt__pool_task, &copy);
+    return MPT_OK;
+}
+
+/* -- Losses: one row after the other, so that the sum has one order -- */
+
+static float mpt__cross_entropy_row(const mpt_loss_op *op, size_t row, float scale, uint64_t *correct) {
+    const int32_t label = ((const int32_t *)op->target)[row];
+    const int valid = label >= 0 && (size_t)label < op->C;
+    float largest = mpt__get(op->x, row * op->C), sum = 0, at_label = 0;
+    size_t c, best = 0;
+    for (c = 0; c < op->C; c++) {
+        const float x = mpt__get(op->x, row * op->C + c);
+        if (x > largest) { largest = x; best = c; }
+        if (valid && c == (size_t)label) at_label = x;
+    }
+    for (c = 0; c < op->C; c++) sum += expf(mpt__get(op->x, row * op->C + c) - largest);
+    for (c = 0; c < op->C && op->dx.data; c++) {
+        float d = expf(mpt__get(op->x, row * op->C + c) - largest) / sum;
+        if (valid && c == (size_t)label) d -= 1;
+        d = valid ? d * scale : mpt__float(0x7fc00000u);
+        mpt__store(op->dx, row * op->C + c, 1, &d);
+    }
+    *correct += valid && best == (size_t)label;
+    return valid ? logf(sum) - (at_label - largest) : mpt__float(0x7fc00000u);
+}
+
+static float mpt__squared_error_row(const mpt_loss_op *op, size_t row, float scale) {
+    const float *target = (const float *)op->target + row * op->C;
+    const float each = 1.0f / (float)op->C;
+    float sum = 0;
+    size_t c;
+    for (c = 0; c < op->C; c++) {
+        const float difference = mpt__get(op->x, row * op->C + c) - target[c], d = 2 * difference * each * scale;
+        sum += difference * difference;
+        if (op->dx.data) mpt__store(op->dx, row * op->C + c, 1, &d);
+    }
+    return sum * each;
+}
+
+static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
+    const float scale = op->grad_scale * (op->loss_scale ? *op->loss_scale : 1.0f);
+    size_t row;
+    (void)ctx;
+    for (row = 0; row < op->N; row++)
+        op->sum->loss += (double)(op->kind == MPT_LOSS_CROSS_ENTROPY
+                                      ? mpt__cross_entropy_row(op, row, scale, &op->sum->correct)
+                                      : mpt__squared_error_row(op, row, scale));
+    op->sum->rows += op->N;
+    return MPT_OK;
+}
+
+/* -- Scan and histogram --
+
+   The sum of squares has one order, whatever the machine: 32 sums in double over a chunk of 4096 elements, added
+   pairwise; the chunks of a block one after the other; 64 blocks one after the other. A warp of 32 can do the same. */
+
+enum { MPT__CHUNK = 4096, MPT__LANES = 32 };
+
+static void mpt__scan_chunk(mpt_array x, size_t i, size_t n, mpt_scan *out) {
+    double lanes[MPT__LANES];
+    float run[MPT__LANES];
+    size_t e, width;
+    for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
+    for (; n; n -= mpt__min(n, MPT__LANES), i += MPT__LANES) {
+        const size_t some = mpt__min(n, MPT__LANES);
+        uint32_t bad = 0;
+        mpt__load(x, i, some, run);
+        for (e = 0; e < some; e++) bad |= (uint32_t)!mpt__finite(run[e]);
+        for (e = 0; e < some && bad; e++) {
+            if (mpt__finite(run[e])) continue;
+            if (out->inf + out->nan == 0) out->first = i + e;
+            if ((mpt__bits(run[e]) & 0x7fffffffu) == 0x7f800000u) out->inf++;
+            else out->nan++;
+            run[e] = 0;
+        }
+        for (e = 0; e < some; e++) lanes[e] += (double)run[e] * (double)run[e]; /* exact products */
+    }
+    for (width = MPT__LANES / 2; width; width /= 2)
+        for (e = 0; e < width; e++) lanes[e] += lanes[e + width];
+    out->sum_squares += lanes[0];
+}
+
+typedef struct mpt__scan_work {
+    mpt_scan *blocks;
+    mpt_array x;
+    size_t n, chunks;
+} mpt__scan_work;
+
+static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__scan_work *w = (const mpt__scan_work *)arg;
+    const size_t each = (w->chunks + MPT__SCAN_BLOCKS - 1) / MPT__SCAN_BLOCKS;
+    size_t chunk;
+    (void)worker;
+    for (; begin < end; begin++)
+        for (chunk = begin * each; chunk < mpt__min((begin + 1) * each, w->chunks); chunk++)
+            mpt__scan_chunk(w->x, chunk * MPT__CHUNK, mpt__min(w->n - chunk * MPT__CHUNK, MPT__CHUNK), &w->blocks[begin]);
+}
+
+static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
+    mpt__scan_work w;
+    size_t b;
+    memset(ctx->scans, 0, sizeof ctx->scans);
+    w.blocks = ctx->scans;
+    w.x = x;
+    w.n = n;
+    w.chunks = n / MPT__CHUNK + (n % MPT__CHUNK != 0);
+    mpt__parallel(ctx, MPT__SCAN_BLOCKS, n, mpt__scan_task, &w);
+    memset(out, 0, sizeof *out);
+    out->first = n;
+    for (b = 0; b < MPT__SCAN_BLOCKS; b++) {
+        const mpt_scan *block = &ctx->scans[b];
+        if (out->first == n && block->inf + block->nan) out->first = block->first;
+        out->sum_squares += block->sum_squares;
+        out->inf += block->inf;
+        out->nan += block->nan;
+    }
+    return MPT_OK;
+}
+
+static mpt_result mpt__cpu_histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
+    size_t i;
+    (void)ctx;
+    for (i = 0; i < n; i++) {
+        const uint32_t magnitude = mpt__bits(mpt__get(x, i)) & 0x7fffffffu;
+        if (magnitude == 0) h->zero++;
+        else if (magnitude < 0x7f800000u) h->exponent[magnitude >> 23]++;
+        else if (magnitude == 0x7f800000u) h->inf++;
+        else h->nan++;
+    }
+    return MPT_OK;
+}
+
+/* -- Optimizer -- */
+
+static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
+    mpt_scan scan;
+    MPT__TRY(mpt__cpu_scan(ctx, op->count, mpt_f32_array(op->grad), &scan));
+    mpt__state_checked(op->state, op->scaler, op->slices, op->tensors, &scan);
+    return MPT_OK;
+}
+
+static mpt_result mpt__cpu_clip(mpt_context *ctx, const mpt_update_op *op, double max_norm) {
+    (void)ctx;
+    mpt__state_clip(op->state, max_norm);
+    return MPT_OK;
+}
+
+typedef struct mpt__update_work {
+    const mpt_update_op *op;
+    const mpt_slice *slice;
+    mpt__rates rates;
+} mpt__update_work;
+
+static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__update_work *w = (const mpt__update_work *)arg;
+    const mpt_update_op *op = w->op;
+    const mpt_array kept = op->master ? mpt_f32_array(op->master) : op->copy; /* what lasts from step to step */
+    float p[MPT__RUN], none = 0;
+    (void)worker;
+    for (; begin < end; begin++) {
+        const size_t i = w->slice->offset + begin * MPT__RUN, n = mpt__min(w->slice->count - begin * MPT__RUN, MPT__RUN);
+        size_t e;
+        mpt__load(kept, i, n, p);
+        for (e = 0; e < n; e++)
+            p[e] = mpt__update_element(&w->rates, p[e], op->grad[i + e], op->moment1 ? &op->moment1[i + e] : &none,
+                                       op->moment2 ? &op->moment2[i + e] : &none);
+        mpt__store(kept, i, n, p);
+        if (op->master && op->copy.data) mpt__store(op->copy, i, n, p);
+    }
+}
+
+static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
+    mpt__update_work w;
+    int t;
+    for (t = 0; t < op->tensors && !op->state->found; t++) {
+        w.op = op;
+        w.slice = &op->slices[t];
+        w.rates = mpt__rates_of(&op->desc, op->state, w.slice);
+        mpt__parallel(ctx, (w.slice->count + MPT__RUN - 1) / MPT__RUN, w.slice->count * 4, mpt__update_task, &w);
+    }
+    mpt__state_stepped(op->state, &op->desc, op->scaler);
+    return MPT_OK;
+}
+
+static mpt_result mpt__cpu_scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
+                                 int32_t *stuck) {
+    int any = 0;
+    (void)ctx;
+    while (count-- > 0) any |= *found[count] != 0;
+    mpt_scaler_rule(scaler, any);
+    *stuck = scaler->stuck;
+    return MPT_OK;
+}
+
+/* -- The tables -- */
+
+static mpt_result mpt__cpu_copy(mpt_context *ctx, void *dst, const void *src, size_t bytes) {
+    (void)ctx;
+    memcpy(dst, src, bytes);
+    return MPT_OK;
+}
+
+static mpt_result mpt__cpu_zero(mpt_context *ctx, void *p, size_t bytes) {
+    (void)ctx;
+    memset(p, 0, bytes);
+    return MPT_OK;
+}
+
+#define MPT__CPU_TABLE(gemm, conv2d)                                                                                \
+    {                                                                                                               \
+        "cpu", MPT__OVERHEAD, NULL, mpt__host_alloc, mpt__host_free, mpt__cpu_copy, mpt__cpu_copy, mpt__cpu_zero,   \
+            mpt__cpu_scan, mpt__cpu_histogram, mpt__cpu_map, gemm, conv2d, mpt__cpu_column_sums, mpt__cpu_pool2d,   \
+            mpt__cpu_loss, mpt__cpu_check, mpt__cpu_clip, mpt__cpu_update, mpt__cpu_scale                           \
+    }
+
+static const mpt_backend *mpt__cpu_backend(int reference) {
+    static const mpt_backend tables[] = {MPT__CPU_TABLE(mpt__cpu_gemm, mpt__cpu_conv2d),
+                                         MPT__CPU_TABLE(mpt__reference_gemm, mpt__reference_conv2d)};
+    return &tables[reference != 0];
+}
+
+/* ==== TRAINING PARTS ====
+
+   -- Scaler -- */
+
+struct mpt_scaler {
+    mpt_context *ctx;
+    mpt_scaler_state *state;                  /* device */
+    mpt_optimizer *optimizers[MPT_OPTIMIZERS]; /* that share the scale; free places are NULL */
+};
+
+typedef enum mpt__phase { MPT__READY = 0, MPT__UNSCALED, MPT__STEPPED } mpt__phase;
+
+struct mpt_optimizer {
+    mpt_context *ctx;
+    mpt_params *params;
+    mpt_scaler *scaler;
+    mpt_update_op op;           /* what the backend is given, pointers into device memory */
+    mpt_slice *slices;          /* host copy of op.slices */
+    mpt__phase phase;
+    uint64_t steps;             /* calls of mpt_step that were carried out */
+    mpt_optimizer_state mirror; /* room for a copy of the state on the host */
+};
+
+static double mpt__or(double x, double otherwise) { return x != 0 ? x : otherwise; }
+static int mpt__or_int(int x, int otherwise) { return x ? x : otherwise; }
+
+MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc) {
+    mpt_scaler_desc d = MPT_ZERO;
+    if (desc) d = *desc;
+    if (d.mode == MPT_SCALER_DEFAULT) d.mode = MPT_SCALER_DYNAMIC;
+    d.init_scale = d.mode == MPT_SCALER_OFF ? 1.0f : (float)mpt__or(d.init_scale, 65536);
+    d.growth_factor = mpt__or(d.growth_factor, 2);
+    d.backoff_factor = mpt__or(d.backoff_factor, 0.5);
+    d.min_scale = (float)mpt__or(d.min_scale, 1);
+    d.max_scale = (float)mpt__or(d.max_scale, 16777216);
+    d.growth_interval = mpt__or_int(d.growth_interval, 2000);
+    d.hysteresis = mpt__or_int(d.hysteresis, 1);
+    d.patience = mpt__or_int(d.patience, 10);
+    return d;
+}
+
+MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc) {
+    mpt_scaler_state s = MPT_ZERO;
+    s.version = MPT_SCALER_STATE_VERSION;
+    s.desc = mpt_scaler_defaults(desc);
+    s.scale = s.desc.init_scale;
+    s.growth_tracker = s.desc.late_growth ? -1 : 0;
+    s.hysteresis_left = s.desc.hysteresis;
+    return s;
+}
+
+static int mpt__positive(float x) { return mpt__finite(x) && x > 0; }
+
+static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_state *s) {
+    const mpt_scaler_desc *d = &s->desc;
+    if (s->version != MPT_SCALER_STATE_VERSION)
+        return mpt_fail(ctx, MPT_ERROR_UNSUPPORTED, "scaler: state of version %d, this is version %d", (int)s->version,
+                        (int)MPT_SCALER_STATE_VERSION);
+    if ((unsigned)d->mode > MPT_SCALER_OFF) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: unknown mode %d", (int)d->mode);
+    if (!mpt__positive(s->scale) && !(d->no_min || d->unguarded))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not a finite number above 0", (double)s->scale);
+    if (!mpt__positive(d->init_scale) || !mpt__positive(d->min_scale) || !mpt__positive(d->max_scale))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: init_scale %g, min_scale %g, max_scale %g must be finite and above 0",
+                        (double)d->init_scale, (double)d->min_scale, (double)d->max_scale);
+    if (!mpt__positive((float)d->growth_factor) || d->growth_factor < 1 || !mpt__positive((float)d->backoff_factor) ||
+        d->backoff_factor > 1)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: growth_factor %g must be at least 1, backoff_factor %g in (0, 1]",
+                        d->growth_factor, d->backoff_factor);
+    if (d->growth_interval < 1 || d->hysteresis < 1 || d->patience < 1)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: growth_interval %d, hysteresis %d, patience %d must be positive",
+                        d->growth_interval, d->hysteresis, d->patience);
+    if (d->mode == MPT_SCALER_DYNAMIC &&
+        ((!d->no_min && s->scale < d->min_scale) || (!d->unguarded && s->scale > d->max_scale)))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not between min_scale %g and max_scale %g",
+                        (double)s->scale, (double)d->min_scale, (double)d->max_scale);
+    return MPT_OK;
+}
+
+MPT_DEF mpt_scaler *mpt_scaler_new(mpt_context *ctx, const mpt_scaler_desc *desc) {
+    const mpt_scaler_state start = mpt_scaler_start(desc);
+    mpt_scaler *scaler;
+    if (!ctx || mpt__scaler_state_check(ctx, &start) != MPT_OK) return NULL;
+    scaler = (mpt_scaler *)mpt__host_alloc(ctx, sizeof *scaler);
+    if (!scaler) return NULL;
+    scaler->ctx = ctx;
+    scaler->state = (mpt_scaler_state *)mpt_alloc(ctx, sizeof start);
+    if (!scaler->state || mpt_upload(ctx, scaler->state, &start, sizeof start) != MPT_OK) {
+        mpt_scaler_free(scaler);
+        return NULL;
+    }
+    return scaler;
+}
+
+MPT_DEF void mpt_scaler_free(mpt_scaler *scaler) {
+    if (!scaler) return;
+    mpt_free(scaler->ctx, scaler->state);
+    mpt__host_free(scaler->ctx, scaler);
+}
+
+MPT_DEF mpt_result mpt_scaler_get_state(mpt_scaler *scaler, mpt_scaler_state *out) {
+    if (!scaler) return MPT_ERROR_ARGUMENT;
+    return mpt_download(scaler->ctx, out, scaler->state, sizeof *out);
+}
+
+MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_state *state) {
+    if (!scaler) return MPT_ERROR_ARGUMENT;
+    if (!state) return mpt_fail(scaler->ctx, MPT_ERROR_ARGUMENT, "scaler_set_state: state is NULL");
+    MPT__TRY(mpt__scaler_state_check(scaler->ctx, state));
+    return mpt_upload(scaler->ctx, scaler->state, state, sizeof *state);
+}
+
+MPT_DEF float mpt_scaler_scale(mpt_scaler *scaler) {
+    mpt_scaler_state s = MPT_ZERO;
+    return mpt_scaler_get_state(scaler, &s) == MPT_OK ? s.scale : 0.0f;
+}
+
+MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
+    mpt_scaler_state s = MPT_ZERO;
+    MPT__TRY(mpt_scaler_get_state(scaler, &s));
+    if (!mpt__positive(scale))
+        return mpt_fail(scaler->ctx, MPT_ERROR_ARGUMENT, "scaler_set_scale: %g is not a finite number above 0", (double)scale);
+    s.scale = scale;
+    s.growth_tracker = s.desc.late_growth ? -1 : 0;
+    s.hysteresis_left = s.desc.hysteresis;
+    s.stuck = 0;
+    return mpt_scaler_set_state(scaler, &s);
+}
+
+/* Names the tensor that keeps overflowing. */
+static mpt_result mpt__diverged(mpt_scaler *scaler, int stuck) {
+    int i;
+    for (i = 0; i < MPT_OPTIMIZERS; i++) {
+        mpt_optimizer *opt = scaler->optimizers[i];
+        mpt_optimizer_state *s = opt ? &opt->mirror : NULL;
+        if (!opt || mpt_optimizer_get_state(opt, s) != MPT_OK || !s->found) continue;
+        return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
+                        "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of '%s', %z inf, "
+                        "%z NaN", stuck, 1 / s->inv_scale, mpt_params_name(opt->params, (int)s->scan.first),
+                        (size_t)s->scan.inf, (size_t)s->scan.nan);
+    }
+    return MPT_OK; /* the last step was finite */
+}
+
+MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
+    const int32_t *found[MPT_OPTIMIZERS];
+    mpt_scaler_state s = MPT_ZERO;
+    int32_t stuck = 0;
+    int i, count = 0;
+    if (!scaler) return MPT_ERROR_ARGUMENT;
+    for (i = 0; i < MPT_OPTIMIZERS; i++) {
+        const mpt_optimizer *opt = scaler->optimizers[i];
+        if (opt && opt->phase == MPT__UNSCALED)
+            return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: an optimizer was unscaled but not stepped");
+        if (opt && opt->phase == MPT__STEPPED) found[count++] = &opt->op.state->found;
+    }
+    if (!count) return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: no optimizer was stepped since the last update");
+    MPT__TRY(scaler->ctx->backend->scale(scaler->ctx, scaler->state, found, count, &stuck));
+    for (i = 0; i < MPT_OPTIMIZERS; i++)
+        if (scaler->optimizers[i]) scaler->optimizers[i]->phase = MPT__READY;
+    if (!stuck) return MPT_OK;
+    MPT__TRY(mpt_scaler_get_state(scaler, &s));
+    return stuck >= s.desc.patience ? mpt__diverged(scaler, stuck) : MPT_OK;
+}
+
+/* -- Parameter block -- */
+
+typedef struct mpt__tensor {
+    char name[64];
+    size_t offset, count;
+    unsigned group;
+} mpt__tensor;
+
+struct mpt_params {
+    mpt_context *ctx;
+    mpt_params_desc desc;
+    mpt__tensor *tensors;
+    int count, capacity;
+    mpt_result failed;   /* of the first mpt_params_add that failed */
+    size_t elements;     /* of the flat arrays; 0 until built */
+    float *master, *grad; /* device */
+    mpt_array copy;
+};
+
+enum { MPT__TENSOR_ALIGN = 16 }; /* elements: 32 bytes in 16 bits, enough for cuBLAS's 16-byte rule */
+
+MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc) {
+    mpt_params *params;
+    if (!ctx) return NULL;
+    if (desc && (unsigned)desc->type > MPT_BF16) {
+        mpt_fail(ctx, MPT_ERROR_TYPE, "params: copies of type %s; f32, f16 and bf16 are allowed", mpt_dtype_name(desc->type));
+        return NULL;
+    }
+    if (desc && (unsigned)desc->master > MPT_MASTER_NONE) {
+        mpt_fail(ctx, MPT_ERROR_ARGUMENT, "params: unknown master %d", (int)desc->master);
+        return NULL;
+    }
+    params = (mpt_params *)mpt__host_alloc(ctx, sizeof *params);
+    if (!params) return NULL;
+    params->ctx = ctx;
+    if (desc) params->desc = *desc;
+    if (params->desc.type == MPT_F32) params->desc.master = MPT_MASTER_F32;
+    return params;
+}
+
+MPT_DEF void mpt_params_free(mpt_params *params) {
+    if (!params) return;
+    mpt_free(params->ctx, params->master);
+    mpt_free(params->ctx, params->grad);
+    mpt_free(params->ctx, params->copy.data);
+    mpt__host_free(params->ctx, params->tensors);
+    mpt__host_free(params->ctx, params);
+}
+
+/* Room for one more element of a table that doubles when it is full. NULL: out of memory, the table stays. */
+static void *mpt__grow(mpt_context *ctx, void *table, int count, int *capacity, size_t size) {
+    const int wanted = *capacity ? *capacity * 2 : 16;
+    void *bigger;
+    if (count < *capacity) return table;
+    bigger = mpt__host_alloc(ctx, (size_t)wanted * size);
+    if (!bigger) return NULL;
+    if (table) memcpy(bigger, table, (size_t)count * size);
+    mpt__host_free(ctx, table);
+    *capacity = wanted;
+    return bigger;
+}
+
+static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size_t count, unsigned group) {
+    mpt__tensor *table, *t;
+    if (params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_add '%s': already built", name);
+    if (!name || !*name || strlen(name) >= sizeof t->name)
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add: the name '%s' is empty or over 63 characters", name);
+    if (!count) return mpt_fail(params->ctx, MPT_ERROR_SHAPE, "params_add '%s': count is 0", name);
+    if (group >= 1u << 16)
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add '%s': group %d is above 1 << 15", name, (int)group);
+    MPT__TRY(mpt__need_size(params->ctx, name, count, 1, 1, 1));
+    table = (mpt__tensor *)mpt__grow(params->ctx, params->tensors, params->count, &params->capacity, sizeof *table);
+    if (!table) return MPT_ERROR_NO_MEMORY;
+    params->tensors = table;
+    t = &table[params->count++];
+    memcpy(t->name, name, strlen(name) + 1);
+    t->count = count;
+    t->group = group ? group : (unsigned)MPT_GROUP_WEIGHT;
+    return MPT_OK;
+}
+
+MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, unsigned group) {
+    mpt_result r;
+    if (!params) return 0;
+    r = mpt__params_try_add(params, name, count, group);
+    if (r != MPT_OK && params->failed == MPT_OK && !params->elements) params->failed = r;
+    return r == MPT_OK ? params->count : 0;
+}
+
+MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
+    const mpt_params_desc *d = params ? &params->desc : NULL;
+    size_t elements = 0, bytes;
+    int t;
+    if (!params) return MPT_ERROR_ARGUMENT;
+    if (params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_build: already built");
+    if (params->failed != MPT_OK) return params->failed;
+    if (!params->count) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_build: there is no tensor");
+    for (t = 0; t < params->count; t++) {
+        mpt__tensor *tensor = &params->tensors[t];
+        tensor->offset = elements;
+        elements += (tensor->count + MPT__TENSOR_ALIGN - 1) / MPT__TENSOR_ALIGN * MPT__TENSOR_ALIGN;
+        MPT__TRY(mpt__need_size(params->ctx, "params_build", elements, 1, 1, 1));
+    }
+    MPT__TRY(mpt__bytes(params->ctx, "params_build", elements, sizeof(float), &bytes));
+    params->grad = (float *)mpt_alloc(params->ctx, bytes);
+    if (d->master == MPT_MASTER_F32) params->master = (float *)mpt_alloc(params->ctx, bytes);
+    if (d->type != MPT_F32) params->copy = mpt_typed_array(mpt_alloc(params->ctx, bytes / 2), d->type);
+    if (!params->grad || (d->master == MPT_MASTER_F32 && !params->master) || (d->type != MPT_F32 && !params->copy.data)) {
+        mpt_free(params->ctx, params->master);
+        mpt_free(params->ctx, params->grad);
+        mpt_free(params->ctx, params->copy.data);
+        params->master = params->grad = NULL;
+        params->copy.data = NULL;
+        return MPT_ERROR_NO_MEMORY;
+    }
+    params->elements = elements;
+    return MPT_OK;
+}
+
+/* A built block and one of its tensors, or 0 for all. */
+static int mpt__params_has(const mpt_params *params, int tensor) {
+    return params && params->elements && tensor >= 0 && tensor <= params->count;
+}
+
+static size_t mpt__params_offset(const mpt_params *params, int tensor) {
+    return tensor ? params->tensors[tensor - 1].offset : 0;
+}
+
+static float *mpt__params_slice(const mpt_params *params, float *array, int tensor) {
+    return mpt__params_has(params, tensor) && array ? array + mpt__params_offset(params, tensor) : NULL;
+}
+
+MPT_DEF float *mpt_params_master(mpt_params *params, int tensor) {
+    return params ? mpt__params_slice(params, params->master, tensor) : NULL;
+}
+
+MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
+    return params ? mpt__params_slice(params, params->grad, tensor) : NULL;
+}
+
+MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor) {
+    mpt_array a = MPT_ZERO;
+    if (!mpt__params_has(params, tensor)) return a;
+    if (!params->copy.data) return mpt_f32_array(mpt_params_master(params, tensor));
+    a = params->copy;
+    a.data = (uint16_t *)a.data + mpt__params_offset(params, tensor);
+    return a;
+}
+
+MPT_DEF int mpt_params_tensors(const mpt_params *params) { return params ? params->count : 0; }
+
+MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor) {
+    if (!params || tensor < 0 || tensor > params->count) return 0;
+    return tensor ? params->tensors[tensor - 1].count : params->elements;
+}
+
+MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor) {
+    return params && tensor > 0 && tensor <= params->count ? params->tensors[tensor - 1].name : "";
+}
+
+static mpt_result mpt__params_need(mpt_params *params, const char *call, int tensor, const void *host) {
+    if (!params) return MPT_ERROR_ARGUMENT;
+    if (!params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "%s: the parameter block is not built", call);
+    if (tensor < 0 || tensor > params->count)
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: tensor %d is not in 0..%d", call, tensor, params->count);
+    return host ? MPT_OK : mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: host is NULL", call);
+}
+
+/* Moves a tensor between the host's fp32 and the device, through its master or a temporary fp32 array. */
+static mpt_result mpt__params_move(mpt_params *params, int tensor, const float *from, float *to) {
+    mpt_context *ctx = params->ctx;
+    const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(float);
+    float *master = mpt_params_master(params, tensor), *f32 = master ? master : (float *)mpt_alloc(ctx, bytes);
+    mpt_result r = f32 ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    if (r == MPT_OK && from) r = mpt_upload(ctx, f32, from, bytes);
+    if (r == MPT_OK && from && params->copy.data)
+        r = mpt_cast(ctx, count, mpt_f32_array(f32), mpt_params_weight(params, tensor), NULL);
+    if (r == MPT_OK && to && !master) r = mpt_cast(ctx, count, mpt_params_weight(params, tensor), mpt_f32_array(f32), NULL);
+    if (r == MPT_OK && to) r = mpt_download(ctx, to, f32, bytes);
+    if (!master) mpt_free(ctx, f32);
+    return r;
+}
+
+MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *host) {
+    MPT__TRY(mpt__params_need(params, "params_set", tensor, host));
+    return mpt__params_move(params, tensor, host, NULL);
+}
+
+MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
+    MPT__TRY(mpt__params_need(params, "params_get", tensor, host));
+    return mpt__params_move(params, tensor, NULL, host);
+}
+
+MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params) {
+    MPT__TRY(mpt__params_need(params, "params_zero_grad", 0, params));
+    return params->ctx->backend->zero(params->ctx, params->grad, params->elements * sizeof(float));
+}
+
+/* Standard normal from two uniforms (Box and Muller 1958); 1 - u keeps the logarithm finite. */
+static double mpt__normal(uint64_t seed, uint64_t tensor, uint64_t element) {
+    const double u = 1.0 - (double)mpt_uniform(seed, 0, tensor, 2 * element);
+    const double angle = 6.283185307179586 * (double)mpt_uniform(seed, 0, tensor, 2 * element + 1);
+    return sqrt(-2 * log(u)) * cos(angle);
+}
+
+MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init, size_t fan_in, size_t fan_out,
+                                   uint64_t seed) {
+    const double in = (double)fan_in, both = in + (double)fan_out;
+    const int bias = mpt__params_has(params, tensor) && tensor && params->tensors[tensor - 1].group == MPT_GROUP_BIAS;
+    double bound = 0;
+    float *host;
+    size_t i, count;
+    mpt_result r;
+    MPT__TRY(mpt__params_need(params, "params_init", tensor, params));
+    if (tensor < 1 || (unsigned)init >= MPT_INIT_COUNT || !fan_in || !fan_out)
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_init: tensor %d, init %d, fan_in %z, fan_out %z", tensor,
+                        (int)init, fan_in, fan_out);
+    count = mpt_params_count(params, tensor);
+    host = (float *)mpt__host_alloc(params->ctx, count * sizeof *host);
+    if (!host) return MPT_ERROR_NO_MEMORY;
+    if (init == MPT_INIT_DEFAULT) bound = 1 / sqrt(in);
+    else if (bias || init == MPT_INIT_ZERO) bound = 0;
+    else if (init == MPT_INIT_KAIMING_UNIFORM) bound = sqrt(6 / in);
+    else if (init == MPT_INIT_KAIMING_NORMAL) bound = sqrt(2 / in);
+    else if (init == MPT_INIT_XAVIER_UNIFORM) bound = sqrt(6 / both);
+    else bound = sqrt(2 / both);
+    for (i = 0; i < count && bound > 0; i++)
+        host[i] = (float)(init == MPT_INIT_KAIMING_NORMAL || init == MPT_INIT_XAVIER_NORMAL
+                              ? bound * mpt__normal(seed, (uint64_t)tensor, i)
+                              : bound * (2 * (double)mpt_uniform(seed, 0, (uint64_t)tensor, i) - 1));
+    r = mpt_params_set(params, tensor, host);
+    mpt__host_free(params->ctx, host);
+    return r;
+}
+
+/* -- Optimizer -- */
+
+MPT_DEF mpt_optimizer_desc mpt_sgd(double lr, double momentum) {
+    mpt_optimizer_desc d = MPT_ZERO;
+    d.kind = MPT_SGD;
+    d.lr = lr;
+    d.momentum = momentum;
+    return d;
+}
+
+MPT_DEF mpt_optimizer_desc mpt_adam(double lr) {
+    mpt_optimizer_desc d = MPT_ZERO;
+    d.kind = MPT_ADAM;
+    d.lr = lr;
+    d.beta1 = 0.9;
+    d.beta2 = 0.999;
+    d.eps = 1e-8;
+    return d;
+}
+
+MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
+    mpt_optimizer_desc d = mpt_adam(lr);
+    d.kind = MPT_ADAMW;
+    d.weight_decay = 0.01;
+    return d;
+}
+
+/* Finite and at least 0, told in fp32: what a float cannot hold is no hyperparameter. */
+static int mpt__not_negative(double x) { return mpt__finite((float)x) && x >= 0; }
+
+static mpt_result mpt__optimizer_check(mpt_context *ctx, const mpt_optimizer_desc *d) {
+    if ((unsigned)d->kind > MPT_ADAMW)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: unknown kind %d", (int)d->kind);
+    if (!mpt__not_negative(d->lr) || !mpt__not_negative(d->weight_decay))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: lr %g and weight_decay %g must be finite and at least 0", d->lr,
+                        d->weight_decay);
+    if (d->kind == MPT_SGD) {
+        if (!mpt__not_negative(d->momentum) || !mpt__finite((float)d->dampening))
+            return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: momentum %g, dampening %g", d->momentum, d->dampening);
+        if (d->nesterov && (!(d->momentum > 0) || d->dampening != 0))
+            return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: nesterov needs momentum > 0 (it is %g) and dampening 0 (%g)",
+                            d->momentum, d->dampening);
+        return MPT_OK;
+    }
+    if (!mpt__not_negative(d->beta1) || !mpt__not_negative(d->beta2) || d->beta1 >= 1 || d->beta2 >= 1)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: beta1 %g and beta2 %g must be in [0, 1)", d->beta1, d->beta2);
+    if (!mpt__not_negative(d->eps) || !((float)d->eps > 0))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: eps %g is not above 0 in fp32", d->eps);
+    return MPT_OK;
+}
+
+/* Allocates and fills what a new optimizer holds. */
+static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
+    mpt_context *ctx = opt->ctx;
+    mpt_update_op *op = &opt->op;
+    const mpt_params *params = opt->params;
+    const size_t table = (size_t)params->count * sizeof(mpt_slice), array = params->elements * sizeof(float);
+    const int moments = op->desc.kind == MPT_SGD ? op->desc.momentum != 0 : 2;
+    mpt_slice *slices;
+    int t;
+    op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
+    opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
+    op->slices = slices = (mpt_slice *)mpt_alloc(ctx, table);
+    if (moments > 0) op->moment1 = (float *)mpt_alloc(ctx, array);
+    if (moments > 1) op->moment2 = (float *)mpt_alloc(ctx, array);
+    if (!op->state || !opt->slices || !slices || (moments > 0 && !op->moment1) || (moments > 1 && !op->moment2))
+        return MPT_ERROR_NO_MEMORY;
+    for (t = 0; t < params->count; t++) {
+        opt->slices[t].offset = params->tensors[t].offset;
+        opt->slices[t].count = params->tensors[t].count;
+        opt->slices[t].lr_factor = 1;
+        opt->slices[t].weight_decay = op->desc.weight_decay;
+    }
+    op->scaler = opt->scaler->state;
+    op->tensors = params->count;
+    op->count = params->elements;
+    op->grad = params->grad;
+    op->master = params->master;
+    op->copy = params->copy;
+    opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
+    opt->mirror.beta1_power = opt->mirror.beta2_power = opt->mirror.clip = 1;
+    MPT__TRY(mpt_upload(ctx, slices, opt->slices, table));
+    return mpt_upload(ctx, op->state, &opt->mirror, sizeof opt->mirror);
+}
+
+MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc) {
+    mpt_optimizer_desc d = mpt_adam(1e-3);
+    mpt_optimizer *opt;
+    int place = 0;
+    if (!params || !scaler) return NULL;
+    if (desc && desc->kind != MPT_OPTIMIZER_DEFAULT) d = *desc;
+    if (mpt__optimizer_check(params->ctx, &d) != MPT_OK) return NULL;
+    if (scaler->ctx != params->ctx || !params->elements) {
+        mpt_fail(params->ctx, MPT_ERROR_ORDER, "optimizer: %s", params->elements ? "params and scaler have different contexts"
+                                                                                  : "params are not built");
+        return NULL;
+    }
+    while (place < MPT_OPTIMIZERS && scaler->optimizers[place]) place++;
+    if (place == MPT_OPTIMIZERS) {
+        mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "optimizer: the scaler has %d optimizers already", MPT_OPTIMIZERS);
+        return NULL;
+    }
+    opt = (mpt_optimizer *)mpt__host_alloc(params->ctx, sizeof *opt);
+    if (!opt) return NULL;
+    opt->ctx = params->ctx;
+    opt->params = params;
+    opt->scaler = scaler;
+    opt->op.desc = d;
+    scaler->optimizers[place] = opt;
+    if (mpt__optimizer_fill(opt) == MPT_OK) return opt;
+    mpt_optimizer_free(opt);
+    return NULL;
+}
+
+MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt) {
+    int i;
+    if (!opt) return;
+    for (i = 0; i < MPT_OPTIMIZERS; i++)
+        if (opt->scaler->optimizers[i] == opt) opt->scaler->optimizers[i] = NULL;
+    mpt_free(opt->ctx, opt->op.state);
+    mpt_free(opt->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data);
+    mpt_free(opt->ctx, opt->op.moment1);
+    mpt_free(opt->ctx, opt->op.moment2);
+    mpt__host_free(opt->ctx, opt->slices);
+    mpt__host_free(opt->ctx, opt);
+}
+
+MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (!mpt__not_negative(lr)) return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_set_lr: %g", lr);
+    opt->op.desc.lr = lr;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, double lr_factor, double weight_decay) {
+    int t;
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (!mpt__not_negative(lr_factor) || !mpt__not_negative(weight_decay))
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_group: lr_factor %g, weight_decay %g", lr_factor, weight_decay);
+    for (t = 0; t < opt->params->count; t++) {
+        if (!(opt->params->tensors[t].group & groups)) continue;
+        opt->slices[t].lr_factor = lr_factor;
+        opt->slices[t].weight_decay = weight_decay;
+    }
+    return mpt_upload(opt->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data, opt->slices,
+                      (size_t)opt->params->count * sizeof *opt->slices);
+}
+
+MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (opt->phase != MPT__READY)
+        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: already %s since the last scaler_update",
+                        opt->phase == MPT__UNSCALED ? "unscaled" : "stepped");
+    MPT__TRY(opt->ctx->backend->check(opt->ctx, &opt->op));
+    opt->phase = MPT__UNSCALED;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (opt->phase != MPT__UNSCALED)
+        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "clip_norm: the gradients are %s",
+                        opt->phase == MPT__READY ? "still scaled; call mpt_unscale first" : "used up; the step is done");
+    if (!mpt__not_negative(max_norm) || !(max_norm > 0))
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "clip_norm: max_norm %g is not a finite number above 0", max_norm);
+    return opt->ctx->backend->clip(opt->ctx, &opt->op, max_norm);
+}
+
+MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (opt->phase == MPT__STEPPED)
+        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "step: already stepped since the last scaler_update");
+    if (opt->phase == MPT__READY) MPT__TRY(mpt_unscale(opt));
+    MPT__TRY(opt->ctx->backend->update(opt->ctx, &opt->op));
+    opt->phase = MPT__STEPPED;
+    opt->steps++;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    return mpt_download(opt->ctx, out, opt->op.state, sizeof *out);
+}
+
+MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (!state) return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_set_state: state is NULL");
+    if (state->version != MPT_OPTIMIZER_STATE_VERSION)
+        return mpt_fail(opt->ctx, MPT_ERROR_UNSUPPORTED, "optimizer_set_state: version %d, this is version %d",
+                        (int)state->version, (int)MPT_OPTIMIZER_STATE_VERSION);
+    return mpt_upload(opt->ctx, opt->op.state, state, sizeof *state);
+}
+
+MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) {
+    if (!opt || moment < 1 || moment > 2) return NULL;
+    return mpt__params_slice(opt->params, moment == 1 ? opt->op.moment1 : opt->op.moment2, tensor);
+}
+
+/* ==== MODEL PARTS ==== */
+
+typedef enum mpt__node_kind {
+    MPT__INPUT = 0, MPT__LINEAR, MPT__CONV2D, MPT__ACTIVATION, MPT__POOL, MPT__FLATTEN, MPT__ADD, MPT__LOSS
+} mpt__node_kind;
+
+typedef struct mpt__node {
+    mpt__node_kind kind;
+    char name[32];
+    int in[2];                /* node ids; 0: none */
+    int H, W, C;              /* of a sample */
+    int no_bias, weight, bias; /* tensor ids; 0: none */
+    mpt_init init;
+    mpt_conv2d_shape conv;    /* N = the batch */
+    mpt_pool pool_kind;
+    mpt_pool2d_shape pool;
+    mpt_activation act;       /* of an activation node; of another, an activation fused into it */
+    mpt_loss_kind loss;
+    /* the plan */
+    int consumers;            /* nodes that read this one */
+    int fused;                /* an activation that its input node computes */
+    int needs_gradient;       /* a parameter lies at or below it */
+    mpt_dtype type, grad_type;
+    int value, grad, index;   /* buffers; 0: none */
+    int grad_started;         /* in this backward pass: add to the gradient instead of writing it */
+} mpt__node;
+
+/* A piece of the activation block, alive from one moment of a training step to another. */
+typedef struct mpt__buffer {
+    size_t bytes, offset;
+    int first, last;
+} mpt__buffer;
+
+struct mpt_model {
+    mpt_context *ctx;
+    mpt_policy policy;
+    mpt_train_desc train; /* defaults filled in */
+    mpt__node *nodes;     /* node id i is nodes[i - 1] */
+    int count, capacity;
+    mpt_result failed;    /* of the first layer call that failed; the context's reason at that time in why */
+    char why[256];
+    int built;
+    mpt__buffer *buffers; /* buffer i is buffers[i - 1] */
+    int buffer_count;
+    mpt_params *params;
+    mpt_scaler *scaler;
+    mpt_optimizer *opt;
+    size_t block_bytes, staging_bytes, target_bytes;
+    char *block;            /* device: all activations and their gradients */
+    float *staging;         /* device: a batch of inputs, if they need a cast */
+    void *target;           /* device: a batch of targets */
+    mpt_loss_sum *sums;     /* device: [0] of the running step, [1] of an evaluation */
+    int forward_rows;       /* samples of the forward pass that backward may follow; 0: none */
+    int micro;              /* backward passes since the last step */
+    uint64_t steps_at_backward;
+};
+
+/* -- Adding nodes -- */
+
+MPT_DEF mpt_policy mpt_policy_preset(mpt_level level, mpt_dtype type) {
+    mpt_policy p = MPT_ZERO; /* O0 */
+    if (level == MPT_O0) return p;
+    p.compute = type;
+    p.param = level == MPT_O1 ? MPT_F32 : type;
+    p.output = level == MPT_O3 ? type : MPT_F32;
+    p.master = level == MPT_O3 ? MPT_MASTER_NONE : MPT_MASTER_F32;
+    if ((unsigned)level > MPT_O3 || (type != MPT_F16 && type != MPT_BF16)) p.compute = MPT_DTYPE_COUNT;
+    return p;
+}
+
+MPT_DEF mpt_model *mpt_model_new(mpt_context *ctx, mpt_policy policy) {
+    mpt_model *net = ctx ? (mpt_model *)mpt__host_alloc(ctx, sizeof *net) : NULL;
+    if (!net) return NULL;
+    net->ctx = ctx;
+    net->policy = policy;
+    return net;
+}
+
+/* Frees what a build allocated. */
+static void mpt__model_clear(mpt_model *net) {
+    mpt_context *ctx = net->ctx;
+    mpt_optimizer_free(net->opt);
+    mpt_scaler_free(net->scaler);
+    mpt_params_free(net->params);
+    mpt__host_free(ctx, net->buffers);
+    mpt_free(ctx, net->block);
+    mpt_free(ctx, net->staging);
+    mpt_free(ctx, net->target);
+    mpt_free(ctx, net->sums);
+    net->opt = NULL, net->scaler = NULL, net->params = NULL, net->buffers = NULL;
+    net->block = NULL, net->staging = NULL, net->target = NULL, net->sums = NULL;
+    net->buffer_count = 0;
+}
+
+MPT_DEF void mpt_model_free(mpt_model *net) {
+    if (!net) return;
+    mpt__model_clear(net);
+    mpt__host_free(net->ctx, net->nodes);
+    mpt__host_free(net->ctx, net);
+}
+
+static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
+
+/* Remembers the first failure of a layer call: mpt_model_build reports it. */
+static int mpt__layer_failed(mpt_model *net, mpt_result result) {
+    if (net->failed == MPT_OK) {
+        net->failed = result;
+        memcpy(net->why, net->ctx->why, sizeof net->why);
+    }
+    return 0;
+}
+
+/* Starts a node: checks the input id and the state of the model, makes up a name. NULL: failed, and remembered. The node
+   counts only after mpt__layer_done. */
+static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
+    mpt__node *table, *node;
+    int i, number = 1;
+    mpt_result r = MPT_OK;
+    if (!net || (in == 0 && kind != MPT__INPUT)) return NULL;
+    for (i = 0; i < net->count; i++) number += !strncmp(net->nodes[i].name, word, strlen(word));
+    if (net->built) r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is built already", word);
+    else if (in < 0 || in > net->count)
+        r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
+    else if (in && net->nodes[in - 1].kind == MPT__LOSS)
+        r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: node %d is a loss; nothing can follow it", word, in);
+    else if (name && (!*name || strlen(name) >= sizeof table->name))
+        r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is empty or over 31 characters", word, name);
+    else {
+        table = (mpt__node *)mpt__grow(net->ctx, net->nodes, net->count, &net->capacity, sizeof *table);
+        if (!table) r = MPT_ERROR_NO_MEMORY;
+        else net->nodes = table;
+    }
+    if (r != MPT_OK) {
+        mpt__layer_failed(net, r);
+        return NULL;
+    }
+    node = &net->nodes[net->count];
+    memset(node, 0, sizeof *node);
+    node->kind = kind;
+    node->in[0] = in;
+    if (name) memcpy(node->name, name, strlen(name) + 1);
+    else mpt__print(node->name, sizeof node->name, "%s%d", word, number);
+    if (in) node->H = net->nodes[in - 1].H, node->W = net->nodes[in - 1].W, node->C = net->nodes[in - 1].C;
+    return node;
+}
+
+static int mpt__layer_done(mpt_model *net) { return ++net->count; }
+
+/* Sizes of a sample are ints; what does not fit into one is refused here. */
+static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
+    const size_t most = 0x7fffffff;
+    if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements", node->name, H,
+                        W, C);
+    node->H = (int)H, node->W = (int)W, node->C = (int)C;
+    return MPT_OK;
+}
+
+static mpt_result mpt__layer_positive(mpt_model *net, const mpt__node *node, const char *what, int value, int least) {
+    if (value >= least) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s is %d, must be at least %d", node->name, what, value, least);
+}
+
+MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
+    mpt__node *node = mpt__layer(net, MPT__INPUT, "input", NULL, 0);
+    mpt_result r;
+    if (!node) return 0;
+    if (net->count) r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "input: must be the first node, and the only one");
+    else if (H < 1 || W < 1 || C < 1)
+        r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "input: H %d, W %d, C %d must be at least 1", H, W, C);
+    else r = mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+static mpt_result mpt__init_check(mpt_model *net, const mpt__node *node) {
+    if ((unsigned)node->init < MPT_INIT_COUNT) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: unknown init %d", node->name, (int)node->init);
+}
+
+MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_desc *desc) {
+    mpt_linear_desc d = MPT_ZERO;
+    mpt__node *node;
+    mpt_result r;
+    if (desc) d = *desc;
+    node = mpt__layer(net, MPT__LINEAR, "linear", d.name, in);
+    if (!node) return 0;
+    node->no_bias = d.no_bias;
+    node->init = d.init;
+    r = mpt__layer_positive(net, node, "outputs", outputs, 1);
+    if (r == MPT_OK) r = mpt__init_check(net, node);
+    if (r == MPT_OK) r = mpt__layer_size(net, node, 1, 1, (size_t)outputs);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+/* Shape of a convolution node from its descriptor. */
+static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel, const mpt_conv2d_desc *d) {
+    mpt_conv2d_shape *s = &node->conv;
+    const int dilation = d->dilation ? d->dilation : 1;
+    size_t P, Q;
+    MPT__TRY(mpt__layer_positive(net, node, "filters", filters, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "kernel", kernel, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "dilation", d->dilation, 0));
+    MPT__TRY(mpt__init_check(net, node));
+    if (d->padding && d->no_padding)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d and no_padding", node->name, d->padding);
+    s->N = 1;
+    s->H = (size_t)node->H, s->W = (size_t)node->W, s->C = (size_t)node->C;
+    s->K = (size_t)filters, s->R = s->S = (size_t)kernel;
+    s->stride = (size_t)(d->stride ? d->stride : 1);
+    s->dilation = (size_t)dilation;
+    s->padding = d->padding ? (size_t)d->padding : d->no_padding ? 0 : (s->R - 1) / 2 * s->dilation;
+    if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: kernel %dx%d, dilation %d, on a %dx%d input with padding %z", node->name,
+                        kernel, kernel, dilation, node->H, node->W, s->padding);
+    return mpt__layer_size(net, node, P, Q, s->K);
+}
+
+MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mpt_conv2d_desc *desc) {
+    mpt_conv2d_desc d = MPT_ZERO;
+    mpt__node *node;
+    mpt_result r;
+    if (desc) d = *desc;
+    node = mpt__layer(net, MPT__CONV2D, "conv", d.name, in);
+    if (!node) return 0;
+    node->no_bias = d.no_bias;
+    node->init = d.init;
+    r = mpt__conv2d_layer(net, node, filters, kernel, &d);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+MPT_DEF int mpt_relu(mpt_model *net, int in) {
+    mpt__node *node = mpt__layer(net, MPT__ACTIVATION, "relu", NULL, in);
+    if (!node) return 0;
+    node->act = MPT_RELU;
+    return mpt__layer_done(net);
+}
+
+static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S, const mpt_pool2d_desc *d) {
+    mpt_pool2d_shape *s = &node->pool;
+    size_t P, Q;
+    MPT__TRY(mpt__layer_positive(net, node, "window", R, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
+    s->N = 1;
+    s->H = (size_t)node->H, s->W = (size_t)node->W, s->C = (size_t)node->C;
+    s->R = (size_t)R, s->S = (size_t)S;
+    s->stride = (size_t)d->stride, s->padding = (size_t)d->padding;
+    if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d on a %dx%d input with padding %d", node->name, R, S,
+                        node->H, node->W, d->padding);
+    return mpt__layer_size(net, node, P, Q, s->C);
+}
+
+static int mpt__pool_node(mpt_model *net, int in, mpt_pool kind, int window, const mpt_pool2d_desc *desc) {
+    mpt__node *node = mpt__layer(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
+    mpt_pool2d_desc d = MPT_ZERO;
+    const int global = window == -1;
+    mpt_result r;
+    if (!node) return 0;
+    if (desc) d = *desc;
+    node->pool_kind = kind;
+    r = mpt__pool_layer(net, node, global ? node->H : window, global ? node->W : window, &d);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+MPT_DEF int mpt_max_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
+    return mpt__pool_node(net, in, MPT_POOL_MAX, window < 0 ? 0 : window, desc);
+}
+
+MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
+    return mpt__pool_node(net, in, MPT_POOL_AVERAGE, window < 0 ? 0 : window, desc);
+}
+
+MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) { return mpt__pool_node(net, in, MPT_POOL_AVERAGE, -1, NULL); }
+
+MPT_DEF int mpt_flatten(mpt_model *net, int in) {
+    mpt__node *node = mpt__layer(net, MPT__FLATTEN, "flatten", NULL, in);
+    if (!node) return 0;
+    node->C *= node->H * node->W;
+    node->H = node->W = 1;
+    return mpt__layer_done(net);
+}
+
+MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
+    mpt__node *node = b ? mpt__layer(net, MPT__ADD, "add", NULL, a) : NULL, *other;
+    if (!node) return 0;
+    if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS)
+        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d to add", node->name, b));
+    other = mpt__node_of(net, b);
+    if (other->H != node->H || other->W != node->W || other->C != node->C)
+        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d", node->name,
+                                               mpt__node_of(net, a)->name, node->H, node->W, node->C, other->name, other->H,
+                                               other->W, other->C));
+    node->in[1] = b;
+    return mpt__layer_done(net);
+}
+
+static int mpt__loss_node(mpt_model *net, int in, const char *word, mpt_loss_kind kind) {
+    mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
+    if (!node) return 0;
+    node->loss = kind;
+    return mpt__layer_done(net);
+}
+
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in) {
+    return mpt__loss_node(net, in, "cross_entropy", MPT_LOSS_CROSS_ENTROPY);
+}
+
+MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_node(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
+
+/* -- Building: check, types, parameters, memory plan -- */
+
+static size_t mpt__node_count(const mpt__node *node) { return (size_t)node->H * (size_t)node->W * (size_t)node->C; }
+
+static int mpt__has_weights(const mpt__node *node) { return node->kind == MPT__LINEAR || node->kind == MPT__CONV2D; }
+
+static mpt_result mpt__policy_check(mpt_model *net) {
+    const mpt_policy *p = &net->policy;
+    const int half = p->compute == MPT_F16 || p->compute == MPT_BF16;
+    if ((p->compute == MPT_F32 || half) && (p->param == MPT_F32 || p->param == p->compute) &&
+        (p->output == MPT_F32 || p->output == p->compute) &&
+        (p->master == MPT_MASTER_F32 || (p->master == MPT_MASTER_NONE && half && p->param == p->compute)))
+        return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_TYPE,
+                    "policy: param %s, compute %s, output %s, master %d; compute is f32, f16 or bf16, the others f32 or the same, "
+                    "no masters only for 16-bit parameters", mpt_dtype_name(p->param), mpt_dtype_name(p->compute),
+                    mpt_dtype_name(p->output), (int)p->master);
+}
+
+static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) {
+    mpt_train_desc *t = &net->train;
+    int i, losses = 0;
+    if (net->built) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: the model is built already");
+    if (net->failed != MPT_OK) return mpt_fail(net->ctx, net->failed, "%s", net->why);
+    memset(t, 0, sizeof *t);
+    if (train) *t = *train;
+    t->batch = mpt__or_int(t->batch, 32);
+    t->accumulate = mpt__or_int(t->accumulate, 1);
+    if (t->batch < 1 || t->accumulate < 1 || !mpt__not_negative(t->clip_norm))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: batch %d, accumulate %d, clip_norm %g", t->batch,
+                        t->accumulate, t->clip_norm);
+    MPT__TRY(mpt__policy_check(net));
+    for (i = 0; i < net->count; i++) {
+        net->nodes[i].consumers = 0;
+        losses += net->nodes[i].kind == MPT__LOSS;
+    }
+    if (losses != 1 || net->nodes[net->count - 1].kind != MPT__LOSS)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: the model needs one loss, as its last node; it has %d", losses);
+    for (i = 0; i < net->count; i++) {
+        const mpt__node *node = &net->nodes[i];
+        if (node->in[0]) mpt__node_of(net, node->in[0])->consumers++;
+        if (node->in[1]) mpt__node_of(net, node->in[1])->consumers++;
+    }
+    for (i = 0; i < net->count - 1; i++)
+        if (!net->nodes[i].consumers)
+            return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: nothing reads '%s'", net->nodes[i].name);
+    return MPT_OK;
+}
+
+/* Types of values and gradients, what needs a gradient, which activations their input node computes. */
+static void mpt__build_types(mpt_model *net) {
+    const mpt_policy *policy = &net->policy;
+    int i;
+    for (i = 0; i < net->count; i++) {
+        mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+        node->fused = 0;
+        if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
+        node->type = in && !mpt__has_weights(node) ? in->type : policy->compute;
+        if (mpt__has_weights(node) && net->nodes[net->count - 1].in[0] == i + 1) node->type = policy->output;
+        node->grad_type = policy->compute;
+        node->needs_gradient = mpt__has_weights(node) || (in && in->needs_gradient) ||
+                               (node->in[1] && mpt__node_of(net, node->in[1])->needs_gradient);
+        if (node->kind == MPT__ACTIVATION && in->consumers == 1 && !in->act &&
+            (mpt__has_weights(in) || in->kind == MPT__ADD)) {
+            node->fused = 1;
+            in->act = node->act;
+        }
+    }
+}
+
+static mpt_result mpt__build_params(mpt_model *net) {
+    mpt_params_desc desc = MPT_ZERO;
+    char name[64];
+    int i;
+    desc.type = net->policy.compute;
+    desc.master = net->policy.master;
+    net->params = mpt_params_new(net->ctx, &desc);
+    if (!net->params) return MPT_ERROR_NO_MEMORY;
+    for (i = 0; i < net->count; i++) {
+        mpt__node *node = &net->nodes[i];
+        size_t in, count;
+        if (!mpt__has_weights(node)) continue;
+        in = node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0])) : node->conv.R * node->conv.S * node->conv.C;
+        if (!mpt__multiply(&count, in, (size_t)node->C))
+            return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %z x %d weights overflow size_t", node->name, in, node->C);
+        mpt__print(name, sizeof name, "%s.weight", node->name);
+        node->weight = mpt_params_add(net->params, name, count, MPT_GROUP_WEIGHT);
+        mpt__print(name, sizeof name, "%s.bias", node->name);
+        node->bias = node->no_bias ? 0 : mpt_params_add(net->params, name, (size_t)node->C, MPT_GROUP_BIAS);
+    }
+    return mpt_params_build(net->params);
+}
+
+static mpt_result mpt__build_init(mpt_model *net) {
+    int i;
+    for (i = 0; i < net->count; i++) {
+        const mpt__node *node = &net->nodes[i];
+        size_t in, taps;
+        if (!mpt__has_weights(node)) continue;
+        taps = node->kind == MPT__LINEAR ? 1 : node->conv.R * node->conv.S;
+        in = mpt_params_count(net->params, node->weight) / (size_t)node->C;
+        MPT__TRY(mpt_params_init(net->params, node->weight, node->init, in, (size_t)node->C * taps, net->train.seed));
+        if (node->bias)
+            MPT__TRY(mpt_params_init(net->params, node->bias, node->init, in, (size_t)node->C * taps, net->train.seed));
+    }
+    return MPT_OK;
+}
+
+/* Adds a buffer of `count` elements a sample that is alive from `first` to `last`. Returns its number. */
+static int mpt__plan_add(mpt_model *net, size_t count, size_t size, int first, int last) {
+    mpt__buffer *b = &net->buffers[net->buffer_count++];
+    b->bytes = (count * (size_t)net->train.batch * size + MPT__ALIGN - 1) / MPT__ALIGN * MPT__ALIGN;
+    b->first = first;
+    b->last = last;
+    return net->buffer_count;
+}
+
+static void mpt__plan_extend(mpt_model *net, int buffer, int moment) {
+    mpt__buffer *b = buffer ? &net->buffers[buffer - 1] : NULL;
+    if (b && moment > b->last) b->last = moment;
+    if (b && moment < b->first) b->first = moment;
+}
+
+/* Does the backward pass of `node` read the value of its input? */
+static int mpt__reads_input(const mpt__node *node) { return mpt__has_weights(node); }
+
+/* Lays buffers into one block: each at the lowest offset where it overlaps none that is alive at the same time. */
+static void mpt__plan_offsets(mpt_model *net) {
+    int i, j, moved;
+    net->block_bytes = 0;
+    for (i = 0; i < net->buffer_count; i++) {
+        mpt__buffer *b = &net->buffers[i];
+        b->offset = 0;
+        do {
+            moved = 0;
+            for (j = 0; j < i; j++) {
+                const mpt__buffer *o = &net->buffers[j];
+                if (b->first > o->last || o->first > b->last) continue;
+                if (b->offset >= o->offset + o->bytes || o->offset >= b->offset + b->bytes) continue;
+                b->offset = o->offset + o->bytes;
+                moved = 1;
+            }
+        } while (moved);
+        if (b->offset + b->bytes > net->block_bytes) net->block_bytes = b->offset + b->bytes;
+    }
+}
+
+/* Moments of a step: node i runs forward at i and backward at 2 count - 1 - i. A value lives until its last reader in
+   either pass, a gradient from its first writer to its node's backward. Flatten and fused activations share the buffers
+   of their input. */
+static mpt_result mpt__build_plan(mpt_model *net) {
+    const int n = net->count, end = 2 * n - 1;
+    int i;
+    net->buffers = (mpt__buffer *)mpt__host_alloc(net->ctx, (size_t)n * 3 * sizeof *net->buffers);
+    if (!net->buffers) return MPT_ERROR_NO_MEMORY;
+    for (i = 0; i < n - 1; i++) {
+        mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+        const int shares = node->fused || node->kind == MPT__FLATTEN;
+        MPT__TRY(mpt__need_size(net->ctx, node->name, mpt__node_count(node), (size_t)net->train.batch, (size_t)n * 4, 1));
+        if (shares) node->value = in->value;
+        else node->value = mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->type), i, i);
+        node->index = node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX
+                          ? mpt__plan_add(net, mpt__node_count(node), sizeof(uint16_t), i, end - i) : 0;
+        node->grad = 0;
+        if (node->needs_gradient)
+            node->grad = shares && in->consumers == 1
+                             ? in->grad : mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->grad_type), end - i, end - i);
+    }
+    for (i = 0; i < n; i++) { /* lives, from the readers and writers */
+        const mpt__node *node = &net->nodes[i];
+        int side;
+        if (node->act && node->needs_gradient) mpt__plan_extend(net, node->value, end - i);
+        for (side = 0; side < 2 && node->in[side]; side++) {
+            const mpt__node *in = mpt__node_of(net, node->in[side]);
+            mpt__plan_extend(net, in->value, i);
+            if (mpt__reads_input(node)) mpt__plan_extend(net, in->value, end - i);
+            if (in->needs_gradient) mpt__plan_extend(net, in->grad, node->kind == MPT__LOSS ? i : end - i);
+        }
+    }
+    mpt__plan_offsets(net);
+    return MPT_OK;
+}
+
+static mpt_result mpt__build_memory(mpt_model *net) {
+    const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
+    const size_t batch = (size_t)net->train.batch;
+    net->staging_bytes = input->type == MPT_F32 ? 0 : batch * mpt__node_count(input) * sizeof(float);
+    net->target_bytes = batch * (loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss)) * sizeof(float);
+    net->block = (char *)mpt_alloc(net->ctx, net->block_bytes);
+    net->target = mpt_alloc(net->ctx, net->target_bytes);
+    net->sums = (mpt_loss_sum *)mpt_alloc(net->ctx, 2 * sizeof *net->sums);
+    if (net->staging_bytes) net->staging = (float *)mpt_alloc(net->ctx, net->staging_bytes);
+    return net->block && net->target && net->sums && (net->staging || !net->staging_bytes) ? MPT_OK : MPT_ERROR_NO_MEMORY;
+}
+
+static mpt_result mpt__build_training(mpt_model *net) {
+    mpt_scaler_desc scaler = net->train.scaler;
+    if (scaler.mode == MPT_SCALER_DEFAULT && (net->policy.compute != MPT_F16 || net->policy.master == MPT_MASTER_NONE))
+        scaler.mode = MPT_SCALER_OFF;
+    net->scaler = mpt_scaler_new(net->ctx, &scaler);
+    if (!net->scaler) return MPT_ERROR_ARGUMENT;
+    net->opt = mpt_optimizer_new(net->params, net->scaler, &net->train.optimizer);
+    return net->opt ? MPT_OK : MPT_ERROR_ARGUMENT;
+}
+
+static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *train) {
+    MPT__TRY(mpt__build_check(net, train));
+    mpt__build_types(net);
+    MPT__TRY(mpt__build_params(net));
+    MPT__TRY(mpt__build_training(net));
+    MPT__TRY(mpt__build_plan(net));
+    MPT__TRY(mpt__build_memory(net));
+    return mpt__build_init(net);
+}
+
+MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) {
+    mpt_result r;
+    if (!net) return MPT_ERROR_ARGUMENT;
+    r = mpt__model_try_build(net, train);
+    if (r == MPT_OK) net->built = 1;
+    else if (!net->built) mpt__model_clear(net);
+    return r;
+}
+
+/* -- Running nodes -- */
+
+static mpt_array mpt__buffer_array(const mpt_model *net, int buffer, mpt_dtype type) {
+    return mpt_typed_array(buffer ? net->block + net->buffers[buffer - 1].offset : NULL, type);
+}
+
+static mpt_array mpt__value(const mpt_model *net, int id) {
+    return mpt__buffer_array(net, mpt__node_of(net, id)->value, mpt__node_of(net, id)->type);
+}
+
+static mpt_array mpt__grad(const mpt_model *net, int id) {
+    return mpt__buffer_array(net, mpt__node_of(net, id)->grad, mpt__node_of(net, id)->grad_type);
+}
+
+/* Biases follow the parameters' type: fp32 in O1, where only products read 16-bit copies. */
+static mpt_array mpt__bias_array(mpt_model *net, int tensor) {
+    const mpt_array none = MPT_ZERO;
+    if (!tensor) return none;
+    return net->policy.param == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, tensor))
+                                        : mpt_params_weight(net->params, tensor);
+}
+
+static uint16_t *mpt__pool_index(const mpt_model *net, const mpt__node *node) {
+    return (uint16_t *)mpt__buffer_array(net, node->index, MPT_F32).data;
+}
+
+/* Everything but the input and the loss, which know the batch. */
+static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows) {
+    const mpt__node *node = mpt__node_of(net, id);
+    const mpt_array x = mpt__value(net, node->in[0]), y = mpt__value(net, id);
+    mpt_conv2d_shape conv = node->conv;
+    mpt_pool2d_shape pool = node->pool;
+    conv.N = pool.N = rows;
+    switch (node->kind) {
+    case MPT__LINEAR:
+        return mpt_linear_forward(net->ctx, rows, mpt__node_count(mpt__node_of(net, node->in[0])), (size_t)node->C, x,
+                                  mpt_params_weight(net->params, node->weight), mpt__bias_array(net, node->bias), node->act, y);
+    case MPT__CONV2D:
+        return mpt_conv2d_forward(net->ctx, &conv, x, mpt_params_weight(net->params, node->weight),
+                                  mpt__bias_array(net, node->bias), node->act, y);
+    case MPT__ACTIVATION:
+        if (node->fused) return MPT_OK;
+        return mpt_activation_forward(net->ctx, node->act, rows * mpt__node_count(node), x, y);
+    case MPT__POOL:
+        return mpt_pool2d_forward(net->ctx, node->pool_kind, &pool, x, y, mpt__pool_index(net, node));
+    case MPT__ADD:
+        return mpt_add_arrays(net->ctx, rows * mpt__node_count(node), x, 1, mpt__value(net, node->in[1]), node->act, y);
+    default: return MPT_OK; /* flatten shares its input's buffer */
+    }
+}
+
+/* 0 for the first gradient that flows into a node in this pass, 1 for those that add to it. */
+static float mpt__grad_beta(mpt_model *net, int id) {
+    mpt__node *node = mpt__node_of(net, id);
+    const float beta = node->grad_started ? 1.0f : 0.0f;
+    node->grad_started = 1;
+    return beta;
+}
+
+static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, mpt_array dy, size_t rows) {
+    const mpt_array x = mpt__value(net, node->in[0]), dw = mpt_f32_array(mpt_params_grad(net->params, node->weight));
+    const size_t inputs = mpt__node_count(mpt__node_of(net, node->in[0])), outputs = (size_t)node->C;
+    const float beta = net->micro ? 1.0f : 0.0f;
+    mpt_conv2d_shape conv = node->conv;
+    conv.N = rows;
+    if (node->bias)
+        MPT__TRY(mpt_bias_backward(net->ctx, rows * (size_t)node->H * (size_t)node->W, outputs, dy, beta,
+                                   mpt_f32_array(mpt_params_grad(net->params, node->bias))));
+    if (node->kind == MPT__LINEAR) return mpt_linear_backward_weight(net->ctx, rows, inputs, outputs, dy, x, beta, dw);
+    return mpt_conv2d_backward_weight(net->ctx, &conv, dy, x, beta, dw);
+}
+
+/* The gradient that `node` hands to its input `to`. */
+static mpt_result mpt__data_backward(mpt_model *net, const mpt__node *node, int to, mpt_array dy, mpt_array y, size_t rows) {
+    const mpt_array dx = mpt__grad(net, to), w = mpt_params_weight(net->params, node->weight);
+    const size_t count = rows * mpt__node_count(node);
+    mpt_conv2d_shape conv = node->conv;
+    mpt_pool2d_shape pool = node->pool;
+    float beta;
+    if (!mpt__node_of(net, to)->needs_gradient || dx.data == dy.data) return MPT_OK; /* or shared: it is there already */
+    beta = mpt__grad_beta(net, to);
+    conv.N = pool.N = rows;
+    switch (node->kind) {
+    case MPT__LINEAR:
+        return mpt_linear_backward_data(net->ctx, rows, mpt__node_count(mpt__node_of(net, to)), (size_t)node->C, dy, w, beta, dx);
+    case MPT__CONV2D: return mpt_conv2d_backward_data(net->ctx, &conv, dy, w, beta, dx);
+    case MPT__POOL:
+        return mpt_pool2d_backward(net->ctx, node->pool_kind, &pool, dy, mpt__pool_index(net, node), beta, dx);
+    case MPT__ACTIVATION: return mpt_activation_backward(net->ctx, node->act, count, y, dy, beta, dx);
+    default: return mpt_add_arrays(net->ctx, count, dy, beta, dx, MPT_IDENTITY, dx); /* add, flatten */
+    }
+}
+
+static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
+    const mpt__node *node = mpt__node_of(net, id);
+    const mpt_array y = mpt__value(net, id), dy = mpt__grad(net, id);
+    int side;
+    if (!node->needs_gradient || node->fused) return MPT_OK;
+    if (node->act && node->kind != MPT__ACTIVATION)
+        MPT__TRY(mpt_activation_backward(net->ctx, node->act, rows * mpt__node_count(node), y, dy, 0, dy));
+    if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
+    for (side = 0; side < 2 && node->in[side]; side++)
+        MPT__TRY(mpt__data_backward(net, node, node->in[side], dy, y, rows));
+    return MPT_OK;
+}
+
+/* -- Passes -- */
+
+static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
+    if (!net) return MPT_ERROR_ARGUMENT;
+    return net->built ? MPT_OK : mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
+}
+
+/* Inputs must be finite, labels in range: told before anything changes. */
+static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float *x, const void *target, size_t samples) {
+    const mpt__node *loss = &net->nodes[net->count - 1];
+    const size_t features = mpt__node_count(&net->nodes[0]), outputs = mpt__node_count(loss);
+    const float *floats = (const float *)target;
+    const int32_t *labels = (const int32_t *)target;
+    size_t i;
+    if (!x) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: x is NULL", call);
+    MPT__TRY(mpt__need_size(net->ctx, call, samples, features, 1, 1));
+    for (i = 0; i < samples * features; i++)
+        if (!mpt__finite(x[i]))
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call, net->nodes[0].name,
+                            i / features, i % features, (double)x[i]);
+    if (!target) return MPT_OK;
+    for (i = 0; i < samples && loss->loss == MPT_LOSS_CROSS_ENTROPY; i++)
+        if (labels[i] < 0 || (size_t)labels[i] >= outputs)
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call, loss->name,
+                            (int)labels[i], i, outputs - 1);
+    for (i = 0; i < samples * outputs && loss->loss == MPT_LOSS_SQUARED_ERROR; i++)
+        if (!mpt__finite(floats[i]))
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g", call, loss->name, i % outputs,
+                            i / outputs, (double)floats[i]);
+    return MPT_OK;
+}
+
+/* Forward over rows <= batch samples that were checked. target NULL: no loss. train: with the loss's gradient. */
+static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *target, size_t rows, int train) {
+    const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
+    const mpt_array value = mpt__value(net, 1), none = MPT_ZERO;
+    const size_t count = rows * mpt__node_count(input), outputs = mpt__node_count(loss);
+    mpt_array logits, dlogits;
+    float grad_scale;
+    int id;
+    MPT__TRY(mpt_upload(net->ctx, net->staging ? (void *)net->staging : value.data, x, count * sizeof *x));
+    if (net->staging) MPT__TRY(mpt_cast(net->ctx, count, mpt_f32_array(net->staging), value, NULL));
+    for (id = 2; id < net->count; id++) MPT__TRY(mpt__node_forward(net, id, rows));
+    if (!target) return MPT_OK;
+    logits = mpt__value(net, loss->in[0]);
+    dlogits = train ? mpt__grad(net, loss->in[0]) : none;
+    grad_scale = (float)(1.0 / ((double)rows * net->train.accumulate));
+    if (loss->loss == MPT_LOSS_SQUARED_ERROR) {
+        MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * outputs * sizeof(float)));
+        return mpt_squared_error(net->ctx, rows, outputs, logits, (const float *)net->target, grad_scale,
+                                 &net->scaler->state->scale, dlogits, &net->sums[!train]);
+    }
+    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * sizeof(int32_t)));
+    return mpt_cross_entropy(net->ctx, rows, outputs, logits, (const int32_t *)net->target, grad_scale,
+                             &net->scaler->state->scale, dlogits, &net->sums[!train]);
+}
+
+/* The first forward pass after a step starts a new sum of losses and new gradients. */
+static mpt_result mpt__start_step(mpt_model *net) {
+    if (net->micro && net->steps_at_backward == net->opt->steps) return MPT_OK;
+    net->micro = 0;
+    return net->ctx->backend->zero(net->ctx, &net->sums[0], sizeof net->sums[0]);
+}
+
+static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void *target, size_t rows) {
+    net->forward_rows = 0;
+    MPT__TRY(mpt__start_step(net));
+    MPT__TRY(mpt__run_forward(net, x, target, rows, 1));
+    net->forward_rows = (int)rows;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n) {
+    MPT__TRY(mpt__need_built(net, "forward"));
+    if (n < 1 || n > net->train.batch)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n, net->train.batch);
+    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: target is NULL");
+    MPT__TRY(mpt__check_batch(net, "forward", x, target, (size_t)n));
+    return mpt__train_forward(net, x, target, (size_t)n);
+}
+
+MPT_DEF mpt_result mpt_backward(mpt_model *net) {
+    int id;
+    MPT__TRY(mpt__need_built(net, "backward"));
+    if (!net->forward_rows)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: there is no forward pass that it could follow");
+    if (net->opt->phase != MPT__READY)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: the gradients are unscaled; step and update the scaler first");
+    for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
+    for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
+    net->forward_rows = 0;
+    net->micro++;
+    net->steps_at_backward = net->opt->steps;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
+    size_t batch, features, width;
+    int i;
+    MPT__TRY(mpt__need_built(net, "train_step"));
+    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
+    batch = (size_t)net->train.batch;
+    features = mpt__node_count(&net->nodes[0]);
+    width = net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(&net->nodes[net->count - 1]);
+    MPT__TRY(mpt__check_batch(net, "train_step", x, target, batch * (size_t)net->train.accumulate));
+    net->micro = 0;
+    for (i = 0; i < net->train.accumulate; i++) {
+        const size_t sample = (size_t)i * batch;
+        MPT__TRY(mpt__train_forward(net, x + sample * features, (const float *)target + sample * width, batch));
+        MPT__TRY(mpt_backward(net));
+    }
+    MPT__TRY(mpt_unscale(net->opt));
+    if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
+    MPT__TRY(mpt_step(net->opt));
+    return mpt_scaler_update(net->scaler);
+}
+
+MPT_DEF mpt_params *mpt_model_params(mpt_model *net) { return net ? net->params : NULL; }
+MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net) { return net ? net->opt : NULL; }
+MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net) { return net ? net->scaler : NULL; }
+
+MPT_DEF double mpt_loss(mpt_model *net) {
+    mpt_loss_sum sum = MPT_ZERO;
+    if (!net || !net->built || mpt_download(net->ctx, &sum, &net->sums[0], sizeof sum) != MPT_OK || !sum.rows) return 0;
+    return sum.loss / (double)sum.rows;
+}
+
+MPT_DEF float mpt_loss_scale(mpt_model *net) { return net && net->built ? mpt_scaler_scale(net->scaler) : 0.0f; }
+
+static uint64_t mpt__steps(mpt_model *net, int skipped) {
+    mpt_optimizer_state *s = net && net->built ? &net->opt->mirror : NULL;
+    if (!s || mpt_optimizer_get_state(net->opt, s) != MPT_OK) return 0;
+    return skipped ? s->skipped : s->applied;
+}
+
+MPT_DEF uint64_t mpt_steps_applied(mpt_model *net) { return mpt__steps(net, 0); }
+MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net) { return mpt__steps(net, 1); }
+
+/* -- Evaluation -- */
+
+MPT_DEF size_t mpt_model_outputs(const mpt_model *net) {
+    return net && net->built ? mpt__node_count(&net->nodes[net->count - 1]) : 0;
+}
+
+MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *target, size_t samples, mpt_metrics *out) {
+    mpt_loss_sum sum = MPT_ZERO;
+    size_t i, rows, features, width;
+    MPT__TRY(mpt__need_built(net, "evaluate"));
+    if (!target || !out || !samples)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "evaluate: target or out is NULL, or there are no samples");
+    MPT__TRY(mpt__check_batch(net, "evaluate", x, target, samples));
+    features = mpt__node_count(&net->nodes[0]);
+    width = net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt_model_outputs(net);
+    net->forward_rows = 0; /* the activations are overwritten */
+    MPT__TRY(net->ctx->backend->zero(net->ctx, &net->sums[1], sizeof sum));
+    for (i = 0; i < samples; i += rows) {
+        rows = mpt__min(samples - i, (size_t)net->train.batch);
+        MPT__TRY(mpt__run_forward(net, x + i * features, (const float *)target + i * width, rows, 0));
+    }
+    MPT__TRY(mpt_download(net->ctx, &sum, &net->sums[1], sizeof sum));
+    out->loss = sum.loss / (double)sum.rows;
+    out->accuracy = (double)sum.correct / (double)sum.rows;
+    out->samples = sum.rows;
+    out->correct = sum.correct;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, float *out) {
+    size_t i, rows, features, outputs;
+    MPT__TRY(mpt__need_built(net, "predict"));
+    if (!out) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "predict: out is NULL");
+    MPT__TRY(mpt__check_batch(net, "predict", x, NULL, samples));
+    features = mpt__node_count(&net->nodes[0]);
+    outputs = mpt_model_outputs(net);
+    net->forward_rows = 0;
+    for (i = 0; i < samples; i += rows) {
+        mpt_array logits = mpt__value(net, net->nodes[net->count - 1].in[0]);
+        rows = mpt__min(samples - i, (size_t)net->train.batch);
+        MPT__TRY(mpt__run_forward(net, x + i * features, NULL, rows, 0));
+        if (logits.type != MPT_F32) {
+            MPT__TRY(mpt_cast(net->ctx, rows * outputs, logits, mpt_f32_array(net->staging), NULL));
+            logits = mpt_f32_array(net->staging);
+        }
+        MPT__TRY(mpt_download(net->ctx, out + i * outputs, logits.data, rows * outputs * sizeof *out));
+    }
+    return MPT_OK;
+}
+
+/* -- Ledger -- */
+
+MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
+    const size_t host = MPT__OVERHEAD;
+    mpt_memory m = MPT_ZERO;
+    size_t elements, device, blocks;
+    if (!net) return m;
+    m.bookkeeping = sizeof *net + host;
+    if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
+    if (!net->built) return m;
+    elements = net->params->elements;
+    device = net->ctx->backend->overhead;
+    m.gradients = elements * 4;
+    if (net->policy.compute == MPT_F32) m.weights = elements * 4;
+    else if (net->policy.param == MPT_F32) m.weights = elements * 6;
+    else m.weights = elements * 2;
+    if (net->policy.param != MPT_F32 && net->params->master) m.masters = elements * 4;
+    m.moments = elements * 4 * ((size_t)(net->opt->op.moment1 != NULL) + (size_t)(net->opt->op.moment2 != NULL));
+    m.activations = net->block_bytes;
+    m.workspace = net->staging_bytes + net->target_bytes + 2 * sizeof *net->sums + sizeof *net->scaler->state +
+                  sizeof *net->opt->op.state + (size_t)net->params->count * sizeof(mpt_slice);
+    blocks = 7 + (size_t)((net->staging != NULL) + (net->params->copy.data != NULL) + (net->params->master != NULL) +
+                          (net->opt->op.moment1 != NULL) + (net->opt->op.moment2 != NULL));
+    m.bookkeeping += blocks * device + 6 * host + sizeof *net->scaler + sizeof *net->params + sizeof *net->opt +
+                     (size_t)net->params->capacity * sizeof *net->params->tensors +
+                     (size_t)net->params->count * sizeof(mpt_slice) + (size_t)net->count * 3 * sizeof *net->buffers;
+    return m;
+}
+
+/* The names below are the implementation's own. */
+#undef MPT__TRY
+#undef MPT__CPU_TABLE
+
+#endif /* MPT_IMPLEMENTATION */
+
+/* ==== LICENCE ====
+
+   MIT License. Copyright (c) 2026 the mpt authors.
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+   documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+   persons to whom the Software is furnished to do so, subject to the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+   Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+   WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+   COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+   OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.       */

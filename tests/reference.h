@@ -1,0 +1,186 @@
+/* reference.h - what the library should compute, written again in double arithmetic, as plainly as can be.
+
+   Include it after mpt.h, whose enums and shapes it uses, and nothing else of it. */
+#ifndef REFERENCE_H
+#define REFERENCE_H
+
+#include <math.h>
+
+/* ==== NUMBERS ==== a format is its significant bits (hidden one included), its smallest normal exponent and bits */
+
+typedef struct reference_format {
+    int significant, lowest;
+    uint32_t sign, largest, inf; /* inf: of e4m3 its NaN */
+} reference_format;
+
+static inline reference_format reference_format_of(mpt_dtype type) {
+    static const reference_format formats[MPT_DTYPE_COUNT] = {
+        {24, -126, 0x80000000u, 0x7f7fffffu, 0x7f800000u}, /* MPT_F32 */
+        {11, -14, 0x8000u, 0x7bffu, 0x7c00u},              /* MPT_F16 */
+        {8, -126, 0x8000u, 0x7f7fu, 0x7f80u},              /* MPT_BF16 */
+        {4, -6, 0x80u, 0x7eu, 0x7fu},                      /* MPT_E4M3 */
+        {3, -14, 0x80u, 0x7bu, 0x7cu},                     /* MPT_E5M2 */
+    };
+    return formats[type];
+}
+
+typedef enum reference_kind { REFERENCE_FINITE, REFERENCE_INF, REFERENCE_NAN } reference_kind;
+
+static inline reference_kind reference_kind_of(uint32_t bits, mpt_dtype type) {
+    const reference_format f = reference_format_of(type);
+    const uint32_t magnitude = bits & (f.sign - 1);
+    if (magnitude <= f.largest) return REFERENCE_FINITE;
+    return magnitude == f.inf && type != MPT_E4M3 ? REFERENCE_INF : REFERENCE_NAN;
+}
+
+/* Value of a finite pattern. */
+static inline double reference_widen(uint32_t bits, mpt_dtype type) {
+    const reference_format f = reference_format_of(type);
+    const uint32_t hidden = (uint32_t)1 << (f.significant - 1);
+    const uint32_t fraction = bits & (hidden - 1), field = (bits & (f.sign - 1)) / hidden;
+    const int ulp = f.lowest - (f.significant - 1); /* exponent of the gap between subnormals */
+    const double x = field ? ldexp((double)(hidden + fraction), (int)field - 1 + ulp) : ldexp((double)fraction, ulp);
+    return bits & f.sign ? -x : x;
+}
+
+/* Pattern of a finite x >= 0: scaled until the gap between neighbours is 1, cut to a whole number, perhaps rounded up.
+   The patterns of a format count its values, so the whole number and the exponent add up to the pattern. */
+static inline uint32_t reference_round(double x, mpt_dtype type, mpt_round round, mpt_overflow overflow) {
+    const reference_format f = reference_format_of(type);
+    int exponent;
+    double scaled, whole, pattern;
+    if (!(x > 0)) return 0;
+    frexp(x, &exponent);
+    exponent = exponent - 1 < f.lowest ? f.lowest : exponent - 1; /* 2^exponent <= x where x is normal */
+    scaled = ldexp(x, f.significant - 1 - exponent);
+    whole = floor(scaled);
+    if (round == MPT_ROUND_NEAREST) {
+        const int odd = whole - 2 * floor(whole / 2) > 0;
+        if (scaled - whole > 0.5 || (scaled - whole >= 0.5 && odd)) whole++;
+    }
+    pattern = ldexp((double)(exponent - f.lowest), f.significant - 1) + whole;
+    if (pattern <= (double)f.largest) return (uint32_t)pattern;
+    return round == MPT_ROUND_ZERO || overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf;
+}
+
+/* Pattern in `type` of the fp32 with these bits: all of mpt_narrow's contract but stochastic rounding. */
+static inline uint32_t reference_narrow(uint32_t x, mpt_dtype type, mpt_round round, mpt_overflow overflow) {
+    const reference_format f = reference_format_of(type);
+    const uint32_t magnitude = x & 0x7fffffffu, sign = x & 0x80000000u ? f.sign : 0;
+    switch (reference_kind_of(x, MPT_F32)) {
+    case REFERENCE_NAN: /* the upper payload bits, made quiet */
+        if (type == MPT_E4M3) return sign | f.inf;
+        return sign | f.inf | (uint32_t)1 << (f.significant - 2) | (magnitude & 0x7fffffu) >> (24 - f.significant);
+    case REFERENCE_INF: return sign | (overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf);
+    default: return sign | reference_round(reference_widen(magnitude, MPT_F32), type, round, overflow);
+    }
+}
+
+/* ==== OPERATIONS ==== all arrays dense, NHWC, in double */
+
+/* Adds the products of a convolution to the array that `pass` writes: y, x or w. A linear layer is the 1x1 case with
+   H = W = 1. With absolute values for inputs this gives the magnitudes of error bounds, with ones the term counts. */
+static inline void reference_conv2d(mpt_pass pass, const mpt_conv2d_shape *s, size_t P, size_t Q, double *x, double *w,
+                                    double *y) {
+    const size_t stride = s->stride ? s->stride : 1, dilation = s->dilation ? s->dilation : 1;
+    size_t n, p, q, k, r, c, t;
+    for (n = 0; n < s->N; n++)
+        for (p = 0; p < P; p++)
+            for (q = 0; q < Q; q++)
+                for (r = 0; r < s->R; r++)
+                    for (t = 0; t < s->S; t++) {
+                        const size_t h = p * stride + r * dilation, v = q * stride + t * dilation;
+                        if (h < s->padding || h - s->padding >= s->H || v < s->padding || v - s->padding >= s->W)
+                            continue;
+                        for (k = 0; k < s->K; k++) {
+                            double *xi = x + ((n * s->H + h - s->padding) * s->W + v - s->padding) * s->C;
+                            double *wi = w + ((k * s->R + r) * s->S + t) * s->C;
+                            double *yi = y + ((n * P + p) * Q + q) * s->K + k;
+                            for (c = 0; c < s->C; c++) {
+                                if (pass == MPT_FORWARD) *yi += xi[c] * wi[c];
+                                else if (pass == MPT_BACKWARD_DATA) xi[c] += *yi * wi[c];
+                                else wi[c] += *yi * xi[c];
+                            }
+                        }
+                    }
+}
+
+/* Calls `visit` for every input element in every window, first window and first element first. */
+typedef void (*reference_visit)(void *user, size_t in, size_t out, size_t place);
+
+static inline void reference_windows(const mpt_pool2d_shape *s, size_t P, size_t Q, reference_visit visit, void *user) {
+    const size_t down = s->stride ? s->stride : s->R, across = s->stride ? s->stride : s->S;
+    size_t n, p, q, r, t, c;
+    for (n = 0; n < s->N; n++)
+        for (p = 0; p < P; p++)
+            for (q = 0; q < Q; q++)
+                for (c = 0; c < s->C; c++)
+                    for (r = 0; r < s->R; r++)
+                        for (t = 0; t < s->S; t++) {
+                            const size_t h = p * down + r, w = q * across + t;
+                            if (h < s->padding || h - s->padding >= s->H || w < s->padding || w - s->padding >= s->W)
+                                continue;
+                            visit(user, ((n * s->H + h - s->padding) * s->W + w - s->padding) * s->C + c,
+                                  ((n * P + p) * Q + q) * s->C + c, r * s->S + t);
+                        }
+}
+
+typedef struct reference_pooling {
+    mpt_pool kind;
+    double *x, *y;
+    long *place; /* of the largest in its window; -1 before the first. Max only */
+    double area; /* of the window */
+} reference_pooling;
+
+static inline void reference_pool_visit(void *user, size_t in, size_t out, size_t place) {
+    reference_pooling *pool = (reference_pooling *)user;
+    const double x = pool->x[in];
+    if (pool->kind == MPT_POOL_AVERAGE) pool->y[out] += x / pool->area;
+    else if (pool->place[out] < 0 || x > pool->y[out]) {
+        pool->y[out] = x;
+        pool->place[out] = (long)place;
+    }
+}
+
+/* y, and of max pooling the place r * S + s of the first largest. NaN is the caller's. */
+static inline void reference_pool2d(mpt_pool kind, const mpt_pool2d_shape *s, size_t P, size_t Q, double *x, double *y,
+                                    long *place) {
+    reference_pooling pool;
+    size_t i;
+    pool.kind = kind, pool.x = x, pool.y = y, pool.place = place, pool.area = (double)(s->R * s->S);
+    for (i = 0; i < s->N * P * Q * s->C; i++) {
+        y[i] = 0;
+        if (place) place[i] = -1;
+    }
+    reference_windows(s, P, Q, reference_pool_visit, &pool);
+}
+
+/* Loss of one row of logits. */
+static inline double reference_cross_entropy(const double *x, size_t C, size_t label) {
+    double largest = x[0], sum = 0;
+    size_t j;
+    for (j = 1; j < C; j++) largest = x[j] > largest ? x[j] : largest;
+    for (j = 0; j < C; j++) sum += exp(x[j] - largest);
+    return log(sum) - (x[label] - largest);
+}
+
+static inline double reference_squared_error(const double *x, const double *target, size_t C) {
+    double sum = 0;
+    size_t j;
+    for (j = 0; j < C; j++) sum += (x[j] - target[j]) * (x[j] - target[j]);
+    return sum / (double)C;
+}
+
+/* Central difference of f at *variable. */
+static inline double reference_slope(double (*f)(void *user), void *user, double *variable, double h) {
+    const double keep = *variable;
+    double above, below;
+    *variable = keep + h;
+    above = f(user);
+    *variable = keep - h;
+    below = f(user);
+    *variable = keep;
+    return (above - below) / (2 * h);
+}
+
+#endif

@@ -1,0 +1,103 @@
+#!/bin/sh
+# The trainer from outside: exit status, one line on stderr for wrong use and damaged files, CSV, progress, accuracy.
+digits=${BUILD:-build}/examples/digits
+data=examples/data/digits
+t=$(mktemp -d)
+trap 'rm -rf "$t"' EXIT
+passed=0 failed=0
+
+check() { # check STATUS WHAT
+    if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "digits.sh: $2"; fi
+}
+
+# refused STATUS PATTERN OPTION...: exactly one line on stderr, which matches; nothing on stdout.
+refused() {
+    want=$1 pattern=$2
+    shift 2
+    "$digits" "$@" >"$t/out" 2>"$t/err"
+    status=$?
+    [ "$status" -eq "$want" ] && [ "$(wc -l <"$t/err")" -eq 1 ] && grep -q "^digits: .*$pattern" "$t/err" &&
+        [ ! -s "$t/out" ]
+    check $? "$*: exit status $status: $(cat "$t/err")"
+}
+
+# damaged PATTERN: the files in $t/data are refused.
+damaged() {
+    refused 2 "$1" --data "$t/data"
+    cp "$data"/*-ubyte "$t/data"
+}
+
+# bytes OCTAL...: writes bytes.
+bytes() { for b; do printf "\\$b"; done; }
+
+images=$t/data/images.idx3-ubyte labels=$t/data/labels.idx1-ubyte
+
+refused 2 "unknown option '--epoch'" --epoch 3
+refused 2 "'mlp' is no option" mlp
+for option in data model policy type epochs batch lr seed threads device csv; do refused 2 "--$option" --$option; done
+refused 2 "want mlp|cnn|all" --model resnet
+refused 2 "want mlp|cnn|all" --model ml
+refused 2 "want O0|O1|O2|O3|all" --policy O4
+refused 2 "want f32|bf16|f16|all" --type fp16
+refused 2 "want cpu|cuda" --device gpu
+refused 2 "no CUDA" --device cuda
+refused 2 "f32 goes with O0" --policy O0 --type f16
+refused 2 "f32 goes with O0" --policy O2 --type f32
+for n in 0 -1 3x '' ' 3' 99999999999999999999 nan; do refused 2 "want a whole number" --epochs "$n"; done
+for n in 0 -1 3x nan inf 1e999 1e-999; do refused 2 "want a number above 0" --lr "$n"; done
+refused 2 "1438 training samples" --batch 1439
+refused 2 "No such file" --data "$t/none"
+refused 2 "/none/digits.csv: No such file" --csv "$t/none/digits.csv"
+[ ! -c /dev/full ] || refused 2 "/dev/full: No space left" --csv /dev/full
+
+mkdir "$t/data"
+cp "$data"/*-ubyte "$t/data"
+rm "$images"; damaged "images.idx3-ubyte: No such file"
+rm "$labels"; damaged "labels.idx1-ubyte: No such file"
+rm "$images"; mkdir "$images"; refused 2 "not a file" --data "$t/data"; rmdir "$images"; cp "$data"/*-ubyte "$t/data"
+: >"$images"; damaged "truncated"
+head -c 15 "$data/images.idx3-ubyte" >"$images"; damaged "truncated"
+head -c 16 "$data/images.idx3-ubyte" >"$images"; damaged "truncated"
+head -c 115023 "$data/images.idx3-ubyte" >"$images"; damaged "truncated"
+head -c 1804 "$data/labels.idx1-ubyte" >"$labels"; damaged "truncated"
+printf x >>"$images"; damaged "1 bytes too many"
+printf x >>"$labels"; damaged "1 bytes too many"
+cp "$data/labels.idx1-ubyte" "$images"; damaged "0x00000801, want 0x00000803"
+cp "$data/images.idx3-ubyte" "$labels"; damaged "0x00000803, want 0x00000801"
+bytes 0 0 10 3 0 0 0 0 0 0 0 10 0 0 0 10 >"$images"; damaged "size 1 of 3 in the header is 0"
+bytes 0 0 10 3 0 0 0 1 0 0 0 10 0 0 0 0 >"$images"; damaged "truncated"
+{ bytes 0 0 10 3 0 0 0 1 0 0 0 10 0 0 0 0; printf 12345678; } >"$images"; damaged "size 3 of 3 in the header is 0"
+{ bytes 0 0 10 3 377 377 377 377 377 377 377 377 377 377 377 377; printf x; } >"$images"; damaged "truncated"
+{ bytes 0 0 10 3 0 0 0 10 0 0 0 20 0 0 0 4; head -c 512 "$data/images.idx3-ubyte"; } >"$images"; damaged "labels, but 8 images"
+{ bytes 0 0 10 1 0 0 7 4; tail -c 1796 "$data/labels.idx1-ubyte"; } >"$labels"; damaged "1796 labels, but 1797 images"
+{ head -c 1804 "$data/labels.idx1-ubyte"; bytes 12; } >"$labels"; damaged "label 1796 is 10, want 0 to 9"
+{ head -c 115023 "$data/images.idx3-ubyte"; bytes 21; } >"$images"; damaged "pixel 63 of image 1796 is 17, want 0 to 16"
+
+"$digits" --help >"$t/out" 2>"$t/err"
+check $? "--help fails"
+for option in data model policy type epochs batch lr seed threads device csv help; do
+    grep -q -- "--$option" "$t/out"
+    check $? "--help does not tell --$option"
+done
+
+# Results: one plain progress line a run at least, no carriage returns; the CSV holds what its readers rely on.
+"$digits" --model mlp --csv "$t/all.csv" >"$t/out" 2>"$t/err"
+check $? "--model mlp: $(cat "$t/err")"
+[ "$(wc -l <"$t/all.csv")" -eq 8 ]
+check $? "--model mlp gives $(wc -l <"$t/all.csv") lines of CSV, not 8"
+[ "$(grep -c '^\[ 7/7\] mlp' "$t/out")" -ge 1 ] && ! grep -q "$(printf '\r')" "$t/out"
+check $? "no plain progress lines"
+awk -f tests/train/rows.awk "$t/all.csv"
+check $? "a row of the MLP is off"
+grep -q 'mlp O2 f16: test accuracy .* with the scale, .* without' "$t/out" && grep -q '^So fp16 without loss scaling' "$t/out"
+check $? "no answer on loss scaling"
+
+for n in 1 2; do
+    "$digits" --model cnn --policy O1 --type bf16 --epochs 2 --threads $n --csv "$t/$n.csv" >"$t/out"
+    cut -d, -f1-13 "$t/$n.csv" >"$t/$n"
+done
+cmp -s "$t/1" "$t/2"
+check $? "1 and 2 threads differ: $(cat "$t/1" "$t/2")"
+
+echo "digits.sh: $passed passed, $failed failed"
+[ "$failed" -eq 0 ]

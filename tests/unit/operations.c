@@ -1,0 +1,1041 @@
+/* operations.c - floor 2: every operation, forward and backward, against the double loops of reference.h.
+
+   Each runs in both engines (packed products and plain loops) on 1, 2 and 4 threads; the bits must be the same for any
+   number of threads. The gradients of the reference itself are checked against central differences. */
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../check.h"
+#include "../reference.h"
+
+enum { ENGINES = 2, THREADS = 3 };
+
+static mpt_context *contexts[ENGINES][THREADS]; /* the second engine: desc.reference = 1; 1, 2 and 4 threads */
+static mpt_context *context;                    /* the first of them; all tensors live in it */
+
+static void open_all(void) {
+    int engine, i;
+    for (engine = 0; engine < ENGINES; engine++)
+        for (i = 0; i < THREADS; i++) {
+            mpt_context_desc desc = MPT_ZERO;
+            desc.threads = 1 << i;
+            desc.reference = engine;
+            contexts[engine][i] = test_open(&desc);
+        }
+    context = contexts[0][0];
+}
+
+static void close_all(void) {
+    int engine, i;
+    for (engine = 0; engine < ENGINES; engine++)
+        for (i = 0; i < THREADS; i++) mpt_close(contexts[engine][i]);
+}
+
+static double *absolutes(const double *x, size_t n) {
+    double *a = test_doubles(n);
+    size_t i;
+    for (i = 0; i < n; i++) a[i] = fabs(x[i]);
+    return a;
+}
+
+/* ==== RUNNING ==== */
+
+typedef mpt_result (*op_call)(mpt_context *ctx, const void *args, const test_tensor *t);
+
+/* Runs an operation that writes *out in every context, always from the content that *out has now. The results must be
+   near the expected ones, and the same bits for any number of threads. Leaves the old content in *out. */
+static void check_op(const char *what, op_call call, const void *args, const test_tensor *t, test_tensor *out,
+                     const double *expected, const double *tolerance) {
+    const size_t bytes = test_tensor_bytes(out);
+    unsigned char *old = (unsigned char *)test_memory(3 * bytes), *first = old + bytes, *result = first + bytes;
+    int engine, i, ok = 1;
+    CHECK_OK(context, mpt_download(context, old, out->array.data, bytes));
+    for (engine = 0; engine < ENGINES; engine++)
+        for (i = 0; i < THREADS; i++) {
+            CHECK_OK(context, mpt_upload(context, out->array.data, old, bytes));
+            ok &= CHECK_OK(contexts[engine][i], call(contexts[engine][i], args, t));
+            CHECK_OK(context, mpt_download(context, i ? result : first, out->array.data, bytes));
+            if (i) {
+                ok &= CHECK(memcmp(first, result, bytes) == 0);
+            } else {
+                test_tensor_download(out);
+                ok &= CHECK_ALL(out->value, out->count, expected, tolerance);
+            }
+        }
+    if (!ok) printf("    in %s\n", what);
+    CHECK_OK(context, mpt_upload(context, out->array.data, old, bytes));
+    test_tensor_download(out);
+    free(old);
+}
+
+static float nan_value(void) {
+    return test_float(0x7fc00000u);
+}
+
+/* ==== GEMM ==== */
+
+typedef struct product {
+    int trans_a, trans_b;
+    size_t m, n, k, extra; /* extra: how much leading dimensions exceed the rows */
+    float alpha, beta;
+} product;
+
+enum { A, B, C };
+
+static size_t columns_a(const product *p) { return (p->trans_a ? p->m : p->k) + p->extra; }
+static size_t columns_b(const product *p) { return (p->trans_b ? p->k : p->n) + p->extra; }
+static size_t columns_c(const product *p) { return p->n + p->extra; }
+
+static mpt_result call_gemm(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const product *p = (const product *)args;
+    return mpt_gemm(ctx, p->trans_a, p->trans_b, p->m, p->n, p->k, p->alpha, t[A].array, columns_a(p), t[B].array,
+                    columns_b(p), p->beta, t[C].array, columns_c(p));
+}
+
+/* NaN in columns [begin, end), so that reading them shows. */
+static void poison_columns(test_tensor *t, size_t begin, size_t end, size_t columns) {
+    size_t i;
+    for (i = 0; i < t->count; i++)
+        if (i % columns >= begin && i % columns < end) t->value[i] = (double)nan_value();
+    test_tensor_upload(t);
+}
+
+static void expect_product(const product *p, const test_tensor *t, double *expected, double *tolerance) {
+    const size_t lda = columns_a(p), ldb = columns_b(p), ldc = columns_c(p);
+    const double alpha = (double)p->alpha;
+    size_t i, j, l;
+    for (i = 0; i < p->m * ldc; i++) expected[i] = t[C].value[i], tolerance[i] = 0; /* beyond the matrix: unchanged */
+    for (i = 0; i < p->m; i++)
+        for (j = 0; j < p->n; j++) {
+            const double old = p->beta != 0 ? (double)p->beta * t[C].value[i * ldc + j] : 0;
+            double sum = 0, magnitude = 0;
+            for (l = 0; l < p->k; l++) {
+                const double a = t[A].value[p->trans_a ? l * lda + i : i * lda + l];
+                const double b = t[B].value[p->trans_b ? j * ldb + l : l * ldb + j];
+                sum += a * b;
+                magnitude += fabs(a * b);
+            }
+            expected[i * ldc + j] = alpha * sum + old;
+            tolerance[i * ldc + j] = test_bound((double)p->k, fabs(alpha) * magnitude + fabs(old),
+                                                expected[i * ldc + j], t[C].array.type);
+        }
+}
+
+static void test_gemm(const product *p, mpt_dtype type_a, mpt_dtype type_b, mpt_dtype type_c) {
+    double *expected = test_doubles(p->m * columns_c(p)), *tolerance = test_doubles(p->m * columns_c(p));
+    test_tensor t[3];
+    char what[128];
+    t[A] = test_tensor_random(context, type_a, (p->trans_a ? p->k : p->m) * columns_a(p), 1);
+    t[B] = test_tensor_random(context, type_b, (p->trans_b ? p->n : p->k) * columns_b(p), 2);
+    t[C] = test_tensor_random(context, type_c, p->m * columns_c(p), 3);
+    poison_columns(&t[A], columns_a(p) - p->extra, columns_a(p), columns_a(p));
+    poison_columns(&t[B], columns_b(p) - p->extra, columns_b(p), columns_b(p));
+    if (!(p->beta != 0)) poison_columns(&t[C], 0, p->n, columns_c(p));
+    expect_product(p, t, expected, tolerance);
+    snprintf(what, sizeof what, "gemm %d%d %lux%lux%lu of %s %s %s", p->trans_a, p->trans_b, (unsigned long)p->m,
+             (unsigned long)p->n, (unsigned long)p->k, mpt_dtype_name(type_a), mpt_dtype_name(type_b),
+             mpt_dtype_name(type_c));
+    check_op(what, call_gemm, p, t, &t[C], expected, tolerance);
+    free(expected), free(tolerance);
+    test_tensor_free(&t[A]), test_tensor_free(&t[B]), test_tensor_free(&t[C]);
+}
+
+static void test_gemms(void) {
+    static const size_t shapes[][3] = {{1, 1, 1},    {3, 5, 7},      {2, 3, 1},    {1, 33, 5},    {29, 1, 31},
+                                       {17, 31, 13}, {64, 64, 64},   {5, 4, 300},  {129, 127, 257}, {200, 10, 784}};
+    static const float factors[][2] = {{1, 0}, {-1.5f, 1}, {0.75f, -0.5f}, {1, 1}};
+    size_t i;
+    int trans, mix;
+    product p;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (trans = 0; trans < 4; trans++) {
+            p.trans_a = trans & 1, p.trans_b = trans >> 1;
+            p.m = shapes[i][0], p.n = shapes[i][1], p.k = shapes[i][2];
+            p.extra = (i + (size_t)trans) % 2 * 3;
+            p.alpha = factors[((size_t)trans + i) % 4][0], p.beta = factors[((size_t)trans + i) % 4][1];
+            test_gemm(&p, MPT_F32, MPT_F32, MPT_F32);
+            test_gemm(&p, MPT_F16, MPT_F16, i % 2 ? MPT_F32 : MPT_F16);
+            test_gemm(&p, MPT_BF16, MPT_BF16, i % 2 ? MPT_BF16 : MPT_F32);
+        }
+    for (mix = 0; mix < 27; mix++)
+        for (trans = 0; trans < 4; trans++) {
+            p.trans_a = trans & 1, p.trans_b = trans >> 1;
+            p.m = 17, p.n = 31, p.k = 13, p.extra = 2, p.alpha = -1.5f, p.beta = 0.5f;
+            test_gemm(&p, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3 % 3), (mpt_dtype)(mix / 9));
+        }
+}
+
+/* k = 0: c = beta c. alpha = 0 likewise. m or n = 0: nothing, whatever the pointers. */
+static void test_gemm_empty(void) {
+    test_tensor c = test_tensor_random(context, MPT_F32, 6, 4);
+    const mpt_array null = mpt_f32_array(NULL);
+    const double before = c.value[5];
+    CHECK_OK(context, mpt_gemm(context, 0, 0, 2, 3, 0, 1, c.array, 1, c.array, 3, 0.5f, c.array, 3));
+    test_tensor_download(&c);
+    CHECK_NEAR(c.value[5], before / 2, 0);
+    CHECK_OK(context, mpt_gemm(context, 0, 0, 0, 3, 5, 1, null, 5, null, 3, 0, null, 3));
+    CHECK_OK(context, mpt_gemm(context, 0, 0, 2, 0, 5, 1, null, 5, null, 1, 0, null, 1));
+    CHECK_OK(context, mpt_gemm(context, 0, 0, 2, 3, 0, 1, c.array, 1, c.array, 3, 0, c.array, 3));
+    test_tensor_download(&c);
+    CHECK_EQUAL(c.value[5], 0);
+    test_tensor_free(&c);
+}
+
+/* ==== LINEAR AND CONVOLUTION ====
+
+   A linear layer is the 1x1 convolution of 1x1 images; the tests are the same. */
+
+typedef struct layer {
+    int linear;
+    mpt_conv2d_shape s;
+    size_t P, Q;
+    int biased;
+    mpt_activation act;
+    float beta;
+} layer;
+
+enum { X, W, BIAS, Y };
+
+static mpt_result call_forward(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const layer *l = (const layer *)args;
+    const mpt_array bias = l->biased ? t[BIAS].array : mpt_f32_array(NULL);
+    if (l->linear)
+        return mpt_linear_forward(ctx, l->s.N, l->s.C, l->s.K, t[X].array, t[W].array, bias, l->act, t[Y].array);
+    return mpt_conv2d_forward(ctx, &l->s, t[X].array, t[W].array, bias, l->act, t[Y].array);
+}
+
+static mpt_result call_backward_data(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const layer *l = (const layer *)args;
+    if (l->linear)
+        return mpt_linear_backward_data(ctx, l->s.N, l->s.C, l->s.K, t[Y].array, t[W].array, l->beta, t[X].array);
+    return mpt_conv2d_backward_data(ctx, &l->s, t[Y].array, t[W].array, l->beta, t[X].array);
+}
+
+static mpt_result call_backward_weight(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const layer *l = (const layer *)args;
+    if (l->linear)
+        return mpt_linear_backward_weight(ctx, l->s.N, l->s.C, l->s.K, t[Y].array, t[X].array, l->beta, t[W].array);
+    return mpt_conv2d_backward_weight(ctx, &l->s, t[Y].array, t[X].array, l->beta, t[W].array);
+}
+
+static mpt_result call_backward_bias(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const layer *l = (const layer *)args;
+    return mpt_bias_backward(ctx, l->s.N * l->P * l->Q, l->s.K, t[Y].array, l->beta, t[BIAS].array);
+}
+
+static const op_call layer_calls[] = {call_forward, call_backward_data, call_backward_weight, call_backward_bias};
+static const char *const layer_names[] = {"forward", "backward_data", "backward_weight", "backward_bias"};
+enum { BACKWARD_BIAS = MPT_BACKWARD_WEIGHT + 1 };
+
+static size_t outputs(const layer *l) { return l->s.N * l->P * l->Q * l->s.K; }
+
+/* The sums that a pass makes, added to out; x, w, b, y are the values or their magnitudes. */
+static void layer_sums(const layer *l, int pass, double *x, double *w, double *b, double *y) {
+    size_t i;
+    if (pass != BACKWARD_BIAS) reference_conv2d((mpt_pass)pass, &l->s, l->P, l->Q, x, w, y);
+    for (i = 0; i < outputs(l); i++) {
+        if (pass == MPT_FORWARD && l->biased) y[i] += b[i % l->s.K];
+        if (pass == BACKWARD_BIAS) b[i % l->s.K] += y[i];
+    }
+}
+
+/* Most products that one element of the pass adds up. */
+static double layer_terms(const layer *l, int pass) {
+    const mpt_conv2d_shape *s = &l->s;
+    if (pass == MPT_FORWARD) return (double)(s->R * s->S * s->C + 1);
+    if (pass == MPT_BACKWARD_DATA) return (double)(s->R * s->S * s->K);
+    return (double)(s->N * l->P * l->Q);
+}
+
+static void test_layer_pass(const layer *l, int pass, test_tensor *t) {
+    static const int written[] = {Y, X, W, BIAS};
+    test_tensor *out = &t[written[pass]];
+    double *expected = test_doubles(out->count), *magnitude = test_doubles(out->count), *values[4], *sizes[4];
+    const int keeps = pass != MPT_FORWARD && l->beta != 0;
+    size_t i;
+    int j;
+    char what[128];
+    for (j = 0; j < 4; j++) values[j] = t[j].value, sizes[j] = absolutes(t[j].value, t[j].count);
+    for (i = 0; keeps && i < out->count; i++) {
+        expected[i] = (double)l->beta * out->value[i];
+        magnitude[i] = fabs(expected[i]);
+    }
+    values[written[pass]] = expected;
+    free(sizes[written[pass]]), sizes[written[pass]] = magnitude;
+    layer_sums(l, pass, values[X], values[W], values[BIAS], values[Y]);
+    layer_sums(l, pass, sizes[X], sizes[W], sizes[BIAS], sizes[Y]);
+    for (i = 0; i < out->count; i++) {
+        if (pass == MPT_FORWARD && l->act == MPT_RELU && expected[i] < 0) expected[i] = 0;
+        magnitude[i] = test_bound(layer_terms(l, pass), magnitude[i], expected[i], out->array.type);
+    }
+    snprintf(what, sizeof what, "%s %s of %s %s %s, N %lu H %lu W %lu C %lu K %lu R %lu S %lu",
+             l->linear ? "linear" : "conv2d", layer_names[pass], mpt_dtype_name(t[X].array.type),
+             mpt_dtype_name(t[W].array.type), mpt_dtype_name(t[Y].array.type), (unsigned long)l->s.N,
+             (unsigned long)l->s.H, (unsigned long)l->s.W, (unsigned long)l->s.C, (unsigned long)l->s.K,
+             (unsigned long)l->s.R, (unsigned long)l->s.S);
+    if (!keeps) test_tensor_poison(out);
+    check_op(what, layer_calls[pass], l, t, out, expected, magnitude);
+    if (!keeps) test_tensor_fill(out, -1, 1, 77);
+    free(expected);
+    for (j = 0; j < 4; j++) free(sizes[j]); /* magnitude is one of them */
+}
+
+static void test_layer(layer l, mpt_dtype type_x, mpt_dtype type_w, mpt_dtype type_y) {
+    test_tensor t[4];
+    int pass, j;
+    if (l.linear) l.P = l.Q = 1;
+    else CHECK_OK(context, mpt_conv2d_output(context, &l.s, &l.P, &l.Q));
+    t[X] = test_tensor_random(context, type_x, l.s.N * l.s.H * l.s.W * l.s.C, 1);
+    t[W] = test_tensor_random(context, type_w, l.s.K * l.s.R * l.s.S * l.s.C, 2);
+    t[BIAS] = test_tensor_random(context, type_w, l.s.K, 3);
+    t[Y] = test_tensor_random(context, type_y, outputs(&l), 4);
+    for (pass = MPT_FORWARD; pass <= BACKWARD_BIAS; pass++) {
+        test_layer_pass(&l, pass, t);
+        l.biased = !l.biased, l.act = l.act ? MPT_IDENTITY : MPT_RELU, l.beta = l.beta != 0 ? 0 : -0.75f;
+        test_layer_pass(&l, pass, t);
+    }
+    for (j = 0; j < 4; j++) test_tensor_free(&t[j]);
+}
+
+static layer make_layer(int linear, const size_t *s) {
+    layer l = MPT_ZERO;
+    l.linear = linear, l.biased = 1;
+    l.s.N = s[0], l.s.H = s[1], l.s.W = s[2], l.s.C = s[3], l.s.K = s[4], l.s.R = s[5], l.s.S = s[6];
+    l.s.stride = s[7], l.s.padding = s[8], l.s.dilation = s[9];
+    return l;
+}
+
+/* N H W C K R S stride padding dilation */
+static const size_t conv_shapes[][10] = {
+    {1, 1, 1, 1, 1, 1, 1, 1, 0, 1},    {2, 5, 7, 3, 4, 3, 3, 1, 1, 1},    {1, 8, 8, 1, 16, 3, 3, 1, 1, 1},
+    {2, 9, 6, 5, 7, 3, 2, 2, 1, 1},    {1, 7, 7, 2, 3, 1, 1, 1, 0, 1},    {2, 6, 5, 4, 5, 1, 1, 2, 0, 1},
+    {1, 11, 9, 3, 2, 3, 3, 1, 2, 2},   {1, 10, 10, 2, 3, 5, 5, 3, 2, 1},  {3, 4, 4, 17, 19, 3, 3, 1, 1, 1},
+    {1, 3, 3, 2, 2, 3, 3, 1, 0, 1},    {1, 2, 2, 3, 2, 3, 3, 1, 1, 1},    {1, 12, 5, 3, 4, 7, 1, 1, 3, 1},
+    {1, 5, 5, 2, 3, 3, 3, 0, 1, 0},    {2, 13, 11, 3, 9, 4, 3, 2, 3, 3},  {1, 1, 17, 5, 3, 1, 5, 2, 0, 2},
+    {4, 14, 14, 16, 32, 3, 3, 1, 1, 1},
+};
+enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes };
+
+/* N I O of linear layers */
+static const size_t linear_shapes[][3] = {{1, 1, 1},   {3, 5, 7},     {31, 17, 13},
+                                          {1, 64, 10}, {65, 129, 33}, {32, 784, 10}};
+enum { LINEAR_SHAPES = sizeof linear_shapes / sizeof *linear_shapes };
+
+static void test_layers(void) {
+    int i, mix;
+    for (i = 0; i < CONV_SHAPES + LINEAR_SHAPES; i++) {
+        size_t s[10] = {0, 1, 1, 0, 0, 1, 1, 1, 0, 1};
+        layer l;
+        if (i < CONV_SHAPES) l = make_layer(0, conv_shapes[i]);
+        else {
+            s[0] = linear_shapes[i - CONV_SHAPES][0], s[3] = linear_shapes[i - CONV_SHAPES][1];
+            s[4] = linear_shapes[i - CONV_SHAPES][2];
+            l = make_layer(1, s);
+        }
+        test_layer(l, MPT_F32, MPT_F32, MPT_F32);
+        test_layer(l, MPT_F16, MPT_F16, i % 2 ? MPT_F16 : MPT_F32);
+        test_layer(l, MPT_BF16, MPT_BF16, i % 2 ? MPT_F32 : MPT_BF16);
+    }
+    for (mix = 0; mix < 27; mix++) {
+        const layer l = make_layer(0, conv_shapes[1]);
+        test_layer(l, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3 % 3), (mpt_dtype)(mix / 9));
+    }
+}
+
+/* The reference itself: its gradients are the slopes of sum(dy * y). The objective is linear in each variable, so a step
+   of 1 has no truncation error, and 1e-11 covers the rounding of some thousand products in double. */
+typedef struct objective {
+    const layer *l;
+    double *v[4], *y;
+} objective;
+
+static double layer_objective(void *user) {
+    const objective *o = (const objective *)user;
+    const size_t n = outputs(o->l);
+    double sum = 0;
+    size_t i;
+    memset(o->y, 0, n * sizeof *o->y);
+    layer_sums(o->l, MPT_FORWARD, o->v[X], o->v[W], o->v[BIAS], o->y);
+    for (i = 0; i < n; i++) sum += o->y[i] * o->v[Y][i];
+    return sum;
+}
+
+static void test_reference_layer(layer l) {
+    size_t counts[4], i;
+    objective o;
+    int j;
+    l.act = MPT_IDENTITY;
+    CHECK_OK(context, mpt_conv2d_output(context, &l.s, &l.P, &l.Q));
+    counts[X] = l.s.N * l.s.H * l.s.W * l.s.C, counts[W] = l.s.K * l.s.R * l.s.S * l.s.C, counts[BIAS] = l.s.K;
+    counts[Y] = outputs(&l);
+    o.l = &l, o.y = test_doubles(counts[Y]);
+    for (j = 0; j < 4; j++) {
+        o.v[j] = test_doubles(counts[j]);
+        for (i = 0; i < counts[j]; i++) o.v[j][i] = test_uniform(-1, 1, (uint64_t)j, i);
+    }
+    for (j = X; j <= BIAS; j++) {
+        double *gradient = test_doubles(counts[j]), *kept = o.v[j];
+        o.v[j] = gradient;
+        layer_sums(&l, j + 1, o.v[X], o.v[W], o.v[BIAS], o.v[Y]);
+        o.v[j] = kept;
+        for (i = 0; i < counts[j]; i += 1 + counts[j] / 23)
+            CHECK_NEAR(gradient[i], reference_slope(layer_objective, &o, &o.v[j][i], 1), 1e-11);
+        free(gradient);
+    }
+    for (j = 0; j < 4; j++) free(o.v[j]);
+    free(o.y);
+}
+
+static void test_conv2d_output(void) {
+    mpt_conv2d_shape s = make_layer(0, conv_shapes[13]).s;
+    size_t P = 7, Q = 7;
+    CHECK_OK(context, mpt_conv2d_output(context, &s, &P, &Q));
+    CHECK_EQUAL(P, (13 + 6 - 3 * 3 - 1) / 2 + 1);
+    CHECK_EQUAL(Q, (11 + 6 - 3 * 2 - 1) / 2 + 1);
+    s.H = 2, s.padding = 1, s.dilation = 2, s.R = 3; /* 5 high on 4 */
+    CHECK_ERROR(context, mpt_conv2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "kernel");
+    CHECK(P == 0 && Q == 0);
+    CHECK(mpt_conv2d_output(NULL, &s, &P, &Q) == MPT_ERROR_SHAPE);
+    CHECK(mpt_conv2d_output(context, NULL, &P, &Q) == MPT_ERROR_ARGUMENT);
+    CHECK(mpt_conv2d_output(context, &s, NULL, &Q) == MPT_ERROR_ARGUMENT);
+}
+
+/* ==== POOLING ==== */
+
+typedef struct pooling {
+    mpt_pool kind;
+    mpt_pool2d_shape s;
+    size_t P, Q;
+    uint16_t *index; /* device */
+    float beta;
+} pooling;
+
+static mpt_result call_pool_forward(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const pooling *p = (const pooling *)args;
+    return mpt_pool2d_forward(ctx, p->kind, &p->s, t[0].array, t[1].array, p->index);
+}
+
+static mpt_result call_pool_backward(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const pooling *p = (const pooling *)args;
+    return mpt_pool2d_backward(ctx, p->kind, &p->s, t[1].array, p->index, p->beta, t[0].array);
+}
+
+typedef struct pool_gradient {
+    const pooling *p;
+    const long *place;
+    const double *dy;
+    double *dx, *magnitude, area;
+} pool_gradient;
+
+static void pool_gradient_visit(void *user, size_t in, size_t out, size_t place) {
+    pool_gradient *g = (pool_gradient *)user;
+    double share = g->p->kind == MPT_POOL_AVERAGE ? 1 / g->area : 0;
+    if (g->p->kind == MPT_POOL_MAX && g->place[out] == (long)place) share = 1;
+    g->dx[in] += share * g->dy[out];
+    g->magnitude[in] += fabs(share * g->dy[out]);
+}
+
+static void check_index(const pooling *p, const long *place, size_t n) {
+    uint16_t *index = (uint16_t *)test_memory(n * sizeof *index);
+    size_t i, wrong = 0;
+    CHECK_OK(context, mpt_download(context, index, p->index, n * sizeof *index));
+    for (i = 0; i < n; i++) wrong += (long)index[i] != place[i];
+    CHECK_EQUAL(wrong, 0);
+    free(index);
+}
+
+static void test_pool_forward(const pooling *p, test_tensor *t, long *place) {
+    const double area = (double)(p->s.R * p->s.S);
+    double *expected = test_doubles(t[1].count), *tolerance = test_doubles(t[1].count);
+    double *sizes = absolutes(t[0].value, t[0].count);
+    size_t i;
+    if (p->kind == MPT_POOL_AVERAGE) reference_pool2d(p->kind, &p->s, p->P, p->Q, sizes, tolerance, place);
+    reference_pool2d(p->kind, &p->s, p->P, p->Q, t[0].value, expected, place);
+    for (i = 0; i < t[1].count && p->kind == MPT_POOL_AVERAGE; i++)
+        tolerance[i] = test_bound(area, tolerance[i], expected[i], t[1].array.type);
+    test_tensor_poison(&t[1]);
+    check_op("pool forward", call_pool_forward, p, t, &t[1], expected, tolerance); /* max: exact */
+    if (p->kind == MPT_POOL_MAX) check_index(p, place, t[1].count);
+    free(expected), free(tolerance), free(sizes);
+}
+
+/* The gradient below is the slope of sum(dy * y): of average pooling, which is linear, for any step; of max pooling for
+   a step too small to change which element is the largest, 2^-30, which costs 2^-23 of the objective's size. */
+typedef struct pool_objective {
+    const pooling *p;
+    const test_tensor *t;
+    double *y;
+    long *place;
+} pool_objective;
+
+static double pool_value(void *user) {
+    const pool_objective *o = (const pool_objective *)user;
+    double sum = 0;
+    size_t i;
+    reference_pool2d(o->p->kind, &o->p->s, o->p->P, o->p->Q, o->t[0].value, o->y, o->place);
+    for (i = 0; i < o->t[1].count; i++) sum += o->y[i] * o->t[1].value[i];
+    return sum;
+}
+
+static void test_reference_pool(const pooling *p, const test_tensor *t, const double *dx) {
+    pool_objective o;
+    double sizes = 0;
+    size_t i;
+    o.p = p, o.t = t, o.y = test_doubles(t[1].count), o.place = (long *)test_memory(t[1].count * sizeof *o.place);
+    for (i = 0; i < t[1].count; i++) sizes += fabs(t[1].value[i]);
+    for (i = 0; i < t[0].count; i += 1 + t[0].count / 11)
+        CHECK_NEAR(dx[i], reference_slope(pool_value, &o, &t[0].value[i], ldexp(1, -30)), ldexp(sizes, -23));
+    free(o.y), free(o.place);
+}
+
+static void test_pool_backward(const pooling *p, test_tensor *t, const long *place) {
+    const double windows = (double)(p->s.R * p->s.S); /* that an element lies in, at most */
+    pool_gradient g;
+    size_t i;
+    test_tensor_fill(&t[1], -1, 1, 9);
+    g.p = p, g.place = place, g.dy = t[1].value, g.area = windows;
+    g.dx = test_doubles(t[0].count), g.magnitude = test_doubles(t[0].count);
+    for (i = 0; i < t[0].count && p->beta != 0; i++) {
+        g.dx[i] = (double)p->beta * t[0].value[i];
+        g.magnitude[i] = fabs(g.dx[i]);
+    }
+    reference_windows(&p->s, p->P, p->Q, pool_gradient_visit, &g);
+    if (!(p->beta != 0) && t[0].array.type == MPT_F32) test_reference_pool(p, t, g.dx); /* fp32: no two are equal */
+    for (i = 0; i < t[0].count; i++)
+        g.magnitude[i] = test_bound(windows, g.magnitude[i], g.dx[i], t[0].array.type);
+    if (!(p->beta != 0)) test_tensor_poison(&t[0]);
+    check_op("pool backward", call_pool_backward, p, t, &t[0], g.dx, g.magnitude);
+    free(g.dx), free(g.magnitude);
+}
+
+static void test_pool(pooling p, mpt_dtype type) {
+    test_tensor t[2];
+    long *place;
+    CHECK_OK(context, mpt_pool2d_output(context, &p.s, &p.P, &p.Q));
+    t[0] = test_tensor_random(context, type, p.s.N * p.s.H * p.s.W * p.s.C, 5);
+    t[1] = test_tensor_random(context, type, p.s.N * p.P * p.Q * p.s.C, 6);
+    place = (long *)test_memory(t[1].count * sizeof *place);
+    p.index = (uint16_t *)mpt_alloc(context, t[1].count * sizeof *p.index);
+    test_pool_forward(&p, t, place);
+    p.beta = 0.5f;
+    test_pool_backward(&p, t, place);
+    p.beta = 0;
+    test_pool_backward(&p, t, place);
+    mpt_free(context, p.index);
+    free(place);
+    test_tensor_free(&t[0]), test_tensor_free(&t[1]);
+}
+
+static void test_pools(void) {
+    static const size_t shapes[][8] = {{1, 4, 4, 1, 2, 2, 0, 0}, {2, 7, 5, 3, 3, 2, 2, 1}, {1, 6, 6, 5, 3, 3, 1, 1},
+                                       {2, 5, 4, 7, 5, 4, 0, 0}, {1, 9, 9, 2, 2, 2, 3, 0}, {1, 5, 5, 3, 1, 1, 1, 0},
+                                       {3, 7, 8, 2, 2, 3, 0, 1}, {8, 32, 32, 17, 3, 3, 2, 1}};
+    size_t i;
+    int type, kind;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (type = MPT_F32; type <= MPT_BF16; type++)
+            for (kind = MPT_POOL_MAX; kind <= MPT_POOL_AVERAGE; kind++) {
+                const size_t *s = shapes[i];
+                pooling p = MPT_ZERO;
+                p.kind = (mpt_pool)kind;
+                p.s.N = s[0], p.s.H = s[1], p.s.W = s[2], p.s.C = s[3], p.s.R = s[4], p.s.S = s[5];
+                p.s.stride = s[6], p.s.padding = s[7];
+                test_pool(p, (mpt_dtype)type);
+            }
+}
+
+/* Max pooling over one window of two values. */
+static void check_window(float first, float second, float expected, int place) {
+    mpt_pool2d_shape s = MPT_ZERO;
+    test_tensor x = test_tensor_new(context, MPT_F16, 2), y = test_tensor_new(context, MPT_F16, 1);
+    uint16_t *device = (uint16_t *)mpt_alloc(context, sizeof *device), index = 99;
+    s.N = s.C = s.H = s.R = 1, s.W = s.S = 2;
+    x.value[0] = (double)first, x.value[1] = (double)second;
+    test_tensor_upload(&x);
+    CHECK_OK(context, mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, y.array, device));
+    CHECK_OK(context, mpt_download(context, &index, device, sizeof index));
+    test_tensor_download(&y);
+    CHECK_EQUAL(index, place);
+    CHECK(test_bits((float)y.value[0]) == test_bits(expected));
+    mpt_free(context, device);
+    test_tensor_free(&x), test_tensor_free(&y);
+}
+
+static void test_pool_specials(void) {
+    const float inf = test_float(0x7f800000u), nan = nan_value();
+    check_window(1, 2, 2, 1);
+    check_window(2, 2, 2, 0); /* the first of equals */
+    check_window(-inf, -inf, -inf, 0);
+    check_window(-inf, -1, -1, 1);
+    check_window(nan, inf, nan, 0); /* NaN counts as largest, the first of them first */
+    check_window(inf, nan, nan, 1);
+    check_window(nan, nan, nan, 0);
+}
+
+static void test_pool_errors(void) {
+    mpt_pool2d_shape s = MPT_ZERO;
+    size_t P, Q;
+    test_tensor x = test_tensor_new(context, MPT_F32, 16), y = test_tensor_new(context, MPT_F16, 16);
+    uint16_t index[4] = {0, 0, 0, 0};
+    s.N = s.C = 1, s.H = s.W = 4, s.R = s.S = 2;
+    CHECK_ERROR(context, mpt_pool2d_forward(context, MPT_POOL_MAX, &s, mpt_f32_array(NULL), x.array, index),
+                MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(context, mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, mpt_f32_array(NULL), index),
+                MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, x.array, NULL), MPT_ERROR_ARGUMENT,
+                "index");
+    CHECK_ERROR(context, mpt_pool2d_backward(context, MPT_POOL_MAX, &s, x.array, NULL, 0, x.array), MPT_ERROR_ARGUMENT,
+                "index");
+    CHECK_ERROR(context, mpt_pool2d_forward(context, (mpt_pool)2, &s, x.array, x.array, index), MPT_ERROR_ARGUMENT,
+                "kind");
+    CHECK_ERROR(context, mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, y.array, index), MPT_ERROR_TYPE, "y");
+    CHECK(mpt_pool2d_forward(context, MPT_POOL_MAX, NULL, x.array, x.array, index) == MPT_ERROR_ARGUMENT);
+    s.padding = 2;
+    CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "padding");
+    s.padding = 0, s.R = 5;
+    CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "window");
+    s.R = 0;
+    CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "window");
+    s.R = s.S = 2, s.N = (size_t)-1 / 4;
+    CHECK(mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, x.array, index) == MPT_ERROR_SHAPE);
+    s.N = 1, s.C = 1, s.H = 257, s.W = 257, s.R = 257, s.S = 257; /* 66049 places do not fit into 16 bits */
+    CHECK(mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, x.array, index) == MPT_ERROR_SHAPE);
+    test_tensor_free(&x), test_tensor_free(&y);
+}
+
+/* ==== ELEMENTWISE ==== */
+
+typedef struct elementwise {
+    size_t n;
+    mpt_activation act;
+    float beta;
+} elementwise;
+
+static mpt_result call_activation(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const elementwise *e = (const elementwise *)args;
+    return mpt_activation_forward(ctx, e->act, e->n, t[0].array, t[2].array);
+}
+
+static mpt_result call_activation_backward(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const elementwise *e = (const elementwise *)args;
+    return mpt_activation_backward(ctx, e->act, e->n, t[0].array, t[1].array, e->beta, t[2].array);
+}
+
+static mpt_result call_add(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const elementwise *e = (const elementwise *)args;
+    return mpt_add_arrays(ctx, e->n, t[0].array, e->beta, t[1].array, e->act, t[2].array);
+}
+
+/* The three calls on one set of types; one product and one sum each, whose slopes are 1, beta and act'. */
+static void test_elements(elementwise e, mpt_dtype type_a, mpt_dtype type_b, mpt_dtype type_out) {
+    double *expected = test_doubles(e.n), *tolerance = test_doubles(e.n);
+    test_tensor t[3];
+    size_t i;
+    t[0] = test_tensor_random(context, type_a, e.n, 1);
+    t[1] = test_tensor_random(context, type_b, e.n, 2);
+    t[2] = test_tensor_random(context, type_out, e.n, 3);
+    for (i = 0; i < e.n; i += 3) t[0].value[i] = 0;
+    test_tensor_upload(&t[0]);
+    for (i = 0; i < e.n; i++) {
+        const double slope = e.act == MPT_RELU && !(t[0].value[i] > 0) ? 0 : 1;
+        expected[i] = slope * t[1].value[i] + (e.beta != 0 ? (double)e.beta * t[2].value[i] : 0);
+        tolerance[i] = test_bound(1, fabs(slope * t[1].value[i]) + fabs((double)e.beta * t[2].value[i]), expected[i],
+                                  type_out);
+    }
+    if (!(e.beta != 0)) test_tensor_poison(&t[2]);
+    check_op("activation backward", call_activation_backward, &e, t, &t[2], expected, tolerance);
+    for (i = 0; i < e.n; i++) {
+        expected[i] = e.act == MPT_RELU && t[0].value[i] < 0 ? 0 : t[0].value[i];
+        tolerance[i] = test_bound(0, 0, expected[i], type_out);
+    }
+    test_tensor_poison(&t[2]);
+    check_op("activation", call_activation, &e, t, &t[2], expected, tolerance);
+    for (i = 0; i < e.n; i++) {
+        const double scaled = (double)e.beta * t[1].value[i], sum = t[0].value[i] + scaled;
+        expected[i] = e.act == MPT_RELU && sum < 0 ? 0 : sum;
+        tolerance[i] = test_bound(1, fabs(t[0].value[i]) + fabs(scaled), expected[i], type_out);
+    }
+    check_op("add", call_add, &e, t, &t[2], expected, tolerance);
+    free(expected), free(tolerance);
+    test_tensor_free(&t[0]), test_tensor_free(&t[1]), test_tensor_free(&t[2]);
+}
+
+static void test_elementwise(void) {
+    static const size_t sizes[] = {0, 1, 7, 64, 65, 1001, 200003};
+    elementwise e;
+    size_t i;
+    int mix, act;
+    for (act = MPT_IDENTITY; act <= MPT_RELU; act++) {
+        e.act = (mpt_activation)act;
+        for (i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            e.n = sizes[i], e.beta = i % 2 ? 0 : -0.5f;
+            test_elements(e, MPT_F32, MPT_F32, MPT_F32);
+            test_elements(e, MPT_F16, MPT_F16, MPT_F16);
+        }
+        for (mix = 0; mix < 27; mix++) {
+            e.n = 333, e.beta = mix % 2 ? 1.25f : 0;
+            test_elements(e, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3 % 3), (mpt_dtype)(mix / 9));
+        }
+    }
+}
+
+/* In place, and NaN: ReLU passes it on, so that no later check misses it. */
+static void test_elementwise_specials(void) {
+    test_tensor t = test_tensor_new(context, MPT_BF16, 3);
+    t.value[0] = -1, t.value[1] = 2, t.value[2] = (double)nan_value();
+    test_tensor_upload(&t);
+    CHECK_OK(context, mpt_activation_forward(context, MPT_RELU, 3, t.array, t.array));
+    test_tensor_download(&t);
+    CHECK(t.value[0] >= 0 && t.value[0] <= 0 && t.value[1] >= 2 && t.value[1] <= 2);
+    CHECK(reference_kind_of(test_bits((float)t.value[2]), MPT_F32) == REFERENCE_NAN);
+    CHECK_OK(context, mpt_add_arrays(context, 2, t.array, 3, t.array, MPT_IDENTITY, t.array));
+    test_tensor_download(&t);
+    CHECK_EQUAL(t.value[1], 8);
+    test_tensor_free(&t);
+}
+
+static void test_elementwise_errors(void) {
+    test_tensor t = test_tensor_new(context, MPT_F32, 4);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    const mpt_activation bad = MPT_ACTIVATION_COUNT;
+    const size_t huge = (size_t)-1 / 2;
+    CHECK(mpt_activation_forward(NULL, MPT_RELU, 4, x, x) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, null, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, x, null), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_activation_forward(context, bad, 4, x, x), MPT_ERROR_ARGUMENT, "act");
+    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, fp8, x), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, x, fp8), MPT_ERROR_TYPE, "y");
+    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, huge, x, x), MPT_ERROR_SHAPE, "x");
+    CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, null, x, 0, x), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, null, 0, x), MPT_ERROR_ARGUMENT, "dy");
+    CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, x, 0, null), MPT_ERROR_ARGUMENT, "dx");
+    CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, fp8, 0, x), MPT_ERROR_TYPE, "dy");
+    CHECK_ERROR(context, mpt_add_arrays(context, 4, null, 1, x, MPT_IDENTITY, x), MPT_ERROR_ARGUMENT, "a");
+    CHECK_ERROR(context, mpt_add_arrays(context, 4, x, 1, null, MPT_IDENTITY, x), MPT_ERROR_ARGUMENT, "b");
+    CHECK_ERROR(context, mpt_add_arrays(context, 4, x, 1, x, MPT_IDENTITY, null), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_add_arrays(context, 4, x, 1, fp8, MPT_IDENTITY, x), MPT_ERROR_TYPE, "b");
+    CHECK_ERROR(context, mpt_add_arrays(context, huge, x, 1, x, MPT_IDENTITY, x), MPT_ERROR_SHAPE, "a");
+    test_tensor_free(&t);
+}
+
+/* ==== LOSSES ==== */
+
+typedef struct loss_case {
+    int squared;
+    size_t N, C;
+    double width; /* logits lie in +-width */
+    mpt_dtype type_x, type_dx;
+    float grad_scale, loss_scale;
+} loss_case;
+
+typedef struct loss_data { /* device memory, but for label and target */
+    test_tensor x, dx, target;
+    int32_t *labels, *label;
+    float *scale;
+    mpt_loss_sum *sum;
+} loss_data;
+
+static loss_data loss_new(const loss_case *c) {
+    loss_data d;
+    size_t i;
+    d.x = test_tensor_new(context, c->type_x, c->N * c->C);
+    test_tensor_fill(&d.x, -c->width, c->width, 1);
+    d.dx = test_tensor_new(context, c->type_dx, c->N * c->C);
+    d.target = test_tensor_random(context, MPT_F32, c->N * c->C, 2);
+    d.label = (int32_t *)test_memory(c->N * sizeof *d.label);
+    for (i = 0; i < c->N; i++) d.label[i] = (int32_t)(mpt_hash(3, 0, 0, i) % c->C);
+    d.labels = (int32_t *)mpt_alloc(context, c->N * sizeof *d.labels);
+    d.scale = (float *)mpt_alloc(context, sizeof *d.scale);
+    d.sum = (mpt_loss_sum *)mpt_alloc(context, sizeof *d.sum);
+    CHECK_OK(context, mpt_upload(context, d.labels, d.label, c->N * sizeof *d.labels));
+    CHECK_OK(context, mpt_upload(context, d.scale, &c->loss_scale, sizeof c->loss_scale));
+    return d;
+}
+
+static void loss_free(loss_data *d) {
+    test_tensor_free(&d->x), test_tensor_free(&d->dx), test_tensor_free(&d->target);
+    mpt_free(context, d->labels), mpt_free(context, d->scale), mpt_free(context, d->sum);
+    free(d->label);
+}
+
+/* Adds to a sum that already holds 10 rows; loss_scale 0 stands for a NULL pointer. */
+static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_data *d, mpt_array dx) {
+    const float *scale = c->loss_scale != 0 ? d->scale : NULL;
+    mpt_loss_sum sum;
+    memset(&sum, 0, sizeof sum);
+    sum.loss = 1, sum.rows = 10, sum.correct = 5;
+    CHECK_OK(context, mpt_upload(context, d->sum, &sum, sizeof sum));
+    if (c->squared) {
+        CHECK_OK(ctx, mpt_squared_error(ctx, c->N, c->C, d->x.array, (const float *)d->target.array.data, c->grad_scale,
+                                        scale, dx, d->sum));
+    } else {
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, c->N, c->C, d->x.array, d->labels, c->grad_scale, scale, dx, d->sum));
+    }
+    CHECK_OK(context, mpt_download(context, &sum, d->sum, sizeof sum));
+    return sum;
+}
+
+/* Row loss and gradient in double, with how far fp32 arithmetic may be off. u is the unit roundoff, expf and logf are
+   taken to be good to 2 ulp = 4 u.
+   Cross-entropy: d = x - max has error u |d|, so exp d has relative error (|d| + 4) u; as e^d |d| < 0.4 the sum of C
+   of them, at least 1, has relative error under (2 C + 4) u; its log that absolute error and 4 u of itself, which is at
+   most |loss| + |d_label|; the subtraction adds u (|loss| + |d_label|). A probability has relative error
+   (2 C + 9 + |d|) u, its difference to the onehot and the two scalings 3 u more.
+   Squared error: x - t, its square, C - 1 additions, the division: (C + 4) u of a sum of positive terms. */
+static double loss_row(const loss_case *c, const loss_data *d, size_t row, double *dx, double *tolerance,
+                       double *error) {
+    const double u = test_unit(MPT_F32), count = (double)c->C, *x = d->x.value + row * c->C;
+    const double scale = (double)c->grad_scale * (c->loss_scale != 0 ? (double)c->loss_scale : 1);
+    const size_t label = (size_t)d->label[row];
+    double largest = x[0], total = 0, loss;
+    size_t j;
+    for (j = 0; j < c->C; j++) largest = x[j] > largest ? x[j] : largest;
+    for (j = 0; j < c->C; j++) total += exp(x[j] - largest);
+    for (j = 0; j < c->C; j++) {
+        const double t = d->target.value[row * c->C + j], p = exp(x[j] - largest) / total;
+        const double gradient = c->squared ? 2 * (x[j] - t) / count : p - (j == label);
+        const double relative = c->squared ? 5 * u * fabs(gradient)
+                                           : (2 * count + 9 + largest - x[j]) * u * p + 3 * u * fabs(gradient);
+        dx[j] = gradient * scale;
+        tolerance[j] = fabs(scale) * relative;
+        tolerance[j] += test_unit(c->type_dx) * (fabs(dx[j]) + tolerance[j]) + test_tiny(c->type_dx);
+    }
+    if (c->squared) {
+        loss = reference_squared_error(x, d->target.value + row * c->C, c->C);
+        *error = (count + 4) * u * loss;
+    } else {
+        loss = reference_cross_entropy(x, c->C, label);
+        *error = (2 * count + 4 + 5 * (loss + largest - x[label])) * u;
+    }
+    return loss;
+}
+
+static size_t first_largest(const double *x, size_t n) {
+    size_t best = 0, j;
+    for (j = 1; j < n; j++) best = x[j] > x[best] ? j : best;
+    return best;
+}
+
+static void test_loss(const loss_case *c) {
+    loss_data d = loss_new(c);
+    const size_t bytes = test_tensor_bytes(&d.dx);
+    double *expected = test_doubles(d.dx.count), *tolerance = test_doubles(d.dx.count), loss = 0, bound = 0;
+    unsigned char *first = (unsigned char *)test_memory(2 * bytes), *again = first + bytes;
+    mpt_loss_sum sums[THREADS], plain;
+    size_t row, correct = 0;
+    int i;
+    for (row = 0; row < c->N; row++) {
+        double error;
+        loss += loss_row(c, &d, row, expected + row * c->C, tolerance + row * c->C, &error);
+        bound += error;
+        correct += first_largest(d.x.value + row * c->C, c->C) == (size_t)d.label[row];
+    }
+    for (i = 0; i < THREADS; i++) {
+        test_tensor_poison(&d.dx);
+        sums[i] = call_loss(contexts[0][i], c, &d, d.dx.array);
+        CHECK_OK(context, mpt_download(context, i ? again : first, d.dx.array.data, bytes));
+        if (i) CHECK(memcmp(first, again, bytes) == 0);
+        CHECK(memcmp(&sums[i], &sums[0], sizeof *sums) == 0);
+    }
+    test_tensor_download(&d.dx);
+    CHECK_ALL(d.dx.value, d.dx.count, expected, tolerance);
+    CHECK_NEAR(sums[0].loss, 1 + loss, bound + 1e-12 * loss);
+    CHECK_EQUAL(sums[0].rows, 10 + c->N);
+    CHECK_EQUAL(sums[0].correct, 5 + (c->squared ? 0 : correct));
+    plain = call_loss(context, c, &d, mpt_f32_array(NULL)); /* dx is optional */
+    CHECK(memcmp(&plain, &sums[0], sizeof plain) == 0);
+    free(expected), free(tolerance), free(first);
+    loss_free(&d);
+}
+
+static void test_losses(void) {
+    static const size_t shapes[][2] = {{1, 1}, {1, 2}, {7, 10}, {33, 3}, {5, 1000}, {20011, 10}};
+    static const double widths[] = {1, 30, 10000}; /* exp(10000) overflows if the largest is not taken out */
+    size_t i;
+    int mix;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (mix = 0; mix < 9; mix++) {
+            loss_case c = MPT_ZERO;
+            c.N = shapes[i][0], c.C = shapes[i][1], c.width = widths[mix % 3];
+            c.type_x = (mpt_dtype)(mix % 3), c.type_dx = (mpt_dtype)(mix / 3);
+            c.grad_scale = 1 / (float)c.N, c.loss_scale = mix % 2 ? 1024.0f : 0;
+            test_loss(&c);
+            c.squared = 1, c.width = 2;
+            test_loss(&c);
+        }
+}
+
+/* The gradients in loss_row are the slopes of the losses: step 2^-13, third derivatives at most 1 (softmax) and 0, so
+   the truncation error is at most h^2 / 6 < 3e-9; rounding, 2^-53 |loss| C / h, is far below. */
+typedef struct loss_objective {
+    const loss_case *c;
+    double *x, *target;
+    size_t label;
+} loss_objective;
+
+static double loss_value(void *user) {
+    const loss_objective *o = (const loss_objective *)user;
+    if (o->c->squared) return reference_squared_error(o->x, o->target, o->c->C);
+    return reference_cross_entropy(o->x, o->c->C, o->label);
+}
+
+static void test_reference_losses(void) {
+    loss_case c = MPT_ZERO;
+    c.C = 10, c.width = 3, c.grad_scale = 1;
+    for (c.squared = 0; c.squared < 2; c.squared++) {
+        double dx[10], tolerance[10], error;
+        loss_objective o;
+        loss_data d;
+        size_t j;
+        c.N = 1;
+        d = loss_new(&c);
+        loss_row(&c, &d, 0, dx, tolerance, &error);
+        o.c = &c, o.x = d.x.value, o.target = d.target.value, o.label = (size_t)d.label[0];
+        for (j = 0; j < c.C; j++) CHECK_NEAR(dx[j], reference_slope(loss_value, &o, &o.x[j], ldexp(1, -13)), 3e-9);
+        loss_free(&d);
+    }
+}
+
+/* A label outside 0..C-1 makes its row NaN and no other. */
+static void test_bad_labels(void) {
+    static const int32_t bad[] = {-1, 4, 2147483647, -2147483647};
+    loss_case c = MPT_ZERO;
+    size_t i, j;
+    c.N = 3, c.C = 4, c.width = 1, c.grad_scale = 1;
+    for (i = 0; i < 4; i++) {
+        loss_data d = loss_new(&c);
+        mpt_loss_sum sum;
+        CHECK_OK(context, mpt_upload(context, d.labels + 1, &bad[i], sizeof *bad));
+        sum = call_loss(context, &c, &d, d.dx.array);
+        test_tensor_download(&d.dx);
+        CHECK(!test_is_finite(sum.loss));
+        CHECK_EQUAL(sum.rows, 13);
+        for (j = 0; j < 12; j++) CHECK(test_is_finite(d.dx.value[j]) == (j / 4 != 1));
+        loss_free(&d);
+    }
+}
+
+static void test_loss_errors(void) {
+    const mpt_array null = mpt_f32_array(NULL);
+    loss_case c = MPT_ZERO;
+    loss_data d;
+    mpt_array x, fp8;
+    const float *target;
+    c.N = 2, c.C = 3, c.width = 1;
+    d = loss_new(&c);
+    x = d.x.array, fp8 = mpt_typed_array(d.x.array.data, MPT_E5M2), target = (const float *)d.target.array.data;
+    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "labels");
+    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT, "sum");
+    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, fp8, d.labels, 1, NULL, x, d.sum), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE, "dx");
+    CHECK(mpt_cross_entropy(context, (size_t)-1 / 3, 4, x, d.labels, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
+    CHECK_ERROR(context, mpt_squared_error(context, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "target");
+    CHECK_ERROR(context, mpt_squared_error(context, 2, 3, null, target, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
+    CHECK(mpt_squared_error(context, (size_t)-1 / 3, 4, x, target, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
+    CHECK_OK(context, mpt_cross_entropy(context, 0, 3, x, d.labels, 1, NULL, x, d.sum));
+    loss_free(&d);
+}
+
+/* ==== ERRORS OF PRODUCTS ==== */
+
+static void test_gemm_errors(void) {
+    test_tensor t = test_tensor_new(context, MPT_F32, 64);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    const mpt_array unknown = mpt_typed_array(t.array.data, (mpt_dtype)77);
+    const size_t huge = (size_t)-1 / 2;
+    CHECK(mpt_gemm(NULL, 0, 0, 2, 3, 4, 1, x, 4, x, 3, 0, x, 3) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, null, 4, x, 3, 0, x, 3), MPT_ERROR_ARGUMENT, "a");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 4, null, 3, 0, x, 3), MPT_ERROR_ARGUMENT, "b");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 4, x, 3, 0, null, 3), MPT_ERROR_ARGUMENT, "c");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, fp8, 4, x, 3, 0, x, 3), MPT_ERROR_TYPE, "a");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 4, fp8, 3, 0, x, 3), MPT_ERROR_TYPE, "b");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 4, x, 3, 0, unknown, 3), MPT_ERROR_TYPE, "c");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 3, x, 3, 0, x, 3), MPT_ERROR_SHAPE, "lda");
+    CHECK_ERROR(context, mpt_gemm(context, 1, 0, 2, 3, 4, 1, x, 1, x, 3, 0, x, 3), MPT_ERROR_SHAPE, "lda");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 4, x, 2, 0, x, 3), MPT_ERROR_SHAPE, "ldb");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 1, 2, 3, 4, 1, x, 4, x, 3, 0, x, 3), MPT_ERROR_SHAPE, "ldb");
+    CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, 4, x, 3, 0, x, 2), MPT_ERROR_SHAPE, "ldc");
+    CHECK(mpt_gemm(context, 0, 0, huge, 3, 4, 1, x, 4, x, 3, 0, x, 3) == MPT_ERROR_SHAPE);
+    CHECK(mpt_gemm(context, 0, 0, 2, 3, 4, 1, x, huge, x, 3, 0, x, 3) == MPT_ERROR_SHAPE);
+    CHECK(mpt_gemm(context, 0, 0, 2, 3, huge, 1, x, huge, x, 3, 0, x, 3) == MPT_ERROR_SHAPE);
+    test_tensor_free(&t);
+}
+
+static void test_linear_errors(void) {
+    test_tensor t = test_tensor_new(context, MPT_F32, 64);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    const size_t huge = (size_t)-1 / 2;
+    mpt_context *c = context;
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, null, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, null, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "w");
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, x, MPT_RELU, null), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "act");
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, fp8, MPT_RELU, x), MPT_ERROR_TYPE, "b");
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, fp8, x, x, MPT_RELU, x), MPT_ERROR_TYPE, "x");
+    CHECK(mpt_linear_forward(c, huge, 3, 4, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
+    CHECK(mpt_linear_forward(c, 2, huge, huge, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
+    CHECK_ERROR(c, mpt_linear_backward_data(c, 2, 3, 4, null, x, 0, x), MPT_ERROR_ARGUMENT, "dy");
+    CHECK_ERROR(c, mpt_linear_backward_data(c, 2, 3, 4, x, null, 0, x), MPT_ERROR_ARGUMENT, "w");
+    CHECK_ERROR(c, mpt_linear_backward_data(c, 2, 3, 4, x, x, 0, null), MPT_ERROR_ARGUMENT, "dx");
+    CHECK_ERROR(c, mpt_linear_backward_weight(c, 2, 3, 4, null, x, 0, x), MPT_ERROR_ARGUMENT, "dy");
+    CHECK_ERROR(c, mpt_linear_backward_weight(c, 2, 3, 4, x, null, 0, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_linear_backward_weight(c, 2, 3, 4, x, x, 0, fp8), MPT_ERROR_TYPE, "dw");
+    CHECK_ERROR(c, mpt_bias_backward(c, 2, 3, null, 0, x), MPT_ERROR_ARGUMENT, "dy");
+    CHECK_ERROR(c, mpt_bias_backward(c, 2, 3, x, 0, null), MPT_ERROR_ARGUMENT, "db");
+    CHECK_ERROR(c, mpt_bias_backward(c, 2, 3, fp8, 0, x), MPT_ERROR_TYPE, "dy");
+    CHECK(mpt_bias_backward(c, huge, 3, x, 0, x) == MPT_ERROR_SHAPE);
+    test_tensor_free(&t);
+}
+
+static void test_conv2d_errors(void) {
+    test_tensor t = test_tensor_new(context, MPT_F32, 64);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    mpt_conv2d_shape s = make_layer(0, conv_shapes[9]).s, large = s;
+    mpt_context *c = context;
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, null, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, null, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "w");
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_RELU, null), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(c, mpt_conv2d_forward(c, NULL, x, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "shape");
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "act");
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, fp8, x, MPT_RELU, x), MPT_ERROR_TYPE, "w");
+    CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, null, x, 0, x), MPT_ERROR_ARGUMENT, "dy");
+    CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, x, x, 0, null), MPT_ERROR_ARGUMENT, "dx");
+    CHECK_ERROR(c, mpt_conv2d_backward_weight(c, &s, x, null, 0, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_conv2d_backward_weight(c, &s, x, x, 0, null), MPT_ERROR_ARGUMENT, "dw");
+    s.R = 4; /* larger than the input */
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_RELU, x), MPT_ERROR_SHAPE, "kernel");
+    CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, x, x, 0, x), MPT_ERROR_SHAPE, "kernel");
+    CHECK_ERROR(c, mpt_conv2d_backward_weight(c, &s, x, x, 0, x), MPT_ERROR_SHAPE, "kernel");
+    large.N = (size_t)-1 / 4;
+    CHECK(mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
+    large.N = 1, large.padding = (size_t)-1 / 2;
+    CHECK(mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
+    large.padding = 0, large.dilation = (size_t)-1 / 2 + 1; /* times R - 1 = 2 wraps to 0 */
+    CHECK(mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
+    test_tensor_free(&t);
+}
+
+int main(void) {
+    size_t i;
+    open_all();
+    test_gemms();
+    test_gemm_empty();
+    test_gemm_errors();
+    test_layers();
+    for (i = 0; i + 1 < CONV_SHAPES; i++) test_reference_layer(make_layer(0, conv_shapes[i]));
+    test_conv2d_output();
+    test_linear_errors();
+    test_conv2d_errors();
+    test_pools();
+    test_pool_specials();
+    test_pool_errors();
+    test_elementwise();
+    test_elementwise_specials();
+    test_elementwise_errors();
+    test_losses();
+    test_reference_losses();
+    test_bad_labels();
+    test_loss_errors();
+    close_all();
+    return test_finish("operations");
+}
