@@ -932,8 +932,9 @@ MPT_HD float mpt__float(uint32_t u) {
     return x;
 }
 
-/* Not inf, not NaN, told by the bits so that -ffast-math cannot assume it. */
+/* Told by the bits, so that -ffast-math cannot assume the answer. */
 MPT_HD int mpt__finite(float x) { return (mpt__bits(x) & 0x7f800000u) != 0x7f800000u; }
+MPT_HD int mpt__is_nan(float x) { return (mpt__bits(x) & 0x7fffffffu) > 0x7f800000u; }
 
 /* -- Activations -- */
 
@@ -1271,7 +1272,7 @@ static void mpt__put_double(mpt__text *t, double x) {
     const float f = (float)x;
     int exponent = 0, digits, point, i;
     uint64_t mantissa;
-    if ((mpt__bits(f) & 0x7fffffffu) > 0x7f800000u) { mpt__put_string(t, "nan"); return; }
+    if (mpt__is_nan(f)) { mpt__put_string(t, "nan"); return; }
     if (mpt__bits(f) >> 31) { mpt__put_char(t, '-'); x = -x; }
     if (!mpt__finite(f)) { mpt__put_string(t, "inf"); return; }
     if (!(x > 0)) { mpt__put_char(t, '0'); return; }
@@ -1696,11 +1697,12 @@ static mpt_result mpt__need_act(mpt_context *ctx, const char *call, mpt_activati
 }
 
 /* A product of sizes that an array has must fit into size_t as bytes. */
-static mpt_result mpt__need_size(mpt_context *ctx, const char *call, size_t a, size_t b, size_t c, size_t d) {
+static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char *name, size_t a, size_t b, size_t c,
+                                 size_t d) {
     size_t n;
     if (mpt__multiply(&n, a, b) && mpt__multiply(&n, n, c) && mpt__multiply(&n, n, d) && n <= (size_t)-1 / 16)
         return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %z x %z x %z x %z elements overflow size_t", call, a, b, c, d);
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %s of %z x %z x %z x %z elements, whose bytes overflow size_t", call, name, a, b, c, d);
 }
 
 static mpt_result mpt__need_context(mpt_context *ctx) { return ctx ? MPT_OK : MPT_ERROR_ARGUMENT; }
@@ -1708,9 +1710,10 @@ static mpt_result mpt__need_context(mpt_context *ctx) { return ctx ? MPT_OK : MP
 MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array dst, const mpt_rounding *rounding) {
     mpt_map_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
+    if (!n) return MPT_OK;
     MPT__TRY(mpt__need_any(ctx, "cast", "src", src));
     MPT__TRY(mpt__need_any(ctx, "cast", "dst", dst));
-    MPT__TRY(mpt__need_size(ctx, "cast", n, 1, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "cast", "src", n, 1, 1, 1));
     op.map = MPT_MAP_CAST;
     op.n = n;
     op.a = src;
@@ -1724,16 +1727,16 @@ MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array
 
 MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
     MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need_any(ctx, "scan", "x", x));
-    MPT__TRY(mpt__need_size(ctx, "scan", n, 1, 1, 1));
+    if (n) MPT__TRY(mpt__need_any(ctx, "scan", "x", x));
+    MPT__TRY(mpt__need_size(ctx, "scan", "x", n, 1, 1, 1));
     if (!out) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scan: out is NULL");
     return ctx->backend->scan(ctx, n, x, out);
 }
 
 MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
     MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need_any(ctx, "histogram", "x", x));
-    MPT__TRY(mpt__need_size(ctx, "histogram", n, 1, 1, 1));
+    if (n) MPT__TRY(mpt__need_any(ctx, "histogram", "x", x));
+    MPT__TRY(mpt__need_size(ctx, "histogram", "x", n, 1, 1, 1));
     if (!h) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "histogram: h is NULL");
     return ctx->backend->histogram(ctx, n, x, h);
 }
@@ -1762,66 +1765,68 @@ MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int lo
     return fit;
 }
 
-MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
-                            mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
-    mpt_gemm_op op = MPT_ZERO;
+/* Checks a product whose operands the caller knows as a, b and c. */
+static mpt_result mpt__gemm_run(mpt_context *ctx, const char *call, const char *a, const char *b, const char *c,
+                                const mpt_gemm_op *op) {
     MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need(ctx, "gemm", "a", a));
-    MPT__TRY(mpt__need(ctx, "gemm", "b", b));
-    MPT__TRY(mpt__need(ctx, "gemm", "c", c));
-    if (lda < (trans_a ? m : k) || ldb < (trans_b ? k : n) || ldc < n)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "gemm: lda %z, ldb %z or ldc %z is shorter than its row (m %z, n %z, k %z)",
-                        lda, ldb, ldc, m, n, k);
-    MPT__TRY(mpt__need_size(ctx, "gemm: a", trans_a ? k : m, lda, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, "gemm: b", trans_b ? n : k, ldb, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, "gemm: c", m, ldc, 1, 1));
+    if (!op->m || !op->n) return MPT_OK;
+    MPT__TRY(mpt__need(ctx, call, a, op->a));
+    MPT__TRY(mpt__need(ctx, call, b, op->b));
+    MPT__TRY(mpt__need(ctx, call, c, op->c));
+    if (op->bias.data) MPT__TRY(mpt__need(ctx, call, "b", op->bias));
+    MPT__TRY(mpt__need_act(ctx, call, op->act));
+    if (op->lda < (op->trans_a ? op->m : op->k) || op->ldb < (op->trans_b ? op->k : op->n) || op->ldc < op->n)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: lda %z, ldb %z or ldc %z is shorter than its row (m %z, n %z, k %z)",
+                        call, op->lda, op->ldb, op->ldc, op->m, op->n, op->k);
+    MPT__TRY(mpt__need_size(ctx, call, a, op->trans_a ? op->k : op->m, op->lda, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, call, b, op->trans_b ? op->n : op->k, op->ldb, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, call, c, op->m, op->ldc, 1, 1));
+    return ctx->backend->gemm(ctx, op);
+}
+
+static mpt_gemm_op mpt__gemm_op(int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha, mpt_array a,
+                                size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
+    mpt_gemm_op op = MPT_ZERO;
     op.trans_a = trans_a, op.trans_b = trans_b;
     op.m = m, op.n = n, op.k = k;
     op.alpha = alpha, op.beta = beta;
     op.a = a, op.lda = lda;
     op.b = b, op.ldb = ldb;
     op.c = c, op.ldc = ldc;
-    return m && n ? ctx->backend->gemm(ctx, &op) : MPT_OK;
+    return op;
+}
+
+MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
+                            mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
+    const mpt_gemm_op op = mpt__gemm_op(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    return mpt__gemm_run(ctx, "gemm", "a", "b", "c", &op);
 }
 
 MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array x, mpt_array w,
                                       mpt_array b, mpt_activation act, mpt_array y) {
-    mpt_gemm_op op = MPT_ZERO;
-    MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need(ctx, "linear", "x", x));
-    MPT__TRY(mpt__need(ctx, "linear", "w", w));
-    MPT__TRY(mpt__need(ctx, "linear", "y", y));
-    if (b.data) MPT__TRY(mpt__need(ctx, "linear", "b", b));
-    MPT__TRY(mpt__need_act(ctx, "linear", act));
-    MPT__TRY(mpt__need_size(ctx, "linear: x", N, I, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, "linear: w", O, I, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, "linear: y", N, O, 1, 1));
-    op.trans_b = 1;
-    op.m = N, op.n = O, op.k = I;
-    op.alpha = 1;
-    op.a = x, op.lda = I;
-    op.b = w, op.ldb = I;
-    op.c = y, op.ldc = O;
+    mpt_gemm_op op = mpt__gemm_op(0, 1, N, O, I, 1, x, I, w, I, 0, y, O);
     op.bias = b;
     op.act = act;
-    return N && O ? ctx->backend->gemm(ctx, &op) : MPT_OK;
+    return mpt__gemm_run(ctx, "linear_forward", "x", "w", "y", &op);
 }
 
 MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array w,
                                             float beta, mpt_array dx) {
-    return mpt_gemm(ctx, 0, 0, N, I, O, 1, dy, O, w, I, beta, dx, I);
+    const mpt_gemm_op op = mpt__gemm_op(0, 0, N, I, O, 1, dy, O, w, I, beta, dx, I);
+    return mpt__gemm_run(ctx, "linear_backward_data", "dy", "w", "dx", &op);
 }
 
-MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array x,
-                                              float beta, mpt_array dw) {
-    return mpt_gemm(ctx, 1, 0, O, I, N, 1, dy, O, x, I, beta, dw, I);
+MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy,
+                                              mpt_array x, float beta, mpt_array dw) {
+    const mpt_gemm_op op = mpt__gemm_op(1, 0, O, I, N, 1, dy, O, x, I, beta, dw, I);
+    return mpt__gemm_run(ctx, "linear_backward_weight", "dy", "x", "dw", &op);
 }
 
 MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
     MPT__TRY(mpt__need_context(ctx));
     MPT__TRY(mpt__need(ctx, "bias_backward", "dy", dy));
     MPT__TRY(mpt__need(ctx, "bias_backward", "db", db));
-    MPT__TRY(mpt__need_size(ctx, "bias_backward: dy", rows, C, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "bias_backward", "dy", rows, C, 1, 1));
     return ctx->backend->column_sums(ctx, rows, C, dy, beta, db);
 }
 
@@ -1841,8 +1846,8 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
     if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W, s->C,
                         s->K, s->R, s->S);
-    MPT__TRY(mpt__need_size(ctx, "conv2d: x", s->N, s->H, s->W, s->C));
-    MPT__TRY(mpt__need_size(ctx, "conv2d: w", s->K, s->R, s->S, s->C));
+    MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
+    MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C));
     if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
         s->padding > (size_t)-1 / 64 || mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
         mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
@@ -1850,8 +1855,8 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
                         s->S, s->dilation, s->H, s->W, s->padding);
     op->P = mpt__window_count(s->H, s->padding, reach_h + 1, s->stride);
     op->Q = mpt__window_count(s->W, s->padding, reach_w + 1, s->stride);
-    MPT__TRY(mpt__need_size(ctx, "conv2d: y", s->N, op->P, op->Q, s->K));
-    MPT__TRY(mpt__need_size(ctx, "conv2d: taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1));
+    MPT__TRY(mpt__need_size(ctx, "conv2d", "y", s->N, op->P, op->Q, s->K));
+    MPT__TRY(mpt__need_size(ctx, "conv2d", "taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1));
     return MPT_OK;
 }
 
@@ -1905,12 +1910,13 @@ MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d
 
 static mpt_result mpt__map_run(mpt_context *ctx, const char *call, const mpt_map_op *op) {
     MPT__TRY(mpt__need_context(ctx));
+    if (!op->n) return MPT_OK;
     MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "y" : op->map == MPT_MAP_ADD ? "a" : "x", op->a));
     if (op->map != MPT_MAP_ACTIVATION)
         MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ADD ? "b" : "dy", op->b));
     MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "dx" : "y", op->out));
     MPT__TRY(mpt__need_act(ctx, call, op->act));
-    MPT__TRY(mpt__need_size(ctx, call, op->n, 1, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, call, "n", op->n, 1, 1, 1));
     return ctx->backend->map(ctx, op);
 }
 
@@ -1955,7 +1961,7 @@ static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_po
     if (!s->H || !s->W || !s->C || !s->R || !s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C, s->R,
                         s->S);
-    MPT__TRY(mpt__need_size(ctx, "pool2d: x", s->N, s->H, s->W, s->C));
+    MPT__TRY(mpt__need_size(ctx, "pool2d", "x", s->N, s->H, s->W, s->C));
     if (s->padding > s->R / 2 || s->padding > s->S / 2)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %z is more than half the window %zx%z", s->padding, s->R, s->S);
     op->stride_h = s->stride ? s->stride : s->R;
@@ -1967,7 +1973,7 @@ static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_po
                         s->padding);
     if (kind == MPT_POOL_MAX && s->R > 65536 / s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zx%z has more than 65536 elements", s->R, s->S);
-    return mpt__need_size(ctx, "pool2d: y", s->N, op->P, op->Q, s->C);
+    return mpt__need_size(ctx, "pool2d", "y", s->N, op->P, op->Q, s->C);
 }
 
 MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q) {
@@ -2016,9 +2022,10 @@ static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_lo
     MPT__TRY(mpt__need(ctx, call, "x", op->x));
     if (op->dx.data) MPT__TRY(mpt__need(ctx, call, "dx", op->dx));
     if (!op->target || !op->sum)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call, op->sum ? "the target" : "sum");
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call,
+                        op->target ? "sum" : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels" : "target");
     if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
-    MPT__TRY(mpt__need_size(ctx, call, op->N, op->C, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
     return ctx->backend->loss(ctx, op);
 }
 
@@ -2481,7 +2488,7 @@ static void mpt__pool_forward_run(const mpt_pool2d_op *op, size_t n, size_t p, s
             mpt__load(op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, x);
             for (e = 0; e < run; e++) {
                 if (op->kind == MPT_POOL_AVERAGE) best[e] += x[e];
-                else if (!any || x[e] > best[e] || (mpt__bits(x[e]) & 0x7fffffffu) > 0x7f800000u) {
+                else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e]))) {
                     best[e] = x[e];
                     op->index[out + e] = (uint16_t)(r * z->S + s);
                 }
@@ -2988,7 +2995,7 @@ static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size
     if (!count) return mpt_fail(params->ctx, MPT_ERROR_SHAPE, "params_add '%s': count is 0", name);
     if (group >= 1u << 16)
         return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add '%s': group %d is above 1 << 15", name, (int)group);
-    MPT__TRY(mpt__need_size(params->ctx, name, count, 1, 1, 1));
+    MPT__TRY(mpt__need_size(params->ctx, "params_add", name, count, 1, 1, 1));
     table = (mpt__tensor *)mpt__grow(params->ctx, params->tensors, params->count, &params->capacity, sizeof *table);
     if (!table) return MPT_ERROR_NO_MEMORY;
     params->tensors = table;
@@ -3019,7 +3026,7 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
         mpt__tensor *tensor = &params->tensors[t];
         tensor->offset = elements;
         elements += (tensor->count + MPT__TENSOR_ALIGN - 1) / MPT__TENSOR_ALIGN * MPT__TENSOR_ALIGN;
-        MPT__TRY(mpt__need_size(params->ctx, "params_build", elements, 1, 1, 1));
+        MPT__TRY(mpt__need_size(params->ctx, "params_build", tensor->name, elements, 1, 1, 1));
     }
     MPT__TRY(mpt__bytes(params->ctx, "params_build", elements, sizeof(float), &bytes));
     params->grad = (float *)mpt_alloc(params->ctx, bytes);
@@ -3821,7 +3828,7 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     for (i = 0; i < n - 1; i++) {
         mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         const int shares = node->fused || node->kind == MPT__FLATTEN;
-        MPT__TRY(mpt__need_size(net->ctx, node->name, mpt__node_count(node), (size_t)net->train.batch, (size_t)n * 4, 1));
+        MPT__TRY(mpt__need_size(net->ctx, "model_build", node->name, mpt__node_count(node), (size_t)net->train.batch, (size_t)n * 4, 1));
         if (shares) node->value = in->value;
         else node->value = mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->type), i, i);
         node->index = node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX
@@ -4008,7 +4015,7 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
     const int32_t *labels = (const int32_t *)target;
     size_t i;
     if (!x) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: x is NULL", call);
-    MPT__TRY(mpt__need_size(net->ctx, call, samples, features, 1, 1));
+    MPT__TRY(mpt__need_size(net->ctx, call, "x", samples, features, 1, 1));
     for (i = 0; i < samples * features; i++)
         if (!mpt__finite(x[i]))
             return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call, net->nodes[0].name,

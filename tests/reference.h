@@ -5,6 +5,7 @@
 #define REFERENCE_H
 
 #include <math.h>
+#include <string.h>
 
 /* ==== NUMBERS ==== a format is its significant bits (hidden one included), its smallest normal exponent and bits */
 
@@ -33,13 +34,21 @@ static inline reference_kind reference_kind_of(uint32_t bits, mpt_dtype type) {
     return magnitude == f.inf && type != MPT_E4M3 ? REFERENCE_INF : REFERENCE_NAN;
 }
 
+/* 2^e, as ldexp(1, e) but quick. */
+static inline double reference_power(int e) {
+    const uint64_t bits = (uint64_t)(e + 1023) << 52;
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* Value of a finite pattern. */
 static inline double reference_widen(uint32_t bits, mpt_dtype type) {
     const reference_format f = reference_format_of(type);
     const uint32_t hidden = (uint32_t)1 << (f.significant - 1);
     const uint32_t fraction = bits & (hidden - 1), field = (bits & (f.sign - 1)) / hidden;
     const int ulp = f.lowest - (f.significant - 1); /* exponent of the gap between subnormals */
-    const double x = field ? ldexp((double)(hidden + fraction), (int)field - 1 + ulp) : ldexp((double)fraction, ulp);
+    const double x = (field ? hidden + fraction : fraction) * reference_power(ulp + (field ? (int)field - 1 : 0));
     return bits & f.sign ? -x : x;
 }
 
@@ -48,18 +57,17 @@ static inline double reference_widen(uint32_t bits, mpt_dtype type) {
 static inline uint32_t reference_round(double x, mpt_dtype type, mpt_round round, mpt_overflow overflow) {
     const reference_format f = reference_format_of(type);
     int exponent;
-    double scaled, whole, pattern;
+    double scaled;
+    uint64_t pattern;
     if (!(x > 0)) return 0;
     frexp(x, &exponent);
     exponent = exponent - 1 < f.lowest ? f.lowest : exponent - 1; /* 2^exponent <= x where x is normal */
-    scaled = ldexp(x, f.significant - 1 - exponent);
-    whole = floor(scaled);
-    if (round == MPT_ROUND_NEAREST) {
-        const int odd = whole - 2 * floor(whole / 2) > 0;
-        if (scaled - whole > 0.5 || (scaled - whole >= 0.5 && odd)) whole++;
-    }
-    pattern = ldexp((double)(exponent - f.lowest), f.significant - 1) + whole;
-    if (pattern <= (double)f.largest) return (uint32_t)pattern;
+    scaled = x * reference_power(f.significant - 1 - exponent);
+    pattern = (uint64_t)scaled;
+    scaled -= (double)pattern;
+    if (round == MPT_ROUND_NEAREST && (scaled > 0.5 || (scaled >= 0.5 && pattern % 2))) pattern++;
+    pattern += (uint64_t)(exponent - f.lowest) << (f.significant - 1);
+    if (pattern <= f.largest) return (uint32_t)pattern;
     return round == MPT_ROUND_ZERO || overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf;
 }
 

@@ -372,7 +372,7 @@ static void test_cast_errors(void) {
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, null, NULL), MPT_ERROR_ARGUMENT, "dst");
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, unknown, t.array, NULL), MPT_ERROR_TYPE, "src");
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, unknown, NULL), MPT_ERROR_TYPE, "dst");
-    CHECK_ERROR(ctx, mpt_cast(ctx, (size_t)-1 / 2, t.array, t.array, NULL), MPT_ERROR_SHAPE, "src");
+    CHECK_ERROR(ctx, mpt_cast(ctx, (size_t)-1 / 2, t.array, t.array, NULL), MPT_ERROR_SHAPE, "overflow");
     bad.round = (mpt_round)3;
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, t.array, &bad), MPT_ERROR_ARGUMENT, "rounding");
     bad.round = MPT_ROUND_NEAREST;

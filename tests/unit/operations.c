@@ -594,7 +594,7 @@ static void test_pool_errors(void) {
     s.padding = 0, s.R = 5;
     CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "window");
     s.R = 0;
-    CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "window");
+    CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "R");
     s.R = s.S = 2, s.N = (size_t)-1 / 4;
     CHECK(mpt_pool2d_forward(context, MPT_POOL_MAX, &s, x.array, x.array, index) == MPT_ERROR_SHAPE);
     s.N = 1, s.C = 1, s.H = 257, s.W = 257, s.R = 257, s.S = 257; /* 66049 places do not fit into 16 bits */
@@ -701,10 +701,10 @@ static void test_elementwise_errors(void) {
     CHECK(mpt_activation_forward(NULL, MPT_RELU, 4, x, x) == MPT_ERROR_ARGUMENT);
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, null, x), MPT_ERROR_ARGUMENT, "x");
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, x, null), MPT_ERROR_ARGUMENT, "y");
-    CHECK_ERROR(context, mpt_activation_forward(context, bad, 4, x, x), MPT_ERROR_ARGUMENT, "act");
+    CHECK_ERROR(context, mpt_activation_forward(context, bad, 4, x, x), MPT_ERROR_ARGUMENT, "activation");
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, fp8, x), MPT_ERROR_TYPE, "x");
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, x, fp8), MPT_ERROR_TYPE, "y");
-    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, huge, x, x), MPT_ERROR_SHAPE, "x");
+    CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, huge, x, x), MPT_ERROR_SHAPE, "overflow");
     CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, null, x, 0, x), MPT_ERROR_ARGUMENT, "y");
     CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, null, 0, x), MPT_ERROR_ARGUMENT, "dy");
     CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, x, 0, null), MPT_ERROR_ARGUMENT, "dx");
@@ -713,7 +713,7 @@ static void test_elementwise_errors(void) {
     CHECK_ERROR(context, mpt_add_arrays(context, 4, x, 1, null, MPT_IDENTITY, x), MPT_ERROR_ARGUMENT, "b");
     CHECK_ERROR(context, mpt_add_arrays(context, 4, x, 1, x, MPT_IDENTITY, null), MPT_ERROR_ARGUMENT, "y");
     CHECK_ERROR(context, mpt_add_arrays(context, 4, x, 1, fp8, MPT_IDENTITY, x), MPT_ERROR_TYPE, "b");
-    CHECK_ERROR(context, mpt_add_arrays(context, huge, x, 1, x, MPT_IDENTITY, x), MPT_ERROR_SHAPE, "a");
+    CHECK_ERROR(context, mpt_add_arrays(context, huge, x, 1, x, MPT_IDENTITY, x), MPT_ERROR_SHAPE, "overflow");
     test_tensor_free(&t);
 }
 
@@ -757,7 +757,7 @@ static void loss_free(loss_data *d) {
     free(d->label);
 }
 
-/* Adds to a sum that already holds 10 rows; loss_scale 0 stands for a NULL pointer. */
+/* Adds to a sum that already holds 10 rows. loss_scale 0 stands for a NULL pointer. */
 static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_data *d, mpt_array dx) {
     const float *scale = c->loss_scale != 0 ? d->scale : NULL;
     mpt_loss_sum sum;
@@ -969,7 +969,7 @@ static void test_linear_errors(void) {
     CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, null, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "x");
     CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, null, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "w");
     CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, x, MPT_RELU, null), MPT_ERROR_ARGUMENT, "y");
-    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "act");
+    CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "activation");
     CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, x, x, fp8, MPT_RELU, x), MPT_ERROR_TYPE, "b");
     CHECK_ERROR(c, mpt_linear_forward(c, 2, 3, 4, fp8, x, x, MPT_RELU, x), MPT_ERROR_TYPE, "x");
     CHECK(mpt_linear_forward(c, huge, 3, 4, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
@@ -996,7 +996,7 @@ static void test_conv2d_errors(void) {
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, null, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "w");
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_RELU, null), MPT_ERROR_ARGUMENT, "y");
     CHECK_ERROR(c, mpt_conv2d_forward(c, NULL, x, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "shape");
-    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "act");
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "activation");
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, fp8, x, MPT_RELU, x), MPT_ERROR_TYPE, "w");
     CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, null, x, 0, x), MPT_ERROR_ARGUMENT, "dy");
     CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, x, x, 0, null), MPT_ERROR_ARGUMENT, "dx");
