@@ -302,6 +302,9 @@ typedef struct mpt_scan {
 
 /* What is in an array: one pass, any type. Inf and NaN are told by their bits. Waits for the device. */
 MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out);
+/* x[i] *= factor, rounded to x's type, and what is in it afterwards, in the same pass: for gradients that are to be
+   unscaled in place (torch's _amp_foreach_non_finite_check_and_unscale_). */
+MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out);
 
 typedef struct mpt_histogram {
     uint64_t zero, inf, nan;
@@ -439,8 +442,9 @@ typedef struct mpt_scaler_desc {
     int patience;          /* overflows in a row at the smallest scale before MPT_ERROR_DIVERGED; 0: 10 */
     int refill_when_clean; /* 1: a clean update restores hysteresis (Apex kernel); 0: only growth does (Megatron) */
     int late_growth;       /* 1: growth after an overflow and at the start takes interval + 1 (DeepSpeed) */
-    int unguarded;         /* 1: no largest scale; growth may reach inf (Keras, Megatron, DeepSpeed) */
+    int unguarded;         /* 1: growth may reach inf (Keras, Megatron, DeepSpeed) */
     int no_min;            /* 1: no smallest scale (torch, Keras) */
+    int no_max;            /* 1: no largest scale */
 } mpt_scaler_desc;
 
 /* The scaler as plain data: copy it, write it to a file, restore it. Every member is meaningful; no pointers. */
@@ -456,6 +460,18 @@ typedef struct mpt_scaler_state {
     uint64_t overflows;       /* of them with found = 1 */
     mpt_scaler_desc desc;     /* with the defaults filled in */
 } mpt_scaler_state;
+
+/* The settings of other systems, quirks included. Ours is an all-zero mpt_scaler_desc. */
+typedef enum mpt_scaler_system {
+    MPT_SCALER_TORCH = 0, /* torch.amp.GradScaler: no smallest scale */
+    MPT_SCALER_APEX,      /* apex.amp: at most 2^24 */
+    MPT_SCALER_JMP,       /* jmp.DynamicLossScale: starts at 2^15, at least 1 */
+    MPT_SCALER_KERAS,     /* keras LossScaleOptimizer: starts at 2^15, no bounds */
+    MPT_SCALER_DEEPSPEED, /* interval 1000, hysteresis 2, late growth; its run ends at the smallest scale: patience 1 */
+    MPT_SCALER_MEGATRON   /* DynamicGradScaler: starts at 2^32, interval 1000, hysteresis 2 */
+} mpt_scaler_system;
+
+MPT_DEF mpt_scaler_desc mpt_scaler_preset(mpt_scaler_system system);
 
 /* The defaults filled in. desc may be NULL. */
 MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc);
@@ -484,14 +500,20 @@ MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_sta
    One flat array per role: fp32 masters, 16-bit copies, fp32 gradients; the optimizer adds its moments. Tensors are
    slices of it, each starting at a multiple of 16 elements. */
 
+/* How 16-bit weights are updated. Bytes a parameter beside the 16-bit copy: 4, 0, 2, 2, 0. */
 typedef enum mpt_master {
-    MPT_MASTER_F32 = 0, /* fp32 masters are updated and rounded to the copies */
-    MPT_MASTER_NONE     /* no masters: the 16-bit weights themselves are updated (to show what breaks) */
+    MPT_MASTER_F32 = 0,   /* fp32 masters are updated and rounded to the copies */
+    MPT_MASTER_NONE,      /* no masters: the copies themselves are updated, to nearest (to show what breaks) */
+    MPT_MASTER_SPLIT,     /* bf16 only: the copy and the 16 bits it lacks make an exact fp32 master; ties of the copy are
+                             rounded away from zero, so that the two can be put together again (TransformerEngine) */
+    MPT_MASTER_KAHAN,     /* the copy and a 16-bit compensation: what rounding cuts off comes back at the next update */
+    MPT_MASTER_STOCHASTIC /* the copies themselves are updated, with stochastic rounding (both: arXiv 2010.06192) */
 } mpt_master;
 
 typedef struct mpt_params_desc {
     mpt_dtype type;    /* of the copies that products read; MPT_F32: no copies, the masters are read */
     mpt_master master; /* ignored when type is MPT_F32 */
+    uint64_t seed;     /* of MPT_MASTER_STOCHASTIC */
 } mpt_params_desc;
 
 typedef struct mpt_params mpt_params;
@@ -515,7 +537,7 @@ MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);    /* fp32 gradi
 MPT_DEF int mpt_params_tensors(const mpt_params *params);
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
 MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor);
-/* Host fp32 values into master and copy, and back (from the master where there is one). */
+/* Host fp32 values into a tensor, and back: exact with masters, else as exact as the mode keeps them. */
 MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *host);
 MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host);
 /* All gradients to 0. (A model's backward does it by itself at the first micro-batch.) */
@@ -537,17 +559,41 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
 
 /* -- Optimizers -- */
 
+/* Learning-rate schedule: a factor of lr, told from the number of applied steps, so that a skipped step does not advance
+   it. First `warmup` steps of a straight rise from warmup_start to 1 (LinearLR); then, counted from there: */
+typedef enum mpt_schedule_kind {
+    MPT_SCHEDULE_CONSTANT = 0,
+    MPT_SCHEDULE_COSINE,          /* from 1 down to `low` in `steps`, where it stays (CosineAnnealingLR) */
+    MPT_SCHEDULE_STEP,            /* times `low` every `steps` (StepLR) */
+    MPT_SCHEDULE_ONE_CYCLE,       /* from `start` up to 1 at the share `peak` of `steps`, down to `low` (OneCycleLR) */
+    MPT_SCHEDULE_ONE_CYCLE_LINEAR /* the same in straight lines */
+} mpt_schedule_kind;
+
+typedef struct mpt_schedule {
+    mpt_schedule_kind kind;
+    uint64_t warmup; /* applied steps */
+    double warmup_start;
+    uint64_t steps; /* at least 1 where it is used */
+    double low, start, peak;
+} mpt_schedule;
+
+MPT_HD double mpt_schedule_factor(const mpt_schedule *schedule, uint64_t applied);
+
 typedef enum mpt_optimizer_kind { MPT_OPTIMIZER_DEFAULT = 0, MPT_SGD, MPT_ADAM, MPT_ADAMW } mpt_optimizer_kind;
 
 /* Hyperparameters as PyTorch names them, in double as there. Start from mpt_sgd, mpt_adam or mpt_adamw, which hold
    PyTorch's defaults, and change what you like; then every number means itself. All zero: mpt_adam(1e-3). */
 typedef struct mpt_optimizer_desc {
     mpt_optimizer_kind kind;
-    int nesterov;                   /* SGD; needs momentum > 0 and dampening 0 */
-    double lr;                      /* >= 0 */
-    double momentum, dampening;     /* SGD */
-    double beta1, beta2, eps;       /* Adam, AdamW */
-    double weight_decay;            /* SGD, Adam: added to the gradient (L2); AdamW: decoupled */
+    int nesterov;               /* SGD; needs momentum > 0 and dampening 0 */
+    int amsgrad;                /* Adam, AdamW: divide by the root of the largest second moment so far */
+    int maximize;               /* go up the gradient instead of down */
+    int meter;                  /* count lost updates: mpt_optimizer_state.moved and .lost */
+    double lr;                  /* >= 0 */
+    double momentum, dampening; /* SGD */
+    double beta1, beta2, eps;   /* Adam, AdamW */
+    double weight_decay;        /* SGD, Adam: added to the gradient (L2); AdamW: decoupled */
+    mpt_schedule schedule;      /* all zero: lr stays as it is */
 } mpt_optimizer_desc;
 
 MPT_DEF mpt_optimizer_desc mpt_sgd(double lr, double momentum); /* torch.optim.SGD */
@@ -556,8 +602,8 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr);                /* torch.optim.A
 
 typedef struct mpt_optimizer mpt_optimizer;
 
-/* An optimizer over built params, sharing the scale of `scaler`. Allocates the moments it needs (SGD without momentum
-   none, with momentum one, Adam two arrays of fp32). desc may be NULL. NULL: see mpt_why. Free it before both. */
+/* An optimizer over built params, sharing the scale of `scaler`. Allocates its moments: arrays of fp32, none for SGD
+   without momentum, one with it, two for Adam, three with amsgrad. desc may be NULL. NULL: see mpt_why. Free it before both. */
 MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc);
 MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt);
 /* Changes lr for the steps to come. */
@@ -576,6 +622,8 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt);
 /* Scales the gradients by min(1, max_norm / (norm + 1e-6)). torch.nn.utils.clip_grad_norm_ */
 MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm);
+/* Limits every gradient to -value..value, after mpt_clip_norm where there are both. torch.nn.utils.clip_grad_value_ */
+MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value);
 /* Updates masters, moments and copies; or, if a gradient was inf or NaN, nothing. Unscales first if you did not. */
 MPT_DEF mpt_result mpt_step(mpt_optimizer *opt);
 /* Adapts the scale to what its optimizers found. MPT_ERROR_DIVERGED, naming the tensor, from the `patience`th overflow
@@ -602,14 +650,17 @@ typedef struct mpt_optimizer_state {
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
     double inv_scale;                     /* last check: 1 / S */
     double clip;                          /* factor of mpt_clip_norm; 1 without */
-    mpt_scan scan;                        /* last check: of the scaled gradients; scan.first is a tensor id, 0 if none */
+    double clip_value;                    /* limit of mpt_clip_value; 0 without */
+    uint64_t moved, lost;                 /* with desc.meter, last applied step: parameters whose update was not 0; those
+                                             of them that rounding to 16 bits would lose (an fp32 block: to bf16) */
+    mpt_scan scan;                        /* last check: of the scaled gradients; scan.first is a tensor id, 0: none */
     mpt_skip journal[MPT_JOURNAL];        /* skipped step number i (from 0) is in [i % MPT_JOURNAL] */
 } mpt_optimizer_state;
 
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
-/* Moment 1 or 2 of a tensor in device memory (momentum buffer; Adam's m, v); NULL where there is none. */
+/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: there is none. */
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
 
 /* ==== MODEL ==== floor 4
@@ -734,7 +785,7 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 /* Bytes by role. The sum is exactly what the model holds from the allocator. */
 typedef struct mpt_memory {
     size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
-    size_t masters;     /* fp32 masters of 16-bit weights */
+    size_t masters;     /* fp32 masters of 16-bit weights; or the low bits or compensation instead */
     size_t gradients;   /* of the parameters */
     size_t moments;     /* of the optimizer */
     size_t activations; /* values kept for backward, and their gradients, after reuse */
@@ -817,9 +868,12 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     int tensors;
     size_t count; /* elements of the flat arrays, padding included */
     const float *grad;
-    float *master;  /* NULL: the copy itself is updated */
-    mpt_array copy; /* data NULL: fp32 only */
-    float *moment1, *moment2;
+    mpt_master mode;
+    uint64_t seed;    /* STOCHASTIC */
+    float *master;    /* F32 */
+    mpt_array copy;   /* data NULL: fp32 only */
+    uint16_t *low;    /* SPLIT: the low bits; KAHAN: the compensation, in the copy's type */
+    float *moment[3]; /* NULL from the first that is not there */
 } mpt_update_op;
 
 typedef struct mpt_backend {
@@ -831,7 +885,7 @@ typedef struct mpt_backend {
     mpt_result (*upload)(mpt_context *ctx, void *device, const void *host, size_t bytes);
     mpt_result (*download)(mpt_context *ctx, void *host, const void *device, size_t bytes);
     mpt_result (*zero)(mpt_context *ctx, void *device, size_t bytes);
-    mpt_result (*scan)(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *host);
+    mpt_result (*scan)(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host); /* mpt_scale_array */
     mpt_result (*histogram)(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *host);
     mpt_result (*map)(mpt_context *ctx, const mpt_map_op *op);
     mpt_result (*gemm)(mpt_context *ctx, const mpt_gemm_op *op);
@@ -840,7 +894,7 @@ typedef struct mpt_backend {
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
-    mpt_result (*clip)(mpt_context *ctx, const mpt_update_op *op, double max_norm);
+    mpt_result (*clip)(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value); /* 0: not this one */
     mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
     /* mpt_scaler_rule with the flags of the `count` optimizers that took part, pointers into device memory, at most
        MPT_OPTIMIZERS. *stuck, on the host: scaler->stuck after this update, or after an earlier one if it runs late. */
@@ -890,6 +944,7 @@ MPT_HD float mpt__add(float a, float b) { return __fadd_rn(a, b); }
 MPT_HD float mpt__div(float a, float b) { return __fdiv_rn(a, b); }
 MPT_HD float mpt__sqrt(float a) { return __fsqrt_rn(a); }
 MPT_HD float mpt__fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+MPT_HD double mpt__mul_add(double a, double b, double c) { return __dadd_rn(__dmul_rn(a, b), c); }
 #else
 MPT_HD float mpt__mul(float a, float b) {
     float r = a * b;
@@ -917,6 +972,11 @@ MPT_HD float mpt__fma(float a, float b, float c) { /* a b + c, rounded once */
     float r = fmaf(a, b, c);
     MPT__KEEP(r);
     return r;
+}
+MPT_HD double mpt__mul_add(double a, double b, double c) { /* a b + c in double, rounded twice */
+    double r = a * b;
+    MPT__KEEP(r);
+    return r + c;
 }
 #endif
 
@@ -1099,11 +1159,79 @@ MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
     if (d->refill_when_clean) s->hysteresis_left = d->hysteresis;
     if (++s->growth_tracker == d->growth_interval) {
         const float larger = (float)((double)s->scale * d->growth_factor);
-        if (d->unguarded) s->scale = larger;
-        else if (mpt__finite(larger)) s->scale = larger < d->max_scale ? larger : d->max_scale;
+        if (d->unguarded || mpt__finite(larger))
+            s->scale = d->no_max || larger < d->max_scale ? larger : d->max_scale;
         s->growth_tracker = 0;
         s->hysteresis_left = d->hysteresis;
     }
+}
+
+/* -- Learning-rate schedules -- */
+
+/* cos(pi t) for t in 0..1, from the Taylor series of the nearer of cosine and sine: not libm's, to have the same bits
+   everywhere. Error below 2^-52. */
+MPT_HD double mpt__cos_pi(double t) {
+    const int negative = t > 0.5;
+    const double u = negative ? 1 - t : t;
+    const int sine = u > 0.25;
+    const double x = 3.14159265358979323846 * (sine ? 0.5 - u : u), square = x * x;
+    double sum = 1;
+    int k;
+    for (k = sine ? 19 : 18; k > 1; k -= 2) sum = mpt__mul_add(-square / (k * (k - 1)), sum, 1);
+    if (sine) sum *= x;
+    return negative ? -sum : sum;
+}
+
+/* From `from` to `to` as share goes from 0 to 1. */
+MPT_HD double mpt__anneal(int cosine, double from, double to, double share) {
+    return cosine ? mpt__mul_add((from - to) * 0.5, 1 + mpt__cos_pi(share), to) : mpt__mul_add(to - from, share, from);
+}
+
+MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
+    const double steps = (double)s->steps, top = mpt__mul_add(s->peak, steps, -1);
+    const int cosine = s->kind != MPT_SCHEDULE_ONE_CYCLE_LINEAR;
+    double t, factor = 1;
+    uint64_t i;
+    if (applied < s->warmup) return mpt__anneal(0, s->warmup_start, 1, (double)applied / (double)s->warmup);
+    t = (double)(applied - s->warmup);
+    switch (s->kind) {
+    case MPT_SCHEDULE_COSINE: return mpt__anneal(1, 1, s->low, t < steps ? t / steps : 1);
+    case MPT_SCHEDULE_STEP:
+        for (i = (applied - s->warmup) / s->steps; i && factor > 0; i--) factor *= s->low;
+        return factor;
+    case MPT_SCHEDULE_ONE_CYCLE:
+    case MPT_SCHEDULE_ONE_CYCLE_LINEAR:
+        if (t <= top) return mpt__anneal(cosine, s->start, 1, t / top);
+        return mpt__anneal(cosine, 1, s->low, t < steps - 1 ? (t - top) / (steps - 1 - top) : 1);
+    default: return 1;
+    }
+}
+
+/* -- Weights without fp32 masters: the fp32 value of a 16-bit weight, and back -- */
+
+MPT_HD float mpt__weight_load(mpt_master mode, mpt_dtype type, uint16_t copy, uint16_t low) {
+    if (mode == MPT_MASTER_SPLIT) return mpt__float(((uint32_t)copy - (low >> 15)) << 16 | low);
+    if (mode == MPT_MASTER_KAHAN) return mpt__add(mpt_widen(copy, type), mpt_widen(low, type));
+    return mpt_widen(copy, type);
+}
+
+MPT_HD void mpt__weight_store(mpt_master mode, mpt_dtype type, float value, uint32_t random, uint16_t *copy,
+                              uint16_t *low) {
+    const mpt_round round = mode == MPT_MASTER_STOCHASTIC ? MPT_ROUND_STOCHASTIC : MPT_ROUND_NEAREST;
+    if (mode == MPT_MASTER_SPLIT) {
+        *copy = (uint16_t)((mpt__bits(value) + 0x8000u) >> 16);
+        *low = (uint16_t)mpt__bits(value);
+        return;
+    }
+    *copy = (uint16_t)mpt_narrow(value, type, round, MPT_OVERFLOW_INF, random);
+    if (mode == MPT_MASTER_KAHAN)
+        *low = (uint16_t)mpt_narrow(mpt__add(value, -mpt_widen(*copy, type)), type, round, MPT_OVERFLOW_INF, 0);
+}
+
+/* For the meter: would 16 bits of `type`, rounded to nearest, not see this update? */
+MPT_HD int mpt__update_lost(mpt_dtype type, float before, float after) {
+    return mpt_narrow(before, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0) ==
+           mpt_narrow(after, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
 }
 
 /* -- Optimizers: one element --
@@ -1113,8 +1241,8 @@ MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
 
 typedef struct mpt__rates { /* constants of one step for one tensor, rounded to fp32 where PyTorch rounds them */
     mpt_optimizer_kind kind;
-    int nesterov, first, has_momentum;
-    float inv_scale, clip; /* gradient times both */
+    int nesterov, first, has_momentum, amsgrad, maximize;
+    float inv_scale, clip, clip_value; /* gradient times the first two, within the third unless it is 0 */
     float lr, decay;       /* AdamW: decay = 1 - lr * weight_decay */
     float momentum, undamped;
     float lerp, beta2, square;  /* 1 - beta1, beta2, 1 - beta2 */
@@ -1122,7 +1250,7 @@ typedef struct mpt__rates { /* constants of one step for one tensor, rounded to 
 } mpt__rates;
 
 MPT_HD mpt__rates mpt__rates_of(const mpt_optimizer_desc *d, const mpt_optimizer_state *s, const mpt_slice *slice) {
-    const double lr = d->lr * slice->lr_factor;
+    const double lr = d->lr * slice->lr_factor * mpt_schedule_factor(&d->schedule, s->applied);
     mpt__rates r;
     r.kind = d->kind;
     r.nesterov = d->nesterov;
@@ -1130,15 +1258,18 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_optimizer_desc *d, const mpt_optimizer
     r.has_momentum = d->momentum != 0;
     r.inv_scale = (float)s->inv_scale;
     r.clip = (float)s->clip;
+    r.clip_value = (float)s->clip_value;
+    r.amsgrad = d->amsgrad;
+    r.maximize = d->maximize;
     r.lr = (float)lr;
-    r.decay = (float)(d->kind == MPT_ADAMW ? 1 - lr * slice->weight_decay : slice->weight_decay);
+    r.decay = (float)(d->kind == MPT_ADAMW ? mpt__mul_add(-lr, slice->weight_decay, 1) : slice->weight_decay);
     r.momentum = (float)d->momentum;
     r.undamped = (float)(1 - d->dampening);
     r.lerp = (float)(1 - d->beta1);
     r.beta2 = (float)d->beta2;
     r.square = (float)(1 - d->beta2);
-    r.step_size = (float)(lr / (1 - s->beta1_power * d->beta1));
-    r.root = (float)sqrt(1 - s->beta2_power * d->beta2);
+    r.step_size = (float)(lr / mpt__mul_add(-s->beta1_power, d->beta1, 1));
+    r.root = (float)sqrt(mpt__mul_add(-s->beta2_power, d->beta2, 1));
     r.eps = (float)d->eps;
     return r;
 }
@@ -1153,20 +1284,24 @@ MPT_HD float mpt__sgd_element(const mpt__rates *r, float p, float g, float *buff
     return mpt__fma(-r->lr, g, p);
 }
 
-MPT_HD float mpt__adam_element(const mpt__rates *r, float p, float g, float *m, float *v) {
-    float denominator;
+MPT_HD float mpt__adam_element(const mpt__rates *r, float p, float g, float *m, float *v, float *largest) {
+    float denominator, square;
     if (r->kind == MPT_ADAMW) p = mpt__mul(p, r->decay);
     else if (r->decay != 0) g = mpt__fma(r->decay, p, g);
     *m = r->lerp < 0.5f ? mpt__fma(r->lerp, mpt__add(g, -*m), *m) : mpt__fma(r->lerp - 1, mpt__add(g, -*m), g);
     *v = mpt__fma(mpt__mul(r->square, g), g, mpt__mul(*v, r->beta2));
-    denominator = mpt__add(mpt__div(mpt__sqrt(*v), r->root), r->eps);
+    square = *v;
+    if (r->amsgrad) square = *largest = square > *largest ? square : *largest;
+    denominator = mpt__add(mpt__div(mpt__sqrt(square), r->root), r->eps);
     return mpt__add(p, mpt__div(mpt__mul(-r->step_size, *m), denominator));
 }
 
-/* The new value of a parameter from its scaled gradient; m and v are its moments, as far as the kind has them. */
-MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m, float *v) {
+/* The new value of a parameter from its scaled gradient and its moments, as far as the kind has them. */
+MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m, float *v, float *largest) {
     g = mpt__mul(mpt__mul(g, r->inv_scale), r->clip);
-    return r->kind == MPT_SGD ? mpt__sgd_element(r, p, g, m) : mpt__adam_element(r, p, g, m, v);
+    if (r->clip_value > 0) g = g > r->clip_value ? r->clip_value : g < -r->clip_value ? -r->clip_value : g;
+    if (r->maximize) g = -g;
+    return r->kind == MPT_SGD ? mpt__sgd_element(r, p, g, m) : mpt__adam_element(r, p, g, m, v, largest);
 }
 
 /* -- Optimizers: one step -- */
@@ -1180,15 +1315,17 @@ MPT_HD void mpt__state_checked(mpt_optimizer_state *s, const mpt_scaler_state *s
     s->found = scan->inf || scan->nan || !mpt__finite((float)s->inv_scale);
     s->grad_norm = sqrt(scan->sum_squares) * s->inv_scale;
     s->clip = 1;
+    s->clip_value = 0;
     if (s->found)
         while (t < tensors && slices[t].offset <= scan->first) t++;
     s->scan.first = (uint64_t)t;
 }
 
-/* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first */
-MPT_HD void mpt__state_clip(mpt_optimizer_state *s, double max_norm) {
+/* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first, and clip_grad_value_; 0: not this one */
+MPT_HD void mpt__state_clip(mpt_optimizer_state *s, double max_norm, double max_value) {
     const float factor = mpt__mul(mpt__div(1, mpt__add((float)s->grad_norm, 1e-6f)), (float)max_norm);
-    s->clip = factor < 1 ? (double)factor : 1;
+    if (max_norm > 0) s->clip = factor < 1 ? (double)factor : 1;
+    if (max_value > 0) s->clip_value = max_value;
 }
 
 /* After a step: the counters of an applied one, or the journal of a skipped one. */
@@ -1233,6 +1370,10 @@ enum {
 
 typedef struct mpt__pool mpt__pool;
 
+typedef struct mpt__meter { /* lost updates that one thread saw */
+    uint64_t moved, lost;
+} mpt__meter;
+
 struct mpt_context {
     mpt_context_desc desc;
     const mpt_backend *backend;
@@ -1241,6 +1382,7 @@ struct mpt_context {
     mpt__pool *pool;                        /* NULL with one thread */
     float *workspace;                       /* of the CPU engine: MPT__WORKSPACE floats a thread */
     mpt_scan scans[MPT__SCAN_BLOCKS];       /* partial results of the running scan */
+    mpt__meter meters[MPT__MAX_THREADS];    /* and of the running update */
     char why[256];
 };
 
@@ -1725,12 +1867,16 @@ MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array
     return ctx->backend->map(ctx, &op);
 }
 
-MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
+MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
     MPT__TRY(mpt__need_context(ctx));
     if (n) MPT__TRY(mpt__need_any(ctx, "scan", "x", x));
     MPT__TRY(mpt__need_size(ctx, "scan", "x", n, 1, 1, 1));
     if (!out) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scan: out is NULL");
-    return ctx->backend->scan(ctx, n, x, out);
+    return ctx->backend->scan(ctx, n, factor, x, out);
+}
+
+MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
+    return mpt_scale_array(ctx, n, 1, x, out);
 }
 
 MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
@@ -2598,7 +2744,7 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
 
 enum { MPT__CHUNK = 4096, MPT__LANES = 32 };
 
-static void mpt__scan_chunk(mpt_array x, size_t i, size_t n, mpt_scan *out) {
+static void mpt__scan_chunk(float factor, mpt_array x, size_t i, size_t n, mpt_scan *out) {
     double lanes[MPT__LANES];
     float run[MPT__LANES];
     size_t e, width;
@@ -2607,6 +2753,11 @@ static void mpt__scan_chunk(mpt_array x, size_t i, size_t n, mpt_scan *out) {
         const size_t some = mpt__min(n, MPT__LANES);
         uint32_t bad = 0;
         mpt__load(x, i, some, run);
+        if (factor != 1) {
+            for (e = 0; e < some; e++) run[e] *= factor;
+            mpt__store(x, i, some, run);
+            mpt__load(x, i, some, run);
+        }
         for (e = 0; e < some; e++) bad |= (uint32_t)!mpt__finite(run[e]);
         for (e = 0; e < some && bad; e++) {
             if (mpt__finite(run[e])) continue;
@@ -2624,6 +2775,7 @@ static void mpt__scan_chunk(mpt_array x, size_t i, size_t n, mpt_scan *out) {
 
 typedef struct mpt__scan_work {
     mpt_scan *blocks;
+    float factor;
     mpt_array x;
     size_t n, chunks;
 } mpt__scan_work;
@@ -2635,14 +2787,15 @@ static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
     (void)worker;
     for (; begin < end; begin++)
         for (chunk = begin * each; chunk < mpt__min((begin + 1) * each, w->chunks); chunk++)
-            mpt__scan_chunk(w->x, chunk * MPT__CHUNK, mpt__min(w->n - chunk * MPT__CHUNK, MPT__CHUNK), &w->blocks[begin]);
+            mpt__scan_chunk(w->factor, w->x, chunk * MPT__CHUNK, mpt__min(w->n - chunk * MPT__CHUNK, MPT__CHUNK), &w->blocks[begin]);
 }
 
-static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
+static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
     mpt__scan_work w;
     size_t b;
     memset(ctx->scans, 0, sizeof ctx->scans);
     w.blocks = ctx->scans;
+    w.factor = factor;
     w.x = x;
     w.n = n;
     w.chunks = n / MPT__CHUNK + (n % MPT__CHUNK != 0);
@@ -2676,51 +2829,93 @@ static mpt_result mpt__cpu_histogram(mpt_context *ctx, size_t n, mpt_array x, mp
 
 static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
     mpt_scan scan;
-    MPT__TRY(mpt__cpu_scan(ctx, op->count, mpt_f32_array(op->grad), &scan));
+    MPT__TRY(mpt__cpu_scan(ctx, op->count, 1, mpt_f32_array(op->grad), &scan));
     mpt__state_checked(op->state, op->scaler, op->slices, op->tensors, &scan);
     return MPT_OK;
 }
 
-static mpt_result mpt__cpu_clip(mpt_context *ctx, const mpt_update_op *op, double max_norm) {
+static mpt_result mpt__cpu_clip(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value) {
     (void)ctx;
-    mpt__state_clip(op->state, max_norm);
+    mpt__state_clip(op->state, max_norm, max_value);
     return MPT_OK;
 }
 
 typedef struct mpt__update_work {
     const mpt_update_op *op;
-    const mpt_slice *slice;
+    int tensor; /* index of the slice */
     mpt__rates rates;
+    mpt__meter *meters; /* one a thread */
 } mpt__update_work;
+
+/* The fp32 values of n weights from element i of the flat arrays */
+static void mpt__weights_load(const mpt_update_op *op, size_t i, size_t n, float *p) {
+    const uint16_t *copy = (const uint16_t *)op->copy.data;
+    size_t e;
+    if (op->master) memcpy(p, op->master + i, n * sizeof *p);
+    else
+        for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low ? op->low[i + e] : 0);
+}
+
+/* first: index of element i within its tensor, which names its random number */
+static void mpt__weights_store(const mpt_update_op *op, size_t i, size_t n, const float *p, int tensor, size_t first) {
+    uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
+    size_t e;
+    if (op->master) {
+        memcpy(op->master + i, p, n * sizeof *p);
+        if (copy) mpt__store(op->copy, i, n, p);
+        return;
+    }
+    for (e = 0; e < n; e++) {
+        const uint32_t random = op->mode == MPT_MASTER_STOCHASTIC
+                                    ? mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e) : 0;
+        mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[i + e], op->low ? &op->low[i + e] : &none);
+    }
+}
 
 static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__update_work *w = (const mpt__update_work *)arg;
     const mpt_update_op *op = w->op;
-    const mpt_array kept = op->master ? mpt_f32_array(op->master) : op->copy; /* what lasts from step to step */
-    float p[MPT__RUN], none = 0;
-    (void)worker;
+    const mpt_slice *slice = &op->slices[w->tensor];
+    const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
+    float before[MPT__RUN], p[MPT__RUN], none[3] = {0, 0, 0};
     for (; begin < end; begin++) {
-        const size_t i = w->slice->offset + begin * MPT__RUN, n = mpt__min(w->slice->count - begin * MPT__RUN, MPT__RUN);
+        const size_t first = begin * MPT__RUN, i = slice->offset + first, n = mpt__min(slice->count - first, MPT__RUN);
+        float *m = op->moment[0], *v = op->moment[1], *largest = op->moment[2];
         size_t e;
-        mpt__load(kept, i, n, p);
+        mpt__weights_load(op, i, n, before);
         for (e = 0; e < n; e++)
-            p[e] = mpt__update_element(&w->rates, p[e], op->grad[i + e], op->moment1 ? &op->moment1[i + e] : &none,
-                                       op->moment2 ? &op->moment2[i + e] : &none);
-        mpt__store(kept, i, n, p);
-        if (op->master && op->copy.data) mpt__store(op->copy, i, n, p);
+            p[e] = mpt__update_element(&w->rates, before[e], op->grad[i + e], m ? &m[i + e] : &none[0],
+                                       v ? &v[i + e] : &none[1], largest ? &largest[i + e] : &none[2]);
+        mpt__weights_store(op, i, n, p, w->tensor, first);
+        for (e = 0; e < n && op->desc.meter; e++) {
+            if (p[e] == before[e]) continue;
+            w->meters[worker].moved++;
+            w->meters[worker].lost += mpt__update_lost(type, before[e], p[e]) != 0;
+        }
     }
 }
 
 static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
+    mpt_optimizer_state *state = op->state;
     mpt__update_work w;
     int t;
-    for (t = 0; t < op->tensors && !op->state->found; t++) {
+    if (!state->found) {
+        memset(ctx->meters, 0, sizeof ctx->meters);
         w.op = op;
-        w.slice = &op->slices[t];
-        w.rates = mpt__rates_of(&op->desc, op->state, w.slice);
-        mpt__parallel(ctx, (w.slice->count + MPT__RUN - 1) / MPT__RUN, w.slice->count * 4, mpt__update_task, &w);
+        w.meters = ctx->meters;
+        for (t = 0; t < op->tensors; t++) {
+            const size_t count = op->slices[t].count;
+            w.tensor = t;
+            w.rates = mpt__rates_of(&op->desc, state, &op->slices[t]);
+            mpt__parallel(ctx, (count + MPT__RUN - 1) / MPT__RUN, count * 4, mpt__update_task, &w);
+        }
+        state->moved = state->lost = 0;
+        for (t = 0; t < mpt_thread_count(ctx); t++) {
+            state->moved += ctx->meters[t].moved;
+            state->lost += ctx->meters[t].lost;
+        }
     }
-    mpt__state_stepped(op->state, &op->desc, op->scaler);
+    mpt__state_stepped(state, &op->desc, op->scaler);
     return MPT_OK;
 }
 
@@ -2802,6 +2997,21 @@ MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc) {
     return d;
 }
 
+MPT_DEF mpt_scaler_desc mpt_scaler_preset(mpt_scaler_system system) {
+    const int large = system == MPT_SCALER_DEEPSPEED || system == MPT_SCALER_MEGATRON;
+    mpt_scaler_desc d = MPT_ZERO;
+    if (system == MPT_SCALER_JMP || system == MPT_SCALER_KERAS) d.init_scale = 32768.0f;
+    if (system == MPT_SCALER_MEGATRON) d.init_scale = 4294967296.0f;
+    d.growth_interval = large ? 1000 : 2000;
+    d.hysteresis = large ? 2 : 1;
+    d.unguarded = large || system == MPT_SCALER_KERAS;
+    d.no_min = system == MPT_SCALER_TORCH || system == MPT_SCALER_APEX || system == MPT_SCALER_KERAS;
+    d.no_max = system != MPT_SCALER_APEX;
+    d.late_growth = system == MPT_SCALER_DEEPSPEED;
+    d.patience = system == MPT_SCALER_DEEPSPEED;
+    return mpt_scaler_defaults(&d);
+}
+
 MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc) {
     mpt_scaler_state s = MPT_ZERO;
     s.version = MPT_SCALER_STATE_VERSION;
@@ -2833,7 +3043,7 @@ static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_sta
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: growth_interval %d, hysteresis %d, patience %d must be positive",
                         d->growth_interval, d->hysteresis, d->patience);
     if (d->mode == MPT_SCALER_DYNAMIC &&
-        ((!d->no_min && s->scale < d->min_scale) || (!d->unguarded && s->scale > d->max_scale)))
+        ((!d->no_min && s->scale < d->min_scale) || (!d->no_max && s->scale > d->max_scale)))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not between min_scale %g and max_scale %g",
                         (double)s->scale, (double)d->min_scale, (double)d->max_scale);
     return MPT_OK;
@@ -2938,10 +3148,12 @@ struct mpt_params {
     mpt_params_desc desc;
     mpt__tensor *tensors;
     int count, capacity;
-    mpt_result failed;   /* of the first mpt_params_add that failed */
+    mpt_result failed;   /* of the first mpt_params_add that failed, with the reason */
+    char why[256];
     size_t elements;     /* of the flat arrays; 0 until built */
     float *master, *grad; /* device */
     mpt_array copy;
+    uint16_t *low; /* see mpt_update_op */
 };
 
 enum { MPT__TENSOR_ALIGN = 16 }; /* elements: 32 bytes in 16 bits, enough for cuBLAS's 16-byte rule */
@@ -2953,8 +3165,10 @@ MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc
         mpt_fail(ctx, MPT_ERROR_TYPE, "params: copies of type %s; f32, f16 and bf16 are allowed", mpt_dtype_name(desc->type));
         return NULL;
     }
-    if (desc && (unsigned)desc->master > MPT_MASTER_NONE) {
-        mpt_fail(ctx, MPT_ERROR_ARGUMENT, "params: unknown master %d", (int)desc->master);
+    if (desc && ((unsigned)desc->master > MPT_MASTER_STOCHASTIC ||
+                 (desc->master == MPT_MASTER_SPLIT && desc->type == MPT_F16))) {
+        mpt_fail(ctx, MPT_ERROR_ARGUMENT, "params: master %d with copies of type %s", (int)desc->master,
+                 mpt_dtype_name(desc->type));
         return NULL;
     }
     params = (mpt_params *)mpt__host_alloc(ctx, sizeof *params);
@@ -2965,11 +3179,19 @@ MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc
     return params;
 }
 
-MPT_DEF void mpt_params_free(mpt_params *params) {
-    if (!params) return;
+static void mpt__params_clear(mpt_params *params) {
     mpt_free(params->ctx, params->master);
     mpt_free(params->ctx, params->grad);
     mpt_free(params->ctx, params->copy.data);
+    mpt_free(params->ctx, params->low);
+    params->master = params->grad = NULL;
+    params->copy.data = NULL;
+    params->low = NULL;
+}
+
+MPT_DEF void mpt_params_free(mpt_params *params) {
+    if (!params) return;
+    mpt__params_clear(params);
     mpt__host_free(params->ctx, params->tensors);
     mpt__host_free(params->ctx, params);
 }
@@ -3010,17 +3232,20 @@ MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, u
     mpt_result r;
     if (!params) return 0;
     r = mpt__params_try_add(params, name, count, group);
-    if (r != MPT_OK && params->failed == MPT_OK && !params->elements) params->failed = r;
+    if (r != MPT_OK && params->failed == MPT_OK && !params->elements) {
+        params->failed = r;
+        memcpy(params->why, params->ctx->why, sizeof params->why);
+    }
     return r == MPT_OK ? params->count : 0;
 }
 
 MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
     const mpt_params_desc *d = params ? &params->desc : NULL;
     size_t elements = 0, bytes;
-    int t;
+    int t, masters, lows;
     if (!params) return MPT_ERROR_ARGUMENT;
     if (params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_build: already built");
-    if (params->failed != MPT_OK) return params->failed;
+    if (params->failed != MPT_OK) return mpt_fail(params->ctx, params->failed, "%s", params->why);
     if (!params->count) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_build: there is no tensor");
     for (t = 0; t < params->count; t++) {
         mpt__tensor *tensor = &params->tensors[t];
@@ -3029,15 +3254,15 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
         MPT__TRY(mpt__need_size(params->ctx, "params_build", tensor->name, elements, 1, 1, 1));
     }
     MPT__TRY(mpt__bytes(params->ctx, "params_build", elements, sizeof(float), &bytes));
+    masters = d->master == MPT_MASTER_F32;
+    lows = d->master == MPT_MASTER_SPLIT || d->master == MPT_MASTER_KAHAN;
     params->grad = (float *)mpt_alloc(params->ctx, bytes);
-    if (d->master == MPT_MASTER_F32) params->master = (float *)mpt_alloc(params->ctx, bytes);
+    if (masters) params->master = (float *)mpt_alloc(params->ctx, bytes);
     if (d->type != MPT_F32) params->copy = mpt_typed_array(mpt_alloc(params->ctx, bytes / 2), d->type);
-    if (!params->grad || (d->master == MPT_MASTER_F32 && !params->master) || (d->type != MPT_F32 && !params->copy.data)) {
-        mpt_free(params->ctx, params->master);
-        mpt_free(params->ctx, params->grad);
-        mpt_free(params->ctx, params->copy.data);
-        params->master = params->grad = NULL;
-        params->copy.data = NULL;
+    if (lows) params->low = (uint16_t *)mpt_alloc(params->ctx, bytes / 2);
+    if (!params->grad || (masters && !params->master) || (d->type != MPT_F32 && !params->copy.data) ||
+        (lows && !params->low)) {
+        mpt__params_clear(params);
         return MPT_ERROR_NO_MEMORY;
     }
     params->elements = elements;
@@ -3093,29 +3318,47 @@ static mpt_result mpt__params_need(mpt_params *params, const char *call, int ten
     return host ? MPT_OK : mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: host is NULL", call);
 }
 
-/* Moves a tensor between the host's fp32 and the device, through its master or a temporary fp32 array. */
+/* Moves a tensor without masters between the host's fp32 and the device, through 16-bit parts made on the host. */
 static mpt_result mpt__params_move(mpt_params *params, int tensor, const float *from, float *to) {
     mpt_context *ctx = params->ctx;
-    const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(float);
-    float *master = mpt_params_master(params, tensor), *f32 = master ? master : (float *)mpt_alloc(ctx, bytes);
-    mpt_result r = f32 ? MPT_OK : MPT_ERROR_NO_MEMORY;
-    if (r == MPT_OK && from) r = mpt_upload(ctx, f32, from, bytes);
-    if (r == MPT_OK && from && params->copy.data)
-        r = mpt_cast(ctx, count, mpt_f32_array(f32), mpt_params_weight(params, tensor), NULL);
-    if (r == MPT_OK && to && !master) r = mpt_cast(ctx, count, mpt_params_weight(params, tensor), mpt_f32_array(f32), NULL);
-    if (r == MPT_OK && to) r = mpt_download(ctx, to, f32, bytes);
-    if (!master) mpt_free(ctx, f32);
+    const mpt_master mode = params->desc.master == MPT_MASTER_STOCHASTIC ? MPT_MASTER_NONE : params->desc.master;
+    const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(uint16_t);
+    void *device = mpt_params_weight(params, tensor).data;
+    uint16_t *device_low = params->low ? params->low + mpt__params_offset(params, tensor) : NULL;
+    uint16_t *copy = (uint16_t *)mpt__host_alloc(ctx, 2 * bytes), *low = copy ? copy + count : NULL;
+    mpt_result r = copy ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    size_t i;
+    if (r == MPT_OK && from) {
+        for (i = 0; i < count; i++) mpt__weight_store(mode, params->desc.type, from[i], 0, &copy[i], &low[i]);
+        r = mpt_upload(ctx, device, copy, bytes);
+        if (r == MPT_OK && device_low) r = mpt_upload(ctx, device_low, low, bytes);
+    }
+    if (r == MPT_OK && to) {
+        r = mpt_download(ctx, copy, device, bytes);
+        if (r == MPT_OK && device_low) r = mpt_download(ctx, low, device_low, bytes);
+        for (i = 0; i < count && r == MPT_OK; i++) to[i] = mpt__weight_load(mode, params->desc.type, copy[i], low[i]);
+    }
+    mpt__host_free(ctx, copy);
     return r;
 }
 
 MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *host) {
+    float *master;
     MPT__TRY(mpt__params_need(params, "params_set", tensor, host));
-    return mpt__params_move(params, tensor, host, NULL);
+    master = mpt_params_master(params, tensor);
+    if (!master) return mpt__params_move(params, tensor, host, NULL);
+    MPT__TRY(mpt_upload(params->ctx, master, host, mpt_params_count(params, tensor) * sizeof *host));
+    if (!params->copy.data) return MPT_OK;
+    return mpt_cast(params->ctx, mpt_params_count(params, tensor), mpt_f32_array(master), mpt_params_weight(params, tensor),
+                    NULL);
 }
 
 MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
+    float *master;
     MPT__TRY(mpt__params_need(params, "params_get", tensor, host));
-    return mpt__params_move(params, tensor, NULL, host);
+    master = mpt_params_master(params, tensor);
+    if (!master) return mpt__params_move(params, tensor, NULL, host);
+    return mpt_download(params->ctx, host, master, mpt_params_count(params, tensor) * sizeof *host);
 }
 
 MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params) {
@@ -3190,12 +3433,28 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
 /* Finite and at least 0, told in fp32: what a float cannot hold is no hyperparameter. */
 static int mpt__not_negative(double x) { return mpt__finite((float)x) && x >= 0; }
 
+static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
+    const int one_cycle = s->kind == MPT_SCHEDULE_ONE_CYCLE || s->kind == MPT_SCHEDULE_ONE_CYCLE_LINEAR;
+    if ((unsigned)s->kind > MPT_SCHEDULE_ONE_CYCLE_LINEAR)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: unknown kind %d", (int)s->kind);
+    if (!mpt__not_negative(s->warmup_start) || !mpt__not_negative(s->low) || !mpt__not_negative(s->start))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: warmup_start %g, low %g, start %g must be finite and at least 0",
+                        s->warmup_start, s->low, s->start);
+    if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
+    if (one_cycle && !(s->peak * (double)s->steps > 1 && s->peak < 1))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %z steps is not between the first and the last",
+                        s->peak, (size_t)s->steps);
+    return MPT_OK;
+}
+
 static mpt_result mpt__optimizer_check(mpt_context *ctx, const mpt_optimizer_desc *d) {
     if ((unsigned)d->kind > MPT_ADAMW)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: unknown kind %d", (int)d->kind);
     if (!mpt__not_negative(d->lr) || !mpt__not_negative(d->weight_decay))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: lr %g and weight_decay %g must be finite and at least 0", d->lr,
                         d->weight_decay);
+    MPT__TRY(mpt__schedule_check(ctx, &d->schedule));
     if (d->kind == MPT_SGD) {
         if (!mpt__not_negative(d->momentum) || !mpt__finite((float)d->dampening))
             return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: momentum %g, dampening %g", d->momentum, d->dampening);
@@ -3217,16 +3476,17 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_update_op *op = &opt->op;
     const mpt_params *params = opt->params;
     const size_t table = (size_t)params->count * sizeof(mpt_slice), array = params->elements * sizeof(float);
-    const int moments = op->desc.kind == MPT_SGD ? op->desc.momentum != 0 : 2;
+    const int moments = op->desc.kind == MPT_SGD ? op->desc.momentum != 0 : op->desc.amsgrad ? 3 : 2;
     mpt_slice *slices;
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
     opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
     op->slices = slices = (mpt_slice *)mpt_alloc(ctx, table);
-    if (moments > 0) op->moment1 = (float *)mpt_alloc(ctx, array);
-    if (moments > 1) op->moment2 = (float *)mpt_alloc(ctx, array);
-    if (!op->state || !opt->slices || !slices || (moments > 0 && !op->moment1) || (moments > 1 && !op->moment2))
-        return MPT_ERROR_NO_MEMORY;
+    if (!op->state || !opt->slices || !slices) return MPT_ERROR_NO_MEMORY;
+    for (t = 0; t < moments; t++) {
+        op->moment[t] = (float *)mpt_alloc(ctx, array);
+        if (!op->moment[t]) return MPT_ERROR_NO_MEMORY;
+    }
     for (t = 0; t < params->count; t++) {
         opt->slices[t].offset = params->tensors[t].offset;
         opt->slices[t].count = params->tensors[t].count;
@@ -3237,8 +3497,11 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     op->tensors = params->count;
     op->count = params->elements;
     op->grad = params->grad;
+    op->mode = params->desc.master;
+    op->seed = params->desc.seed;
     op->master = params->master;
     op->copy = params->copy;
+    op->low = params->low;
     opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
     opt->mirror.beta1_power = opt->mirror.beta2_power = opt->mirror.clip = 1;
     MPT__TRY(mpt_upload(ctx, slices, opt->slices, table));
@@ -3281,8 +3544,7 @@ MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt) {
         if (opt->scaler->optimizers[i] == opt) opt->scaler->optimizers[i] = NULL;
     mpt_free(opt->ctx, opt->op.state);
     mpt_free(opt->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data);
-    mpt_free(opt->ctx, opt->op.moment1);
-    mpt_free(opt->ctx, opt->op.moment2);
+    for (i = 0; i < 3; i++) mpt_free(opt->ctx, opt->op.moment[i]);
     mpt__host_free(opt->ctx, opt->slices);
     mpt__host_free(opt->ctx, opt);
 }
@@ -3318,15 +3580,19 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) {
+static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
+    const char *call = by_norm ? "clip_norm" : "clip_value", *argument = by_norm ? "max_norm" : "value";
     if (!opt) return MPT_ERROR_ARGUMENT;
     if (opt->phase != MPT__UNSCALED)
-        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "clip_norm: the gradients are %s",
+        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "%s: the gradients are %s", call,
                         opt->phase == MPT__READY ? "still scaled; call mpt_unscale first" : "used up; the step is done");
-    if (!mpt__not_negative(max_norm) || !(max_norm > 0))
-        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "clip_norm: max_norm %g is not a finite number above 0", max_norm);
-    return opt->ctx->backend->clip(opt->ctx, &opt->op, max_norm);
+    if (!mpt__not_negative(limit) || !((float)limit > 0))
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument, limit);
+    return opt->ctx->backend->clip(opt->ctx, &opt->op, by_norm ? limit : 0, by_norm ? 0 : limit);
 }
+
+MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) { return mpt__clip(opt, max_norm, 1); }
+MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value) { return mpt__clip(opt, value, 0); }
 
 MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
     if (!opt) return MPT_ERROR_ARGUMENT;
@@ -3354,8 +3620,7 @@ MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimiz
 }
 
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) {
-    if (!opt || moment < 1 || moment > 2) return NULL;
-    return mpt__params_slice(opt->params, moment == 1 ? opt->op.moment1 : opt->op.moment2, tensor);
+    return opt && moment >= 1 && moment <= 3 ? mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor) : NULL;
 }
 
 /* ==== MODEL PARTS ==== */
@@ -3397,7 +3662,7 @@ struct mpt_model {
     mpt_train_desc train; /* defaults filled in */
     mpt__node *nodes;     /* node id i is nodes[i - 1] */
     int count, capacity;
-    mpt_result failed;    /* of the first layer call that failed; the context's reason at that time in why */
+    mpt_result failed;    /* of the first layer call that failed, with the reason */
     char why[256];
     int built;
     mpt__buffer *buffers; /* buffer i is buffers[i - 1] */
@@ -3681,7 +3946,7 @@ static mpt_result mpt__policy_check(mpt_model *net) {
     const int half = p->compute == MPT_F16 || p->compute == MPT_BF16;
     if ((p->compute == MPT_F32 || half) && (p->param == MPT_F32 || p->param == p->compute) &&
         (p->output == MPT_F32 || p->output == p->compute) &&
-        (p->master == MPT_MASTER_F32 || (p->master == MPT_MASTER_NONE && half && p->param == p->compute)))
+        (p->master == MPT_MASTER_F32 || (half && p->param == p->compute)))
         return MPT_OK;
     return mpt_fail(net->ctx, MPT_ERROR_TYPE,
                     "policy: param %s, compute %s, output %s, master %d; compute is f32, f16 or bf16, the others f32 or the same, "
@@ -3746,6 +4011,7 @@ static mpt_result mpt__build_params(mpt_model *net) {
     int i;
     desc.type = net->policy.compute;
     desc.master = net->policy.master;
+    desc.seed = net->train.seed;
     net->params = mpt_params_new(net->ctx, &desc);
     if (!net->params) return MPT_ERROR_NO_MEMORY;
     for (i = 0; i < net->count; i++) {
@@ -4193,27 +4459,26 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
 MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     const size_t host = MPT__OVERHEAD;
     mpt_memory m = MPT_ZERO;
-    size_t elements, device, blocks;
+    const mpt_params *p;
+    size_t blocks, moments = 0;
+    int i;
     if (!net) return m;
     m.bookkeeping = sizeof *net + host;
     if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
     if (!net->built) return m;
-    elements = net->params->elements;
-    device = net->ctx->backend->overhead;
-    m.gradients = elements * 4;
-    if (net->policy.compute == MPT_F32) m.weights = elements * 4;
-    else if (net->policy.param == MPT_F32) m.weights = elements * 6;
-    else m.weights = elements * 2;
-    if (net->policy.param != MPT_F32 && net->params->master) m.masters = elements * 4;
-    m.moments = elements * 4 * ((size_t)(net->opt->op.moment1 != NULL) + (size_t)(net->opt->op.moment2 != NULL));
+    p = net->params;
+    for (i = 0; i < 3; i++) moments += net->opt->op.moment[i] != NULL;
+    m.gradients = p->elements * 4;
+    m.moments = p->elements * 4 * moments;
+    m.weights = p->elements * (!p->copy.data ? 4 : net->policy.param == MPT_F32 ? 6 : 2);
+    if (net->policy.param != MPT_F32) m.masters = p->elements * (p->master ? 4 : p->low ? 2 : 0);
     m.activations = net->block_bytes;
     m.workspace = net->staging_bytes + net->target_bytes + 2 * sizeof *net->sums + sizeof *net->scaler->state +
-                  sizeof *net->opt->op.state + (size_t)net->params->count * sizeof(mpt_slice);
-    blocks = 7 + (size_t)((net->staging != NULL) + (net->params->copy.data != NULL) + (net->params->master != NULL) +
-                          (net->opt->op.moment1 != NULL) + (net->opt->op.moment2 != NULL));
-    m.bookkeeping += blocks * device + 6 * host + sizeof *net->scaler + sizeof *net->params + sizeof *net->opt +
-                     (size_t)net->params->capacity * sizeof *net->params->tensors +
-                     (size_t)net->params->count * sizeof(mpt_slice) + (size_t)net->count * 3 * sizeof *net->buffers;
+                  sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice);
+    blocks = 7 + moments + (net->staging ? 1 : 0) + (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
+    m.bookkeeping += blocks * net->ctx->backend->overhead + 6 * host + sizeof *net->scaler + sizeof *p + sizeof *net->opt +
+                     (size_t)p->capacity * sizeof *p->tensors + (size_t)p->count * sizeof(mpt_slice) +
+                     (size_t)net->count * 3 * sizeof *net->buffers;
     return m;
 }
 

@@ -40,7 +40,7 @@ static void cnn_layers(mpt_model *net) {
 }
 
 enum { MLP, CNN, MODELS };
-static const trainer_model models[MODELS] = {{"mlp", mlp_layers, 30, 2e-3}, {"cnn", cnn_layers, 30, 3e-3}};
+static const trainer_model models[MODELS] = {{"mlp", mlp_layers, 30, 0.008}, {"cnn", cnn_layers, 8, 0.01}};
 
 /* Every fifth digit tests, the others train. */
 static trainer_data load(const char *folder) {
@@ -74,44 +74,46 @@ static trainer_data load(const char *folder) {
 
 /* ---- Does fp16 need its loss scale here? ---- */
 
-static double share_of(uint64_t part, uint64_t all) { return all ? 100.0 * (double)part / (double)all : 0; }
+/* How many values have 2^low <= |x| < 2^high. */
+static uint64_t count_between(const mpt_histogram *h, int low, int high) {
+    uint64_t count = 0;
+    for (int e = low; e < high; e++) count += h->exponent[e + 127];
+    return count;
+}
 
 /* The histogram as bars of two exponents each, down to the smallest number that fp16 holds with the scale. */
 static void print_bars(const mpt_histogram *h, int log2_scale) {
-    const int low = (-24 - log2_scale - 2) / 2 * 2;
-    uint64_t all = 0, below = 0, longest = 1;
-    int top = low;
-    for (int e = -127; e < 128; e++) {
-        const uint64_t n = h->exponent[e + 127], pair = e % 2 ? 0 : n + h->exponent[e + 128];
-        all += n;
-        if (e < low) below += n;
-        if (e >= low && n) top = e;
-        if (e >= low && pair > longest) longest = pair;
-    }
-    for (int e = top - (top & 1); e >= low; e -= 2) {
-        const uint64_t n = h->exponent[e + 127] + h->exponent[e + 128];
-        const int bar = (int)(40 * n / longest);
-        printf("  2^%-4d%7.2f %%  %.*s", e, share_of(n, all), bar, "########################################");
-        if (e == -14) printf("  smallest normal number of fp16");
-        if (e == -24) printf("  smallest subnormal number");
-        if (log2_scale && -14 - log2_scale - e <= 1 && -14 - log2_scale >= e) printf("  smallest normal, scaled");
-        if (log2_scale && -24 - log2_scale - e <= 1 && -24 - log2_scale >= e) printf("  smallest subnormal, scaled");
+    static const char bar[] = "########################################";
+    const int normal = -14, subnormal = -24, low = (subnormal - log2_scale) / 2 * 2 - 2, high = 128;
+    const double all = (double)count_between(h, -127, high);
+    uint64_t longest = 1;
+    for (int e = low; e < high; e += 2)
+        if (count_between(h, e, e + 2) > longest) longest = count_between(h, e, e + 2);
+    for (int e = high - 2; e >= low; e -= 2) {
+        const uint64_t count = count_between(h, e, e + 2);
+        if (count_between(h, e, high) == 0) continue;
+        printf("  2^%-4d%7.2f %%  %.*s", e, 100 * (double)count / all, (int)(40 * count / longest), bar);
+        if (e == normal) printf("  smallest normal number of fp16");
+        if (e == subnormal) printf("  smallest subnormal number of fp16");
+        if (log2_scale && (e | 1) == ((normal - log2_scale) | 1)) printf("  smallest normal, scaled");
+        if (log2_scale && (e | 1) == ((subnormal - log2_scale) | 1)) printf("  smallest subnormal, scaled");
         putchar('\n');
     }
-    printf("  below %7.2f %%\n", share_of(below, all));
+    printf("  below %7.2f %%\n", 100 * (double)count_between(h, -127, low) / all);
 }
 
 static void print_verdict(const trainer_run *scaled, const trainer_run *bare, double flushed, size_t tested) {
     const double p = scaled->accuracy;
     const double noise = sqrt(2 * p * (1 - p) * (double)tested); /* deviation of a difference of two tests */
-    const int lost = (int)scaled->correct - (int)bare->correct;
-    printf("Without the scale %d of %zu test digits are %s; one standard deviation of such a difference is %.1f.\n",
-           lost < 0 ? -lost : lost, tested, lost < 0 ? "won" : "lost", noise);
-    if (bare->diverged || lost > 2 * noise)
+    printf("Of %zu test digits %" PRIu64 " are right with the scale and %" PRIu64 " without; one standard deviation of such\n"
+           "a difference is %.1f. ",
+           tested, scaled->correct, bare->correct, noise);
+    if (bare->diverged || (double)scaled->correct - (double)bare->correct > 2 * noise)
         puts("So fp16 without loss scaling is worse here.");
     else
-        printf("So fp16 without loss scaling is not measurably worse at this size: the %.1f %% that vanish are the\n"
-               "smallest gradients, and the larger ones still train the net.\n", 100 * flushed);
+        printf("So fp16 without loss scaling is not measurably worse at this size: the %.1f %%\n"
+               "that vanish are the smallest gradients, and the larger ones still train the net.\n",
+               100 * flushed);
 }
 
 static int compare_scaling(mpt_context *ctx, const trainer_options *o, const trainer_data *data) {

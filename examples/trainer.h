@@ -84,7 +84,7 @@ static void trainer_help(const trainer_model *models, int count) {
            "  --type f32|bf16|f16|all     f32 goes with O0, bf16 and f16 with O1 to O3\n"
            "  --epochs N                  passes over the training data; default the model's, below\n"
            "  --batch N                   samples in one step; default 32\n"
-           "  --lr X                      learning rate of Adam; default the model's, below\n"
+           "  --lr X                      learning rate of Adam at the start, falls to 0; default the model's, below\n"
            "  --seed N                    of initial weights and shuffling; default 1\n"
            "  --threads N                 0, the default: one per processor\n"
            "  --device cpu|cuda           default cpu\n"
@@ -347,10 +347,10 @@ typedef struct trainer_loop {
     trainer_run *run;
     mpt_context *ctx;
     mpt_model *net;
-    size_t *order;               /* of the training samples in this epoch */
-    float *x;                    /* the batch */
+    size_t *order; /* of the training samples in this epoch */
+    float *x;      /* the batch */
     int32_t *y;
-    double samples, started, shown; /* samples trained; when training began and progress was last shown */
+    double samples, started, shown; /* samples trained; when training began, when progress was last shown */
 } trainer_loop;
 
 /* One line that updates in place on a terminal; elsewhere a plain line every tenth epoch and at the end of a run. */
@@ -373,42 +373,49 @@ static void trainer_fail_run(const trainer_loop *t) {
                  mpt_dtype_name(t->run->type), mpt_why(t->ctx));
 }
 
+/* Falls in a straight line from --lr to almost 0 in the last epoch, so that the end of a run is calm. */
+static double trainer_lr(const trainer_loop *t, int epoch) {
+    const double start = t->o->lr > 0 ? t->o->lr : t->run->model->lr;
+    return start * (double)(t->run->epochs - epoch + 1) / t->run->epochs;
+}
+
 static mpt_model *trainer_build(trainer_loop *t) {
     mpt_train_desc train = MPT_ZERO;
     mpt_model *net = mpt_model_new(t->ctx, mpt_policy_preset(t->run->level, t->run->type));
     if (!net) trainer_fail_run(t);
     t->run->model->layers(net);
     train.batch = t->o->batch;
-    train.optimizer = mpt_adam(t->o->lr > 0 ? t->o->lr : t->run->model->lr);
+    train.optimizer = mpt_adam(trainer_lr(t, 1));
     train.scaler.mode = t->run->scaler;
     train.seed = t->o->seed;
     if (mpt_model_build(net, &train) != MPT_OK) trainer_fail_run(t);
     return net;
 }
 
+/* The gradients of the last step, which stay until the next. */
+static mpt_result trainer_count_gradients(trainer_loop *t) {
+    mpt_params *params = mpt_model_params(t->net);
+    return mpt_histogram_add(t->ctx, mpt_params_count(params, 0), mpt_f32_array(mpt_params_grad(params, 0)),
+                             t->run->gradients);
+}
+
 /* One pass over the training samples in a new order; an incomplete last batch is left out. */
 static mpt_result trainer_epoch(trainer_loop *t, int epoch) {
     const size_t batch = (size_t)t->o->batch, sample = t->data->sample, count = t->data->train_count;
+    mpt_result result = mpt_optimizer_set_lr(mpt_model_optimizer(t->net), trainer_lr(t, epoch));
     trainer_shuffle(t->order, count, t->o->seed, epoch);
-    for (size_t at = 0; at + batch <= count; at += batch) {
-        mpt_result result;
+    for (size_t at = 0; result == MPT_OK && at + batch <= count; at += batch) {
         for (size_t i = 0; i < batch; i++) {
             const size_t from = t->order[at + i];
             memcpy(t->x + i * sample, t->data->train_x + from * sample, sample * sizeof(float));
             t->y[i] = t->data->train_y[from];
         }
         result = mpt_train_step(t->net, t->x, t->y);
-        if (result != MPT_OK) return result;
-        if (t->run->gradients && epoch == t->run->epochs) {
-            mpt_params *params = mpt_model_params(t->net);
-            result = mpt_histogram_add(t->ctx, mpt_params_count(params, 0), mpt_f32_array(mpt_params_grad(params, 0)),
-                                       t->run->gradients);
-            if (result != MPT_OK) return result;
-        }
+        if (result == MPT_OK && t->run->gradients && epoch == t->run->epochs) result = trainer_count_gradients(t);
         t->samples += (double)batch;
         trainer_progress(t, epoch, at + 2 * batch > count);
     }
-    return MPT_OK;
+    return result;
 }
 
 /* Trains and tests one run. A run that diverges is told and marked, and tested as it stands. */

@@ -77,7 +77,7 @@ static void test_narrowing_sample(mpt_dtype type) {
     CHECK_EQUAL(wrong, 0);
 }
 
-/* Between neighbours a and b of the format lie the fp32 values a, just above a, just below the middle, the middle, ... */
+/* Every value of the format and every middle between two of them, each with its fp32 neighbours. */
 static void test_narrowing_boundaries(mpt_dtype type) {
     const reference_format f = reference_format_of(type);
     uint32_t bits, wrong = 0;
@@ -160,7 +160,7 @@ static void test_stochastic_exact(mpt_dtype type) {
     CHECK_EQUAL(wrong, 0);
 }
 
-/* x lies a share of the gap above `below`. Of n draws about n * share go up, with deviation sqrt(n share (1 - share)). */
+/* x lies a share of the gap above `below`: of n draws about n share go up, with deviation sqrt(n share (1 - share)). */
 static void check_unbiased(mpt_dtype type, uint32_t below, double share, uint64_t seed) {
     const double a = reference_widen(below, type), b = reference_widen(below + 1, type);
     const uint32_t x = reference_round(a + share * (b - a), MPT_F32, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF);
@@ -205,8 +205,8 @@ static uint32_t hash_with(int argument, uint64_t value) {
                     argument == 3 ? value : 7);
 }
 
-/* Counting in any argument sets every bit half of the time, within 5 deviations of sqrt(n) / 2; and so does what changes
-   from one count to the next. */
+/* Counting in any argument sets every bit half of the time, within 5 deviations of sqrt(n) / 2, and flips it half of the
+   time from one count to the next. */
 static void test_hash_balance(int argument) {
     const int n = 65536;
     int ones[32] = {0}, changes[32] = {0}, i, b;

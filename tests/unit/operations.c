@@ -341,8 +341,8 @@ static void test_layers(void) {
     }
 }
 
-/* The reference itself: its gradients are the slopes of sum(dy * y). The objective is linear in each variable, so a step
-   of 1 has no truncation error, and 1e-11 covers the rounding of some thousand products in double. */
+/* The reference itself: its gradients are the slopes of sum(dy * y). That is linear in each variable, so a step of 1 has
+   no truncation error; 1e-11 covers the rounding of some thousand products in double. */
 typedef struct objective {
     const layer *l;
     double *v[4], *y;
