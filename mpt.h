@@ -20,8 +20,10 @@
      BACKEND           the seam: the table of operations that a device implements
      - stop here if you only want the API -
      RULES             element rules shared by host and device: casts, hash, scaler, optimizers
-     CORE              context, errors, threads, checked sizes
-     REFERENCE         gemm, conv2d and pooling as plain loops: the meaning of each operation
+     CORE              errors, memory, threads
+     SIMD              bulk loops for each instruction set, chosen once by cpuid; the context
+     CHECKS            arrays and operations: arguments are checked, the backend does the work
+     REFERENCE         gemm and conv2d as plain loops: the meaning of each operation
      ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
      TRAINING PARTS    scaler, parameter block, optimizer
      MODEL PARTS       graph, plan, forward, backward, step
@@ -119,6 +121,7 @@
 
    Only where MPT_IMPLEMENTATION is defined:
      MPT_NO_THREADS      no worker threads, no pthread.h
+     MPT_NO_SIMD         plain C only, no intrinsics
 
    No macro changes a public struct.                                                                                  */
 
@@ -186,6 +189,16 @@ typedef struct mpt_context mpt_context; /* one device, its allocator, its worker
 
 typedef enum mpt_log_level { MPT_LOG_ERROR = 1, MPT_LOG_WARNING = 2, MPT_LOG_INFO = 3 } mpt_log_level;
 
+/* Instruction sets. Casts, scans, scaler and optimizers give the same bits on all of them. */
+typedef enum mpt_isa {
+    MPT_ISA_BEST = 0, /* the best one that this CPU and this build have */
+    MPT_ISA_PLAIN,    /* C as the compiler's flags have it */
+    MPT_ISA_AVX2,     /* x86-64 with AVX2, FMA and F16C */
+    MPT_ISA_AVX512,   /* and AVX-512 F, BW, DQ, VL */
+    MPT_ISA_NEON,     /* aarch64 */
+    MPT_ISA_COUNT
+} mpt_isa;
+
 typedef struct mpt_context_desc {
     void *(*alloc)(size_t bytes, void *user);            /* NULL: malloc. Set both or neither. Aligned as malloc's */
     void (*release)(void *p, size_t bytes, void *user);  /* NULL: free. bytes: what alloc was asked for */
@@ -193,6 +206,7 @@ typedef struct mpt_context_desc {
     void *user;                                          /* handed to the three calls above */
     int threads;                                         /* 0: one per processor; 1: none but the caller's */
     int reference;                                       /* 1: products and convolutions as the loops of REFERENCE */
+    mpt_isa isa;                                         /* instruction set of the bulk loops; one the CPU lacks: NULL */
 } mpt_context_desc;
 
 /* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
@@ -208,6 +222,8 @@ MPT_DEF const char *mpt_result_text(mpt_result result);
 MPT_DEF int mpt_version(void);
 /* "cpu" or "cuda". */
 MPT_DEF const char *mpt_device_name(const mpt_context *ctx);
+/* "plain", "avx2", "avx512" or "neon". */
+MPT_DEF const char *mpt_isa_name(const mpt_context *ctx);
 /* Threads that work for this context, the caller's included. */
 MPT_DEF int mpt_thread_count(const mpt_context *ctx);
 
@@ -1363,12 +1379,14 @@ MPT_HD void mpt__state_stepped(mpt_optimizer_state *s, const mpt_optimizer_desc 
 enum {
     MPT__ALIGN = 64,                        /* of every allocation: a cache line, an AVX-512 register */
     MPT__OVERHEAD = MPT__ALIGN + 16,        /* room to align, and the header below */
-    MPT__RUN = 64,                          /* elements that elementwise loops take at a time, in fp32 on the stack */
+    MPT__RUN = 32,                          /* elements that elementwise loops take at a time, in fp32 on the stack */
     MPT__MAX_THREADS = 64,
     MPT__SCAN_BLOCKS = 64                   /* partial results of a scan */
 };
 
 typedef struct mpt__pool mpt__pool;
+
+typedef struct mpt__simd mpt__simd;
 
 typedef struct mpt__meter { /* lost updates that one thread saw */
     uint64_t moved, lost;
@@ -1378,6 +1396,7 @@ struct mpt_context {
     mpt_context_desc desc;
     const mpt_backend *backend;
     void *device;                           /* the backend's own state */
+    const mpt__simd *simd;
     int threads;
     mpt__pool *pool;                        /* NULL with one thread */
     float *workspace;                       /* of the CPU engine: MPT__WORKSPACE floats a thread */
@@ -1712,6 +1731,390 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
     else if (count) task(arg, 0, count, 0);
 }
 
+/* ==== SIMD ====
+
+   Bulk loops, once for each instruction set. Plain C is always there; the others compute the same bits. bf16 goes through
+   one loop that the compiler vectorises for each target; fp16 has instructions of its own. (AVX512-BF16's own narrowing
+   is not used: it flushes subnormals.) */
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(MPT_NO_SIMD)
+#define MPT__X86
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__aarch64__) && defined(__GNUC__) && !defined(MPT_NO_SIMD)
+#define MPT__ARM
+#include <arm_neon.h>
+#endif
+
+#ifdef __GNUC__
+#define MPT__INLINE static inline __attribute__((always_inline))
+#else
+#define MPT__INLINE static inline
+#endif
+
+/* A function for one instruction set, vectorised also at -O2. */
+#if defined(__clang__) || !defined(__GNUC__)
+#define MPT__TARGET(isa) __attribute__((target(isa)))
+#else
+#define MPT__TARGET(isa) __attribute__((target(isa), optimize("O3")))
+#endif
+
+enum { MPT__LANES = 32 }; /* sums that a scan keeps side by side */
+
+struct mpt__simd {
+    const char *name;
+    void (*load_f16)(const uint16_t *src, size_t n, float *dst);
+    void (*load_bf16)(const uint16_t *src, size_t n, float *dst);
+    void (*store_f16)(uint16_t *dst, size_t n, const float *src);
+    void (*store_bf16)(uint16_t *dst, size_t n, const float *src);
+    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN */
+    int (*squares)(const float *x, size_t n, double *lanes);
+    /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
+    void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
+    /* sums(tile_m,tile_n) += a(depth,tile_m)^T b(depth,tile_n), rows of sums `stride` apart */
+    void (*tile)(size_t depth, const float *a, const float *b, float *sums, size_t stride);
+    size_t tile_m, tile_n;
+};
+
+MPT__INLINE void mpt__load_bf16_loop(const uint16_t *src, size_t n, float *dst) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const uint32_t u = (uint32_t)src[i] << 16;
+        dst[i] = mpt__float(u | ((u & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0));
+    }
+}
+
+MPT__INLINE void mpt__store_bf16_loop(uint16_t *dst, size_t n, const float *src) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const uint32_t u = mpt__bits(src[i]), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = u >> 16 | 0x40u;
+        dst[i] = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    }
+}
+
+MPT__INLINE int mpt__squares_loop(const float *x, size_t n, double *lanes) {
+    uint32_t bad = 0;
+    size_t i, l;
+    for (i = 0; i < n; i += MPT__LANES)
+        for (l = 0; l < MPT__LANES; l++) {
+            bad |= (uint32_t)!mpt__finite(x[i + l]);
+            lanes[l] += (double)x[i + l] * (double)x[i + l]; /* exact products */
+        }
+    return bad != 0;
+}
+
+/* -- Plain C -- */
+
+static void mpt__load_f16_plain(const uint16_t *src, size_t n, float *dst) {
+    size_t i;
+    for (i = 0; i < n; i++) dst[i] = mpt_widen(src[i], MPT_F16);
+}
+
+static void mpt__store_f16_plain(uint16_t *dst, size_t n, const float *src) {
+    size_t i;
+    for (i = 0; i < n; i++) dst[i] = mpt_f16_from_f32(src[i]).bits;
+}
+
+static void mpt__load_bf16_plain(const uint16_t *src, size_t n, float *dst) { mpt__load_bf16_loop(src, n, dst); }
+static void mpt__store_bf16_plain(uint16_t *dst, size_t n, const float *src) { mpt__store_bf16_loop(dst, n, src); }
+static int mpt__squares_plain(const float *x, size_t n, double *lanes) { return mpt__squares_loop(x, n, lanes); }
+
+static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
+                              float *largest) {
+    float none[3] = {0, 0, 0}; /* moments that the optimizer does not have */
+    size_t i;
+    for (i = 0; i < n; i++)
+        p[i] = mpt__update_element(rates, p[i], g[i], m ? &m[i] : &none[0], v ? &v[i] : &none[1],
+                                   largest ? &largest[i] : &none[2]);
+}
+
+static void mpt__tile_plain(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
+    enum { M = 4, N = 8 };
+    float tile[M][N];
+    size_t d;
+    int i, j;
+    for (i = 0; i < M; i++)
+        for (j = 0; j < N; j++) tile[i][j] = 0;
+    for (d = 0; d < depth; d++, a += M, b += N)
+        for (i = 0; i < M; i++)
+            for (j = 0; j < N; j++) tile[i][j] += a[i] * b[j];
+    for (i = 0; i < M; i++)
+        for (j = 0; j < N; j++) sums[(size_t)i * stride + (size_t)j] += tile[i][j];
+}
+
+static const mpt__simd mpt__simd_plain = {"plain", mpt__load_f16_plain, mpt__load_bf16_plain, mpt__store_f16_plain,
+                                          mpt__store_bf16_plain, mpt__squares_plain, mpt__update_plain, mpt__tile_plain,
+                                          4, 8};
+
+#ifdef MPT__X86
+
+/* -- AVX2, FMA, F16C -- */
+
+#define MPT__AVX2 MPT__TARGET("avx2,fma,f16c")
+
+MPT__AVX2 static void mpt__load_f16_avx2(const uint16_t *src, size_t n, float *dst) {
+    for (; n >= 8; n -= 8, src += 8, dst += 8)
+        _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)src)));
+    mpt__load_f16_plain(src, n, dst);
+}
+
+MPT__AVX2 static void mpt__store_f16_avx2(uint16_t *dst, size_t n, const float *src) {
+    for (; n >= 8; n -= 8, src += 8, dst += 8)
+        _mm_storeu_si128((__m128i *)(void *)dst, _mm256_cvtps_ph(_mm256_loadu_ps(src), _MM_FROUND_TO_NEAREST_INT));
+    mpt__store_f16_plain(dst, n, src);
+}
+
+MPT__AVX2 static void mpt__load_bf16_avx2(const uint16_t *src, size_t n, float *dst) { mpt__load_bf16_loop(src, n, dst); }
+MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) { mpt__store_bf16_loop(dst, n, src); }
+
+/* lanes 4 i .. 4 i + 3 are in sum[i]; the products are exact, so fused or not is the same */
+MPT__AVX2 static int mpt__squares_avx2(const float *x, size_t n, double *lanes) {
+    const __m256i exponent = _mm256_set1_epi32(0x7f800000);
+    __m256i bad = _mm256_setzero_si256();
+    __m256d sum[8];
+    int i;
+    for (i = 0; i < 8; i++) sum[i] = _mm256_loadu_pd(lanes + 4 * i);
+    for (; n; n -= MPT__LANES, x += MPT__LANES)
+        for (i = 0; i < 8; i += 2) {
+            const __m256 f = _mm256_loadu_ps(x + 4 * i);
+            const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(f)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1));
+            bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(f), exponent), exponent));
+            sum[i] = _mm256_fmadd_pd(low, low, sum[i]);
+            sum[i + 1] = _mm256_fmadd_pd(high, high, sum[i + 1]);
+        }
+    for (i = 0; i < 8; i++) _mm256_storeu_pd(lanes + 4 * i, sum[i]);
+    return _mm256_movemask_epi8(bad) != 0;
+}
+
+/* Results that the compiler must not fuse with what follows, nor reorder: see MPT__KEEP. */
+MPT__AVX2 static inline __m256 mpt__mul8(__m256 a, __m256 b) {
+    __m256 r = _mm256_mul_ps(a, b);
+    __asm__("" : "+x"(r));
+    return r;
+}
+
+MPT__AVX2 static inline __m256 mpt__div8(__m256 a, __m256 b) {
+    __m256 r;
+    __asm__("" : "+x"(b));
+    r = _mm256_div_ps(a, b);
+    __asm__("" : "+x"(r));
+    return r;
+}
+
+/* mpt__sgd_element, eight at a time */
+MPT__AVX2 static inline __m256 mpt__sgd8(const mpt__rates *r, __m256 p, __m256 g, float *buffer) {
+    if (r->decay != 0) g = _mm256_fmadd_ps(_mm256_set1_ps(r->decay), p, g);
+    if (r->has_momentum) {
+        const __m256 momentum = _mm256_set1_ps(r->momentum);
+        const __m256 old = mpt__mul8(_mm256_loadu_ps(buffer), momentum);
+        const __m256 b = r->first ? g : _mm256_fmadd_ps(_mm256_set1_ps(r->undamped), g, old);
+        _mm256_storeu_ps(buffer, b);
+        g = r->nesterov ? _mm256_fmadd_ps(momentum, b, g) : b;
+    }
+    return _mm256_fmadd_ps(_mm256_set1_ps(-r->lr), g, p);
+}
+
+/* mpt__adam_element, eight at a time */
+MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 g, float *m, float *v, float *largest) {
+    const __m256 old = _mm256_loadu_ps(m);
+    __m256 first, square, step;
+    if (r->kind == MPT_ADAMW) p = mpt__mul8(p, _mm256_set1_ps(r->decay));
+    else if (r->decay != 0) g = _mm256_fmadd_ps(_mm256_set1_ps(r->decay), p, g);
+    first = r->lerp < 0.5f ? _mm256_fmadd_ps(_mm256_set1_ps(r->lerp), _mm256_sub_ps(g, old), old)
+                           : _mm256_fmadd_ps(_mm256_set1_ps(r->lerp - 1), _mm256_sub_ps(g, old), g);
+    square = mpt__mul8(_mm256_loadu_ps(v), _mm256_set1_ps(r->beta2));
+    square = _mm256_fmadd_ps(mpt__mul8(_mm256_set1_ps(r->square), g), g, square);
+    _mm256_storeu_ps(m, first);
+    _mm256_storeu_ps(v, square);
+    if (r->amsgrad) {
+        square = _mm256_max_ps(square, _mm256_loadu_ps(largest));
+        _mm256_storeu_ps(largest, square);
+    }
+    step = _mm256_sqrt_ps(square);
+    __asm__("" : "+x"(step));
+    step = _mm256_add_ps(mpt__div8(step, _mm256_set1_ps(r->root)), _mm256_set1_ps(r->eps));
+    return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), step));
+}
+
+MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, const float *g, float *m, float *v,
+                                       float *largest) {
+    const __m256 limit = _mm256_set1_ps(r->clip_value), sign = _mm256_set1_ps(r->maximize ? -0.0f : 0.0f);
+    size_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m256 x = mpt__mul8(mpt__mul8(_mm256_loadu_ps(g + i), _mm256_set1_ps(r->inv_scale)), _mm256_set1_ps(r->clip));
+        __m256 w = _mm256_loadu_ps(p + i);
+        if (r->clip_value > 0)
+            x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
+        x = _mm256_xor_ps(x, sign);
+        w = r->kind == MPT_SGD ? mpt__sgd8(r, w, x, m ? m + i : NULL)
+                               : mpt__adam8(r, w, x, m + i, v + i, largest ? largest + i : NULL);
+        _mm256_storeu_ps(p + i, w);
+    }
+    mpt__update_plain(r, n - i, p + i, g + i, m ? m + i : NULL, v ? v + i : NULL, largest ? largest + i : NULL);
+}
+
+/* 6 x 16 sums in twelve registers */
+MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
+    __m256 tile[6][2];
+    int i;
+    for (i = 0; i < 6; i++) tile[i][0] = tile[i][1] = _mm256_setzero_ps();
+    for (; depth; depth--, a += 6, b += 16) {
+        const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
+#define MPT__ROW(i)                                                        \
+    do {                                                                   \
+        const __m256 x = _mm256_broadcast_ss(a + i);                       \
+        tile[i][0] = _mm256_fmadd_ps(x, left, tile[i][0]);                 \
+        tile[i][1] = _mm256_fmadd_ps(x, right, tile[i][1]);                \
+    } while (0)
+        MPT__ROW(0);
+        MPT__ROW(1);
+        MPT__ROW(2);
+        MPT__ROW(3);
+        MPT__ROW(4);
+        MPT__ROW(5);
+#undef MPT__ROW
+    }
+    for (i = 0; i < 6; i++, sums += stride) {
+        _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), tile[i][0]));
+        _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), tile[i][1]));
+    }
+}
+
+static const mpt__simd mpt__simd_avx2 = {"avx2", mpt__load_f16_avx2, mpt__load_bf16_avx2, mpt__store_f16_avx2,
+                                         mpt__store_bf16_avx2, mpt__squares_avx2, mpt__update_avx2, mpt__tile_avx2, 6, 16};
+
+/* -- AVX-512: wider casts and scans; products and updates as with AVX2 -- */
+
+#define MPT__AVX512 MPT__TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+
+MPT__AVX512 static void mpt__load_f16_avx512(const uint16_t *src, size_t n, float *dst) {
+    for (; n >= 16; n -= 16, src += 16, dst += 16)
+        _mm512_storeu_ps(dst, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)src)));
+    mpt__load_f16_plain(src, n, dst);
+}
+
+MPT__AVX512 static void mpt__store_f16_avx512(uint16_t *dst, size_t n, const float *src) {
+    for (; n >= 16; n -= 16, src += 16, dst += 16)
+        _mm256_storeu_si256((__m256i *)(void *)dst, _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(src), _MM_FROUND_TO_NEAREST_INT));
+    mpt__store_f16_plain(dst, n, src);
+}
+
+MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, float *dst) { mpt__load_bf16_loop(src, n, dst); }
+MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const float *src) { mpt__store_bf16_loop(dst, n, src); }
+
+static const mpt__simd mpt__simd_avx512 = {"avx512", mpt__load_f16_avx512, mpt__load_bf16_avx512, mpt__store_f16_avx512,
+                                           mpt__store_bf16_avx512, mpt__squares_avx2, mpt__update_avx2, mpt__tile_avx2, 6, 16};
+
+/* The states that the operating system saves: bits 1, 2 for AVX, 5, 6, 7 for AVX-512. */
+static unsigned mpt__saved_states(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+static mpt_isa mpt__cpu_isa(void) {
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29; /* leaf 1, ecx */
+    const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F DQ BW VL */
+    unsigned a, b, c, d, states;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | f16c)) != (fma | osxsave | f16c)) return MPT_ISA_PLAIN;
+    states = mpt__saved_states();
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & avx2) || (states & 0x6) != 0x6) return MPT_ISA_PLAIN;
+    return (b & avx512) == avx512 && (states & 0xe6) == 0xe6 ? MPT_ISA_AVX512 : MPT_ISA_AVX2;
+}
+
+#elif defined(MPT__ARM)
+
+/* -- NEON: part of every aarch64; only fp16 needs more than the compiler's own vectors -- */
+
+static void mpt__load_f16_neon(const uint16_t *src, size_t n, float *dst) {
+    for (; n >= 4; n -= 4, src += 4, dst += 4) vst1q_f32(dst, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(src))));
+    mpt__load_f16_plain(src, n, dst);
+}
+
+static void mpt__store_f16_neon(uint16_t *dst, size_t n, const float *src) {
+    for (; n >= 4; n -= 4, src += 4, dst += 4) vst1_u16(dst, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(src))));
+    mpt__store_f16_plain(dst, n, src);
+}
+
+static const mpt__simd mpt__simd_neon = {"neon", mpt__load_f16_neon, mpt__load_bf16_plain, mpt__store_f16_neon,
+                                         mpt__store_bf16_plain, mpt__squares_plain, mpt__update_plain, mpt__tile_plain,
+                                         4, 8};
+
+static mpt_isa mpt__cpu_isa(void) { return MPT_ISA_NEON; }
+
+#else
+
+static mpt_isa mpt__cpu_isa(void) { return MPT_ISA_PLAIN; }
+
+#endif
+
+/* The loops of an instruction set; NULL if this CPU or this build does not have it. */
+static const mpt__simd *mpt__simd_of(mpt_isa isa) {
+    const mpt_isa best = mpt__cpu_isa();
+    if (isa == MPT_ISA_BEST) isa = best;
+    if (isa == MPT_ISA_PLAIN) return &mpt__simd_plain;
+#ifdef MPT__X86
+    if (isa == MPT_ISA_AVX2 && best >= MPT_ISA_AVX2) return &mpt__simd_avx2;
+    if (isa == MPT_ISA_AVX512 && best >= MPT_ISA_AVX512) return &mpt__simd_avx512;
+#elif defined(MPT__ARM)
+    if (isa == MPT_ISA_NEON) return &mpt__simd_neon;
+#endif
+    return NULL;
+}
+
+/* -- Arrays in fp32 -- */
+
+MPT_DEF size_t mpt_dtype_size(mpt_dtype type) {
+    switch (type) {
+    case MPT_F32: return 4;
+    case MPT_F16:
+    case MPT_BF16: return 2;
+    case MPT_E4M3:
+    case MPT_E5M2: return 1;
+    default: return 0;
+    }
+}
+
+MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
+    static const char *const names[] = {"f32", "f16", "bf16", "e4m3", "e5m2"};
+    return (unsigned)type < MPT_DTYPE_COUNT ? names[type] : "unknown type";
+}
+
+/* dst(n) = a[i..i+n) as fp32 */
+static void mpt__load(const mpt_context *ctx, mpt_array a, size_t i, size_t n, float *dst) {
+    const uint8_t *byte = (const uint8_t *)a.data;
+    size_t j;
+    switch (a.type) {
+    case MPT_F32: memcpy(dst, (const float *)a.data + i, n * sizeof *dst); break;
+    case MPT_F16: ctx->simd->load_f16((const uint16_t *)a.data + i, n, dst); break;
+    case MPT_BF16: ctx->simd->load_bf16((const uint16_t *)a.data + i, n, dst); break;
+    default:
+        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[i + j], a.type);
+    }
+}
+
+/* a[i..i+n) = src(n), rounded to nearest even */
+static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, const float *src) {
+    uint8_t *byte = (uint8_t *)a.data;
+    size_t j;
+    switch (a.type) {
+    case MPT_F32: memcpy((float *)a.data + i, src, n * sizeof *src); break;
+    case MPT_F16: ctx->simd->store_f16((uint16_t *)a.data + i, n, src); break;
+    case MPT_BF16: ctx->simd->store_bf16((uint16_t *)a.data + i, n, src); break;
+    default:
+        for (j = 0; j < n; j++)
+            byte[i + j] = (uint8_t)mpt_narrow(src[j], a.type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+    }
+}
+
+static float mpt__get(const mpt_context *ctx, mpt_array a, size_t i) {
+    float x;
+    mpt__load(ctx, a, i, 1, &x);
+    return x;
+}
+
+static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
+
 /* -- Opening -- */
 
 static const mpt_backend *mpt__cpu_backend(int reference);
@@ -1738,6 +2141,8 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
     if (user) desc = *user;
     if (!backend) return mpt__open_failed(&desc, "open: backend is NULL");
     if (!desc.alloc != !desc.release) return mpt__open_failed(&desc, "open: set both alloc and release, or neither");
+    if ((unsigned)desc.isa >= MPT_ISA_COUNT || !mpt__simd_of(desc.isa))
+        return mpt__open_failed(&desc, "open: isa is unknown, or not one of this CPU and this build");
     if (desc.threads < 0 || desc.threads > MPT__MAX_THREADS)
         return mpt__open_failed(&desc, "open: threads is not in 0..64");
     ctx = (mpt_context *)mpt__desc_alloc(&desc, sizeof *ctx);
@@ -1746,6 +2151,7 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
     ctx->desc = desc;
     ctx->backend = backend;
     ctx->device = device;
+    ctx->simd = mpt__simd_of(desc.isa);
     ctx->threads = desc.threads;
     return ctx;
 }
@@ -1760,64 +2166,13 @@ MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
 }
 
 MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx->device; }
+MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx->simd->name; }
 MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx->backend->name; }
 MPT_DEF int mpt_thread_count(const mpt_context *ctx) { return ctx->threads ? ctx->threads : 1; }
 
-/* -- Arrays in fp32 -- */
+/* ==== CHECKS ====
 
-MPT_DEF size_t mpt_dtype_size(mpt_dtype type) {
-    switch (type) {
-    case MPT_F32: return 4;
-    case MPT_F16:
-    case MPT_BF16: return 2;
-    case MPT_E4M3:
-    case MPT_E5M2: return 1;
-    default: return 0;
-    }
-}
-
-MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
-    static const char *const names[] = {"f32", "f16", "bf16", "e4m3", "e5m2"};
-    return (unsigned)type < MPT_DTYPE_COUNT ? names[type] : "unknown type";
-}
-
-/* dst(n) = a[i..i+n) as fp32 */
-static void mpt__load(mpt_array a, size_t i, size_t n, float *dst) {
-    const uint8_t *byte = (const uint8_t *)a.data;
-    const uint16_t *half = (const uint16_t *)a.data;
-    size_t j;
-    switch (a.type) {
-    case MPT_F32: memcpy(dst, (const float *)a.data + i, n * sizeof *dst); break;
-    case MPT_F16: for (j = 0; j < n; j++) dst[j] = mpt_widen(half[i + j], MPT_F16); break;
-    case MPT_BF16: for (j = 0; j < n; j++) dst[j] = mpt_widen(half[i + j], MPT_BF16); break;
-    case MPT_E4M3: for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[i + j], MPT_E4M3); break;
-    default: for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[i + j], MPT_E5M2);
-    }
-}
-
-/* a[i..i+n) = src(n), rounded to nearest even */
-static void mpt__store(mpt_array a, size_t i, size_t n, const float *src) {
-    uint8_t *byte = (uint8_t *)a.data;
-    uint16_t *half = (uint16_t *)a.data;
-    size_t j;
-    switch (a.type) {
-    case MPT_F32: memcpy((float *)a.data + i, src, n * sizeof *src); break;
-    case MPT_F16: for (j = 0; j < n; j++) half[i + j] = mpt_f16_from_f32(src[j]).bits; break;
-    case MPT_BF16: for (j = 0; j < n; j++) half[i + j] = mpt_bf16_from_f32(src[j]).bits; break;
-    case MPT_E4M3: for (j = 0; j < n; j++) byte[i + j] = mpt_e4m3_from_f32(src[j]).bits; break;
-    default: for (j = 0; j < n; j++) byte[i + j] = mpt_e5m2_from_f32(src[j]).bits;
-    }
-}
-
-static float mpt__get(mpt_array a, size_t i) {
-    float x;
-    mpt__load(a, i, 1, &x);
-    return x;
-}
-
-static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
-
-/* -- Arrays and operations: arguments are checked here, the backend does the work -- */
+   Arrays and operations: arguments are checked here, the backend does the work. */
 
 static mpt_result mpt__need_any(mpt_context *ctx, const char *call, const char *name, mpt_array a) {
     if (!a.data) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call, name);
@@ -2054,7 +2409,7 @@ MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d
     return mpt__conv2d_run(ctx, shape, &op, "conv2d_backward_weight");
 }
 
-static mpt_result mpt__map_run(mpt_context *ctx, const char *call, const mpt_map_op *op) {
+static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_map_op *op) {
     MPT__TRY(mpt__need_context(ctx));
     if (!op->n) return MPT_OK;
     MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "y" : op->map == MPT_MAP_ADD ? "a" : "x", op->a));
@@ -2072,7 +2427,7 @@ MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, 
     op.n = n;
     op.a = x, op.out = y;
     op.act = act;
-    return mpt__map_run(ctx, "activation_forward", &op);
+    return mpt__map_check(ctx, "activation_forward", &op);
 }
 
 MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array y, mpt_array dy,
@@ -2083,7 +2438,7 @@ MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act,
     op.a = y, op.b = dy, op.out = dx;
     op.beta = beta;
     op.act = act;
-    return mpt__map_run(ctx, "activation_backward", &op);
+    return mpt__map_check(ctx, "activation_backward", &op);
 }
 
 MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
@@ -2094,7 +2449,7 @@ MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float
     op.a = a, op.b = b, op.out = y;
     op.beta = beta;
     op.act = act;
-    return mpt__map_run(ctx, "add_arrays", &op);
+    return mpt__map_check(ctx, "add_arrays", &op);
 }
 
 static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *user, mpt_pool2d_op *op) {
@@ -2204,25 +2559,24 @@ MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_a
    Products and convolutions as plain loops: what each operation means. The engine below computes the same sums, in
    another order; tests hold the two together. One output element at a time, summed in fp32, rounded once. */
 
-static void mpt__reference_put(mpt_array out, size_t i, float sum, float beta, mpt_array bias, size_t column,
+static void mpt__reference_put(const mpt_context *ctx, mpt_array out, size_t i, float sum, float beta, mpt_array bias, size_t column,
                                mpt_activation act) {
-    if (beta != 0) sum += beta * mpt__get(out, i);
-    if (bias.data) sum += mpt__get(bias, column);
+    if (beta != 0) sum += beta * mpt__get(ctx, out, i);
+    if (bias.data) sum += mpt__get(ctx, bias, column);
     sum = mpt__activate(act, sum);
-    mpt__store(out, i, 1, &sum);
+    mpt__store(ctx, out, i, 1, &sum);
 }
 
 /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bias(n)) */
 static mpt_result mpt__reference_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     size_t i, j, l;
-    (void)ctx;
     for (i = 0; i < op->m; i++)
         for (j = 0; j < op->n; j++) {
             float sum = 0;
             for (l = 0; l < op->k; l++)
-                sum += mpt__get(op->a, op->trans_a ? l * op->lda + i : i * op->lda + l) *
-                       mpt__get(op->b, op->trans_b ? j * op->ldb + l : l * op->ldb + j);
-            mpt__reference_put(op->c, i * op->ldc + j, op->alpha * sum, op->beta, op->bias, j, op->act);
+                sum += mpt__get(ctx, op->a, op->trans_a ? l * op->lda + i : i * op->lda + l) *
+                       mpt__get(ctx, op->b, op->trans_b ? j * op->ldb + l : l * op->ldb + j);
+            mpt__reference_put(ctx, op->c, i * op->ldc + j, op->alpha * sum, op->beta, op->bias, j, op->act);
         }
     return MPT_OK;
 }
@@ -2233,7 +2587,7 @@ static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
 }
 
 /* y(n,p,q,k) = act(sum over r,s,c of x(n, tap(p,r), tap(q,s), c) w(k,r,s,c) + bias(k)) */
-static void mpt__reference_conv2d_forward(const mpt_conv2d_op *op) {
+static void mpt__reference_conv2d_forward(const mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape z = op->shape;
     size_t n, p, q, k, r, s, c;
     for (n = 0; n < z.N; n++)
@@ -2245,15 +2599,15 @@ static void mpt__reference_conv2d_forward(const mpt_conv2d_op *op) {
                         for (s = 0; s < z.S; s++) {
                             const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
                             for (c = 0; c < z.C && h < z.H && w < z.W; c++)
-                                sum += mpt__get(op->x, ((n * z.H + h) * z.W + w) * z.C + c) *
-                                       mpt__get(op->w, ((k * z.R + r) * z.S + s) * z.C + c);
+                                sum += mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c) *
+                                       mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c);
                         }
-                    mpt__reference_put(op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k, op->act);
+                    mpt__reference_put(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k, op->act);
                 }
 }
 
 /* dx(n,h,w,c) = sum of dy(n,p,q,k) w(k,r,s,c) over all p,q,k,r,s with tap(p,r) = h and tap(q,s) = w, + beta dx */
-static void mpt__reference_conv2d_backward_data(const mpt_conv2d_op *op) {
+static void mpt__reference_conv2d_backward_data(const mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape z = op->shape;
     const mpt_array none = MPT_ZERO;
     size_t n, h, w, c, p, q, k, r, s;
@@ -2267,14 +2621,14 @@ static void mpt__reference_conv2d_backward_data(const mpt_conv2d_op *op) {
                             for (s = 0; s < z.S && mpt__tap(&z, p, r) == h; s++)
                                 for (q = 0; q < op->Q; q++)
                                     for (k = 0; k < z.K && mpt__tap(&z, q, s) == w; k++)
-                                        sum += mpt__get(op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
-                                               mpt__get(op->w, ((k * z.R + r) * z.S + s) * z.C + c);
-                    mpt__reference_put(op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
+                                        sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
+                                               mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c);
+                    mpt__reference_put(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
                 }
 }
 
 /* dw(k,r,s,c) = sum over n,p,q of dy(n,p,q,k) x(n, tap(p,r), tap(q,s), c) + beta dw */
-static void mpt__reference_conv2d_backward_weight(const mpt_conv2d_op *op) {
+static void mpt__reference_conv2d_backward_weight(const mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape z = op->shape;
     const mpt_array none = MPT_ZERO;
     size_t n, p, q, k, r, s, c;
@@ -2288,18 +2642,17 @@ static void mpt__reference_conv2d_backward_weight(const mpt_conv2d_op *op) {
                             for (q = 0; q < op->Q; q++) {
                                 const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
                                 if (h < z.H && w < z.W)
-                                    sum += mpt__get(op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
-                                           mpt__get(op->x, ((n * z.H + h) * z.W + w) * z.C + c);
+                                    sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
+                                           mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c);
                             }
-                    mpt__reference_put(op->w, ((k * z.R + r) * z.S + s) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
+                    mpt__reference_put(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
                 }
 }
 
 static mpt_result mpt__reference_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
-    (void)ctx;
-    if (op->pass == MPT_FORWARD) mpt__reference_conv2d_forward(op);
-    else if (op->pass == MPT_BACKWARD_DATA) mpt__reference_conv2d_backward_data(op);
-    else mpt__reference_conv2d_backward_weight(op);
+    if (op->pass == MPT_FORWARD) mpt__reference_conv2d_forward(ctx, op);
+    else if (op->pass == MPT_BACKWARD_DATA) mpt__reference_conv2d_backward_data(ctx, op);
+    else mpt__reference_conv2d_backward_weight(ctx, op);
     return MPT_OK;
 }
 
@@ -2312,11 +2665,9 @@ static mpt_result mpt__reference_conv2d(mpt_context *ctx, const mpt_conv2d_op *o
    ever stored. Blocks do not depend on the number of threads. */
 
 enum {
-    MPT__TILE_M = 4,    /* rows and columns of the kernel's register tile: 32 sums, half the SSE or NEON registers */
-    MPT__TILE_N = 8,
-    MPT__BLOCK_M = 64,  /* rows and columns of a block of the result */
+    MPT__BLOCK_M = 96,  /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 128,
-    MPT__BLOCK_K = 256, /* depth of the panels: those of a block stay within L2 (64 + 128 KiB) */
+    MPT__BLOCK_K = 256, /* depth of the panels: those of a block stay within L2 (96 + 128 KiB) */
     MPT__WORKSPACE = (MPT__BLOCK_M + MPT__BLOCK_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__BLOCK_K
 };
 
@@ -2363,12 +2714,12 @@ static size_t mpt__tap_index(const mpt__view *view, size_t u, size_t r, size_t s
 }
 
 /* dst(n) = elements v .. v+n of row u as fp32 */
-static void mpt__view_run(const mpt__view *view, size_t u, size_t v, size_t n, float *dst) {
+static void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, float *dst) {
     const mpt_conv2d_shape *z = view->op ? &view->op->shape : NULL;
     if (view->kind == MPT__MATRIX) {
-        mpt__load(view->data, u * view->stride + v, n, dst);
+        mpt__load(ctx, view->data, u * view->stride + v, n, dst);
     } else if (view->kind == MPT__FILTERS) {
-        mpt__load(view->data, (u % z->K * z->R * z->S + u / z->K) * z->C + v, n, dst);
+        mpt__load(ctx, view->data, (u % z->K * z->R * z->S + u / z->K) * z->C + v, n, dst);
     } else {
         const size_t depth = view->kind == MPT__PATCHES ? z->C : z->K;
         while (n) { /* one tap after the other */
@@ -2376,7 +2727,7 @@ static void mpt__view_run(const mpt__view *view, size_t u, size_t v, size_t n, f
             size_t channels, some, at = mpt__tap_index(view, u, tap / z->S, tap % z->S, &channels);
             some = mpt__min(n, channels - first);
             if (at == (size_t)-1) memset(dst, 0, some * sizeof *dst);
-            else mpt__load(view->data, at + first, some, dst);
+            else mpt__load(ctx, view->data, at + first, some, dst);
             dst += some, v += some, n -= some;
         }
     }
@@ -2384,20 +2735,20 @@ static void mpt__view_run(const mpt__view *view, size_t u, size_t v, size_t n, f
 
 /* Copies rows i .. i+rows of the operand, depth l .. l+depth, into panels of `tile` rows: panel[l][row in tile]. Missing
    rows of the last panel become zeros. line has room for max(rows, depth) floats. */
-static void mpt__pack(const mpt__view *view, size_t i, size_t rows, size_t l, size_t depth, size_t tile, float *panels,
-                      float *line) {
+static void mpt__pack(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l, size_t depth,
+                      size_t tile, float *panels, float *line) {
     const size_t padded = (rows + tile - 1) / tile * tile;
     size_t r, d;
     if (view->v_is_depth) {
         for (r = 0; r < padded; r++) {
             float *panel = panels + r / tile * tile * depth + r % tile;
-            if (r < rows) mpt__view_run(view, i + r, l, depth, line);
+            if (r < rows) mpt__view_run(ctx, view, i + r, l, depth, line);
             else memset(line, 0, depth * sizeof *line);
             for (d = 0; d < depth; d++) panel[d * tile] = line[d];
         }
     } else {
         for (d = 0; d < depth; d++) {
-            mpt__view_run(view, l + d, i, rows, line);
+            mpt__view_run(ctx, view, l + d, i, rows, line);
             for (r = rows; r < padded; r++) line[r] = 0;
             for (r = 0; r < padded; r += tile) memcpy(panels + r * depth + d * tile, line + r, tile * sizeof *line);
         }
@@ -2416,20 +2767,6 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     mpt_activation act;
 } mpt__product;
 
-/* sums(TILE_M,TILE_N) += a panel times b panel */
-static void mpt__tile_kernel(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
-    float tile[MPT__TILE_M][MPT__TILE_N];
-    size_t d;
-    int i, j;
-    for (i = 0; i < MPT__TILE_M; i++)
-        for (j = 0; j < MPT__TILE_N; j++) tile[i][j] = 0;
-    for (d = 0; d < depth; d++, a += MPT__TILE_M, b += MPT__TILE_N)
-        for (i = 0; i < MPT__TILE_M; i++)
-            for (j = 0; j < MPT__TILE_N; j++) tile[i][j] += a[i] * b[j];
-    for (i = 0; i < MPT__TILE_M; i++)
-        for (j = 0; j < MPT__TILE_N; j++) sums[(size_t)i * stride + (size_t)j] += tile[i][j];
-}
-
 /* Scale, old content, bias, activation, rounding of one row of a block: n columns from column j of row i */
 static void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums) {
     float out[MPT__RUN], old[MPT__RUN];
@@ -2438,20 +2775,21 @@ static void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n,
         size_t e;
         for (e = 0; e < some; e++) out[e] = p->alpha * sums[e];
         if (p->beta != 0) {
-            mpt__load(p->c, i * p->ldc + j, some, old);
+            mpt__load(p->ctx, p->c, i * p->ldc + j, some, old);
             for (e = 0; e < some; e++) out[e] += p->beta * old[e];
         }
         if (p->bias.data) {
-            mpt__load(p->bias, j, some, old);
+            mpt__load(p->ctx, p->bias, j, some, old);
             for (e = 0; e < some; e++) out[e] += old[e];
         }
         if (p->act)
             for (e = 0; e < some; e++) out[e] = mpt__activate(p->act, out[e]);
-        mpt__store(p->c, i * p->ldc + j, some, out);
+        mpt__store(p->ctx, p->c, i * p->ldc + j, some, out);
     }
 }
 
 static void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
+    const mpt__simd *simd = p->ctx->simd;
     const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
     float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *sums = b + MPT__BLOCK_N * MPT__BLOCK_K;
     float *line = sums + MPT__BLOCK_M * MPT__BLOCK_N;
@@ -2459,11 +2797,11 @@ static void mpt__product_block(const mpt__product *p, size_t i, size_t j, float 
     memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
     for (l = 0; l < p->k; l += MPT__BLOCK_K) {
         const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K);
-        mpt__pack(&p->a, i, rows, l, depth, MPT__TILE_M, a, line);
-        mpt__pack(&p->b, j, columns, l, depth, MPT__TILE_N, b, line);
-        for (c = 0; c < columns; c += MPT__TILE_N)
-            for (r = 0; r < rows; r += MPT__TILE_M)
-                mpt__tile_kernel(depth, a + r * depth, b + c * depth, sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N);
+        mpt__pack(p->ctx, &p->a, i, rows, l, depth, simd->tile_m, a, line);
+        mpt__pack(p->ctx, &p->b, j, columns, l, depth, simd->tile_n, b, line);
+        for (c = 0; c < columns; c += simd->tile_n)
+            for (r = 0; r < rows; r += simd->tile_m)
+                simd->tile(depth, a + r * depth, b + c * depth, sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N);
     }
     for (r = 0; r < rows; r++) mpt__finish_row(p, i + r, j, columns, sums + r * MPT__BLOCK_N);
 }
@@ -2548,79 +2886,104 @@ static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, 
     double sums[MPT__RUN];
     float row[MPT__RUN];
     size_t c, r, e;
-    (void)ctx;
     for (c = 0; c < C; c += MPT__RUN) {
         const size_t some = mpt__min(C - c, MPT__RUN);
         for (e = 0; e < some; e++) sums[e] = 0;
         for (r = 0; r < rows; r++) {
-            mpt__load(dy, r * C + c, some, row);
+            mpt__load(ctx, dy, r * C + c, some, row);
             for (e = 0; e < some; e++) sums[e] += (double)row[e];
         }
         for (e = 0; e < some; e++)
-            row[e] = (float)(beta != 0 ? sums[e] + (double)beta * (double)mpt__get(db, c + e) : sums[e]);
-        mpt__store(db, c, some, row);
+            row[e] = (float)(beta != 0 ? sums[e] + (double)beta * (double)mpt__get(ctx, db, c + e) : sums[e]);
+        mpt__store(ctx, db, c, some, row);
     }
     return MPT_OK;
 }
 
 /* -- Elementwise -- */
 
-static void mpt__map_cast(const mpt_map_op *op, size_t i, size_t n, float *x) {
+/* What the tasks below are given. */
+typedef struct mpt__work {
+    mpt_context *ctx;
+    const void *op;
+} mpt__work;
+
+/* out[i..i+n) = x(n) with any rounding but the usual one */
+static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const float *x) {
     const mpt_rounding *r = &op->rounding;
-    uint8_t *byte = (uint8_t *)op->out.data;
-    uint16_t *half = (uint16_t *)op->out.data;
+    const size_t size = mpt_dtype_size(op->out.type);
+    char *out = (char *)op->out.data + i * size;
     size_t e;
-    if (r->round == MPT_ROUND_NEAREST && r->overflow == MPT_OVERFLOW_INF) {
-        mpt__store(op->out, i, n, x);
-        return;
-    }
-    for (e = 0; e < n; e++) {
-        const uint32_t random =
-            r->round == MPT_ROUND_STOCHASTIC ? mpt_hash(r->seed, r->step, r->tensor, i + e) : 0;
+    for (e = 0; e < n; e++, out += size) {
+        const uint32_t random = r->round == MPT_ROUND_STOCHASTIC ? mpt_hash(r->seed, r->step, r->tensor, i + e) : 0;
         const uint32_t bits = mpt_narrow(x[e], op->out.type, r->round, r->overflow, random);
-        if (mpt_dtype_size(op->out.type) == 1) byte[i + e] = (uint8_t)bits;
-        else if (mpt_dtype_size(op->out.type) == 2) half[i + e] = (uint16_t)bits;
-        else ((float *)op->out.data)[i + e] = x[e];
+        const uint16_t half = (uint16_t)bits;
+        const uint8_t byte = (uint8_t)bits;
+        memcpy(out, size == 4 ? (const void *)&bits : size == 2 ? (const void *)&half : (const void *)&byte, size);
     }
 }
 
-static void mpt__map_task(void *arg, size_t begin, size_t end, int worker) {
-    const mpt_map_op *op = (const mpt_map_op *)arg;
-    float a[MPT__RUN], b[MPT__RUN];
-    (void)worker;
-    for (; begin < end; begin++) {
-        const size_t i = begin * MPT__RUN, n = mpt__min(op->n - i, MPT__RUN);
-        size_t e;
-        mpt__load(op->a, i, n, a);
-        if (op->b.data) mpt__load(op->b, i, n, b);
-        switch (op->map) {
-        case MPT_MAP_CAST: mpt__map_cast(op, i, n, a); continue;
-        case MPT_MAP_ACTIVATION:
-            for (e = 0; e < n; e++) a[e] = mpt__activate(op->act, a[e]);
-            break;
-        case MPT_MAP_ADD:
-            for (e = 0; e < n; e++) a[e] = mpt__activate(op->act, op->beta != 0 ? a[e] + op->beta * b[e] : a[e]);
-            break;
-        case MPT_MAP_ACTIVATION_GRADIENT:
-            for (e = 0; e < n; e++) a[e] = mpt__activate_backward(op->act, a[e], b[e]);
-            if (op->beta != 0) {
-                mpt__load(op->out, i, n, b);
-                for (e = 0; e < n; e++) a[e] += op->beta * b[e];
-            }
+/* One side of nearly every cast is fp32: then the bulk loops work on the arrays themselves. */
+static void mpt__cast_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
+    float run[MPT__RUN];
+    const float *x = op->a.type == MPT_F32 ? (const float *)op->a.data + i : run;
+    const int usual = op->rounding.round == MPT_ROUND_NEAREST && op->rounding.overflow == MPT_OVERFLOW_INF;
+    if (op->out.type == MPT_F32) mpt__load(ctx, op->a, i, n, (float *)op->out.data + i);
+    else if (op->a.type == MPT_F32 && usual) mpt__store(ctx, op->out, i, n, x);
+    else
+        for (; n; n -= mpt__min(n, MPT__RUN), i += MPT__RUN, x += op->a.type == MPT_F32 ? MPT__RUN : 0) {
+            const size_t some = mpt__min(n, MPT__RUN);
+            if (x == run) mpt__load(ctx, op->a, i, some, run);
+            if (usual) mpt__store(ctx, op->out, i, some, x);
+            else mpt__store_rounded(op, i, some, x);
         }
-        mpt__store(op->out, i, n, a);
+}
+
+static void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
+    float a[MPT__RUN], b[MPT__RUN];
+    size_t e;
+    mpt__load(ctx, op->a, i, n, a);
+    if (op->b.data && (op->map != MPT_MAP_ADD || op->beta != 0)) mpt__load(ctx, op->b, i, n, b);
+    if (op->map == MPT_MAP_ADD && op->beta != 0)
+        for (e = 0; e < n; e++) a[e] += op->beta * b[e];
+    if (op->map == MPT_MAP_ACTIVATION_GRADIENT) {
+        for (e = 0; e < n; e++) a[e] = mpt__activate_backward(op->act, a[e], b[e]);
+        if (op->beta != 0) {
+            mpt__load(ctx, op->out, i, n, b);
+            for (e = 0; e < n; e++) a[e] += op->beta * b[e];
+        }
+    } else if (op->act) {
+        for (e = 0; e < n; e++) a[e] = mpt__activate(op->act, a[e]);
+    }
+    mpt__store(ctx, op->out, i, n, a);
+}
+
+enum { MPT__CAST_RUNS = 64 }; /* runs that a cast takes at a time */
+
+static void mpt__map_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__work *w = (const mpt__work *)arg;
+    const mpt_map_op *op = (const mpt_map_op *)w->op;
+    size_t i = begin * MPT__RUN;
+    const size_t stop = mpt__min(end * MPT__RUN, op->n), each = op->map == MPT_MAP_CAST ? MPT__RUN * MPT__CAST_RUNS : MPT__RUN;
+    (void)worker;
+    for (; i < stop; i += each) {
+        const size_t n = mpt__min(stop - i, each);
+        if (op->map == MPT_MAP_CAST) mpt__cast_run(w->ctx, op, i, n);
+        else mpt__map_run(w->ctx, op, i, n);
     }
 }
 
 static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
-    mpt_map_op copy = *op;
-    mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n, mpt__map_task, &copy);
+    mpt__work w;
+    w.ctx = ctx;
+    w.op = op;
+    mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n, mpt__map_task, &w);
     return MPT_OK;
 }
 
 /* -- Pooling: every output gathers what it needs, in fp32, a run of channels at a time -- */
 
-static void mpt__pool_forward_run(const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c, size_t run) {
+static void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
     float best[MPT__RUN], x[MPT__RUN];
@@ -2631,7 +2994,7 @@ static void mpt__pool_forward_run(const mpt_pool2d_op *op, size_t n, size_t p, s
         for (s = 0; s < z->S; s++) {
             const size_t h = p * op->stride_h + r - z->padding, w = q * op->stride_w + s - z->padding;
             if (h >= z->H || w >= z->W) continue; /* padding; below 0 wraps to a huge number */
-            mpt__load(op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, x);
+            mpt__load(ctx, op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, x);
             for (e = 0; e < run; e++) {
                 if (op->kind == MPT_POOL_AVERAGE) best[e] += x[e];
                 else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e]))) {
@@ -2642,33 +3005,34 @@ static void mpt__pool_forward_run(const mpt_pool2d_op *op, size_t n, size_t p, s
             any = 1;
         }
     for (e = 0; e < run && op->kind == MPT_POOL_AVERAGE; e++) best[e] /= (float)(z->R * z->S);
-    mpt__store(op->y, out, run, best);
+    mpt__store(ctx, op->y, out, run, best);
 }
 
-static void mpt__pool_backward_run(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c, size_t run) {
+static void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
     float sum[MPT__RUN], dy[MPT__RUN];
     size_t r, s, e;
-    if (op->beta != 0) mpt__load(op->x, in, run, sum);
+    if (op->beta != 0) mpt__load(ctx, op->x, in, run, sum);
     for (e = 0; e < run; e++) sum[e] = op->beta != 0 ? op->beta * sum[e] : 0;
     for (r = 0; r < z->R; r++)
         for (s = 0; s < z->S; s++) { /* the output whose tap (r,s) is this input, if there is one */
             const size_t y = h + z->padding - r, x = w + z->padding - s, p = y / op->stride_h, q = x / op->stride_w;
             const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
             if (y % op->stride_h || x % op->stride_w || p >= op->P || q >= op->Q) continue;
-            mpt__load(op->y, out, run, dy);
+            mpt__load(ctx, op->y, out, run, dy);
             for (e = 0; e < run; e++) {
                 if (op->kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(z->R * z->S);
                 else if (op->index[out + e] == r * z->S + s) sum[e] += dy[e];
             }
         }
-    mpt__store(op->x, in, run, sum);
+    mpt__store(ctx, op->x, in, run, sum);
 }
 
 /* one row (n,p) of outputs, or (n,h) of inputs, after the other */
 static void mpt__pool_task(void *arg, size_t begin, size_t end, int worker) {
-    const mpt_pool2d_op *op = (const mpt_pool2d_op *)arg;
+    const mpt__work *w = (const mpt__work *)arg;
+    const mpt_pool2d_op *op = (const mpt_pool2d_op *)w->op;
     const size_t rows = op->pass == MPT_FORWARD ? op->P : op->shape.H;
     const size_t columns = op->pass == MPT_FORWARD ? op->Q : op->shape.W;
     size_t i, c;
@@ -2677,50 +3041,52 @@ static void mpt__pool_task(void *arg, size_t begin, size_t end, int worker) {
         for (i = 0; i < columns; i++)
             for (c = 0; c < op->shape.C; c += MPT__RUN) {
                 const size_t run = mpt__min(op->shape.C - c, MPT__RUN);
-                if (op->pass == MPT_FORWARD) mpt__pool_forward_run(op, begin / rows, begin % rows, i, c, run);
-                else mpt__pool_backward_run(op, begin / rows, begin % rows, i, c, run);
+                if (op->pass == MPT_FORWARD) mpt__pool_forward_run(w->ctx, op, begin / rows, begin % rows, i, c, run);
+                else mpt__pool_backward_run(w->ctx, op, begin / rows, begin % rows, i, c, run);
             }
 }
 
 static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     const mpt_pool2d_shape *z = &op->shape;
-    mpt_pool2d_op copy = *op;
-    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C, mpt__pool_task, &copy);
+    mpt__work w;
+    w.ctx = ctx;
+    w.op = op;
+    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C, mpt__pool_task, &w);
     return MPT_OK;
 }
 
 /* -- Losses: one row after the other, so that the sum has one order -- */
 
-static float mpt__cross_entropy_row(const mpt_loss_op *op, size_t row, float scale, uint64_t *correct) {
+static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale, uint64_t *correct) {
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
-    float largest = mpt__get(op->x, row * op->C), sum = 0, at_label = 0;
+    float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, at_label = 0;
     size_t c, best = 0;
     for (c = 0; c < op->C; c++) {
-        const float x = mpt__get(op->x, row * op->C + c);
+        const float x = mpt__get(ctx, op->x, row * op->C + c);
         if (x > largest) { largest = x; best = c; }
         if (valid && c == (size_t)label) at_label = x;
     }
-    for (c = 0; c < op->C; c++) sum += expf(mpt__get(op->x, row * op->C + c) - largest);
+    for (c = 0; c < op->C; c++) sum += expf(mpt__get(ctx, op->x, row * op->C + c) - largest);
     for (c = 0; c < op->C && op->dx.data; c++) {
-        float d = expf(mpt__get(op->x, row * op->C + c) - largest) / sum;
+        float d = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / sum;
         if (valid && c == (size_t)label) d -= 1;
         d = valid ? d * scale : mpt__float(0x7fc00000u);
-        mpt__store(op->dx, row * op->C + c, 1, &d);
+        mpt__store(ctx, op->dx, row * op->C + c, 1, &d);
     }
     *correct += valid && best == (size_t)label;
     return valid ? logf(sum) - (at_label - largest) : mpt__float(0x7fc00000u);
 }
 
-static float mpt__squared_error_row(const mpt_loss_op *op, size_t row, float scale) {
+static float mpt__squared_error_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
     const float each = 1.0f / (float)op->C;
     float sum = 0;
     size_t c;
     for (c = 0; c < op->C; c++) {
-        const float difference = mpt__get(op->x, row * op->C + c) - target[c], d = 2 * difference * each * scale;
+        const float difference = mpt__get(ctx, op->x, row * op->C + c) - target[c], d = 2 * difference * each * scale;
         sum += difference * difference;
-        if (op->dx.data) mpt__store(op->dx, row * op->C + c, 1, &d);
+        if (op->dx.data) mpt__store(ctx, op->dx, row * op->C + c, 1, &d);
     }
     return sum * each;
 }
@@ -2728,11 +3094,10 @@ static float mpt__squared_error_row(const mpt_loss_op *op, size_t row, float sca
 static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
     const float scale = op->grad_scale * (op->loss_scale ? *op->loss_scale : 1.0f);
     size_t row;
-    (void)ctx;
     for (row = 0; row < op->N; row++)
         op->sum->loss += (double)(op->kind == MPT_LOSS_CROSS_ENTROPY
-                                      ? mpt__cross_entropy_row(op, row, scale, &op->sum->correct)
-                                      : mpt__squared_error_row(op, row, scale));
+                                      ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
+                                      : mpt__squared_error_row(ctx, op, row, scale));
     op->sum->rows += op->N;
     return MPT_OK;
 }
@@ -2742,59 +3107,71 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
    The sum of squares has one order, whatever the machine: 32 sums in double over a chunk of 4096 elements, added
    pairwise; the chunks of a block one after the other; 64 blocks one after the other. A warp of 32 can do the same. */
 
-enum { MPT__CHUNK = 4096, MPT__LANES = 32 };
+enum { MPT__CHUNK = 4096 };
 
-static void mpt__scan_chunk(float factor, mpt_array x, size_t i, size_t n, mpt_scan *out) {
+typedef struct mpt__scan_work {
+    mpt_context *ctx;
+    float factor;
+    mpt_array x;
+    size_t n, chunks;
+} mpt__scan_work;
+
+/* Counts what is inf or NaN in x(n), whose first element has index i, and sets it to 0. */
+static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
+    size_t e;
+    for (e = 0; e < n; e++) {
+        if (mpt__finite(x[e])) continue;
+        if (out->inf + out->nan == 0) out->first = i + e;
+        if (mpt__is_nan(x[e])) out->nan++;
+        else out->inf++;
+        x[e] = 0;
+    }
+}
+
+/* A run that is not fp32, not whole, to be scaled, or not finite: by way of the stack. */
+static void mpt__scan_run(const mpt__scan_work *w, size_t i, size_t n, double *lanes, mpt_scan *out) {
+    float run[MPT__RUN];
+    size_t e;
+    mpt__load(w->ctx, w->x, i, n, run);
+    if (w->factor != 1) {
+        for (e = 0; e < n; e++) run[e] = mpt__mul(run[e], w->factor);
+        mpt__store(w->ctx, w->x, i, n, run);
+        mpt__load(w->ctx, w->x, i, n, run);
+    }
+    mpt__scan_bad(run, n, i, out);
+    for (e = n; e % MPT__LANES; e++) run[e] = 0;
+    w->ctx->simd->squares(run, e, lanes);
+}
+
+static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, mpt_scan *out) {
+    const int direct = w->x.type == MPT_F32 && w->factor == 1 && n % MPT__LANES == 0;
     double lanes[MPT__LANES];
-    float run[MPT__LANES];
     size_t e, width;
     for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
-    for (; n; n -= mpt__min(n, MPT__LANES), i += MPT__LANES) {
-        const size_t some = mpt__min(n, MPT__LANES);
-        uint32_t bad = 0;
-        mpt__load(x, i, some, run);
-        if (factor != 1) {
-            for (e = 0; e < some; e++) run[e] *= factor;
-            mpt__store(x, i, some, run);
-            mpt__load(x, i, some, run);
-        }
-        for (e = 0; e < some; e++) bad |= (uint32_t)!mpt__finite(run[e]);
-        for (e = 0; e < some && bad; e++) {
-            if (mpt__finite(run[e])) continue;
-            if (out->inf + out->nan == 0) out->first = i + e;
-            if ((mpt__bits(run[e]) & 0x7fffffffu) == 0x7f800000u) out->inf++;
-            else out->nan++;
-            run[e] = 0;
-        }
-        for (e = 0; e < some; e++) lanes[e] += (double)run[e] * (double)run[e]; /* exact products */
+    if (!direct || w->ctx->simd->squares((const float *)w->x.data + i, n, lanes)) {
+        for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
+        for (e = 0; e < n; e += MPT__RUN) mpt__scan_run(w, i + e, mpt__min(n - e, MPT__RUN), lanes, out);
     }
     for (width = MPT__LANES / 2; width; width /= 2)
         for (e = 0; e < width; e++) lanes[e] += lanes[e + width];
     out->sum_squares += lanes[0];
 }
 
-typedef struct mpt__scan_work {
-    mpt_scan *blocks;
-    float factor;
-    mpt_array x;
-    size_t n, chunks;
-} mpt__scan_work;
-
 static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__scan_work *w = (const mpt__scan_work *)arg;
     const size_t each = (w->chunks + MPT__SCAN_BLOCKS - 1) / MPT__SCAN_BLOCKS;
-    size_t chunk;
+    size_t c;
     (void)worker;
     for (; begin < end; begin++)
-        for (chunk = begin * each; chunk < mpt__min((begin + 1) * each, w->chunks); chunk++)
-            mpt__scan_chunk(w->factor, w->x, chunk * MPT__CHUNK, mpt__min(w->n - chunk * MPT__CHUNK, MPT__CHUNK), &w->blocks[begin]);
+        for (c = begin * each; c < mpt__min((begin + 1) * each, w->chunks); c++)
+            mpt__scan_chunk(w, c * MPT__CHUNK, mpt__min(w->n - c * MPT__CHUNK, MPT__CHUNK), &w->ctx->scans[begin]);
 }
 
 static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
     mpt__scan_work w;
     size_t b;
     memset(ctx->scans, 0, sizeof ctx->scans);
-    w.blocks = ctx->scans;
+    w.ctx = ctx;
     w.factor = factor;
     w.x = x;
     w.n = n;
@@ -2814,9 +3191,8 @@ static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_ar
 
 static mpt_result mpt__cpu_histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
     size_t i;
-    (void)ctx;
     for (i = 0; i < n; i++) {
-        const uint32_t magnitude = mpt__bits(mpt__get(x, i)) & 0x7fffffffu;
+        const uint32_t magnitude = mpt__bits(mpt__get(ctx, x, i)) & 0x7fffffffu;
         if (magnitude == 0) h->zero++;
         else if (magnitude < 0x7f800000u) h->exponent[magnitude >> 23]++;
         else if (magnitude == 0x7f800000u) h->inf++;
@@ -2841,10 +3217,10 @@ static mpt_result mpt__cpu_clip(mpt_context *ctx, const mpt_update_op *op, doubl
 }
 
 typedef struct mpt__update_work {
+    mpt_context *ctx;
     const mpt_update_op *op;
     int tensor; /* index of the slice */
     mpt__rates rates;
-    mpt__meter *meters; /* one a thread */
 } mpt__update_work;
 
 /* The fp32 values of n weights from element i of the flat arrays */
@@ -2857,12 +3233,12 @@ static void mpt__weights_load(const mpt_update_op *op, size_t i, size_t n, float
 }
 
 /* first: index of element i within its tensor, which names its random number */
-static void mpt__weights_store(const mpt_update_op *op, size_t i, size_t n, const float *p, int tensor, size_t first) {
+static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p, int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
     size_t e;
     if (op->master) {
         memcpy(op->master + i, p, n * sizeof *p);
-        if (copy) mpt__store(op->copy, i, n, p);
+        if (copy) mpt__store(ctx, op->copy, i, n, p);
         return;
     }
     for (e = 0; e < n; e++) {
@@ -2877,20 +3253,21 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt_update_op *op = w->op;
     const mpt_slice *slice = &op->slices[w->tensor];
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
-    float before[MPT__RUN], p[MPT__RUN], none[3] = {0, 0, 0};
+    mpt__meter *meter = &w->ctx->meters[worker];
+    float before[MPT__RUN], p[MPT__RUN];
     for (; begin < end; begin++) {
         const size_t first = begin * MPT__RUN, i = slice->offset + first, n = mpt__min(slice->count - first, MPT__RUN);
-        float *m = op->moment[0], *v = op->moment[1], *largest = op->moment[2];
+        float *const *moment = op->moment;
         size_t e;
-        mpt__weights_load(op, i, n, before);
-        for (e = 0; e < n; e++)
-            p[e] = mpt__update_element(&w->rates, before[e], op->grad[i + e], m ? &m[i + e] : &none[0],
-                                       v ? &v[i + e] : &none[1], largest ? &largest[i + e] : &none[2]);
-        mpt__weights_store(op, i, n, p, w->tensor, first);
+        mpt__weights_load(op, i, n, p);
+        memcpy(before, p, n * sizeof *p);
+        w->ctx->simd->update(&w->rates, n, p, op->grad + i, moment[0] ? moment[0] + i : NULL,
+                             moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
+        mpt__weights_store(w->ctx, op, i, n, p, w->tensor, first);
         for (e = 0; e < n && op->desc.meter; e++) {
             if (p[e] == before[e]) continue;
-            w->meters[worker].moved++;
-            w->meters[worker].lost += mpt__update_lost(type, before[e], p[e]) != 0;
+            meter->moved++;
+            meter->lost += mpt__update_lost(type, before[e], p[e]) != 0;
         }
     }
 }
@@ -2901,8 +3278,8 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
     int t;
     if (!state->found) {
         memset(ctx->meters, 0, sizeof ctx->meters);
+        w.ctx = ctx;
         w.op = op;
-        w.meters = ctx->meters;
         for (t = 0; t < op->tensors; t++) {
             const size_t count = op->slices[t].count;
             w.tensor = t;

@@ -47,8 +47,8 @@ static trainer_data load(const char *folder) {
     trainer_idx idx = trainer_idx_read(folder, "images.idx3-ubyte", "labels.idx1-ubyte", CLASSES);
     trainer_data data = MPT_ZERO;
     if (idx.height != SIDE || idx.width != SIDE || idx.count < 5)
-        TRAINER_FAIL(TRAINER_BAD_USE, "%s: %zu images of %zux%zu, want 5 or more of 8x8", folder, idx.count,
-                     idx.height, idx.width);
+        TRAINER_FAIL(TRAINER_BAD_USE, "%s: %zu images of %zux%zu, want 5 or more of 8x8", folder, idx.count, idx.height,
+                     idx.width);
     data.sample = PIXELS;
     data.train_x = (float *)trainer_alloc(idx.count * PIXELS, sizeof(float));
     data.test_x = (float *)trainer_alloc(idx.count * PIXELS, sizeof(float));
@@ -85,7 +85,7 @@ static uint64_t count_between(const mpt_histogram *h, int low, int high) {
 static void print_bars(const mpt_histogram *h, int log2_scale) {
     static const char bar[] = "########################################";
     const int normal = -14, subnormal = -24, low = (subnormal - log2_scale) / 2 * 2 - 2, high = 128;
-    const double all = (double)count_between(h, -127, high);
+    const double all = (double)count_between(h, -127, high) + 1e-9; /* no division by 0 */
     uint64_t longest = 1;
     for (int e = low; e < high; e += 2)
         if (count_between(h, e, e + 2) > longest) longest = count_between(h, e, e + 2);
@@ -105,23 +105,23 @@ static void print_bars(const mpt_histogram *h, int log2_scale) {
 static void print_verdict(const trainer_run *scaled, const trainer_run *bare, double flushed, size_t tested) {
     const double p = scaled->accuracy;
     const double noise = sqrt(2 * p * (1 - p) * (double)tested); /* deviation of a difference of two tests */
-    printf("Of %zu test digits %" PRIu64 " are right with the scale and %" PRIu64 " without; one standard deviation of such\n"
-           "a difference is %.1f. ",
+    printf("Of %zu test digits %" PRIu64 " are right with the scale, %" PRIu64
+           " without; such a difference has a standard\n"
+           "deviation of %.1f.\n",
            tested, scaled->correct, bare->correct, noise);
     if (bare->diverged || (double)scaled->correct - (double)bare->correct > 2 * noise)
         puts("So fp16 without loss scaling is worse here.");
     else
-        printf("So fp16 without loss scaling is not measurably worse at this size: the %.1f %%\n"
-               "that vanish are the smallest gradients, and the larger ones still train the net.\n",
+        printf("So fp16 without loss scaling is not measurably worse at this size: the %.1f %% that vanish are the\n"
+               "smallest gradients, and the larger ones still train the net.\n",
                100 * flushed);
 }
 
 static int compare_scaling(mpt_context *ctx, const trainer_options *o, const trainer_data *data) {
-    trainer_run runs[TRAINER_RUNS], *plain = &runs[0], *scaled = &runs[1], *bare = &runs[2];
-    mpt_histogram h;
+    trainer_run runs[3], *plain = &runs[0], *scaled = &runs[1], *bare = &runs[2];
+    mpt_histogram *h = (mpt_histogram *)trainer_alloc(1, sizeof *h);
     mpt_fit without, with;
     int log2_scale;
-    memset(&h, 0, sizeof h);
     memset(runs, 0, sizeof runs);
     for (int i = 0; i < 3; i++) {
         runs[i].model = &models[MLP];
@@ -131,36 +131,38 @@ static int compare_scaling(mpt_context *ctx, const trainer_options *o, const tra
         runs[i].number = i + 1;
         runs[i].of = 3;
     }
-    plain->gradients = &h;
+    plain->gradients = h;
     bare->scaler = MPT_SCALER_OFF;
     printf("\nDoes fp16 need its loss scale here?\n");
     for (int i = 0; i < 3; i++) trainer_train(ctx, o, data, &runs[i]);
     trainer_wipe();
     log2_scale = (int)lround(log2((double)scaled->scale));
-    without = mpt_histogram_fit(&h, MPT_F16, 0);
-    with = mpt_histogram_fit(&h, MPT_F16, log2_scale);
+    without = mpt_histogram_fit(h, MPT_F16, 0);
+    with = mpt_histogram_fit(h, MPT_F16, log2_scale);
     printf("mlp O2 f16: test accuracy %.2f %% with the scale, %.2f %% without.\n"
            "Gradients of the weights in the last epoch of fp32 training by size, the zeros left out:\n",
            100 * scaled->accuracy, 100 * bare->accuracy);
-    print_bars(&h, log2_scale);
+    print_bars(h, log2_scale);
     printf("fp16 would round %.2f %% of them to zero and make %.2f %% subnormal; times 2^%d, the scale in use,\n"
            "%.2f %% and %.2f %%, and %.2f %% overflow. (mpt sums gradients of weights in fp32; what passes through\n"
            "fp16 on the way are the gradients of activations.)\n",
            100 * without.flushed, 100 * without.subnormal, log2_scale, 100 * with.flushed, 100 * with.subnormal,
            100 * with.overflowed);
     print_verdict(scaled, bare, without.flushed, data->test_count);
+    free(h);
     return plain->diverged || scaled->diverged || bare->diverged ? TRAINER_BAD_RUN : 0;
 }
 
 int main(int argc, char **argv) {
     const trainer_options o = trainer_parse(argc, argv, models, MODELS);
-    trainer_run runs[MODELS * TRAINER_RUNS];
-    const int count = trainer_select(&o, models, MODELS, runs);
+    int count, status, half = 0;
+    trainer_run *runs = trainer_select(&o, models, MODELS, &count);
     mpt_context *ctx = trainer_open(&o);
     trainer_data data = load(o.data);
-    int status = trainer_run_all(ctx, &o, &data, runs, count), half = 0;
+    status = trainer_run_all(ctx, &o, &data, runs, count);
     for (int i = 0; i < count; i++) half |= runs[i].type == MPT_F16;
     if (half) status |= compare_scaling(ctx, &o, &data);
+    free(runs);
     trainer_data_free(&data);
     mpt_close(ctx);
     return trainer_finish(status);

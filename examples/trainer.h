@@ -86,7 +86,7 @@ static void trainer_help(const trainer_model *models, int count) {
            "  --batch N                   samples in one step; default 32\n"
            "  --lr X                      learning rate of Adam at the start, falls to 0; default the model's, below\n"
            "  --seed N                    of initial weights and shuffling; default 1\n"
-           "  --threads N                 0, the default: one per processor\n"
+           "  --threads N                 at most 64; 0, the default: one per processor\n"
            "  --device cpu|cuda           default cpu\n"
            "  --csv FILE                  writes one row per run\n"
            "  --help\n\n"
@@ -138,7 +138,7 @@ static int trainer_option(trainer_options *o, const char *name, const char *text
     else if (strcmp(is, "device") == 0) o->cuda = trainer_choice(name, text, "cpu|cuda");
     else if (strcmp(is, "epochs") == 0) o->epochs = (int)trainer_integer(name, text, 1, 1000000);
     else if (strcmp(is, "batch") == 0) o->batch = (int)trainer_integer(name, text, 1, 1000000);
-    else if (strcmp(is, "threads") == 0) o->threads = (int)trainer_integer(name, text, 0, 1024);
+    else if (strcmp(is, "threads") == 0) o->threads = (int)trainer_integer(name, text, 0, 64);
     else if (strcmp(is, "seed") == 0) o->seed = trainer_integer(name, text, 0, UINT64_MAX);
     else if (strcmp(is, "lr") == 0) o->lr = trainer_rate(name, text);
     else return 0;
@@ -197,8 +197,9 @@ static size_t trainer_idx_elements(const char *path, const uint32_t *shape, int 
     for (int i = 0; i < dims; i++) {
         if (shape[i] == 0) TRAINER_FAIL(TRAINER_BAD_USE, "%s: size %d of %d in the header is 0", path, i + 1, dims);
         if (shape[i] > follow / elements)
-            TRAINER_FAIL(TRAINER_BAD_USE, "%s: truncated: size %d of %d in the header is %" PRIu32 ", but only %" PRIu64
-                         " bytes follow", path, i + 1, dims, shape[i], follow);
+            TRAINER_FAIL(TRAINER_BAD_USE,
+                         "%s: truncated: size %d of %d in the header is %" PRIu32 ", but only %" PRIu64 " bytes follow",
+                         path, i + 1, dims, shape[i], follow);
         elements *= shape[i];
     }
     if (elements < follow)
@@ -263,11 +264,13 @@ typedef struct trainer_run {
     mpt_dtype type;
     mpt_scaler_mode scaler;   /* 0: the policy's */
     mpt_histogram *gradients; /* not NULL: the weight gradients of the last epoch are added */
-    int number, of;           /* for the progress line */
+    int epochs;
+    int number, of; /* for the progress line */
 
-    int epochs, diverged; /* results, from here on */
-    uint64_t correct;     /* of the test samples */
-    double accuracy, rate; /* share of the test samples; training samples a second */
+    int diverged; /* results, from here on */
+    double accuracy;
+    uint64_t correct; /* of the test samples */
+    double rate;      /* training samples a second */
     float scale;
     uint64_t skipped;
     mpt_memory memory;
@@ -278,10 +281,10 @@ static const char *trainer_level_name(mpt_level level) {
     return names[level];
 }
 
-/* Lists the runs that the options select; `runs` has room for TRAINER_RUNS of each model. */
-static int trainer_select(const trainer_options *o, const trainer_model *models, int count, trainer_run *runs) {
+/* The runs that the options select, to be freed; *selected says how many. */
+static trainer_run *trainer_select(const trainer_options *o, const trainer_model *models, int count, int *selected) {
+    trainer_run *runs = (trainer_run *)trainer_alloc((size_t)count * TRAINER_RUNS, sizeof *runs);
     int n = 0;
-    memset(runs, 0, (size_t)count * TRAINER_RUNS * sizeof *runs);
     for (int m = 0; m < count; m++)
         for (int level = MPT_O0; level <= MPT_O3; level++)
             for (int t = 0; t < 3; t++) {
@@ -299,7 +302,8 @@ static int trainer_select(const trainer_options *o, const trainer_model *models,
         runs[i].number = i + 1;
         runs[i].of = n;
     }
-    return n;
+    *selected = n;
+    return runs;
 }
 
 static mpt_context *trainer_open(const trainer_options *o) {
@@ -438,8 +442,7 @@ static void trainer_train(mpt_context *ctx, const trainer_options *o, const trai
     if (run->diverged)
         trainer_complain("%s %s %s: %s", run->model->name, trainer_level_name(run->level), mpt_dtype_name(run->type),
                          mpt_why(ctx));
-    else if (result != MPT_OK)
-        trainer_fail_run(&t);
+    else if (result != MPT_OK) trainer_fail_run(&t);
     run->scale = mpt_loss_scale(t.net);
     run->skipped = mpt_steps_skipped(t.net);
     run->memory = mpt_model_memory(t.net);
@@ -480,7 +483,8 @@ static FILE *trainer_csv_open(const char *path) {
     FILE *file = fopen(path, "w");
     if (!file) TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", path, strerror(errno));
     fputs("model,policy,type,seed,epochs,test_accuracy,loss_scale,skipped_steps,weight_bytes,master_bytes,"
-          "gradient_bytes,moment_bytes,activation_bytes,samples_per_s\n", file);
+          "gradient_bytes,moment_bytes,activation_bytes,samples_per_s\n",
+          file);
     trainer_csv_check(file, path, 0);
     return file;
 }

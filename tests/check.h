@@ -97,8 +97,32 @@ static inline int test_finish(const char *name) {
 
 /* ==== CONTEXTS AND MEMORY ==== */
 
+#ifdef MPT_TEST_CUDA
+#include "../mpt_cuda.cuh"
+
+/* All contexts of a program work on one stream, so that they may share arrays. A small workspace: large shapes go in
+   slices. */
+static inline mpt_context *test_open(const mpt_context_desc *desc) {
+    static cudaStream_t stream;
+    mpt_cuda_desc cuda = MPT_ZERO;
+    if (!stream) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (desc) cuda.context = *desc;
+    cuda.stream = stream;
+    cuda.workspace = 65536;
+    return mpt_cuda_open(&cuda);
+}
+#else
 static inline mpt_context *test_open(const mpt_context_desc *desc) {
     return mpt_open(desc);
+}
+#endif
+
+/* NULL: this CPU or build lacks the instruction set. */
+static inline mpt_context *test_open_isa(mpt_isa isa, int threads) {
+    mpt_context_desc desc = MPT_ZERO;
+    desc.isa = isa;
+    desc.threads = threads;
+    return test_open(&desc);
 }
 
 static inline mpt_context *test_open_threads(int threads) {
@@ -127,18 +151,22 @@ typedef struct test_counter {
     long calls;                 /* of alloc, ever */
     long fail_at;               /* call number, from 1, that returns NULL; 0: none */
     int wrong_size;             /* release was told another size than alloc */
+    int overrun;                /* a block was written past its end */
 } test_counter;
 
-enum { TEST_HEADER = 64 }; /* in front of each block: its size; keeps malloc's alignment */
+enum {
+    TEST_GUARD = 64, /* bytes after a block or array that nobody may write */
+    TEST_HEADER = 64 /* in front of each block: its size; keeps malloc's alignment */
+};
 
 static inline void *test_counter_alloc(size_t bytes, void *user) {
     test_counter *counter = (test_counter *)user;
     unsigned char *block;
     if (++counter->calls == counter->fail_at) return NULL;
-    block = (unsigned char *)malloc(bytes + TEST_HEADER);
+    block = (unsigned char *)malloc(TEST_HEADER + bytes + TEST_GUARD);
     if (!block) return NULL;
     memcpy(block, &bytes, sizeof bytes);
-    memset(block + TEST_HEADER, 0xa5, bytes); /* nobody may count on zeros */
+    memset(block + TEST_HEADER, 0xa5, bytes + TEST_GUARD); /* nobody may count on zeros */
     counter->bytes += bytes;
     counter->blocks++;
     if (counter->bytes > counter->peak) counter->peak = counter->bytes;
@@ -148,13 +176,19 @@ static inline void *test_counter_alloc(size_t bytes, void *user) {
 static inline void test_counter_release(void *p, size_t bytes, void *user) {
     test_counter *counter = (test_counter *)user;
     unsigned char *block = (unsigned char *)p - TEST_HEADER;
-    size_t asked;
+    size_t asked, i;
     if (!p) return;
     memcpy(&asked, block, sizeof asked);
     if (asked != bytes) counter->wrong_size = 1;
+    for (i = 0; i < TEST_GUARD; i++) counter->overrun |= block[TEST_HEADER + asked + i] != 0xa5;
     counter->bytes -= asked;
     counter->blocks--;
     free(block);
+}
+
+/* Everything came back, as it was given. */
+static inline int test_counter_clean(const test_counter *counter) {
+    return !counter->bytes && !counter->blocks && !counter->wrong_size && !counter->overrun;
 }
 
 static inline mpt_context_desc test_counting(test_counter *counter, int threads) {
@@ -213,8 +247,6 @@ static inline double test_bound(double terms, double magnitude, double exact, mp
 }
 
 /* ==== TENSORS ==== */
-
-enum { TEST_GUARD = 64 }; /* bytes after the elements that nobody may write */
 
 /* Elements of a type in device memory, and the same values in double on the host. */
 typedef struct test_tensor {
@@ -331,5 +363,67 @@ static inline int test_check_all(const double *value, size_t count, const double
 
 #define CHECK_ALL(value, count, expected, tolerance) \
     test_check_all(value, count, expected, tolerance, __FILE__, __LINE__, #value)
+
+/* ==== TRAINING ==== a parameter block of two tensors, weight and bias, with an optimizer */
+
+typedef struct test_block {
+    mpt_context *ctx;
+    mpt_params *params;
+    mpt_optimizer *opt;
+    size_t total; /* elements of the flat arrays */
+} test_block;
+
+static inline test_block test_block_new(mpt_context *ctx, const mpt_params_desc *desc, size_t weights, size_t biases,
+                                        mpt_scaler *scaler, const mpt_optimizer_desc *optimizer) {
+    test_block b;
+    b.ctx = ctx;
+    b.params = mpt_params_new(ctx, desc);
+    mpt_params_add(b.params, "weight", weights, MPT_GROUP_WEIGHT);
+    mpt_params_add(b.params, "bias", biases, MPT_GROUP_BIAS);
+    CHECK_OK(ctx, mpt_params_build(b.params));
+    b.opt = mpt_optimizer_new(b.params, scaler, optimizer);
+    b.total = mpt_params_count(b.params, 0);
+    if (!CHECK(b.opt != NULL)) exit(1);
+    return b;
+}
+
+static inline void test_block_free(test_block *b) {
+    mpt_optimizer_free(b->opt);
+    mpt_params_free(b->params);
+}
+
+static inline mpt_optimizer_state test_block_state(const test_block *b) {
+    mpt_optimizer_state s;
+    memset(&s, 0, sizeof s);
+    CHECK_OK(b->ctx, mpt_optimizer_get_state(b->opt, &s));
+    return s;
+}
+
+/* Gradients (the first) and what an applied step changes: values, copies, moments. A part that is not there is zeros. */
+enum { TEST_PARTS = 6 };
+
+static inline float *test_block_download(const test_block *b) {
+    const mpt_array copy = mpt_params_weight(b->params, 0);
+    const void *part[TEST_PARTS];
+    float *all = (float *)test_memory(TEST_PARTS * b->total * sizeof *all);
+    int i;
+    part[0] = mpt_params_grad(b->params, 0), part[1] = NULL, part[2] = copy.data;
+    for (i = 1; i <= 3; i++) part[2 + i] = mpt_optimizer_moment(b->opt, i, 0);
+    CHECK_OK(b->ctx, mpt_params_get(b->params, 0, all + b->total));
+    for (i = 0; i < TEST_PARTS; i++) {
+        if (!part[i]) continue;
+        CHECK_OK(b->ctx, mpt_download(b->ctx, all + (size_t)i * b->total, part[i],
+                                      b->total * (i == 2 ? mpt_dtype_size(copy.type) : sizeof *all)));
+    }
+    return all;
+}
+
+/* Are both downloads the same, the gradients included or not? Frees both. */
+static inline int test_block_same(const test_block *b, float *x, float *y, int gradients) {
+    const size_t first = gradients ? 0 : b->total;
+    const int same = memcmp(x + first, y + first, (TEST_PARTS * b->total - first) * sizeof *x) == 0;
+    free(x), free(y);
+    return same;
+}
 
 #endif

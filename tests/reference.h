@@ -84,6 +84,59 @@ static inline uint32_t reference_narrow(uint32_t x, mpt_dtype type, mpt_round ro
     }
 }
 
+/* Pattern of the fp32 that a pattern means: all of mpt_widen's contract. */
+static inline uint32_t reference_widen_pattern(uint32_t bits, mpt_dtype type) {
+    const reference_format f = reference_format_of(type);
+    const uint32_t sign = bits & f.sign ? 0x80000000u : 0, magnitude = bits & (f.sign - 1);
+    switch (reference_kind_of(bits, type)) {
+    case REFERENCE_NAN: return sign | 0x7fc00000u | (type == MPT_E4M3 ? 0 : (magnitude ^ f.inf) << (24 - f.significant));
+    case REFERENCE_INF: return sign | 0x7f800000u;
+    default: return sign | reference_round(reference_widen(magnitude, type), MPT_F32, MPT_ROUND_ZERO, MPT_OVERFLOW_INF);
+    }
+}
+
+/* -- Narrowing as a staircase, for billions of values: which fp32 magnitudes become which pattern -- */
+
+enum { REFERENCE_STEPS = 0x7f82 }; /* of bf16: the patterns up to inf, and the end */
+
+typedef struct reference_stairs {
+    mpt_dtype type;
+    uint32_t steps;                 /* patterns 0 .. largest, and the one above */
+    uint32_t edge[REFERENCE_STEPS]; /* smallest magnitude on each step, as a pattern; after the last: smallest NaN */
+} reference_stairs;
+
+/* Where rounding to nearest changes lies half-way between neighbours, on the side of the even one. */
+static inline void reference_build_stairs(reference_stairs *s, mpt_dtype type, mpt_round round) {
+    const uint32_t largest = reference_format_of(type).largest;
+    uint32_t y;
+    s->type = type;
+    s->steps = largest + 2;
+    s->edge[0] = 0;
+    for (y = 1; y <= largest + 1; y++) {
+        const double below = reference_widen(y - 1, type);
+        const double here = y <= largest ? reference_widen(y, type) : 2 * below - reference_widen(y - 2, type);
+        const double edge = round == MPT_ROUND_NEAREST ? (below + here) / 2 : here;
+        s->edge[y] = reference_round(edge, MPT_F32, MPT_ROUND_ZERO, MPT_OVERFLOW_INF);
+        if (round == MPT_ROUND_NEAREST) s->edge[y] += y % 2;
+    }
+    if (round == MPT_ROUND_ZERO) s->edge[largest + 1] = 0x7f800000u; /* only inf itself overflows */
+    s->edge[s->steps] = 0x7f800001u;
+}
+
+/* The step of a magnitude that is no NaN; quick if `guess`, any step, is near. */
+static inline uint32_t reference_step(const reference_stairs *s, uint32_t magnitude, uint32_t guess) {
+    while (magnitude < s->edge[guess]) guess--;
+    while (magnitude >= s->edge[guess + 1]) guess++;
+    return guess;
+}
+
+/* The pattern that a step stands for. */
+static inline uint32_t reference_step_pattern(const reference_stairs *s, uint32_t step, mpt_overflow overflow) {
+    const reference_format f = reference_format_of(s->type);
+    if (step <= f.largest) return step;
+    return overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf;
+}
+
 /* ==== OPERATIONS ==== all arrays dense, NHWC, in double */
 
 /* Adds the products of a convolution to the array that `pass` writes: y, x or w. A linear layer is the 1x1 case with

@@ -649,8 +649,9 @@ static void test_elements(elementwise e, mpt_dtype type_a, mpt_dtype type_b, mpt
     }
     test_tensor_poison(&t[2]);
     check_op("activation", call_activation, &e, t, &t[2], expected, tolerance);
+    if (!(e.beta != 0)) test_tensor_poison(&t[1]); /* a factor of 0 means that b is not read */
     for (i = 0; i < e.n; i++) {
-        const double scaled = (double)e.beta * t[1].value[i], sum = t[0].value[i] + scaled;
+        const double scaled = e.beta != 0 ? (double)e.beta * t[1].value[i] : 0, sum = t[0].value[i] + scaled;
         expected[i] = e.act == MPT_RELU && sum < 0 ? 0 : sum;
         tolerance[i] = test_bound(1, fabs(t[0].value[i]) + fabs(scaled), expected[i], type_out);
     }

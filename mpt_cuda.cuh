@@ -1,0 +1,1606 @@
+/* mpt_cuda.cuh - the CUDA backend of mpt.h: the same training on Tensor Cores.            version 0.1.0, MIT licence
+
+   One .cu file holds the implementation. It may hold that of mpt.h as well,
+
+       #define MPT_IMPLEMENTATION
+       #include "mpt.h"
+       #include "mpt_cuda.cuh"
+
+   or only this one, when a C file of your program defines MPT_IMPLEMENTATION:
+
+       #define MPT_CUDA_IMPLEMENTATION
+       #include "mpt_cuda.cuh"
+
+   Every other file, plain C included, just includes this header, which brings mpt.h. Link with cuBLAS:
+
+       nvcc -O2 program.cu -o program -lcublas
+
+   and from a C project through a static library:
+
+       libmpt_cuda.a: mpt_cuda.cu
+               nvcc -O2 -gencode arch=compute_80,code=compute_80 -c $< -o mpt_cuda.o && ar rcs $@ mpt_cuda.o
+       program: program.c libmpt_cuda.a
+               cc -O2 $^ -o $@ -L/usr/local/cuda/lib64 -lcublas -lcudart -lstdc++ -lm -pthread
+
+   CONTENTS   search for "==== NAME"
+     MANUAL            what differs from the CPU, requirements, errors, memory, order of work
+     API               mpt_cuda_desc, mpt_cuda_open
+     - stop here if you only want the API -
+     DEVICE            state of a context, errors, memory, uploads, scratch
+     PACKS             eight elements of any type at a time, the loop over them, the last block of a launch
+     ELEMENTWISE       cast, activation and its gradient, sum of two arrays
+     PRODUCTS          gemm by cuBLAS, what comes after it, convolution as gather and gemm
+     REDUCTIONS        column sums, scan, histogram, losses
+     POOLING           max and average, forward and backward
+     OPTIMIZER         check, clip, update, loss scale
+     TABLE             the backend, opening and closing
+
+   ==== MANUAL ====
+
+   1. Use. mpt_cuda_open(NULL) in place of mpt_open(NULL); all else is the API of mpt.h. Arrays that floor 1 and 2 take,
+   labels and targets included, are device memory there: mpt_alloc, mpt_upload, mpt_download. A model takes host arrays
+   as on the CPU.
+
+   2. Needs CUDA 11.8 or later and a GPU of compute capability 7.5 or later: build for it (-arch=sm_80) or for all,
+
+       -gencode arch=compute_75,code=sm_75 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_86,code=sm_86
+       -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
+
+   where the last names PTX, which newer devices (100, 120) compile for themselves; with CUDA 12.8 add them by name. Do
+   not pass --use_fast_math: it flushes subnormals. Nothing is read from the environment but what CUDA itself reads:
+   CUDA_VISIBLE_DEVICES and the like.
+
+   3. Order of work. All calls put their work on one stream and return; only calls that give the host something (download,
+   scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before they return. Work
+   of your own on the arrays goes on the same stream, given in mpt_cuda_desc. A context leaves its device current.
+
+   4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
+   fp32, or TF32 if asked for. Casts, scans, scaler and optimizers give the CPU's bits; the rest differs in the order of
+   sums. All reductions have a fixed order that depends on the shape only: the same bits every time on the same device,
+   and outside of cuBLAS on any device.
+
+   5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
+   products and convolutions share one block that grows up to desc.workspace (beyond it only where a single row of a
+   convolution needs more), in the first step. After that a step allocates nothing.
+
+   6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
+   the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells. mpt_scaler_update
+   may tell of MPT_ERROR_DIVERGED one step late.                                                                       */
+
+#ifndef MPT_CUDA_H
+#define MPT_CUDA_H
+
+#include "mpt.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ==== API ==== */
+
+typedef struct mpt_cuda_desc {
+    mpt_context_desc context; /* allocator of the host side, log; threads and reference mean nothing here */
+    int device;               /* number of the device, from 0 */
+    void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own */
+    void *cublas;             /* a cublasHandle_t; NULL: its own. In use by the context alone until mpt_close */
+    size_t workspace;         /* most bytes of temporaries, see manual 5; 0: 64 MiB */
+    int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
+} mpt_cuda_desc;
+
+/* Opens a context on a GPU. desc may be NULL (all defaults); it is copied. Returns NULL where there is no device, the
+   driver is too old, the build has no code for the device, memory is short or desc is wrong; desc->context.log gets the
+   reason. Close it with mpt_close. */
+MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *desc);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+/* ---------------------------- stop here if you only want the API ---------------------------- */
+
+#endif /* MPT_CUDA_H */
+
+#if (defined(MPT_IMPLEMENTATION) || defined(MPT_CUDA_IMPLEMENTATION)) && defined(__CUDACC__) && \
+    !defined(MPT__CUDA_IMPLEMENTED)
+#define MPT__CUDA_IMPLEMENTED
+
+#include <cublas_v2.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <limits.h>
+#include <stdlib.h>
+
+#if CUDART_VERSION < 11080
+#error "mpt_cuda.cuh needs CUDA 11.8 or later"
+#endif
+
+/* ==== DEVICE ==== */
+
+enum {
+    MPTC__THREADS = 256,      /* of a block */
+    MPTC__WARP = 32,
+    MPTC__WARPS = MPTC__THREADS / MPTC__WARP,
+    MPTC__BLOCKS_EACH = 8,    /* blocks that fill a multiprocessor: 2048 threads */
+    MPTC__MIRRORS = 16,       /* scalers whose state is mirrored on the host */
+    MPTC__SLOTS = 2           /* pinned buffers that uploads take in turn */
+};
+
+static const size_t mptc__align = 256;                    /* of the parts of the scratch block */
+static const size_t mptc__staging_most = (size_t)64 << 20; /* longer uploads go in pieces */
+
+typedef struct mptc__slot {
+    char *host;         /* pinned */
+    cudaEvent_t copied; /* recorded behind the copy from it */
+} mptc__slot;
+
+typedef struct mptc__device {
+    mpt_cuda_desc desc; /* defaults filled in */
+    int processors;
+    cudaStream_t stream;
+    cublasHandle_t cublas;
+    cudaStream_t user_stream; /* what a handle of the user had, to put back */
+    cublasMath_t user_math;
+    cublasPointerMode_t user_mode;
+    void *products;           /* cuBLAS's workspace */
+    char *scratch;            /* temporaries of the running operation */
+    size_t scratch_bytes;
+    char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
+    unsigned *ticket;         /* ...ticket of mptc__last_block */
+    mptc__slot slots[MPTC__SLOTS];
+    size_t slot_bytes;
+    unsigned uploads;
+    int32_t *stuck;           /* pinned: MPTC__MIRRORS copies of mpt_scaler_state.stuck */
+    const mpt_scaler_state *mirrored[MPTC__MIRRORS];
+} mptc__device;
+
+static mptc__device *mptc__of(const mpt_context *ctx) { return (mptc__device *)mpt_context_device(ctx); }
+
+static size_t mptc__min(size_t a, size_t b) { return a < b ? a : b; }
+static size_t mptc__divide_up(size_t a, size_t b) { return a / b + (a % b != 0); }
+static size_t mptc__round_up(size_t a, size_t b) { return mptc__divide_up(a, b) * b; }
+
+/* -- Errors -- */
+
+/* `call` up to its parenthesis, where in this file, and what the driver says. */
+static mpt_result mptc__failed(mpt_context *ctx, int memory, const char *call, int line, const char *text) {
+    char name[64];
+    size_t n = 0;
+    for (; call[n] && call[n] != '(' && n + 1 < sizeof name; n++) name[n] = call[n];
+    name[n] = 0;
+    return mpt_fail(ctx, memory ? MPT_ERROR_NO_MEMORY : MPT_ERROR_DEVICE, "cuda: %s: %s (mpt_cuda.cuh:%d)", name, text,
+                    line);
+}
+
+/* Each returns from the calling function when a call did not succeed. */
+#define MPTC__TRY(call)                                   \
+    do {                                                  \
+        const mpt_result mptc__r = (call);                \
+        if (mptc__r != MPT_OK) return mptc__r;            \
+    } while (0)
+
+#define MPTC__CUDA(call)                                                                                            \
+    do {                                                                                                            \
+        const cudaError_t mptc__e = (call);                                                                         \
+        if (mptc__e != cudaSuccess)                                                                                 \
+            return mptc__failed(ctx, mptc__e == cudaErrorMemoryAllocation, #call, __LINE__,                         \
+                                cudaGetErrorString(mptc__e));                                                       \
+    } while (0)
+
+#define MPTC__CUBLAS(call)                                                                                          \
+    do {                                                                                                            \
+        const cublasStatus_t mptc__s = (call);                                                                      \
+        if (mptc__s != CUBLAS_STATUS_SUCCESS)                                                                       \
+            return mptc__failed(ctx, mptc__s == CUBLAS_STATUS_ALLOC_FAILED, #call, __LINE__,                        \
+                                cublasGetStatusString(mptc__s));                                                    \
+    } while (0)
+
+/* Starts a kernel on the stream of `device`, a variable of the calling function as ctx is. */
+#define MPTC__LAUNCH(kernel, blocks, threads, ...)                                                                  \
+    do {                                                                                                            \
+        kernel<<<(blocks), (threads), 0, device->stream>>>(__VA_ARGS__);                                            \
+        const cudaError_t mptc__e = cudaGetLastError();                                                             \
+        if (mptc__e != cudaSuccess)                                                                                 \
+            return mptc__failed(ctx, 0, "launch of " #kernel, __LINE__, cudaGetErrorString(mptc__e));               \
+    } while (0)
+
+/* Every operation starts here: its device becomes current, and an error that somebody left is told as theirs. */
+static mpt_result mptc__enter(mpt_context *ctx) {
+    MPTC__CUDA(cudaSetDevice(mptc__of(ctx)->desc.device));
+    const cudaError_t e = cudaGetLastError();
+    if (e == cudaSuccess) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: an error from before this call: %s", cudaGetErrorString(e));
+}
+
+/* -- Memory -- */
+
+/* Device memory, not cleared. NULL and a reason if it fails. */
+static void *mptc__malloc(mpt_context *ctx, size_t bytes) {
+    void *p = NULL;
+    size_t available = 0, total = 0;
+    const cudaError_t e = cudaMalloc(&p, bytes);
+    if (e == cudaSuccess) return p;
+    cudaGetLastError(); /* it has been told */
+    if (e != cudaErrorMemoryAllocation) mptc__failed(ctx, 0, "cudaMalloc", __LINE__, cudaGetErrorString(e));
+    else if (cudaMemGetInfo(&available, &total) != cudaSuccess)
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes asked for", bytes);
+    else
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes asked for, %z of %z free on device %d", bytes,
+                 available, total, mptc__of(ctx)->desc.device);
+    return NULL;
+}
+
+static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__CUDA(cudaMemsetAsync(p, 0, bytes, mptc__of(ctx)->stream));
+    return MPT_OK;
+}
+
+static void *mptc__alloc(mpt_context *ctx, size_t bytes) {
+    void *p = mptc__enter(ctx) == MPT_OK ? mptc__malloc(ctx, bytes) : NULL;
+    if (p && mptc__zero(ctx, p, bytes) != MPT_OK) {
+        cudaFree(p);
+        p = NULL;
+    }
+    return p;
+}
+
+static void mptc__release(mpt_context *ctx, void *p) {
+    mptc__device *device = mptc__of(ctx);
+    if (mptc__enter(ctx) == MPT_OK) cudaStreamSynchronize(device->stream);
+    for (int i = 0; i < MPTC__MIRRORS; i++)
+        if (device->mirrored[i] == p) device->mirrored[i] = NULL;
+    cudaFree(p);
+}
+
+static mpt_result mptc__download(mpt_context *ctx, void *host, const void *from, size_t bytes) {
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__CUDA(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, mptc__of(ctx)->stream));
+    MPTC__CUDA(cudaStreamSynchronize(mptc__of(ctx)->stream));
+    return MPT_OK;
+}
+
+/* Makes both slots at least this long. */
+static mpt_result mptc__slots_grow(mpt_context *ctx, size_t bytes) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t wanted = mptc__round_up(bytes, 65536);
+    if (bytes <= device->slot_bytes) return MPT_OK;
+    MPTC__CUDA(cudaStreamSynchronize(device->stream));
+    device->slot_bytes = 0;
+    for (int i = 0; i < MPTC__SLOTS; i++) {
+        mptc__slot *slot = &device->slots[i];
+        cudaFreeHost(slot->host);
+        slot->host = NULL;
+        MPTC__CUDA(cudaHostAlloc((void **)&slot->host, wanted, cudaHostAllocDefault));
+    }
+    device->slot_bytes = wanted;
+    return MPT_OK;
+}
+
+/* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. A slot is free again when
+   its last copy is done, which two uploads later it nearly always is. */
+static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
+    mptc__device *device = mptc__of(ctx);
+    const char *from = (const char *)host;
+    char *at = (char *)to;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__slots_grow(ctx, mptc__min(bytes, mptc__staging_most)));
+    while (bytes) {
+        mptc__slot *slot = &device->slots[device->uploads++ % MPTC__SLOTS];
+        const size_t some = mptc__min(bytes, mptc__staging_most);
+        if (cudaEventQuery(slot->copied) != cudaSuccess) {
+            cudaGetLastError(); /* "not ready" is no error */
+            MPTC__CUDA(cudaEventSynchronize(slot->copied));
+        }
+        memcpy(slot->host, from, some);
+        MPTC__CUDA(cudaMemcpyAsync(at, slot->host, some, cudaMemcpyHostToDevice, device->stream));
+        MPTC__CUDA(cudaEventRecord(slot->copied, device->stream));
+        from += some, at += some, bytes -= some;
+    }
+    return MPT_OK;
+}
+
+/* Makes the scratch block at least this long; what it held is lost. */
+static mpt_result mptc__scratch(mpt_context *ctx, size_t bytes) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t wanted = mptc__round_up(bytes, 65536);
+    if (bytes <= device->scratch_bytes) return MPT_OK;
+    MPTC__CUDA(cudaStreamSynchronize(device->stream));
+    cudaFree(device->scratch);
+    device->scratch_bytes = 0;
+    device->scratch = (char *)mptc__malloc(ctx, wanted);
+    if (!device->scratch) return MPT_ERROR_NO_MEMORY;
+    device->scratch_bytes = wanted;
+    return MPT_OK;
+}
+
+/* The next part of the scratch block; `at` moves behind it. */
+static void *mptc__carve(char **at, size_t bytes) {
+    char *part = *at;
+    *at += mptc__round_up(bytes, mptc__align);
+    return part;
+}
+
+/* Blocks for `work` threads' worth of work: enough to fill the device, whose threads then stride over the rest. */
+static unsigned mptc__blocks(const mptc__device *device, size_t work) {
+    const size_t most = (size_t)device->processors * MPTC__BLOCKS_EACH, blocks = mptc__divide_up(work, MPTC__THREADS);
+    return (unsigned)(blocks < 1 ? 1 : mptc__min(blocks, most));
+}
+
+/* ==== PACKS ====
+
+   Elementwise work goes in packs of eight elements: 16 bytes of a 16-bit type, two times 16 bytes of fp32, moved by
+   128-bit loads and stores where the address allows. A kernel switches on the type of each array; the branch is the same
+   for all threads. Arithmetic is fp32. */
+
+enum { MPTC__PACK = 8 };
+
+/* The hardware's casts; where they would lose the payload of a NaN, the rule of mpt.h. */
+static __device__ __forceinline__ float mptc__widen(uint32_t bits, mpt_dtype type) {
+    if (type == MPT_F16 && (bits & 0x7fffu) <= 0x7c00u) return __half2float(__ushort_as_half((unsigned short)bits));
+    return mpt_widen(bits, type);
+}
+
+static __device__ __forceinline__ uint32_t mptc__narrow(float x, mpt_dtype type) {
+    const uint32_t u = mpt__bits(x);
+    if ((u & 0x7fffffffu) <= 0x7f800000u) {
+        if (type == MPT_F16) return __half_as_ushort(__float2half_rn(x));
+        if (type == MPT_BF16) return (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+    }
+    return mpt_narrow(x, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+}
+
+static __device__ __forceinline__ float mptc__get(mpt_array a, size_t i) {
+    switch (a.type) {
+    case MPT_F32: return ((const float *)a.data)[i];
+    case MPT_F16: return mptc__widen(((const uint16_t *)a.data)[i], MPT_F16);
+    case MPT_BF16: return mptc__widen(((const uint16_t *)a.data)[i], MPT_BF16);
+    case MPT_E4M3: return mptc__widen(((const uint8_t *)a.data)[i], MPT_E4M3);
+    default: return mptc__widen(((const uint8_t *)a.data)[i], MPT_E5M2);
+    }
+}
+
+static __device__ __forceinline__ void mptc__put_bits(mpt_array a, size_t i, uint32_t bits) {
+    if (a.type == MPT_F32) ((uint32_t *)a.data)[i] = bits;
+    else if (a.type <= MPT_BF16) ((uint16_t *)a.data)[i] = (uint16_t)bits;
+    else ((uint8_t *)a.data)[i] = (uint8_t)bits;
+}
+
+static __device__ __forceinline__ void mptc__put(mpt_array a, size_t i, float x) {
+    switch (a.type) {
+    case MPT_F32: ((float *)a.data)[i] = x; break;
+    case MPT_F16: ((uint16_t *)a.data)[i] = (uint16_t)mptc__narrow(x, MPT_F16); break;
+    case MPT_BF16: ((uint16_t *)a.data)[i] = (uint16_t)mptc__narrow(x, MPT_BF16); break;
+    default: mptc__put_bits(a, i, mpt_narrow(x, a.type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0));
+    }
+}
+
+/* May n elements from here be moved in 16-byte pieces? */
+static __device__ __forceinline__ bool mptc__whole(const void *p, unsigned n) {
+    return n == MPTC__PACK && (uintptr_t)p % 16 == 0;
+}
+
+/* bits(PACK) = p(n), zeros behind them */
+static __device__ __forceinline__ void mptc__load_bits(const uint16_t *p, unsigned n, uint16_t *bits) {
+    if (mptc__whole(p, n)) {
+        const uint4 u = *(const uint4 *)p;
+        const uint32_t words[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) bits[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
+    } else {
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) bits[e] = e < n ? p[e] : (uint16_t)0;
+    }
+}
+
+/* p(n) = bits(n) */
+static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n, const uint16_t *bits) {
+    if (mptc__whole(p, n)) {
+        uint32_t words[4];
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) words[e] = bits[2 * e] | (uint32_t)bits[2 * e + 1] << 16;
+        *(uint4 *)p = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            if (e < n) p[e] = bits[e];
+    }
+}
+
+/* x(PACK) = a[i .. i+n), zeros behind them */
+static __device__ __forceinline__ void mptc__load(mpt_array a, size_t i, unsigned n, float *x) {
+    if (a.type == MPT_F32 && mptc__whole((const float *)a.data + i, n)) {
+        const float4 *p = (const float4 *)((const float *)a.data + i), low = p[0], high = p[1];
+        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+    } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
+        uint16_t bits[MPTC__PACK];
+        mptc__load_bits((const uint16_t *)a.data + i, n, bits);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            x[e] = a.type == MPT_F16 ? mptc__widen(bits[e], MPT_F16) : mptc__widen(bits[e], MPT_BF16);
+    } else {
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) x[e] = e < n ? mptc__get(a, i + e) : 0.0f;
+    }
+}
+
+/* a[i .. i+n) = x(n), rounded to nearest even */
+static __device__ __forceinline__ void mptc__store(mpt_array a, size_t i, unsigned n, const float *x) {
+    if (a.type == MPT_F32 && mptc__whole((const float *)a.data + i, n)) {
+        float4 *p = (float4 *)((float *)a.data + i);
+        p[0] = make_float4(x[0], x[1], x[2], x[3]);
+        p[1] = make_float4(x[4], x[5], x[6], x[7]);
+    } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
+        uint16_t bits[MPTC__PACK];
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            bits[e] = (uint16_t)(a.type == MPT_F16 ? mptc__narrow(x[e], MPT_F16) : mptc__narrow(x[e], MPT_BF16));
+        mptc__store_bits((uint16_t *)a.data + i, n, bits);
+    } else {
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            if (e < n) mptc__put(a, i + e, x[e]);
+    }
+}
+
+/* Grid-stride loop: this thread's first index, and the distance of its indices. */
+static __device__ __forceinline__ size_t mptc__thread() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+static __device__ __forceinline__ size_t mptc__stride() { return (size_t)gridDim.x * blockDim.x; }
+
+static __device__ __forceinline__ unsigned mptc__left(size_t n, size_t i) {
+    return n - i < MPTC__PACK ? (unsigned)(n - i) : (unsigned)MPTC__PACK;
+}
+
+/* True for the threads of the block that comes here last; it sees what all others wrote before they came. So one launch
+   can reduce in two stages: every block leaves its part in memory, the last one adds the parts in their order. All
+   threads of all blocks must come. *ticket is 0 between launches, which one stream runs one after the other. */
+static __device__ bool mptc__last_block(unsigned *ticket) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0 && threadIdx.y == 0) {
+        const unsigned blocks = gridDim.x * gridDim.y;
+        last = atomicAdd(ticket, 1u) == blocks - 1;
+        if (last) *ticket = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
+/* ==== ELEMENTWISE ==== */
+
+/* Bits of x in op->out's type as the rounding says. */
+static __device__ uint32_t mptc__cast_bits(const mpt_map_op *op, size_t i, float x) {
+    const mpt_rounding *r = &op->rounding;
+    const uint32_t random = r->round == MPT_ROUND_STOCHASTIC ? mpt_hash(r->seed, r->step, r->tensor, i) : 0;
+    return mpt_narrow(x, op->out.type, r->round, r->overflow, random);
+}
+
+/* out(n) from a(n), b(n): see mpt_map_op. A thread takes a pack at a time. */
+static __global__ void mptc__map_k(mpt_map_op op) {
+    const bool plain = op.rounding.round == MPT_ROUND_NEAREST && op.rounding.overflow == MPT_OVERFLOW_INF;
+    for (size_t i = mptc__thread() * MPTC__PACK; i < op.n; i += mptc__stride() * MPTC__PACK) {
+        const unsigned n = mptc__left(op.n, i);
+        float a[MPTC__PACK], b[MPTC__PACK];
+        mptc__load(op.a, i, n, a);
+        if (op.map == MPT_MAP_CAST && !plain) {
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++)
+                if (e < n) mptc__put_bits(op.out, i + e, mptc__cast_bits(&op, i + e, a[e]));
+            continue;
+        }
+        if (op.map == MPT_MAP_ACTIVATION) {
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) a[e] = mpt__activate(op.act, a[e]);
+        } else if (op.map == MPT_MAP_ADD) {
+            if (op.beta != 0) mptc__load(op.b, i, n, b);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++)
+                a[e] = mpt__activate(op.act, op.beta != 0 ? mpt__add(a[e], mpt__mul(op.beta, b[e])) : a[e]);
+        } else if (op.map == MPT_MAP_ACTIVATION_GRADIENT) {
+            mptc__load(op.b, i, n, b);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) a[e] = mpt__activate_backward(op.act, a[e], b[e]);
+            if (op.beta != 0) mptc__load(op.out, i, n, b);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++)
+                if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
+        }
+        mptc__store(op.out, i, n, a);
+    }
+}
+
+static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    if (!op->n) return MPT_OK;
+    MPTC__LAUNCH(mptc__map_k, mptc__blocks(device, mptc__divide_up(op->n, MPTC__PACK)), MPTC__THREADS, *op);
+    return MPT_OK;
+}
+
+static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *op) {
+    MPTC__TRY(mptc__enter(ctx));
+    return mptc__map_run(ctx, op);
+}
+
+/* ==== PRODUCTS ====
+
+   cuBLAS multiplies matrices stored by columns. A row-major matrix is its transpose stored by columns, so
+   c = op(a) op(b) is asked for as c^T = op(b)^T op(a)^T: the operands change places and nothing moves. */
+
+static cudaDataType mptc__data_type(mpt_dtype type) {
+    return type == MPT_F32 ? CUDA_R_32F : type == MPT_F16 ? CUDA_R_16F : CUDA_R_16BF;
+}
+
+static mpt_array mptc__at(mpt_array a, size_t i) {
+    return mpt_typed_array((char *)a.data + i * mpt_dtype_size(a.type), a.type);
+}
+
+/* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once. */
+static int mptc__needs_sums(const mpt_gemm_op *op) {
+    return op->c.type != MPT_F32 && (op->bias.data || op->c.type != op->a.type);
+}
+
+/* out(m,n) = act(sums(m,n) + beta out + bias(n)); rows of sums are ld apart, of out ldc. sums may be out. */
+static __global__ void mptc__finish_k(size_t m, size_t n, const float *sums, size_t ld, mpt_array out, size_t ldc,
+                                      float beta, mpt_array bias, mpt_activation act) {
+    const size_t packs = (n + MPTC__PACK - 1) / MPTC__PACK;
+    for (size_t i = mptc__thread(); i < m * packs; i += mptc__stride()) {
+        const size_t row = i / packs, column = i % packs * MPTC__PACK;
+        const unsigned some = mptc__left(n, column);
+        float x[MPTC__PACK], y[MPTC__PACK];
+        mptc__load(mpt_f32_array(sums), row * ld + column, some, x);
+        if (beta != 0) {
+            mptc__load(out, row * ldc + column, some, y);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) x[e] += beta * y[e];
+        }
+        if (bias.data) {
+            mptc__load(bias, column, some, y);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) x[e] += y[e];
+        }
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) x[e] = mpt__activate(act, x[e]);
+        mptc__store(out, row * ldc + column, some, x);
+    }
+}
+
+static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, const float *sums, size_t ld, float beta) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t packs = op->m * mptc__divide_up(op->n, MPTC__PACK);
+    MPTC__LAUNCH(mptc__finish_k, mptc__blocks(device, packs), MPTC__THREADS, op->m, op->n, sums, ld, op->c, op->ldc, beta,
+                 op->bias, op->act);
+    return MPT_OK;
+}
+
+/* In place on a 16-bit c without bias: ReLU of the rounded value is the rounded ReLU. */
+static mpt_result mptc__activate_rows(mpt_context *ctx, const mpt_gemm_op *op) {
+    mpt_map_op map = MPT_ZERO;
+    map.map = MPT_MAP_ACTIVATION;
+    map.act = op->act;
+    map.n = op->ldc == op->n ? op->m * op->n : op->n;
+    for (size_t row = 0; row < (op->ldc == op->n ? 1 : op->m); row++) {
+        map.a = map.out = mptc__at(op->c, row * op->ldc);
+        MPTC__TRY(mptc__map_run(ctx, &map));
+    }
+    return MPT_OK;
+}
+
+/* c(m,n) = alpha op(a)(m,k) op(b)(k,n) + beta c by cuBLAS; a and b of one type, c of that or fp32 */
+static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta) {
+    const cublasComputeType_t compute = op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                                                                         : CUBLAS_COMPUTE_32F;
+    const size_t lda = op->lda ? op->lda : 1, ldb = op->ldb ? op->ldb : 1;
+    if (op->m > INT_MAX || op->n > INT_MAX || op->k > INT_MAX || lda > INT_MAX || ldb > INT_MAX || ldc > INT_MAX)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
+                        op->m, op->n, op->k, lda, ldb, ldc);
+    MPTC__CUBLAS(cublasGemmEx(mptc__of(ctx)->cublas, op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N,
+                              op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)op->n, (int)op->m, (int)op->k, &op->alpha,
+                              op->b.data, mptc__data_type(op->b.type), (int)ldb, op->a.data, mptc__data_type(op->a.type),
+                              (int)lda, &beta, c.data, mptc__data_type(c.type), (int)ldc, compute, CUBLAS_GEMM_DEFAULT));
+    return MPT_OK;
+}
+
+/* A whole gemm. sums: room for m x n floats where mptc__needs_sums says so. */
+static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *sums) {
+    if (mptc__needs_sums(op)) {
+        MPTC__TRY(mptc__multiply(ctx, op, mpt_f32_array(sums), op->n, 0));
+        return mptc__finish(ctx, op, sums, op->n, op->beta);
+    }
+    MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
+    if (op->c.type == MPT_F32 && (op->bias.data || op->act))
+        return mptc__finish(ctx, op, (const float *)op->c.data, op->ldc, 0);
+    return op->act ? mptc__activate_rows(ctx, op) : MPT_OK;
+}
+
+/* Elements that a matrix spans in memory. */
+static size_t mptc__span(size_t rows, size_t columns, size_t ld) { return rows && columns ? (rows - 1) * ld + columns : 0; }
+
+/* Operands of different types are both cast to fp32 first: bytes of scratch for it. */
+static size_t mptc__cast_bytes(mpt_dtype a, size_t a_count, mpt_dtype b, size_t b_count) {
+    if (a == b) return 0;
+    return (a == MPT_F32 ? 0 : mptc__round_up(a_count * 4, mptc__align)) +
+           (b == MPT_F32 ? 0 : mptc__round_up(b_count * 4, mptc__align));
+}
+
+static mpt_result mptc__cast_operand(mpt_context *ctx, mpt_array *a, size_t count, char **at) {
+    mpt_map_op map = MPT_ZERO;
+    if (a->type == MPT_F32) return MPT_OK;
+    map.n = count;
+    map.a = *a;
+    map.out = *a = mpt_f32_array((float *)mptc__carve(at, count * 4));
+    return mptc__map_run(ctx, &map);
+}
+
+/* Rows of the result that go at a time, so that `each` bytes a row fit into what the workspace has left. */
+static size_t mptc__slice_rows(const mptc__device *device, size_t rows, size_t each, size_t taken) {
+    const size_t left = device->desc.workspace > taken ? device->desc.workspace - taken : 0;
+    const size_t fit = each ? left / each : rows;
+    return mptc__min(rows, fit ? fit : 1);
+}
+
+static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
+    mptc__device *device = mptc__of(ctx);
+    mpt_gemm_op op = *user;
+    const size_t a_count = op.trans_a ? mptc__span(op.k, op.m, op.lda) : mptc__span(op.m, op.k, op.lda);
+    const size_t b_count = op.trans_b ? mptc__span(op.n, op.k, op.ldb) : mptc__span(op.k, op.n, op.ldb);
+    const size_t casts = mptc__cast_bytes(op.a.type, a_count, op.b.type, b_count);
+    const int mixed = op.a.type != op.b.type;
+    const size_t each = mptc__needs_sums(&op) || (mixed && op.c.type != MPT_F32) ? op.n * sizeof(float) : 0;
+    const size_t slice = mptc__slice_rows(device, op.m, each, casts);
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__scratch(ctx, casts + slice * each));
+    char *at = device->scratch;
+    if (mixed) {
+        MPTC__TRY(mptc__cast_operand(ctx, &op.a, a_count, &at));
+        MPTC__TRY(mptc__cast_operand(ctx, &op.b, b_count, &at));
+    }
+    const mpt_gemm_op all = op;
+    for (size_t row = 0; row < all.m; row += slice) {
+        op.m = mptc__min(slice, all.m - row);
+        op.a = mptc__at(all.a, all.trans_a ? row : row * all.lda);
+        op.c = mptc__at(all.c, row * all.ldc);
+        MPTC__TRY(mptc__product(ctx, &op, (float *)at));
+    }
+    return MPT_OK;
+}
+
+/* -- Convolution --
+
+   Three products, with a matrix that holds for each position, tap after tap, the channels which that tap reads:
+
+     forward   y(outputs,K)  = patches(outputs, R S C) w(K, R S C)^T
+     weights   dw(K, R S C)  = dy(outputs,K)^T patches(outputs, R S C)
+     data      dx(inputs,C)  = spread(inputs, R S K) filters(R S K, C)
+
+   patches reads x, with zeros in the padding; spread reads dy at the output whose tap (r,s) is that input, zeros where
+   there is none; filters is w(K,R,S,C) with K moved inside. Both are gathered into scratch in slices of rows that fit
+   the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. */
+
+typedef struct mptc__gather {
+    mpt_conv2d_shape z;
+    unsigned P, Q;
+    int spread;              /* 1: rows are inputs (n,h,w) and read dy; 0: rows are outputs (n,p,q) and read x */
+    const void *from;
+    void *to;
+    unsigned first, rows;    /* of this slice */
+    unsigned channels, ld;   /* of a tap, of a row of `to`, in units of the copy */
+} mptc__gather;
+
+/* Index of the position that tap (r,s) of row u reads, or -1 for zeros */
+static __device__ int mptc__tap(const mptc__gather *g, unsigned u, unsigned r, unsigned s) {
+    const int H = (int)g->z.H, W = (int)g->z.W, P = (int)g->P, Q = (int)g->Q, stride = (int)g->z.stride;
+    const int down = (int)(r * (unsigned)g->z.dilation) - (int)g->z.padding;
+    const int across = (int)(s * (unsigned)g->z.dilation) - (int)g->z.padding;
+    if (!g->spread) {
+        const int n = (int)(u / (g->P * g->Q)), y = (int)(u / g->Q % g->P) * stride + down;
+        const int x = (int)(u % g->Q) * stride + across;
+        return y >= 0 && y < H && x >= 0 && x < W ? (n * H + y) * W + x : -1;
+    }
+    const int n = (int)(u / (unsigned)(H * W)), y = (int)(u / (unsigned)W % (unsigned)H) - down;
+    const int x = (int)(u % (unsigned)W) - across;
+    if (y < 0 || x < 0 || y % stride || x % stride || y / stride >= P || x / stride >= Q) return -1;
+    return (n * P + y / stride) * Q + x / stride;
+}
+
+/* to(rows, ld) = what the taps of rows first.. read. A thread copies a unit: 16, 4 or 2 bytes of channels. */
+template <typename unit>
+static __global__ void mptc__gather_k(mptc__gather g) {
+    const unsigned taps = (unsigned)(g.z.R * g.z.S), S = (unsigned)g.z.S;
+    const size_t count = (size_t)g.rows * taps * g.channels;
+    for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
+        const unsigned c = (unsigned)(i % g.channels), line = (unsigned)(i / g.channels);
+        const unsigned row = line / taps, tap = line % taps;
+        const int position = mptc__tap(&g, g.first + row, tap / S, tap % S);
+        unit u = unit();
+        if (position >= 0) u = ((const unit *)g.from)[(size_t)position * g.channels + c];
+        ((unit *)g.to)[(size_t)row * g.ld + tap * g.channels + c] = u;
+    }
+}
+
+/* to(taps, K, C) = from(K, taps, C), elements of `unit` */
+template <typename unit>
+static __global__ void mptc__filters_k(const unit *from, unit *to, size_t K, size_t taps, size_t C) {
+    for (size_t i = mptc__thread(); i < K * taps * C; i += mptc__stride()) {
+        const size_t c = i % C, k = i / C % K, tap = i / C / K;
+        to[i] = from[(k * taps + tap) * C + c];
+    }
+}
+
+static mpt_result mptc__filters(mpt_context *ctx, const mpt_conv2d_shape *z, mpt_array w, void *to) {
+    mptc__device *device = mptc__of(ctx);
+    const unsigned blocks = mptc__blocks(device, z->K * z->R * z->S * z->C);
+    if (w.type == MPT_F32)
+        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, z->K, z->R * z->S, z->C);
+    else
+        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, z->K, z->R * z->S,
+                     z->C);
+    return MPT_OK;
+}
+
+/* Gathers rows first .. first+rows of the matrix into to(rows, ld elements) with the longest unit that fits. */
+static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, mpt_array from, size_t first, size_t rows,
+                                    size_t ld, void *to) {
+    mptc__device *device = mptc__of(ctx);
+    const int spread = op->pass == MPT_BACKWARD_DATA;
+    const size_t size = mpt_dtype_size(from.type), channels = (spread ? op->shape.K : op->shape.C) * size;
+    const size_t unit = channels % 16 == 0 && (uintptr_t)from.data % 16 == 0 ? 16 : size;
+    mptc__gather g;
+    g.z = op->shape;
+    g.z.stride = mptc__min(g.z.stride, INT_MAX); /* no position is that far */
+    g.P = (unsigned)op->P, g.Q = (unsigned)op->Q;
+    g.spread = spread;
+    g.from = from.data, g.to = to;
+    g.first = (unsigned)first, g.rows = (unsigned)rows;
+    g.channels = (unsigned)(channels / unit), g.ld = (unsigned)(ld * size / unit);
+    const unsigned blocks = mptc__blocks(device, rows * op->shape.R * op->shape.S * g.channels);
+    if (unit == 16) MPTC__LAUNCH(mptc__gather_k<uint4>, blocks, MPTC__THREADS, g);
+    else if (unit == 4) MPTC__LAUNCH(mptc__gather_k<uint32_t>, blocks, MPTC__THREADS, g);
+    else MPTC__LAUNCH(mptc__gather_k<uint16_t>, blocks, MPTC__THREADS, g);
+    return MPT_OK;
+}
+
+/* The product of one pass, for all rows at once: forward and data have the gathered matrix as a, weights as b. */
+static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t outputs = z->N * op->P * op->Q, patch = z->R * z->S * z->C;
+    mpt_gemm_op g = MPT_ZERO;
+    g.alpha = 1, g.beta = op->beta;
+    g.bias = op->bias;
+    g.act = op->act;
+    if (op->pass == MPT_FORWARD) {
+        g.trans_b = 1;
+        g.m = outputs, g.n = z->K, g.k = patch;
+        g.a = op->x, g.b = op->w, g.c = op->y;
+        g.ldb = patch;
+    } else if (op->pass == MPT_BACKWARD_DATA) {
+        g.m = z->N * z->H * z->W, g.n = z->C, g.k = z->R * z->S * z->K;
+        g.a = op->y, g.b = op->w, g.c = op->x;
+        g.ldb = z->C;
+    } else {
+        g.trans_a = 1;
+        g.m = z->K, g.n = patch, g.k = outputs;
+        g.a = op->y, g.b = op->x, g.c = op->w;
+        g.lda = z->K, g.ldb = patch;
+    }
+    g.ldc = g.n;
+    return g;
+}
+
+/* 1x1, stride 1, no padding: the matrices are there already. */
+static mpt_result mptc__conv2d_direct(mpt_context *ctx, const mpt_conv2d_op *op) {
+    mpt_gemm_op g = mptc__conv2d_product(op);
+    if (op->pass == MPT_FORWARD) g.lda = op->shape.C;
+    else if (op->pass == MPT_BACKWARD_DATA) g.lda = op->shape.K;
+    return mptc__gemm(ctx, &g);
+}
+
+/* Forward and data: each slice of rows of the result from its rows of the gathered matrix. */
+static mpt_result mptc__conv2d_rows(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *all, size_t slice,
+                                    size_t ld, char *at) {
+    mpt_gemm_op g = *all;
+    void *matrix = mptc__carve(&at, slice * ld * mpt_dtype_size(all->a.type));
+    g.a = mpt_typed_array(matrix, all->a.type);
+    g.lda = ld;
+    for (size_t row = 0; row < all->m; row += slice) {
+        g.m = mptc__min(slice, all->m - row);
+        g.c = mptc__at(all->c, row * g.ldc);
+        MPTC__TRY(mptc__gather_rows(ctx, op, all->a, row, g.m, ld, matrix));
+        MPTC__TRY(mptc__product(ctx, &g, (float *)at));
+    }
+    return MPT_OK;
+}
+
+/* Weights: the slices are added up in fp32, in dw itself or, where that is 16 bits, in scratch. */
+static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *all, size_t slice,
+                                       size_t ld, char *at) {
+    mpt_gemm_op g = *all;
+    float *sums = all->c.type == MPT_F32 ? NULL : (float *)mptc__carve(&at, all->m * all->n * sizeof(float));
+    g.b = mpt_typed_array(at, all->b.type);
+    g.ldb = ld;
+    if (sums) {
+        g.c = mpt_f32_array(sums);
+        g.beta = 0;
+    }
+    for (size_t row = 0; row < all->k; row += slice, g.beta = 1) {
+        g.k = mptc__min(slice, all->k - row);
+        g.a = mptc__at(all->a, row * g.lda);
+        MPTC__TRY(mptc__gather_rows(ctx, op, all->b, row, g.k, ld, at));
+        MPTC__TRY(mptc__product(ctx, &g, NULL));
+    }
+    return sums ? mptc__finish(ctx, all, sums, all->n, all->beta) : MPT_OK;
+}
+
+static mpt_result mptc__need_positions(mpt_context *ctx, const char *what, size_t count) {
+    if (count <= INT_MAX) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: %s: %z positions, must be under 2^31", what, count);
+}
+
+/* No samples: data and outputs are empty, and gradients of weights are beta times the old ones. */
+static mpt_result mptc__conv2d_empty(mpt_context *ctx, const mpt_gemm_op *g) {
+    return g->m && g->n ? mptc__gemm(ctx, g) : MPT_OK;
+}
+
+static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t taps = z->R * z->S, weights = z->K * taps * z->C, inputs = z->N * z->H * z->W, outputs = z->N * op->P * op->Q;
+    const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
+    mpt_gemm_op g = mptc__conv2d_product(op);
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__need_positions(ctx, "conv2d", inputs + 2 * z->padding));
+    MPTC__TRY(mptc__need_positions(ctx, "conv2d", outputs * taps));
+    if (!z->N) return mptc__conv2d_empty(ctx, &g);
+    if (taps == 1 && z->stride == 1 && z->padding == 0) return mptc__conv2d_direct(ctx, op);
+
+    /* the matrix is gathered from x or dy, whose type the other operand must share */
+    const size_t a_count = for_weights || for_data ? outputs * z->K : inputs * z->C;
+    const size_t b_count = for_weights ? inputs * z->C : weights;
+    const size_t casts = mptc__cast_bytes(g.a.type, a_count, g.b.type, b_count);
+    const int mixed = g.a.type != g.b.type, sums = g.c.type != MPT_F32;
+    const size_t size = mixed ? 4 : mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
+    const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
+    const size_t fixed = casts + (for_data ? mptc__round_up(weights * size, mptc__align) : 0) +
+                         (for_weights && sums ? mptc__round_up(weights * 4, mptc__align) : 0) + 2 * mptc__align;
+    const size_t each = ld * size + (!for_weights && sums ? g.n * sizeof(float) : 0);
+    const size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, each, fixed);
+    MPTC__TRY(mptc__scratch(ctx, fixed + slice * each));
+    char *at = device->scratch;
+    if (mixed) {
+        MPTC__TRY(mptc__cast_operand(ctx, &g.a, a_count, &at));
+        MPTC__TRY(mptc__cast_operand(ctx, &g.b, b_count, &at));
+    }
+    if (for_weights) return mptc__conv2d_weights(ctx, op, &g, slice, ld, at);
+    if (for_data) {
+        void *filters = mptc__carve(&at, weights * size);
+        MPTC__TRY(mptc__filters(ctx, z, g.b, filters));
+        g.b.data = filters;
+    }
+    return mptc__conv2d_rows(ctx, op, &g, slice, ld, at);
+}
+
+/* ==== REDUCTIONS ==== */
+
+enum {
+    MPTC__SUM_COLUMNS = 64,                          /* of a block of column sums: 8 threads with a pack each */
+    MPTC__SUM_ACROSS = MPTC__SUM_COLUMNS / MPTC__PACK,
+    MPTC__SUM_DOWN = MPTC__THREADS / MPTC__SUM_ACROSS,
+    MPTC__SUM_ROWS = 512,                            /* a slice has at least so many rows... */
+    MPTC__SUM_SLICES = 128                           /* ...and a column at most so many slices */
+};
+
+typedef struct mptc__columns { /* db(C) = column sums of dy(rows,C) + beta db */
+    size_t rows, C, slice;     /* rows of a slice */
+    mpt_array dy, db;
+    float beta;
+    double *partial;           /* (slices,C), where there are several */
+    unsigned *ticket;
+} mptc__columns;
+
+static __device__ void mptc__column_put(const mptc__columns *w, size_t c, double sum) {
+    if (w->beta != 0) sum += (double)w->beta * (double)mptc__get(w->db, c);
+    mptc__put(w->db, c, (float)sum);
+}
+
+/* Block (x,y): 64 columns of slice y of the rows. A thread adds every 32nd row of a pack in double; then 32 sums a column
+   in order; then, in the last block, the slices in order. */
+static __global__ void mptc__column_sums_k(mptc__columns w) {
+    __shared__ double sums[MPTC__SUM_DOWN][MPTC__SUM_COLUMNS + 1];
+    const size_t column = (size_t)blockIdx.x * MPTC__SUM_COLUMNS, c = column + threadIdx.x * MPTC__PACK;
+    const size_t begin = blockIdx.y * w.slice, end = begin + w.slice < w.rows ? begin + w.slice : w.rows;
+    const unsigned n = c < w.C ? mptc__left(w.C, c) : 0, thread = threadIdx.y * MPTC__SUM_ACROSS + threadIdx.x;
+    double acc[MPTC__PACK] = {0};
+    float x[MPTC__PACK];
+    for (size_t r = begin + threadIdx.y; n && r < end; r += MPTC__SUM_DOWN) {
+        mptc__load(w.dy, r * w.C + c, n, x);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) acc[e] += (double)x[e];
+    }
+#pragma unroll
+    for (unsigned e = 0; e < MPTC__PACK; e++) sums[threadIdx.y][threadIdx.x * MPTC__PACK + e] = acc[e];
+    __syncthreads();
+    if (thread < MPTC__SUM_COLUMNS && column + thread < w.C) {
+        double sum = 0;
+        for (unsigned d = 0; d < MPTC__SUM_DOWN; d++) sum += sums[d][thread];
+        if (gridDim.y == 1) mptc__column_put(&w, column + thread, sum);
+        else w.partial[blockIdx.y * w.C + column + thread] = sum;
+    }
+    if (gridDim.y == 1 || !mptc__last_block(w.ticket)) return;
+    for (size_t i = thread; i < w.C; i += MPTC__THREADS) {
+        double sum = 0;
+        for (unsigned s = 0; s < gridDim.y; s++) sum += __ldcg(&w.partial[s * w.C + i]);
+        mptc__column_put(&w, i, sum);
+    }
+}
+
+static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t wanted = mptc__min(mptc__divide_up(rows, MPTC__SUM_ROWS), MPTC__SUM_SLICES);
+    mptc__columns w = MPT_ZERO;
+    dim3 grid, block;
+    if (!C) return MPT_OK;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__need_positions(ctx, "column sums", C));
+    w.rows = rows, w.C = C;
+    w.slice = wanted ? mptc__divide_up(rows, wanted) : 1;
+    grid.x = (unsigned)mptc__divide_up(C, MPTC__SUM_COLUMNS);
+    grid.y = (unsigned)(rows ? mptc__divide_up(rows, w.slice) : 1);
+    block.x = MPTC__SUM_ACROSS, block.y = MPTC__SUM_DOWN;
+    if (grid.y > 1) MPTC__TRY(mptc__scratch(ctx, grid.y * C * sizeof(double)));
+    w.dy = dy, w.db = db;
+    w.beta = beta;
+    w.partial = (double *)device->scratch;
+    w.ticket = device->ticket;
+    MPTC__LAUNCH(mptc__column_sums_k, grid, block, w);
+    return MPT_OK;
+}
+
+/* -- Scan: the CPU's order, a warp to a chunk -- */
+
+enum { MPTC__CHUNK = 4096, MPTC__SCAN_BLOCKS = 64 };
+
+typedef struct mptc__scan_work {
+    mpt_array x;
+    float factor;         /* x is multiplied by it first, unless it is 1 */
+    size_t n, chunks;
+    mpt_scan *parts;      /* (chunks) */
+    mpt_scan *out;        /* of all */
+    mpt_update_op update; /* state not NULL: this is its check */
+    unsigned *ticket;
+} mptc__scan_work;
+
+static __device__ void mptc__scan_clear(mpt_scan *s, uint64_t first) {
+    s->sum_squares = 0;
+    s->inf = s->nan = 0;
+    s->first = first;
+}
+
+/* *sum += part, of elements that follow those of sum */
+static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
+    if (sum->inf + sum->nan == 0 && part->inf + part->nan) sum->first = part->first;
+    sum->sum_squares += part->sum_squares;
+    sum->inf += part->inf;
+    sum->nan += part->nan;
+}
+
+/* One warp, elements i .. i+n: lane l squares elements l, l + 32, ...; then the lanes are added pairwise. */
+static __device__ void mptc__scan_chunk(float factor, mpt_array x, size_t i, unsigned n, mpt_scan *out) {
+    const unsigned lane = threadIdx.x % MPTC__WARP, all = 0xffffffffu;
+    unsigned inf = 0, nan = 0, first = n;
+    double sum = 0;
+    for (unsigned e = lane; e < n; e += MPTC__WARP) {
+        float v = mptc__get(x, i + e);
+        if (factor != 1) {
+            mptc__put(x, i + e, v * factor);
+            v = mptc__get(x, i + e);
+        }
+        if (mpt__finite(v)) {
+            sum += (double)v * (double)v; /* exact products */
+            continue;
+        }
+        if (first == n) first = e;
+        if ((mpt__bits(v) & 0x7fffffffu) == 0x7f800000u) inf++;
+        else nan++;
+    }
+    for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
+        const unsigned other = __shfl_down_sync(all, first, width);
+        sum += __shfl_down_sync(all, sum, width);
+        inf += __shfl_down_sync(all, inf, width);
+        nan += __shfl_down_sync(all, nan, width);
+        if (other < first) first = other;
+    }
+    if (lane) return;
+    out->sum_squares = sum;
+    out->inf = inf, out->nan = nan;
+    out->first = i + first;
+}
+
+/* A warp a chunk; in the last block the chunks of each of 64 parts one after the other, then the parts. */
+static __global__ void mptc__scan_k(mptc__scan_work w) {
+    __shared__ mpt_scan parts[MPTC__SCAN_BLOCKS];
+    const size_t each = (w.chunks + MPTC__SCAN_BLOCKS - 1) / MPTC__SCAN_BLOCKS;
+    for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
+        const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
+        mptc__scan_chunk(w.factor, w.x, i, left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK, &w.parts[chunk]);
+    }
+    if (!mptc__last_block(w.ticket)) return;
+    if (threadIdx.x < MPTC__SCAN_BLOCKS) {
+        const size_t begin = threadIdx.x * each, end = begin + each < w.chunks ? begin + each : w.chunks;
+        mpt_scan sum;
+        mptc__scan_clear(&sum, w.n);
+        for (size_t chunk = begin; chunk < end; chunk++) {
+            mpt_scan part;
+            part.sum_squares = __ldcg(&w.parts[chunk].sum_squares);
+            part.inf = __ldcg((const unsigned long long *)&w.parts[chunk].inf);
+            part.nan = __ldcg((const unsigned long long *)&w.parts[chunk].nan);
+            part.first = __ldcg((const unsigned long long *)&w.parts[chunk].first);
+            mptc__scan_join(&sum, &part);
+        }
+        parts[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (unsigned b = 1; b < MPTC__SCAN_BLOCKS; b++) mptc__scan_join(&parts[0], &parts[b]);
+    if (!w.update.state) *w.out = parts[0];
+    else mpt__state_checked(w.update.state, w.update.scaler, w.update.slices, w.update.tensors, &parts[0]);
+}
+
+/* update NULL: the result is left at the start of the scratch block. */
+static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_array x, const mpt_update_op *update) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__scan_work w = MPT_ZERO;
+    MPTC__TRY(mptc__enter(ctx));
+    w.x = x;
+    w.factor = factor;
+    w.n = n;
+    w.chunks = mptc__divide_up(n, MPTC__CHUNK);
+    MPTC__TRY(mptc__scratch(ctx, (w.chunks + 1) * sizeof *w.parts));
+    w.out = (mpt_scan *)(void *)device->scratch;
+    w.parts = w.out + 1;
+    if (update) w.update = *update;
+    w.ticket = device->ticket;
+    MPTC__LAUNCH(mptc__scan_k, mptc__blocks(device, w.chunks * MPTC__WARP), MPTC__THREADS, w);
+    return MPT_OK;
+}
+
+static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host) {
+    MPTC__TRY(mptc__scan_run(ctx, n, factor, x, NULL));
+    return mptc__download(ctx, host, mptc__of(ctx)->scratch, sizeof *host);
+}
+
+/* -- Histogram: integer counts, so atomics keep it the same every time -- */
+
+typedef unsigned long long mptc__count; /* as atomicAdd names 64 bits */
+
+enum { MPTC__BINS = sizeof(mpt_histogram) / sizeof(uint64_t), MPTC__BIN_EXPONENT = 3 }; /* zero, inf, nan, exponent[256] */
+
+static __device__ unsigned mptc__bin(float x) {
+    const uint32_t magnitude = mpt__bits(x) & 0x7fffffffu;
+    if (magnitude == 0) return 0;
+    if (magnitude < 0x7f800000u) return MPTC__BIN_EXPONENT + (magnitude >> 23);
+    return magnitude == 0x7f800000u ? 1 : 2;
+}
+
+static __global__ void mptc__histogram_k(size_t n, mpt_array x, mptc__count *bins) {
+    __shared__ unsigned counts[MPTC__BINS]; /* of this block */
+    for (unsigned b = threadIdx.x; b < MPTC__BINS; b += blockDim.x) counts[b] = 0;
+    __syncthreads();
+    for (size_t i = mptc__thread() * MPTC__PACK; i < n; i += mptc__stride() * MPTC__PACK) {
+        const unsigned some = mptc__left(n, i);
+        float v[MPTC__PACK];
+        mptc__load(x, i, some, v);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            if (e < some) atomicAdd(&counts[mptc__bin(v[e])], 1u);
+    }
+    __syncthreads();
+    for (unsigned b = threadIdx.x; b < MPTC__BINS; b += blockDim.x)
+        if (counts[b]) atomicAdd(&bins[b], (mptc__count)counts[b]);
+}
+
+static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *host) {
+    mptc__device *device = mptc__of(ctx);
+    mpt_histogram h;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__scratch(ctx, sizeof h));
+    MPTC__TRY(mptc__zero(ctx, device->scratch, sizeof h));
+    MPTC__LAUNCH(mptc__histogram_k, mptc__blocks(device, mptc__divide_up(n, MPTC__PACK)), MPTC__THREADS, n, x,
+                 (mptc__count *)(void *)device->scratch);
+    MPTC__TRY(mptc__download(ctx, &h, device->scratch, sizeof h));
+    host->zero += h.zero, host->inf += h.inf, host->nan += h.nan;
+    for (int e = 0; e < 256; e++) host->exponent[e] += h.exponent[e];
+    return MPT_OK;
+}
+
+/* -- Losses: a warp to a row -- */
+
+typedef struct mptc__row { /* of one sample */
+    float loss;
+    unsigned correct;
+} mptc__row;
+
+static __device__ float mptc__warp_sum(float x) { /* the same in all lanes, in a fixed order */
+    for (unsigned width = MPTC__WARP / 2; width; width /= 2) x += __shfl_xor_sync(0xffffffffu, x, width);
+    return x;
+}
+
+/* x(C), dx(C) of this row; see mpt_cross_entropy */
+static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_t row, float scale) {
+    const unsigned lane = threadIdx.x % MPTC__WARP, C = (unsigned)op->C;
+    const int32_t label = ((const int32_t *)op->target)[row];
+    const bool valid = label >= 0 && (unsigned)label < C;
+    const size_t at = row * op->C;
+    float largest = mptc__get(op->x, at), sum = 0;
+    unsigned best = 0;
+    mptc__row out;
+    for (unsigned c = lane; c < C; c += MPTC__WARP) {
+        const float x = mptc__get(op->x, at + c);
+        if (x > largest) largest = x, best = c;
+    }
+    for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
+        const float x = __shfl_xor_sync(0xffffffffu, largest, width);
+        const unsigned c = __shfl_xor_sync(0xffffffffu, best, width);
+        if (x > largest || (x == largest && c < best)) largest = x, best = c;
+    }
+    for (unsigned c = lane; c < C; c += MPTC__WARP) sum += expf(mptc__get(op->x, at + c) - largest);
+    sum = mptc__warp_sum(sum);
+    for (unsigned c = lane; c < C && op->dx.data; c += MPTC__WARP) {
+        const float softmax = expf(mptc__get(op->x, at + c) - largest) / sum;
+        const float d = (softmax - (c == (unsigned)label ? 1.0f : 0.0f)) * scale;
+        mptc__put(op->dx, at + c, valid ? d : mpt__float(0x7fc00000u));
+    }
+    out.loss = valid ? logf(sum) - (mptc__get(op->x, at + (size_t)label) - largest) : mpt__float(0x7fc00000u);
+    out.correct = valid && best == (unsigned)label;
+    return out;
+}
+
+/* x(C), target(C), dx(C) of this row; see mpt_squared_error */
+static __device__ mptc__row mptc__squared_error_row(const mpt_loss_op *op, size_t row, float scale) {
+    const float *target = (const float *)op->target + row * op->C;
+    const float each = 1.0f / (float)op->C;
+    float sum = 0;
+    mptc__row out;
+    for (size_t c = threadIdx.x % MPTC__WARP; c < op->C; c += MPTC__WARP) {
+        const float difference = mptc__get(op->x, row * op->C + c) - target[c];
+        sum += difference * difference;
+        if (op->dx.data) mptc__put(op->dx, row * op->C + c, 2 * difference * each * scale);
+    }
+    out.loss = mptc__warp_sum(sum) * each;
+    out.correct = 0;
+    return out;
+}
+
+/* rows(N) first; then, in the last block, their sum: a thread adds every 256th, and the threads are added pairwise. */
+static __global__ void mptc__loss_k(mpt_loss_op op, mptc__row *rows, unsigned *ticket) {
+    __shared__ double losses[MPTC__THREADS];
+    __shared__ unsigned corrects[MPTC__THREADS];
+    const float scale = op.grad_scale * (op.loss_scale ? *op.loss_scale : 1.0f);
+    for (size_t row = mptc__thread() / MPTC__WARP; row < op.N; row += mptc__stride() / MPTC__WARP) {
+        const mptc__row r = op.kind == MPT_LOSS_CROSS_ENTROPY ? mptc__cross_entropy_row(&op, row, scale)
+                                                              : mptc__squared_error_row(&op, row, scale);
+        if (threadIdx.x % MPTC__WARP == 0) rows[row] = r;
+    }
+    if (!mptc__last_block(ticket)) return;
+    double loss = 0;
+    unsigned correct = 0;
+    for (size_t row = threadIdx.x; row < op.N; row += MPTC__THREADS) {
+        loss += (double)__ldcg(&rows[row].loss);
+        correct += __ldcg(&rows[row].correct);
+    }
+    losses[threadIdx.x] = loss, corrects[threadIdx.x] = correct;
+    for (unsigned width = MPTC__THREADS / 2; width; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x >= width) continue;
+        losses[threadIdx.x] += losses[threadIdx.x + width];
+        corrects[threadIdx.x] += corrects[threadIdx.x + width];
+    }
+    if (threadIdx.x) return;
+    op.sum->loss += losses[0];
+    op.sum->correct += corrects[0];
+    op.sum->rows += op.N;
+}
+
+static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    if (!op->N) return MPT_OK;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op->C));
+    MPTC__TRY(mptc__scratch(ctx, op->N * sizeof(mptc__row)));
+    MPTC__LAUNCH(mptc__loss_k, mptc__blocks(device, op->N * MPTC__WARP), MPTC__THREADS, *op,
+                 (mptc__row *)(void *)device->scratch, device->ticket);
+    return MPT_OK;
+}
+
+/* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
+
+/* Position (n, down, across) number i of an image of H x W positions */
+typedef struct mptc__position {
+    unsigned n, down, across;
+} mptc__position;
+
+static __device__ __forceinline__ mptc__position mptc__position_of(unsigned i, size_t H, size_t W) {
+    mptc__position p;
+    p.n = i / (unsigned)(H * W);
+    p.down = i / (unsigned)W % (unsigned)H;
+    p.across = i % (unsigned)W;
+    return p;
+}
+
+/* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C) */
+static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
+    const mpt_pool2d_shape z = op.shape;
+    const unsigned H = (unsigned)z.H, W = (unsigned)z.W, R = (unsigned)z.R, S = (unsigned)z.S;
+    const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, count = z.N * op.P * op.Q * packs;
+    for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
+        const size_t c = i % packs * MPTC__PACK, out = i / packs * z.C + c;
+        const mptc__position at = mptc__position_of((unsigned)(i / packs), op.P, op.Q);
+        const unsigned some = mptc__left(z.C, c);
+        float best[MPTC__PACK] = {0}, x[MPTC__PACK];
+        uint16_t place[MPTC__PACK] = {0};
+        bool any = false;
+        for (unsigned r = 0; r < R; r++)
+            for (unsigned s = 0; s < S; s++) {
+                const unsigned h = at.down * (unsigned)op.stride_h + r - (unsigned)z.padding;
+                const unsigned w = at.across * (unsigned)op.stride_w + s - (unsigned)z.padding;
+                if (h >= H || w >= W) continue; /* padding; below 0 wraps to a huge number */
+                mptc__load(op.x, ((size_t)(at.n * H + h) * W + w) * z.C + c, some, x);
+#pragma unroll
+                for (unsigned e = 0; e < MPTC__PACK; e++) {
+                    if (op.kind == MPT_POOL_AVERAGE) best[e] += x[e];
+                    else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e])))
+                        best[e] = x[e], place[e] = (uint16_t)(r * S + s);
+                }
+                any = true;
+            }
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            if (op.kind == MPT_POOL_AVERAGE) best[e] /= (float)(R * S);
+        if (op.kind == MPT_POOL_MAX) mptc__store_bits(op.index + out, some, place);
+        mptc__store(op.y, out, some, best);
+    }
+}
+
+/* dx(N,H,W,C) from dy(N,P,Q,C) and index(N,P,Q,C), + beta dx */
+static __global__ void mptc__pool_backward_k(mpt_pool2d_op op) {
+    const mpt_pool2d_shape z = op.shape;
+    const unsigned P = (unsigned)op.P, Q = (unsigned)op.Q, R = (unsigned)z.R, S = (unsigned)z.S;
+    const unsigned down = (unsigned)op.stride_h, across = (unsigned)op.stride_w;
+    const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, count = z.N * z.H * z.W * packs;
+    for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
+        const size_t c = i % packs * MPTC__PACK, in = i / packs * z.C + c;
+        const mptc__position at = mptc__position_of((unsigned)(i / packs), z.H, z.W);
+        const unsigned some = mptc__left(z.C, c);
+        float sum[MPTC__PACK] = {0}, dy[MPTC__PACK];
+        uint16_t place[MPTC__PACK];
+        if (op.beta != 0) mptc__load(op.x, in, some, sum);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) sum[e] = op.beta != 0 ? op.beta * sum[e] : 0;
+        for (unsigned r = 0; r < R; r++)
+            for (unsigned s = 0; s < S; s++) { /* the output whose tap (r,s) is this input, if there is one */
+                const unsigned y = at.down + (unsigned)z.padding - r, x = at.across + (unsigned)z.padding - s;
+                const unsigned p = y / down, q = x / across;
+                const size_t out = ((size_t)(at.n * P + p) * Q + q) * z.C + c;
+                if (y % down || x % across || p >= P || q >= Q) continue;
+                mptc__load(op.y, out, some, dy);
+                if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
+#pragma unroll
+                for (unsigned e = 0; e < MPTC__PACK; e++) {
+                    if (op.kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(R * S);
+                    else if (place[e] == r * S + s) sum[e] += dy[e];
+                }
+            }
+        mptc__store(op.x, in, some, sum);
+    }
+}
+
+static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_pool2d_shape *z = &user->shape;
+    const size_t inputs = z->N * z->H * z->W, outputs = z->N * user->P * user->Q, packs = mptc__divide_up(z->C, MPTC__PACK);
+    mpt_pool2d_op op = *user;
+    if (!z->N) return MPT_OK;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__need_positions(ctx, "pool2d", inputs));
+    MPTC__TRY(mptc__need_positions(ctx, "pool2d", outputs));
+    MPTC__TRY(mptc__need_positions(ctx, "pool2d: window", z->R > z->S ? z->R : z->S));
+    op.stride_h = mptc__min(op.stride_h, INT_MAX); /* no position is that far */
+    op.stride_w = mptc__min(op.stride_w, INT_MAX);
+    if (op.pass == MPT_FORWARD)
+        MPTC__LAUNCH(mptc__pool_forward_k, mptc__blocks(device, outputs * packs), MPTC__THREADS, op);
+    else MPTC__LAUNCH(mptc__pool_backward_k, mptc__blocks(device, inputs * packs), MPTC__THREADS, op);
+    return MPT_OK;
+}
+
+/* ==== OPTIMIZER ==== the rules of mpt.h, one launch for all tensors */
+
+static mpt_result mptc__check(mpt_context *ctx, const mpt_update_op *op) {
+    return mptc__scan_run(ctx, op->count, 1, mpt_f32_array(op->grad), op);
+}
+
+static __global__ void mptc__clip_k(mpt_optimizer_state *state, double max_norm, double max_value) {
+    mpt__state_clip(state, max_norm, max_value);
+}
+
+static mpt_result mptc__clip(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value) {
+    mptc__device *device = mptc__of(ctx);
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__LAUNCH(mptc__clip_k, 1, 1, op->state, max_norm, max_value);
+    return MPT_OK;
+}
+
+enum {
+    MPTC__TENSOR_ALIGN = 16,                           /* elements: tensors of a block start at multiples of it */
+    MPTC__TILE = MPTC__THREADS * MPTC__PACK,           /* elements that a block updates at a time */
+    MPTC__TILE_TENSORS = MPTC__TILE / MPTC__TENSOR_ALIGN /* at most in a tile */
+};
+
+/* Number of the last slice that starts at or before `element`. */
+static __device__ int mptc__slice_at(const mpt_slice *slices, int tensors, size_t element) {
+    int low = 0, high = tensors - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (slices[middle].offset <= element) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
+/* p(PACK) = the fp32 values of n weights from element i */
+static __device__ __forceinline__ void mptc__weights_load(const mpt_update_op *op, size_t i, unsigned n, float *p) {
+    uint16_t copy[MPTC__PACK], low[MPTC__PACK] = {0};
+    if (op->master) {
+        mptc__load(mpt_f32_array(op->master), i, n, p);
+        return;
+    }
+    mptc__load_bits((const uint16_t *)op->copy.data + i, n, copy);
+    if (op->low) mptc__load_bits(op->low + i, n, low);
+#pragma unroll
+    for (unsigned e = 0; e < MPTC__PACK; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[e], low[e]);
+}
+
+/* first: index of element i within its tensor, which names its random number */
+static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *op, size_t i, unsigned n, const float *p,
+                                                           int tensor, size_t first) {
+    uint16_t copy[MPTC__PACK], low[MPTC__PACK];
+    if (op->master) {
+        mptc__store(mpt_f32_array(op->master), i, n, p);
+        if (op->copy.data) mptc__store(op->copy, i, n, p);
+        return;
+    }
+#pragma unroll
+    for (unsigned e = 0; e < MPTC__PACK; e++) {
+        const uint32_t random = op->mode == MPT_MASTER_STOCHASTIC
+                                    ? mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e) : 0;
+        mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[e], &low[e]);
+    }
+    mptc__store_bits((uint16_t *)op->copy.data + i, n, copy);
+    if (op->low) mptc__store_bits(op->low + i, n, low);
+}
+
+typedef struct mptc__meter { /* integers, so that atomics keep them the same every time */
+    unsigned long long moved, lost;
+} mptc__meter;
+
+/* n elements from i, all of tensor t, whose element `first` is the first */
+static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rates *rates, size_t i, unsigned n, int t,
+                                         size_t first, mptc__meter *meter) {
+    const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
+    float before[MPTC__PACK], p[MPTC__PACK], g[MPTC__PACK];
+    float m[MPTC__PACK] = {0}, v[MPTC__PACK] = {0}, largest[MPTC__PACK] = {0};
+    mptc__weights_load(op, i, n, before);
+    mptc__load(mpt_f32_array(op->grad), i, n, g);
+    if (op->moment[0]) mptc__load(mpt_f32_array(op->moment[0]), i, n, m);
+    if (op->moment[1]) mptc__load(mpt_f32_array(op->moment[1]), i, n, v);
+    if (op->moment[2]) mptc__load(mpt_f32_array(op->moment[2]), i, n, largest);
+#pragma unroll
+    for (unsigned e = 0; e < MPTC__PACK; e++)
+        p[e] = mpt__update_element(rates, before[e], g[e], &m[e], &v[e], &largest[e]);
+    if (op->moment[0]) mptc__store(mpt_f32_array(op->moment[0]), i, n, m);
+    if (op->moment[1]) mptc__store(mpt_f32_array(op->moment[1]), i, n, v);
+    if (op->moment[2]) mptc__store(mpt_f32_array(op->moment[2]), i, n, largest);
+    mptc__weights_store(op, i, n, p, t, first);
+    if (!op->desc.meter) return;
+#pragma unroll
+    for (unsigned e = 0; e < MPTC__PACK; e++) {
+        if (e >= n || p[e] == before[e]) continue;
+        meter->moved++;
+        meter->lost += mpt__update_lost(type, before[e], p[e]) != 0;
+    }
+}
+
+/* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor, and
+   then updates a pack a thread. The last block counts the step, when nobody reads the state any more. Over 64 registers:
+   up to six arrays of eight values are under way in a thread, which hides more latency than more threads would. */
+static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsigned *ticket) {
+    __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
+    const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
+    mptc__meter meter = {0, 0};
+    for (size_t tile = blockIdx.x; tile < tiles && !op.state->found; tile += gridDim.x) {
+        const size_t begin = tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
+        const int first = mptc__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
+        if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE)
+            rates[threadIdx.x] = mpt__rates_of(&op.desc, op.state, &op.slices[mine]);
+        __syncthreads();
+        const int t = mptc__slice_at(op.slices, op.tensors, i);
+        const size_t start = op.slices[t].offset, end = start + op.slices[t].count; /* padding follows it */
+        if (i < end) mptc__update_pack(&op, &rates[t - first], i, mptc__left(end, i), t, i - start, &meter);
+        __syncthreads();
+    }
+    if (meter.moved) {
+        atomicAdd(&total->moved, meter.moved);
+        atomicAdd(&total->lost, meter.lost);
+    }
+    if (!mptc__last_block(ticket) || threadIdx.x) return;
+    if (!op.state->found) {
+        op.state->moved = atomicExch(&total->moved, 0);
+        op.state->lost = atomicExch(&total->lost, 0);
+    }
+    mpt__state_stepped(op.state, &op.desc, op.scaler);
+}
+
+static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__LAUNCH(mptc__update_k, mptc__blocks(device, mptc__divide_up(op->count, MPTC__PACK)), MPTC__THREADS, *op,
+                 (mptc__meter *)(void *)device->zeros, device->ticket);
+    return MPT_OK;
+}
+
+typedef struct mptc__flags { /* found of each optimizer, in device memory */
+    const int32_t *found[MPT_OPTIMIZERS];
+    int count;
+} mptc__flags;
+
+static __global__ void mptc__scale_k(mpt_scaler_state *scaler, mptc__flags flags) {
+    int any = 0;
+    for (int i = 0; i < flags.count; i++) any |= *flags.found[i] != 0;
+    mpt_scaler_rule(scaler, any);
+}
+
+/* The place of this scaler's mirror, a free one if it has none yet, or -1. */
+static int mptc__mirror(mptc__device *device, const mpt_scaler_state *scaler) {
+    int place = -1;
+    for (int i = 0; i < MPTC__MIRRORS; i++) {
+        if (device->mirrored[i] == scaler) return i;
+        if (!device->mirrored[i]) place = i;
+    }
+    if (place >= 0) device->mirrored[place] = scaler, device->stuck[place] = 0;
+    return place;
+}
+
+/* *stuck comes from a copy in pinned memory that the device keeps up to date, so that nobody waits: what it holds now may
+   be of an earlier update. A seventeenth scaler has no copy and waits. */
+static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
+                              int32_t *stuck) {
+    mptc__device *device = mptc__of(ctx);
+    const int mirror = mptc__mirror(device, scaler);
+    mptc__flags flags = MPT_ZERO;
+    MPTC__TRY(mptc__enter(ctx));
+    flags.count = count;
+    for (int i = 0; i < count; i++) flags.found[i] = found[i];
+    MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags);
+    if (mirror < 0) return mptc__download(ctx, stuck, &scaler->stuck, sizeof *stuck);
+    MPTC__CUDA(cudaMemcpyAsync(&device->stuck[mirror], &scaler->stuck, sizeof *stuck, cudaMemcpyDeviceToHost,
+                               device->stream));
+    *stuck = *(volatile int32_t *)&device->stuck[mirror];
+    return MPT_OK;
+}
+
+/* ==== TABLE ==== */
+
+static void mptc__close(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_context_desc host = device->desc.context;
+    cudaSetDevice(device->desc.device);
+    if (device->stream) cudaStreamSynchronize(device->stream);
+    if (device->desc.cublas && device->cublas) { /* a new stream also takes our workspace away */
+        cublasSetStream(device->cublas, device->user_stream);
+        cublasSetMathMode(device->cublas, device->user_math);
+        cublasSetPointerMode(device->cublas, device->user_mode);
+    } else if (device->cublas) {
+        cublasDestroy(device->cublas);
+    }
+    for (int i = 0; i < MPTC__SLOTS; i++) {
+        if (device->slots[i].copied) cudaEventDestroy(device->slots[i].copied);
+        cudaFreeHost(device->slots[i].host);
+    }
+    cudaFreeHost(device->stuck);
+    cudaFree(device->products);
+    cudaFree(device->scratch);
+    cudaFree(device->zeros);
+    if (device->stream && !device->desc.stream) cudaStreamDestroy(device->stream);
+    if (host.release) host.release(device, sizeof *device, host.user);
+    else free(device);
+}
+
+static const mpt_backend *mptc__backend(void) {
+    static const mpt_backend table = {
+        "cuda", 0, mptc__close, mptc__alloc, mptc__release, mptc__upload, mptc__download, mptc__zero, mptc__scan,
+        mptc__histogram, mptc__map, mptc__gemm, mptc__conv2d, mptc__column_sums, mptc__pool2d, mptc__loss, mptc__check,
+        mptc__clip, mptc__update, mptc__scale};
+    return &table;
+}
+
+/* Is there such a device, and has this build code for it? */
+static mpt_result mptc__open_device(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    cudaFuncAttributes attributes;
+    int devices = 0;
+    MPTC__CUDA(cudaGetDeviceCount(&devices));
+    if (device->desc.device < 0 || device->desc.device >= devices)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cuda: there is no device %d; this machine has %d", device->desc.device,
+                        devices);
+    MPTC__CUDA(cudaSetDevice(device->desc.device));
+    MPTC__CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, device->desc.device));
+    MPTC__CUDA(cudaFuncGetAttributes(&attributes, mptc__map_k));
+    return MPT_OK;
+}
+
+static mpt_result mptc__open_stream(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    device->stream = (cudaStream_t)device->desc.stream;
+    if (!device->stream) MPTC__CUDA(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
+    for (int i = 0; i < MPTC__SLOTS; i++)
+        MPTC__CUDA(cudaEventCreateWithFlags(&device->slots[i].copied, cudaEventDisableTiming));
+    MPTC__CUDA(cudaHostAlloc((void **)&device->stuck, MPTC__MIRRORS * sizeof *device->stuck, cudaHostAllocDefault));
+    device->zeros = (char *)mptc__malloc(ctx, 2 * mptc__align);
+    device->ticket = (unsigned *)(void *)(device->zeros + mptc__align);
+    return device->zeros ? mptc__zero(ctx, device->zeros, 2 * mptc__align) : MPT_ERROR_NO_MEMORY;
+}
+
+static mpt_result mptc__open_cublas(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    const cublasMath_t math = (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION);
+    size_t bytes;
+    int major = 0;
+    MPTC__CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->desc.device));
+    bytes = (size_t)(major >= 9 ? 32 : 4) << 20; /* as NVIDIA advises */
+    device->products = mptc__malloc(ctx, bytes);
+    if (!device->products) return MPT_ERROR_NO_MEMORY;
+    if (device->desc.cublas) {
+        const cublasHandle_t user = (cublasHandle_t)device->desc.cublas;
+        MPTC__CUBLAS(cublasGetStream(user, &device->user_stream));
+        MPTC__CUBLAS(cublasGetMathMode(user, &device->user_math));
+        MPTC__CUBLAS(cublasGetPointerMode(user, &device->user_mode));
+        device->cublas = user;
+    } else {
+        MPTC__CUBLAS(cublasCreate(&device->cublas));
+    }
+    MPTC__CUBLAS(cublasSetStream(device->cublas, device->stream));
+    MPTC__CUBLAS(cublasSetWorkspace(device->cublas, device->products, bytes));
+    MPTC__CUBLAS(cublasSetMathMode(device->cublas, math));
+    MPTC__CUBLAS(cublasSetPointerMode(device->cublas, CUBLAS_POINTER_MODE_HOST));
+    return MPT_OK;
+}
+
+MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
+    mpt_cuda_desc desc = MPT_ZERO;
+    mptc__device *device;
+    mpt_context *ctx;
+    if (user) desc = *user;
+    if (!desc.workspace) desc.workspace = (size_t)64 << 20;
+    device = (mptc__device *)(desc.context.alloc && desc.context.release
+                                  ? desc.context.alloc(sizeof *device, desc.context.user) : malloc(sizeof *device));
+    ctx = device ? mpt_open_backend(&desc.context, mptc__backend(), device) : NULL;
+    if (!ctx) {
+        if (!device && desc.context.log) desc.context.log(MPT_LOG_ERROR, "cuda: out of memory", desc.context.user);
+        if (device && desc.context.alloc && desc.context.release)
+            desc.context.release(device, sizeof *device, desc.context.user);
+        else free(device);
+        return NULL;
+    }
+    memset(device, 0, sizeof *device);
+    device->desc = desc;
+    if (mptc__open_device(ctx) == MPT_OK && mptc__open_stream(ctx) == MPT_OK && mptc__open_cublas(ctx) == MPT_OK) return ctx;
+    mpt_close(ctx);
+    return NULL;
+}
+
+/* The names below are the implementation's own. */
+#undef MPTC__TRY
+#undef MPTC__CUDA
+#undef MPTC__CUBLAS
+#undef MPTC__LAUNCH
+
+#endif /* implementation; the licence is that of mpt.h */

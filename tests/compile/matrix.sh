@@ -1,0 +1,189 @@
+#!/bin/sh
+# Compiles mpt.h in every way that it promises: strict flags, standards, C++, several files, static, without threads;
+# looks for writable globals and for names and macros that leak. Run from the repository's root.
+# Environment: CC, CXX, BUILD.
+
+CC=${CC:-cc} CXX=${CXX:-c++} BUILD=${BUILD:-build}
+dir=$BUILD/tests/compile
+warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wcast-align -Wundef -Wframe-larger-than=1024"
+warn="$warn -Werror"
+passed=0 failed=0 skipped=0
+mkdir -p "$dir" || exit 1
+
+# check NAME COMMAND...: the command succeeds; else its output is shown.
+check() {
+    name=$1
+    shift
+    if "$@" >"$dir/log" 2>&1; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf '%s: failed: %s\n' "$0" "$name"
+        head -n 20 "$dir/log"
+    fi
+}
+
+skip() {
+    skipped=$((skipped + 1))
+    printf 'skipped: %s\n' "$1"
+}
+
+has() { command -v "$1" >/dev/null 2>&1; }
+
+# nothing FILE: it is empty; shows it if not.
+nothing() {
+    cat "$1"
+    test ! -s "$1"
+}
+
+# The compilers given and the usual ones, but one that is installed under two names only once.
+compilers() {
+    for name in "$@"; do
+        printf '%s %s\n' "$name" "$(readlink -f "$(command -v "$name")")"
+    done | awk 'NF < 2 || !seen[$2]++ { if (!named[$1]++) print $1 }'
+}
+
+# ---- sources ----
+
+cat >"$dir/implementation.c" <<'END'
+#define MPT_IMPLEMENTATION
+#include "mpt.h"
+END
+cat >"$dir/twice.c" <<'END'
+#include "mpt.h"
+#define MPT_IMPLEMENTATION
+#include "mpt.h"
+#include "mpt.h"
+#include "program.h"
+int main(void) { return program(); }
+END
+cat >"$dir/program.h" <<'END'
+static int program(void) {
+    const float x[2] = {1, -1}, target = 1;
+    mpt_context_desc desc = MPT_ZERO;
+    mpt_train_desc train = MPT_ZERO;
+    mpt_context *ctx;
+    mpt_model *net;
+    mpt_result r;
+    desc.threads = 2;
+    ctx = mpt_open(&desc);
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
+    mpt_mse(net, mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 1, NULL)));
+    train.batch = 1;
+    r = mpt_model_build(net, &train);
+    if (r == MPT_OK) r = mpt_train_step(net, x, &target);
+    r = r == MPT_OK && mpt_steps_applied(net) == 1 && mpt_version() == MPT_VERSION ? MPT_OK : MPT_ERROR_VALUE;
+    mpt_model_free(net);
+    mpt_close(ctx);
+    return (int)r;
+}
+END
+cat >"$dir/user.c" <<'END'
+#include "mpt.h"
+#include "program.h"
+int main(void) { return program(); }
+END
+cat >"$dir/static_one.c" <<'END'
+#define MPT_STATIC
+#define MPT_IMPLEMENTATION
+#include "mpt.h"
+#include "program.h"
+int other(void);
+int main(void) { return program() + other(); }
+END
+cat >"$dir/static_two.c" <<'END'
+#define MPT_STATIC
+#define MPT_IMPLEMENTATION
+#include "mpt.h"
+#include "program.h"
+int other(void);
+int other(void) { return program(); }
+END
+
+# ---- strict flags: code for one standard, the frames with it; syntax and types for the others ----
+
+for compiler in $(compilers "$CC" gcc clang); do
+    has "$compiler" || { skip "$compiler is not installed"; continue; }
+    for std in c99 c11 c17; do
+        what=-fsyntax-only
+        [ $std = c99 ] && what="-O2 -c -o $dir/strict.o"
+        check "$compiler -std=$std" "$compiler" -std=$std $warn -Wstrict-prototypes $what -I. "$dir/implementation.c"
+        check "$compiler -std=$std, declarations" "$compiler" -std=$std $warn -Wstrict-prototypes -fsyntax-only -I. \
+            "$dir/user.c"
+    done
+done
+for compiler in $(compilers "$CXX" g++ clang++); do
+    has "$compiler" || { skip "$compiler is not installed"; continue; }
+    for std in c++11 c++17 c++20; do
+        check "$compiler -std=$std" "$compiler" -x c++ -std=$std $warn -fsyntax-only -I. "$dir/implementation.c"
+        check "$compiler -std=$std, declarations" "$compiler" -x c++ -std=$std $warn -fsyntax-only -I. "$dir/user.c"
+    done
+done
+
+# ---- programs: one include too many, several files, static, on the command line, no threads, C++ and C ----
+
+# program NAME COMPILER ARGUMENTS...: builds it with the strict flags, but unoptimised frames may be large, and runs it.
+program() {
+    name=$1 compiler=$2
+    shift 2
+    check "$name: build" "$compiler" -O0 $warn -Wno-frame-larger-than -I. "$@" -o "$dir/program" -lm -pthread
+    check "$name: run" "$dir/program"
+    rm -f "$dir/program"
+}
+
+program "included three times" "$CC" -std=c99 "$dir/twice.c"
+check "the implementation alone" "$CC" -std=c99 -O0 -I. -c "$dir/implementation.c" -o "$dir/implementation.o"
+program "two files" "$CC" -std=c99 "$dir/user.c" "$dir/implementation.o"
+program "C++ user of a C implementation" "$CXX" -std=c++11 -x c++ "$dir/user.c" -x none "$dir/implementation.o"
+program "C++ implementation" "$CXX" -std=c++11 -x c++ "$dir/twice.c" -x none
+program "MPT_STATIC in two files" "$CC" -std=c99 "$dir/static_one.c" "$dir/static_two.c"
+program "-DMPT_IMPLEMENTATION" "$CC" -std=c99 -DMPT_IMPLEMENTATION -include ./mpt.h "$dir/user.c"
+program "MPT_NO_THREADS" "$CC" -std=c99 -DMPT_NO_THREADS "$dir/twice.c"
+
+# ---- symbols: none writable, all named mpt_ ----
+
+if has nm; then
+    # Without -fno-pic, tables of constant pointers are relocated at the start, and look writable to nm.
+    "$CC" -std=c99 -O2 -fno-pic -I. -c "$dir/implementation.c" -o "$dir/symbols.o" 2>/dev/null
+    nm "$dir/symbols.o" >"$dir/all"
+    check "nm lists the implementation" grep -q ' T _*mpt_open$' "$dir/all"
+    grep ' [bBdDC] ' "$dir/all" >"$dir/writable"
+    check "no writable globals" nothing "$dir/writable"
+    nm -g --defined-only "$dir/symbols.o" | awk '{print $NF}' | grep -v '^_*mpt_[a-z0-9]' >"$dir/leaked"
+    check "only mpt_ names are exported" nothing "$dir/leaked"
+    nm -g --defined-only "$dir/symbols.o" | awk '{print $NF}' | grep '^_*mpt__' >"$dir/private"
+    check "no private name is exported" nothing "$dir/private"
+else
+    skip "nm is not installed"
+fi
+
+# ---- macros: what the header defines, minus what the system headers it includes define by themselves ----
+
+# leaked_macros FILE: those of a file that includes mpt.h. -H lists headers by depth; mpt.h is at one dot.
+leaked_macros() {
+    "$CC" -std=c99 -I. -fsyntax-only -H "$1" 2>&1 | sed -n 's/^\.\. \(.*\)/#include "\1"/p' >"$dir/system.c"
+    "$CC" -std=c99 -dM -E "$dir/system.c" | awk '{print $2}' | sed 's/(.*//' | sort -u >"$dir/system.macros"
+    "$CC" -std=c99 -I. -dM -E "$1" | awk '{print $2}' | sed 's/(.*//' | sort -u >"$dir/all.macros"
+    comm -13 "$dir/system.macros" "$dir/all.macros"
+}
+
+printf '#include "mpt.h"\n' >"$dir/declarations.c"
+for part in declarations implementation; do
+    leaked_macros "$dir/$part.c" >"$dir/defined"
+    check "$part: macros are seen" grep -q '^MPT_VERSION$' "$dir/defined"
+    grep -v '^MPT_' "$dir/defined" >"$dir/leaked"
+    check "$part: only MPT_ macros are defined" nothing "$dir/leaked"
+done
+
+# ---- line length ----
+
+for file in mpt.h mpt_cuda.cuh; do
+    [ -f $file ] || continue
+    awk 'length > 120 { print FILENAME ":" FNR ": " length " columns" }' $file >"$dir/long"
+    check "$file: at most 120 columns" nothing "$dir/long"
+done
+
+printf 'compile: %d passed, %d failed' $passed $failed
+[ $skipped -gt 0 ] && printf ', %d skipped' $skipped
+printf '\n'
+[ $failed -eq 0 ]

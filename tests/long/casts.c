@@ -1,0 +1,196 @@
+/* casts.c - the casts between fp32 and the 16- and 8-bit types, without a gap: all 2^32 floats narrowed to nearest and
+   toward zero, to inf and saturating, and all patterns widened, by the scalar functions and by mpt_cast on every
+   instruction set of this CPU. Two threads share the work; it takes some minutes.
+
+   The expected results come from reference.h, which thinks in doubles. Where the compiler has a half type of its own, it
+   must agree on fp16. */
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../check.h"
+#include "../reference.h"
+#include <pthread.h>
+
+#if defined(__FLT16_MANT_DIG__) && defined(__SSE2__) && !defined(__cplusplus)
+#define COMPILER_HALF
+__extension__ typedef _Float16 compiler_half;
+#endif
+
+enum { BLOCK = 65536, BLOCKS = 65536, WORKERS = 2 };
+
+typedef struct job { /* one way to round; the workers share the blocks */
+    mpt_dtype type;
+    mpt_round round;
+    mpt_overflow overflow;
+    const reference_stairs *stairs;
+} job;
+
+typedef struct worker {
+    const job *work;
+    int index;
+    mpt_context *paths[MPT_ISA_COUNT];
+    float *x;
+    unsigned char *expected, *got;
+    uint64_t blocks, scalar_wrong, bulk_wrong[MPT_ISA_COUNT], compiler_wrong; /* counted in blocks */
+} worker;
+
+/* ==== EXPECTED ==== */
+
+static void set_pattern(unsigned char *to, size_t i, uint32_t bits, mpt_dtype type) {
+    const size_t size = mpt_dtype_size(type);
+    test_store(to + i * size, bits, type);
+}
+
+/* The BLOCK floats from pattern `first` on lie on few steps, unless they are NaN. */
+static void expect(const job *work, uint32_t first, unsigned char *out) {
+    const uint32_t sign = first & 0x80000000u ? reference_format_of(work->type).sign : 0, from = first & 0x7fffffffu;
+    uint32_t step = 0, high = work->stairs->steps, i = 0;
+    while (high - step > 1) { /* the step of `from` lies in step .. high - 1 */
+        const uint32_t middle = (step + high) / 2;
+        if (work->stairs->edge[middle] <= from) step = middle;
+        else high = middle;
+    }
+    for (; i < BLOCK && from + i <= 0x7f800000u; step++) {
+        const uint32_t bits = sign | reference_step_pattern(work->stairs, step, work->overflow);
+        for (; i < BLOCK && from + i < work->stairs->edge[step + 1]; i++) set_pattern(out, i, bits, work->type);
+    }
+    for (; i < BLOCK; i++)
+        set_pattern(out, i, reference_narrow(first + i, work->type, work->round, work->overflow), work->type);
+}
+
+/* Does the compiler's half type agree with what is expected? It may have its own mind on NaN. */
+static int compiler_agrees(const job *work, const float *x, const unsigned char *expected) {
+#ifdef COMPILER_HALF
+    uint32_t i, wrong = 0;
+    if (work->type != MPT_F16 || work->round != MPT_ROUND_NEAREST || work->overflow != MPT_OVERFLOW_INF) return 1;
+    for (i = 0; i < BLOCK && (test_bits(x[i]) & 0x7fffffffu) <= 0x7f800000u; i++) {
+        const compiler_half half = (compiler_half)x[i];
+        wrong += memcmp(&half, expected + 2 * i, 2) != 0;
+    }
+    return wrong == 0;
+#else
+    (void)work, (void)x, (void)expected;
+    return 1;
+#endif
+}
+
+/* ==== NARROWING ==== */
+
+/* One loop a type, so that the compiler knows it. */
+static void narrow_scalar(const job *work, const float *x, unsigned char *out) {
+    const mpt_round round = work->round;
+    const mpt_overflow overflow = work->overflow;
+    size_t i;
+#define NARROW(type) \
+    case type: for (i = 0; i < BLOCK; i++) set_pattern(out, i, mpt_narrow(x[i], type, round, overflow, 0), type); break
+    switch (work->type) {
+        NARROW(MPT_F16);
+        NARROW(MPT_BF16);
+        NARROW(MPT_E4M3);
+        NARROW(MPT_E5M2);
+    default: break;
+    }
+#undef NARROW
+}
+
+static void narrow_block(worker *w, uint32_t first) {
+    const job *work = w->work;
+    const size_t bytes = BLOCK * mpt_dtype_size(work->type);
+    mpt_rounding rounding = MPT_ZERO;
+    uint32_t i;
+    int isa;
+    rounding.round = work->round, rounding.overflow = work->overflow;
+    for (i = 0; i < BLOCK; i++) {
+        const uint32_t bits = first + i;
+        memcpy(&w->x[i], &bits, sizeof bits);
+    }
+    expect(work, first, w->expected);
+    w->compiler_wrong += !compiler_agrees(work, w->x, w->expected);
+    narrow_scalar(work, w->x, w->got);
+    w->scalar_wrong += memcmp(w->got, w->expected, bytes) != 0;
+    for (isa = 1; isa < MPT_ISA_COUNT; isa++) {
+        if (!w->paths[isa]) continue;
+        memset(w->got, 0xa5, bytes);
+        if (mpt_cast(w->paths[isa], BLOCK, mpt_f32_array(w->x), mpt_typed_array(w->got, work->type), &rounding) != MPT_OK ||
+            memcmp(w->got, w->expected, bytes) != 0)
+            w->bulk_wrong[isa]++;
+    }
+    w->blocks++;
+}
+
+static void *narrow_share(void *arg) {
+    worker *w = (worker *)arg;
+    uint32_t block;
+    w->blocks = w->scalar_wrong = w->compiler_wrong = 0;
+    memset(w->bulk_wrong, 0, sizeof w->bulk_wrong);
+    for (block = (uint32_t)w->index; block < BLOCKS; block += WORKERS) narrow_block(w, block * BLOCK);
+    return NULL;
+}
+
+static void narrow_all(worker *workers, const job *work) {
+    pthread_t thread;
+    int i, isa;
+    for (i = 0; i < WORKERS; i++) workers[i].work = work;
+    if (!CHECK(pthread_create(&thread, NULL, narrow_share, &workers[1]) == 0)) return;
+    narrow_share(&workers[0]);
+    pthread_join(thread, NULL);
+    CHECK_EQUAL(workers[0].blocks + workers[1].blocks, BLOCKS);
+    CHECK_EQUAL(workers[0].compiler_wrong + workers[1].compiler_wrong, 0);
+    CHECK_EQUAL(workers[0].scalar_wrong + workers[1].scalar_wrong, 0);
+    for (isa = 1; isa < MPT_ISA_COUNT; isa++)
+        if (workers[0].paths[isa]) CHECK_EQUAL(workers[0].bulk_wrong[isa] + workers[1].bulk_wrong[isa], 0);
+    printf("all fp32 to %s, %s, %s\n", mpt_dtype_name(work->type), work->round == MPT_ROUND_ZERO ? "toward zero" : "nearest",
+           work->overflow == MPT_OVERFLOW_INF ? "inf" : "saturating");
+    fflush(stdout);
+}
+
+/* ==== WIDENING ==== */
+
+static void widen_all(worker *w, mpt_dtype type) {
+    const size_t count = (size_t)1 << 8 * mpt_dtype_size(type), bytes = count * sizeof(float);
+    uint32_t i, scalar_wrong = 0;
+    int isa;
+    for (i = 0; i < count; i++) {
+        const uint32_t wide = reference_widen_pattern(i, type);
+        memcpy(w->expected + 4 * i, &wide, 4);
+        set_pattern(w->got, i, i, type);
+        scalar_wrong += test_bits(mpt_widen(i, type)) != wide;
+    }
+    CHECK_EQUAL(scalar_wrong, 0);
+    for (isa = 1; isa < MPT_ISA_COUNT; isa++) {
+        if (!w->paths[isa]) continue;
+        CHECK_OK(w->paths[isa], mpt_cast(w->paths[isa], count, mpt_typed_array(w->got, type), mpt_f32_array(w->x), NULL));
+        CHECK(memcmp(w->x, w->expected, bytes) == 0);
+    }
+}
+
+int main(void) {
+    reference_stairs *stairs = (reference_stairs *)test_memory(sizeof *stairs);
+    worker workers[WORKERS];
+    job work;
+    int i, isa, type, round, overflow;
+    memset(workers, 0, sizeof workers);
+    for (i = 0; i < WORKERS; i++) {
+        workers[i].index = i;
+        workers[i].x = (float *)test_memory(BLOCK * sizeof(float));
+        workers[i].expected = (unsigned char *)test_memory(BLOCK * sizeof(float));
+        workers[i].got = (unsigned char *)test_memory(BLOCK * sizeof(float));
+        for (isa = 1; isa < MPT_ISA_COUNT; isa++) workers[i].paths[isa] = test_open_isa((mpt_isa)isa, 1);
+    }
+    work.stairs = stairs;
+    for (type = MPT_F16; type < MPT_DTYPE_COUNT; type++) {
+        widen_all(&workers[0], work.type = (mpt_dtype)type);
+        for (round = MPT_ROUND_NEAREST; round <= MPT_ROUND_ZERO; round++) {
+            reference_build_stairs(stairs, work.type, work.round = (mpt_round)round);
+            for (overflow = MPT_OVERFLOW_INF; overflow <= MPT_OVERFLOW_SATURATE; overflow++) {
+                work.overflow = (mpt_overflow)overflow;
+                narrow_all(workers, &work);
+            }
+        }
+    }
+    for (i = 0; i < WORKERS; i++) {
+        for (isa = 1; isa < MPT_ISA_COUNT; isa++) mpt_close(workers[i].paths[isa]);
+        free(workers[i].x), free(workers[i].expected), free(workers[i].got);
+    }
+    free(stairs);
+    return test_finish("long casts");
+}
