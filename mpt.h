@@ -153,11 +153,13 @@
 #endif
 
 /* mpt_train_desc d = MPT_ZERO;   all-zero descriptors mean "defaults" in C and in C++. */
+/* clang-format off */
 #ifdef __cplusplus
 #define MPT_ZERO {}
 #else
 #define MPT_ZERO {0}
 #endif
+/* clang-format on */
 
 #ifdef __cplusplus
 extern "C" {
@@ -166,15 +168,15 @@ extern "C" {
 /* ==== CONTEXT ==== */
 
 /* Result codes. One list makes the enum and the texts; numbers are stable, new ones go last. */
-#define MPT_RESULTS(X)                                                              \
-    X(OK, "success")                                                                \
-    X(ERROR_ARGUMENT, "an argument is NULL or out of range")                        \
-    X(ERROR_NO_MEMORY, "the allocator returned NULL")                               \
-    X(ERROR_SHAPE, "shapes do not fit together, or a size overflows")               \
-    X(ERROR_TYPE, "a data type is not allowed here")                                \
-    X(ERROR_ORDER, "a call came in the wrong order")                                \
-    X(ERROR_VALUE, "a label is out of range, or an input is not finite")            \
-    X(ERROR_DIVERGED, "gradients stay inf or NaN at the smallest loss scale")       \
+#define MPT_RESULTS(X)                                                               \
+    X(OK, "success")                                                                 \
+    X(ERROR_ARGUMENT, "an argument is NULL or out of range")                         \
+    X(ERROR_NO_MEMORY, "the allocator returned NULL")                                \
+    X(ERROR_SHAPE, "shapes do not fit together, or a size overflows")                \
+    X(ERROR_TYPE, "a data type is not allowed here")                                 \
+    X(ERROR_ORDER, "a call came in the wrong order")                                 \
+    X(ERROR_VALUE, "a label is out of range, or an input is not finite")             \
+    X(ERROR_DIVERGED, "gradients stay inf or NaN at the smallest loss scale")        \
     X(ERROR_UNSUPPORTED, "not available in this build, on this device or this file") \
     X(ERROR_DEVICE, "the device reported an error")
 
@@ -182,7 +184,7 @@ typedef enum mpt_result {
 #define MPT__X(id, text) MPT_##id,
     MPT_RESULTS(MPT__X)
 #undef MPT__X
-    MPT_RESULT_COUNT
+        MPT_RESULT_COUNT
 } mpt_result;
 
 typedef struct mpt_context mpt_context; /* one device, its allocator, its worker threads, the last reason */
@@ -200,13 +202,13 @@ typedef enum mpt_isa {
 } mpt_isa;
 
 typedef struct mpt_context_desc {
-    void *(*alloc)(size_t bytes, void *user);            /* NULL: malloc. Set both or neither. Aligned as malloc's */
-    void (*release)(void *p, size_t bytes, void *user);  /* NULL: free. bytes: what alloc was asked for */
+    void *(*alloc)(size_t bytes, void *user);           /* NULL: malloc. Set both or neither. Aligned as malloc's */
+    void (*release)(void *p, size_t bytes, void *user); /* NULL: free. bytes: what alloc was asked for */
     void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent. Gets every reason as it arises */
-    void *user;                                          /* handed to the three calls above */
-    int threads;                                         /* 0: one per processor; 1: none but the caller's */
-    int reference;                                       /* 1: products and convolutions as the loops of REFERENCE */
-    mpt_isa isa;                                         /* instruction set of the bulk loops; one the CPU lacks: NULL */
+    void *user;                                                     /* handed to the three calls above */
+    int threads;                                                    /* 0: one per processor; 1: none but the caller's */
+    int reference; /* 1: products and convolutions as the loops of REFERENCE */
+    mpt_isa isa;   /* instruction set of the bulk loops; one the CPU lacks: NULL */
 } mpt_context_desc;
 
 /* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
@@ -227,8 +229,9 @@ MPT_DEF const char *mpt_isa_name(const mpt_context *ctx);
 /* Threads that work for this context, the caller's included. */
 MPT_DEF int mpt_thread_count(const mpt_context *ctx);
 
-/* Memory of the context's device, 64-byte aligned, zeroed: the arrays that floor 1 and 2 take. On the CPU it is ordinary
-   memory, and any pointer of yours does as well. mpt_alloc returns NULL when out of memory, and for 0 bytes. */
+/* Memory of the context's device, 64-byte aligned, zeroed: the arrays that floor 1 and 2 take. On the CPU it is
+   ordinary memory, and any pointer of yours does as well. mpt_alloc returns NULL when out of memory, and for 0
+   bytes. */
 MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes);
 MPT_DEF void mpt_free(mpt_context *ctx, void *p);
 MPT_DEF mpt_result mpt_upload(mpt_context *ctx, void *device, const void *host, size_t bytes);
@@ -238,10 +241,12 @@ MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device
 
    Half types are one-member structs, so that mixing them up or adding them as integers does not compile. */
 
+/* clang-format off */
 typedef struct mpt_f16 { uint16_t bits; } mpt_f16;   /* IEEE binary16 */
 typedef struct mpt_bf16 { uint16_t bits; } mpt_bf16; /* upper half of a binary32 */
 typedef struct mpt_e4m3 { uint8_t bits; } mpt_e4m3;  /* OCP FP8 E4M3: no inf, one NaN per sign, largest 448 */
 typedef struct mpt_e5m2 { uint8_t bits; } mpt_e5m2;  /* OCP FP8 E5M2: upper byte of a binary16 */
+/* clang-format on */
 
 typedef enum mpt_dtype { MPT_F32 = 0, MPT_F16, MPT_BF16, MPT_E4M3, MPT_E5M2, MPT_DTYPE_COUNT } mpt_dtype;
 
@@ -265,7 +270,8 @@ typedef enum mpt_overflow {
    Error: nearest: at most half a gap, so |y - x| <= 2^-(p) |x| for normal y with p significant bits (fp16 11, bf16 8,
    e5m2 3, e4m3 4); toward zero and stochastic: under one gap. */
 MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflow overflow, uint32_t random);
-/* Bits of `type` to fp32. Exact for every value; subnormals are kept; NaN stays NaN with sign and payload, made quiet. */
+/* Bits of `type` to fp32. Exact for every value; subnormals are kept; NaN stays NaN with sign and payload, made
+   quiet. */
 MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type);
 
 /* The common cases by name: nearest even, overflow to inf (e4m3: NaN). Contract as above. */
@@ -335,7 +341,8 @@ typedef struct mpt_fit {
 } mpt_fit;
 
 /* What would become of the values of *h in `type` if all were multiplied by 2^log2_scale first: share that rounds to
-   zero, that lands in the subnormals, that overflows. By exponent only, so values at a bin's edge count with their bin. */
+   zero, that lands in the subnormals, that overflows. By exponent only, so values at a bin's edge count with their
+   bin. */
 MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale);
 
 /* ==== OPERATIONS ==== floor 2
@@ -343,8 +350,8 @@ MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int lo
    Raw arrays in the memory of the context's device, sizes, and no state. Storage F32, F16 or BF16 each; arithmetic and
    sums in fp32. Forward and backward stand side by side. Gradients are named as in papers: dy is dloss/dy.
    `beta` says what happens to the old content of an output, as in BLAS: out = new + beta * out; with 0 it is not read.
-   Letters: N batch, H W height and width, C channels, K filters, R S kernel height and width, P Q output height and width.
-   All calls: MPT_ERROR_ARGUMENT for a NULL array, MPT_ERROR_SHAPE for sizes that do not fit or overflow,
+   Letters: N batch, H W height and width, C channels, K filters, R S kernel height and width, P Q output height and
+   width. All calls: MPT_ERROR_ARGUMENT for a NULL array, MPT_ERROR_SHAPE for sizes that do not fit or overflow,
    MPT_ERROR_TYPE for fp8 arrays. A size of 0 is allowed where nothing is then to do. */
 
 /* c(m,n) = alpha * op(a)(m,k) op(b)(k,n) + beta * c. op(x) is x, or its transpose if trans_x. Row-major: lda is the
@@ -382,8 +389,8 @@ MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *
 MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array w,
                                             float beta, mpt_array dx);
 /* dw(K,R,S,C) likewise from dy and x; the bias gradient is mpt_bias_backward over N P Q rows */
-MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array x,
-                                              float beta, mpt_array dw);
+MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy,
+                                              mpt_array x, float beta, mpt_array dw);
 
 /* y = act(x), n elements; x and y may be the same array. */
 MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y);
@@ -422,8 +429,8 @@ typedef struct mpt_loss_sum {
 } mpt_loss_sum;
 
 /* Softmax cross-entropy with its gradient, in fp32: row loss = log(sum_j exp x_j) - x_label, taken from the row's
-   largest value so that nothing overflows. dx(N,C) = (softmax(x) - onehot(label)) * grad_scale * *loss_scale; dx optional.
-   For the mean over the batch grad_scale is 1 / N. loss_scale points into device memory; NULL means 1.
+   largest value so that nothing overflows. dx(N,C) = (softmax(x) - onehot(label)) * grad_scale * *loss_scale; dx
+   optional. For the mean over the batch grad_scale is 1 / N. loss_scale points into device memory; NULL means 1.
    labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. torch.nn.functional.cross_entropy */
 MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, size_t N, size_t C, mpt_array x, const int32_t *labels,
                                      float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum);
@@ -466,15 +473,15 @@ typedef struct mpt_scaler_desc {
 /* The scaler as plain data: copy it, write it to a file, restore it. Every member is meaningful; no pointers. */
 #define MPT_SCALER_STATE_VERSION 1u
 typedef struct mpt_scaler_state {
-    uint32_t version;         /* MPT_SCALER_STATE_VERSION */
-    float scale;              /* multiply the loss by this */
-    int32_t growth_tracker;   /* clean updates since the last change */
-    int32_t hysteresis_left;  /* overflows that are still forgiven, plus one */
-    int32_t stuck;            /* overflows in a row at the smallest scale */
-    int32_t reserved;         /* 0 */
-    uint64_t updates;         /* calls of the rule */
-    uint64_t overflows;       /* of them with found = 1 */
-    mpt_scaler_desc desc;     /* with the defaults filled in */
+    uint32_t version;        /* MPT_SCALER_STATE_VERSION */
+    float scale;             /* multiply the loss by this */
+    int32_t growth_tracker;  /* clean updates since the last change */
+    int32_t hysteresis_left; /* overflows that are still forgiven, plus one */
+    int32_t stuck;           /* overflows in a row at the smallest scale */
+    int32_t reserved;        /* 0 */
+    uint64_t updates;        /* calls of the rule */
+    uint64_t overflows;      /* of them with found = 1 */
+    mpt_scaler_desc desc;    /* with the defaults filled in */
 } mpt_scaler_state;
 
 /* The settings of other systems, quirks included. Ours is an all-zero mpt_scaler_desc. */
@@ -518,11 +525,11 @@ MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_sta
 
 /* How 16-bit weights are updated. Bytes a parameter beside the 16-bit copy: 4, 0, 2, 2, 0. */
 typedef enum mpt_master {
-    MPT_MASTER_F32 = 0,   /* fp32 masters are updated and rounded to the copies */
-    MPT_MASTER_NONE,      /* no masters: the copies themselves are updated, to nearest (to show what breaks) */
-    MPT_MASTER_SPLIT,     /* bf16 only: the copy and the 16 bits it lacks make an exact fp32 master; ties of the copy are
+    MPT_MASTER_F32 = 0, /* fp32 masters are updated and rounded to the copies */
+    MPT_MASTER_NONE,    /* no masters: the copies themselves are updated, to nearest (to show what breaks) */
+    MPT_MASTER_SPLIT,   /* bf16 only: the copy and the 16 bits it lacks make an exact fp32 master; ties of the copy are
                              rounded away from zero, so that the two can be put together again (TransformerEngine) */
-    MPT_MASTER_KAHAN,     /* the copy and a 16-bit compensation: what rounding cuts off comes back at the next update */
+    MPT_MASTER_KAHAN,   /* the copy and a 16-bit compensation: what rounding cuts off comes back at the next update */
     MPT_MASTER_STOCHASTIC /* the copies themselves are updated, with stochastic rounding (both: arXiv 2010.06192) */
 } mpt_master;
 
@@ -546,9 +553,9 @@ MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, u
 /* Allocates all arrays, zeroed. Reports the first mpt_params_add that failed. */
 MPT_DEF mpt_result mpt_params_build(mpt_params *params);
 /* Slices of the flat arrays in device memory, tensor 1..; tensor 0 gives the whole array. NULL where there is none. */
-MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);  /* fp32 masters */
+MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);    /* fp32 masters */
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor); /* what products read: copy, or master in fp32 */
-MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);    /* fp32 gradients, S times too large before the step */
+MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor); /* fp32 gradients, S times too large before the step */
 /* Number of tensors; elements, name of a tensor (of all with the padding between them for tensor 0, "" ). */
 MPT_DEF int mpt_params_tensors(const mpt_params *params);
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
@@ -575,8 +582,8 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
 
 /* -- Optimizers -- */
 
-/* Learning-rate schedule: a factor of lr, told from the number of applied steps, so that a skipped step does not advance
-   it. First `warmup` steps of a straight rise from warmup_start to 1 (LinearLR); then, counted from there: */
+/* Learning-rate schedule: a factor of lr, told from the number of applied steps, so that a skipped step does not
+   advance it. First `warmup` steps of a straight rise from warmup_start to 1 (LinearLR); then, counted from there: */
 typedef enum mpt_schedule_kind {
     MPT_SCHEDULE_CONSTANT = 0,
     MPT_SCHEDULE_COSINE,          /* from 1 down to `low` in `steps`, where it stays (CosineAnnealingLR) */
@@ -619,7 +626,8 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr);                /* torch.optim.A
 typedef struct mpt_optimizer mpt_optimizer;
 
 /* An optimizer over built params, sharing the scale of `scaler`. Allocates its moments: arrays of fp32, none for SGD
-   without momentum, one with it, two for Adam, three with amsgrad. desc may be NULL. NULL: see mpt_why. Free it before both. */
+   without momentum, one with it, two for Adam, three with amsgrad. desc may be NULL. NULL: see mpt_why. Free it
+   before both. */
 MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc);
 MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt);
 /* Changes lr for the steps to come. */
@@ -631,8 +639,8 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
 /* -- The step --
 
    For each optimizer mpt_unscale, perhaps mpt_clip_norm, mpt_step; then once mpt_scaler_update. A call out of this
-   order returns MPT_ERROR_ORDER and changes nothing. Two passes over memory: unscale reads the gradients, step reads and
-   writes everything. The gradients in memory stay S times too large; step divides as it reads. */
+   order returns MPT_ERROR_ORDER and changes nothing. Two passes over memory: unscale reads the gradients, step reads
+   and writes everything. The gradients in memory stay S times too large; step divides as it reads. */
 
 /* Looks at every gradient: are all finite, what is their norm? torch: GradScaler.unscale_ */
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt);
@@ -667,16 +675,17 @@ typedef struct mpt_optimizer_state {
     double inv_scale;                     /* last check: 1 / S */
     double clip;                          /* factor of mpt_clip_norm; 1 without */
     double clip_value;                    /* limit of mpt_clip_value; 0 without */
-    uint64_t moved, lost;                 /* with desc.meter, last applied step: parameters whose update was not 0; those
+    uint64_t moved, lost;          /* with desc.meter, last applied step: parameters whose update was not 0; those
                                              of them that rounding to 16 bits would lose (an fp32 block: to bf16) */
-    mpt_scan scan;                        /* last check: of the scaled gradients; scan.first is a tensor id, 0: none */
-    mpt_skip journal[MPT_JOURNAL];        /* skipped step number i (from 0) is in [i % MPT_JOURNAL] */
+    mpt_scan scan;                 /* last check: of the scaled gradients; scan.first is a tensor id, 0: none */
+    mpt_skip journal[MPT_JOURNAL]; /* skipped step number i (from 0) is in [i % MPT_JOURNAL] */
 } mpt_optimizer_state;
 
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
-/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: there is none. */
+/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: there is
+   none. */
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
 
 /* ==== MODEL ==== floor 4
@@ -719,11 +728,11 @@ typedef struct mpt_linear_desc {
 } mpt_linear_desc;
 
 typedef struct mpt_conv2d_desc {
-    const char *name;   /* NULL: "conv1", ... */
-    int stride;         /* 0: 1 */
-    int padding;        /* zeros on each side; 0: (kernel - 1) / 2 * dilation, which keeps the size at stride 1 */
-    int no_padding;     /* 1: none */
-    int dilation;       /* 0: 1 */
+    const char *name; /* NULL: "conv1", ... */
+    int stride;       /* 0: 1 */
+    int padding;      /* zeros on each side; 0: (kernel - 1) / 2 * dilation, which keeps the size at stride 1 */
+    int no_padding;   /* 1: none */
+    int dilation;     /* 0: 1 */
     int no_bias;
     mpt_init init;
 } mpt_conv2d_desc;
@@ -770,8 +779,8 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
    MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target);
 
-/* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of that loss, times
-   scale / accumulate, to the parameter gradients; the first call after a step overwrites them. */
+/* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of that loss,
+   times scale / accumulate, to the parameter gradients; the first call after a step overwrites them. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
@@ -787,8 +796,8 @@ MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net);
 /* -- Evaluation -- any number of samples, in batches; weights and the training state stay as they are. */
 
 typedef struct mpt_metrics {
-    double loss;              /* mean over the samples */
-    double accuracy;          /* correct / samples; cross-entropy only */
+    double loss;     /* mean over the samples */
+    double accuracy; /* correct / samples; cross-entropy only */
     uint64_t samples, correct;
 } mpt_metrics;
 
@@ -852,9 +861,9 @@ typedef enum mpt_map { MPT_MAP_CAST = 0, MPT_MAP_ACTIVATION, MPT_MAP_ACTIVATION_
 typedef struct mpt_map_op { /* one output element from the elements of the same index */
     mpt_map map;
     size_t n;
-    mpt_array a, b;        /* cast, activation: a. gradient: a = y, b = dy. add: both */
+    mpt_array a, b; /* cast, activation: a. gradient: a = y, b = dy. add: both */
     mpt_array out;
-    float beta;            /* gradient: of the old out. add: of b */
+    float beta; /* gradient: of the old out. add: of b */
     mpt_activation act;
     mpt_rounding rounding; /* cast */
 } mpt_map_op;
@@ -910,7 +919,8 @@ typedef struct mpt_backend {
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
-    mpt_result (*clip)(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value); /* 0: not this one */
+    /* a limit of 0: not this one */
+    mpt_result (*clip)(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value);
     mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
     /* mpt_scaler_rule with the flags of the `count` optimizers that took part, pointers into device memory, at most
        MPT_OPTIMIZERS. *stuck, on the host: scaler->stuck after this update, or after an earlier one if it runs late. */
@@ -1020,9 +1030,7 @@ MPT_HD int mpt__not_positive(float x) {
     return u == 0 || u - 0x80000000u <= 0x7f800000u;
 }
 
-MPT_HD float mpt__activate(mpt_activation act, float x) {
-    return act == MPT_RELU && mpt__not_positive(x) ? 0.0f : x;
-}
+MPT_HD float mpt__activate(mpt_activation act, float x) { return act == MPT_RELU && mpt__not_positive(x) ? 0.0f : x; }
 
 /* dy times the derivative, told from the output y */
 MPT_HD float mpt__activate_backward(mpt_activation act, float y, float dy) {
@@ -1175,8 +1183,7 @@ MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
     if (d->refill_when_clean) s->hysteresis_left = d->hysteresis;
     if (++s->growth_tracker == d->growth_interval) {
         const float larger = (float)((double)s->scale * d->growth_factor);
-        if (d->unguarded || mpt__finite(larger))
-            s->scale = d->no_max || larger < d->max_scale ? larger : d->max_scale;
+        if (d->unguarded || mpt__finite(larger)) s->scale = d->no_max || larger < d->max_scale ? larger : d->max_scale;
         s->growth_tracker = 0;
         s->hysteresis_left = d->hysteresis;
     }
@@ -1253,13 +1260,14 @@ MPT_HD int mpt__update_lost(mpt_dtype type, float before, float after) {
 /* -- Optimizers: one element --
 
    PyTorch's formulas (torch/optim/sgd.py, adam.py; foreach and fused off), with the fused multiply-adds of its
-   vectorised CPU kernels: operation by operation the same roundings, but for its square root, which may be 1 ulp off. */
+   vectorised CPU kernels: operation by operation the same roundings, but for its square root, which may be 1 ulp
+   off. */
 
 typedef struct mpt__rates { /* constants of one step for one tensor, rounded to fp32 where PyTorch rounds them */
     mpt_optimizer_kind kind;
     int nesterov, first, has_momentum, amsgrad, maximize;
     float inv_scale, clip, clip_value; /* gradient times the first two, within the third unless it is 0 */
-    float lr, decay;       /* AdamW: decay = 1 - lr * weight_decay */
+    float lr, decay;                   /* AdamW: decay = 1 - lr * weight_decay */
     float momentum, undamped;
     float lerp, beta2, square;  /* 1 - beta1, beta2, 1 - beta2 */
     float step_size, root, eps; /* lr / (1 - beta1^t), sqrt(1 - beta2^t) */
@@ -1377,11 +1385,11 @@ MPT_HD void mpt__state_stepped(mpt_optimizer_state *s, const mpt_optimizer_desc 
 #endif
 
 enum {
-    MPT__ALIGN = 64,                        /* of every allocation: a cache line, an AVX-512 register */
-    MPT__OVERHEAD = MPT__ALIGN + 16,        /* room to align, and the header below */
-    MPT__RUN = 32,                          /* elements that elementwise loops take at a time, in fp32 on the stack */
+    MPT__ALIGN = 64,                 /* of every allocation: a cache line, an AVX-512 register */
+    MPT__OVERHEAD = MPT__ALIGN + 16, /* room to align, and the header below */
+    MPT__RUN = 32,                   /* elements that elementwise loops take at a time, in fp32 on the stack */
     MPT__MAX_THREADS = 64,
-    MPT__SCAN_BLOCKS = 64                   /* partial results of a scan */
+    MPT__SCAN_BLOCKS = 64 /* partial results of a scan */
 };
 
 typedef struct mpt__pool mpt__pool;
@@ -1395,13 +1403,13 @@ typedef struct mpt__meter { /* lost updates that one thread saw */
 struct mpt_context {
     mpt_context_desc desc;
     const mpt_backend *backend;
-    void *device;                           /* the backend's own state */
+    void *device; /* the backend's own state */
     const mpt__simd *simd;
     int threads;
-    mpt__pool *pool;                        /* NULL with one thread */
-    float *workspace;                       /* of the CPU engine: MPT__WORKSPACE floats a thread */
-    mpt_scan scans[MPT__SCAN_BLOCKS];       /* partial results of the running scan */
-    mpt__meter meters[MPT__MAX_THREADS];    /* and of the running update */
+    mpt__pool *pool;                     /* NULL with one thread */
+    float *workspace;                    /* of the CPU engine: MPT__WORKSPACE floats a thread */
+    mpt_scan scans[MPT__SCAN_BLOCKS];    /* partial results of the running scan */
+    mpt__meter meters[MPT__MAX_THREADS]; /* and of the running update */
     char why[256];
 };
 
@@ -1433,14 +1441,29 @@ static void mpt__put_double(mpt__text *t, double x) {
     const float f = (float)x;
     int exponent = 0, digits, point, i;
     uint64_t mantissa;
-    if (mpt__is_nan(f)) { mpt__put_string(t, "nan"); return; }
-    if (mpt__bits(f) >> 31) { mpt__put_char(t, '-'); x = -x; }
-    if (!mpt__finite(f)) { mpt__put_string(t, "inf"); return; }
-    if (!(x > 0)) { mpt__put_char(t, '0'); return; }
+    if (mpt__is_nan(f)) {
+        mpt__put_string(t, "nan");
+        return;
+    }
+    if (mpt__bits(f) >> 31) {
+        mpt__put_char(t, '-');
+        x = -x;
+    }
+    if (!mpt__finite(f)) {
+        mpt__put_string(t, "inf");
+        return;
+    }
+    if (!(x > 0)) {
+        mpt__put_char(t, '0');
+        return;
+    }
     for (; x >= 10; exponent++) x /= 10;
     for (; x < 1; exponent--) x *= 10;
     mantissa = (uint64_t)(x * 1e5 + 0.5);
-    if (mantissa >= 1000000) { mantissa /= 10; exponent++; }
+    if (mantissa >= 1000000) {
+        mantissa /= 10;
+        exponent++;
+    }
     for (digits = 6; digits > 1 && mantissa % 10 == 0; digits--) mantissa /= 10;
     if (exponent >= -4 && exponent < 6) { /* plain: move the point */
         char text[6];
@@ -1506,10 +1529,10 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 }
 
 /* Returns from the calling function when a call did not succeed. */
-#define MPT__TRY(call)                                  \
-    do {                                                \
-        const mpt_result mpt__r = (call);               \
-        if (mpt__r != MPT_OK) return mpt__r;            \
+#define MPT__TRY(call)                       \
+    do {                                     \
+        const mpt_result mpt__r = (call);    \
+        if (mpt__r != MPT_OK) return mpt__r; \
     } while (0)
 
 MPT_DEF const char *mpt_why(const mpt_context *ctx) { return ctx ? ctx->why : "the context is NULL"; }
@@ -1630,7 +1653,7 @@ struct mpt__pool {
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     mpt__worker workers[MPT__MAX_THREADS];
-    int started;  /* workers that run */
+    int started; /* workers that run */
     int stopping;
     unsigned job; /* number of the current job; workers wait for it to change */
     int busy;     /* workers that have not finished it */
@@ -1733,9 +1756,9 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
 
 /* ==== SIMD ====
 
-   Bulk loops, once for each instruction set. Plain C is always there; the others compute the same bits. bf16 goes through
-   one loop that the compiler vectorises for each target; fp16 has instructions of its own. (AVX512-BF16's own narrowing
-   is not used: it flushes subnormals.) */
+   Bulk loops, once for each instruction set. Plain C is always there; the others compute the same bits. bf16 goes
+   through one loop that the compiler vectorises for each target; fp16 has instructions of its own. (AVX512-BF16's
+   own narrowing is not used: it flushes subnormals.) */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MPT_NO_SIMD)
 #define MPT__X86
@@ -1842,9 +1865,16 @@ static void mpt__tile_plain(size_t depth, const float *a, const float *b, float 
         for (j = 0; j < N; j++) sums[(size_t)i * stride + (size_t)j] += tile[i][j];
 }
 
-static const mpt__simd mpt__simd_plain = {"plain", mpt__load_f16_plain, mpt__load_bf16_plain, mpt__store_f16_plain,
-                                          mpt__store_bf16_plain, mpt__squares_plain, mpt__update_plain, mpt__tile_plain,
-                                          4, 8};
+static const mpt__simd mpt__simd_plain = {"plain",
+                                          mpt__load_f16_plain,
+                                          mpt__load_bf16_plain,
+                                          mpt__store_f16_plain,
+                                          mpt__store_bf16_plain,
+                                          mpt__squares_plain,
+                                          mpt__update_plain,
+                                          mpt__tile_plain,
+                                          4,
+                                          8};
 
 #ifdef MPT__X86
 
@@ -1864,8 +1894,12 @@ MPT__AVX2 static void mpt__store_f16_avx2(uint16_t *dst, size_t n, const float *
     mpt__store_f16_plain(dst, n, src);
 }
 
-MPT__AVX2 static void mpt__load_bf16_avx2(const uint16_t *src, size_t n, float *dst) { mpt__load_bf16_loop(src, n, dst); }
-MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) { mpt__store_bf16_loop(dst, n, src); }
+MPT__AVX2 static void mpt__load_bf16_avx2(const uint16_t *src, size_t n, float *dst) {
+    mpt__load_bf16_loop(src, n, dst);
+}
+MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) {
+    mpt__store_bf16_loop(dst, n, src);
+}
 
 /* lanes 4 i .. 4 i + 3 are in sum[i]; the products are exact, so fused or not is the same */
 MPT__AVX2 static int mpt__squares_avx2(const float *x, size_t n, double *lanes) {
@@ -1877,8 +1911,10 @@ MPT__AVX2 static int mpt__squares_avx2(const float *x, size_t n, double *lanes) 
     for (; n; n -= MPT__LANES, x += MPT__LANES)
         for (i = 0; i < 8; i += 2) {
             const __m256 f = _mm256_loadu_ps(x + 4 * i);
-            const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(f)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1));
-            bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(f), exponent), exponent));
+            const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(f)),
+                          high = _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1));
+            bad =
+                _mm256_or_si256(bad, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(f), exponent), exponent));
             sum[i] = _mm256_fmadd_pd(low, low, sum[i]);
             sum[i + 1] = _mm256_fmadd_pd(high, high, sum[i + 1]);
         }
@@ -1943,8 +1979,7 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, 
     for (i = 0; i + 8 <= n; i += 8) {
         __m256 x = mpt__mul8(mpt__mul8(_mm256_loadu_ps(g + i), _mm256_set1_ps(r->inv_scale)), _mm256_set1_ps(r->clip));
         __m256 w = _mm256_loadu_ps(p + i);
-        if (r->clip_value > 0)
-            x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
+        if (r->clip_value > 0) x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
         x = _mm256_xor_ps(x, sign);
         w = r->kind == MPT_SGD ? mpt__sgd8(r, w, x, m ? m + i : NULL)
                                : mpt__adam8(r, w, x, m + i, v + i, largest ? largest + i : NULL);
@@ -1960,11 +1995,11 @@ MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, const float *
     for (i = 0; i < 6; i++) tile[i][0] = tile[i][1] = _mm256_setzero_ps();
     for (; depth; depth--, a += 6, b += 16) {
         const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
-#define MPT__ROW(i)                                                        \
-    do {                                                                   \
-        const __m256 x = _mm256_broadcast_ss(a + i);                       \
-        tile[i][0] = _mm256_fmadd_ps(x, left, tile[i][0]);                 \
-        tile[i][1] = _mm256_fmadd_ps(x, right, tile[i][1]);                \
+#define MPT__ROW(i)                                         \
+    do {                                                    \
+        const __m256 x = _mm256_broadcast_ss(a + i);        \
+        tile[i][0] = _mm256_fmadd_ps(x, left, tile[i][0]);  \
+        tile[i][1] = _mm256_fmadd_ps(x, right, tile[i][1]); \
     } while (0)
         MPT__ROW(0);
         MPT__ROW(1);
@@ -1980,8 +2015,16 @@ MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, const float *
     }
 }
 
-static const mpt__simd mpt__simd_avx2 = {"avx2", mpt__load_f16_avx2, mpt__load_bf16_avx2, mpt__store_f16_avx2,
-                                         mpt__store_bf16_avx2, mpt__squares_avx2, mpt__update_avx2, mpt__tile_avx2, 6, 16};
+static const mpt__simd mpt__simd_avx2 = {"avx2",
+                                         mpt__load_f16_avx2,
+                                         mpt__load_bf16_avx2,
+                                         mpt__store_f16_avx2,
+                                         mpt__store_bf16_avx2,
+                                         mpt__squares_avx2,
+                                         mpt__update_avx2,
+                                         mpt__tile_avx2,
+                                         6,
+                                         16};
 
 /* -- AVX-512: wider casts and scans; products and updates as with AVX2 -- */
 
@@ -1995,15 +2038,28 @@ MPT__AVX512 static void mpt__load_f16_avx512(const uint16_t *src, size_t n, floa
 
 MPT__AVX512 static void mpt__store_f16_avx512(uint16_t *dst, size_t n, const float *src) {
     for (; n >= 16; n -= 16, src += 16, dst += 16)
-        _mm256_storeu_si256((__m256i *)(void *)dst, _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(src), _MM_FROUND_TO_NEAREST_INT));
+        _mm256_storeu_si256((__m256i *)(void *)dst,
+                            _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(src), _MM_FROUND_TO_NEAREST_INT));
     mpt__store_f16_plain(dst, n, src);
 }
 
-MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, float *dst) { mpt__load_bf16_loop(src, n, dst); }
-MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const float *src) { mpt__store_bf16_loop(dst, n, src); }
+MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, float *dst) {
+    mpt__load_bf16_loop(src, n, dst);
+}
+MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const float *src) {
+    mpt__store_bf16_loop(dst, n, src);
+}
 
-static const mpt__simd mpt__simd_avx512 = {"avx512", mpt__load_f16_avx512, mpt__load_bf16_avx512, mpt__store_f16_avx512,
-                                           mpt__store_bf16_avx512, mpt__squares_avx2, mpt__update_avx2, mpt__tile_avx2, 6, 16};
+static const mpt__simd mpt__simd_avx512 = {"avx512",
+                                           mpt__load_f16_avx512,
+                                           mpt__load_bf16_avx512,
+                                           mpt__store_f16_avx512,
+                                           mpt__store_bf16_avx512,
+                                           mpt__squares_avx2,
+                                           mpt__update_avx2,
+                                           mpt__tile_avx2,
+                                           6,
+                                           16};
 
 /* The states that the operating system saves: bits 1, 2 for AVX, 5, 6, 7 for AVX-512. */
 static unsigned mpt__saved_states(void) {
@@ -2013,7 +2069,7 @@ static unsigned mpt__saved_states(void) {
 }
 
 static mpt_isa mpt__cpu_isa(void) {
-    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29; /* leaf 1, ecx */
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;                /* leaf 1, ecx */
     const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* leaf 7, ebx: F DQ BW VL */
     unsigned a, b, c, d, states;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | f16c)) != (fma | osxsave | f16c)) return MPT_ISA_PLAIN;
@@ -2036,9 +2092,16 @@ static void mpt__store_f16_neon(uint16_t *dst, size_t n, const float *src) {
     mpt__store_f16_plain(dst, n, src);
 }
 
-static const mpt__simd mpt__simd_neon = {"neon", mpt__load_f16_neon, mpt__load_bf16_plain, mpt__store_f16_neon,
-                                         mpt__store_bf16_plain, mpt__squares_plain, mpt__update_plain, mpt__tile_plain,
-                                         4, 8};
+static const mpt__simd mpt__simd_neon = {"neon",
+                                         mpt__load_f16_neon,
+                                         mpt__load_bf16_plain,
+                                         mpt__store_f16_neon,
+                                         mpt__store_bf16_plain,
+                                         mpt__squares_plain,
+                                         mpt__update_plain,
+                                         mpt__tile_plain,
+                                         4,
+                                         8};
 
 static mpt_isa mpt__cpu_isa(void) { return MPT_ISA_NEON; }
 
@@ -2199,7 +2262,8 @@ static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char 
     size_t n;
     if (mpt__multiply(&n, a, b) && mpt__multiply(&n, n, c) && mpt__multiply(&n, n, d) && n <= (size_t)-1 / 16)
         return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %s of %z x %z x %z x %z elements, whose bytes overflow size_t", call, name, a, b, c, d);
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %s of %z x %z x %z x %z elements, whose bytes overflow size_t", call,
+                    name, a, b, c, d);
 }
 
 static mpt_result mpt__need_context(mpt_context *ctx) { return ctx ? MPT_OK : MPT_ERROR_ARGUMENT; }
@@ -2317,8 +2381,8 @@ MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t I
     return mpt__gemm_run(ctx, "linear_backward_data", "dy", "w", "dx", &op);
 }
 
-MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy,
-                                              mpt_array x, float beta, mpt_array dw) {
+MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array x,
+                                              float beta, mpt_array dw) {
     const mpt_gemm_op op = mpt__gemm_op(1, 0, O, I, N, 1, dy, O, x, I, beta, dw, I);
     return mpt__gemm_run(ctx, "linear_backward_weight", "dy", "x", "dw", &op);
 }
@@ -2345,15 +2409,15 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
     if (!s->stride) s->stride = 1;
     if (!s->dilation) s->dilation = 1;
     if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W, s->C,
-                        s->K, s->R, s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W,
+                        s->C, s->K, s->R, s->S);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
     MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C));
     if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
         s->padding > (size_t)-1 / 64 || mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
         mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: kernel %zx%z, dilation %z, on a %zx%z input with padding %z", s->R,
-                        s->S, s->dilation, s->H, s->W, s->padding);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: kernel %zx%z, dilation %z, on a %zx%z input with padding %z",
+                        s->R, s->S, s->dilation, s->H, s->W, s->padding);
     op->P = mpt__window_count(s->H, s->padding, reach_h + 1, s->stride);
     op->Q = mpt__window_count(s->W, s->padding, reach_w + 1, s->stride);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "y", s->N, op->P, op->Q, s->K));
@@ -2363,14 +2427,15 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
 
 MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q) {
     mpt_conv2d_op op = MPT_ZERO;
-    const mpt_result r = P && Q ? mpt__conv2d_plan(ctx, shape, &op)
-                                : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d_output: P or Q is NULL");
+    const mpt_result r =
+        P && Q ? mpt__conv2d_plan(ctx, shape, &op) : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d_output: P or Q is NULL");
     if (P) *P = r == MPT_OK ? op.P : 0;
     if (Q) *Q = r == MPT_OK ? op.Q : 0;
     return r;
 }
 
-static mpt_result mpt__conv2d_run(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_conv2d_op *op, const char *names) {
+static mpt_result mpt__conv2d_run(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_conv2d_op *op,
+                                  const char *names) {
     MPT__TRY(mpt__need_context(ctx));
     MPT__TRY(mpt__conv2d_plan(ctx, shape, op));
     MPT__TRY(mpt__need(ctx, names, op->pass == MPT_BACKWARD_DATA ? "dx" : "x", op->x));
@@ -2400,8 +2465,8 @@ MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_s
     return mpt__conv2d_run(ctx, shape, &op, "conv2d_backward_data");
 }
 
-MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array x,
-                                              float beta, mpt_array dw) {
+MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy,
+                                              mpt_array x, float beta, mpt_array dw) {
     mpt_conv2d_op op = MPT_ZERO;
     op.pass = MPT_BACKWARD_WEIGHT;
     op.x = x, op.w = dw, op.y = dy;
@@ -2412,9 +2477,12 @@ MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d
 static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_map_op *op) {
     MPT__TRY(mpt__need_context(ctx));
     if (!op->n) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "y" : op->map == MPT_MAP_ADD ? "a" : "x", op->a));
-    if (op->map != MPT_MAP_ACTIVATION)
-        MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ADD ? "b" : "dy", op->b));
+    MPT__TRY(mpt__need(ctx, call,
+                       op->map == MPT_MAP_ACTIVATION_GRADIENT ? "y"
+                       : op->map == MPT_MAP_ADD               ? "a"
+                                                              : "x",
+                       op->a));
+    if (op->map != MPT_MAP_ACTIVATION) MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ADD ? "b" : "dy", op->b));
     MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "dx" : "y", op->out));
     MPT__TRY(mpt__need_act(ctx, call, op->act));
     MPT__TRY(mpt__need_size(ctx, call, "n", op->n, 1, 1, 1));
@@ -2460,18 +2528,19 @@ static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_po
     op->kind = kind;
     *s = *user;
     if (!s->H || !s->W || !s->C || !s->R || !s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C, s->R,
-                        s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C,
+                        s->R, s->S);
     MPT__TRY(mpt__need_size(ctx, "pool2d", "x", s->N, s->H, s->W, s->C));
     if (s->padding > s->R / 2 || s->padding > s->S / 2)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %z is more than half the window %zx%z", s->padding, s->R, s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %z is more than half the window %zx%z", s->padding, s->R,
+                        s->S);
     op->stride_h = s->stride ? s->stride : s->R;
     op->stride_w = s->stride ? s->stride : s->S;
     op->P = s->R > s->H + 2 * s->padding ? 0 : mpt__window_count(s->H, s->padding, s->R, op->stride_h);
     op->Q = s->S > s->W + 2 * s->padding ? 0 : mpt__window_count(s->W, s->padding, s->S, op->stride_w);
     if (!op->P || !op->Q)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zx%z on a %zx%z input with padding %z", s->R, s->S, s->H, s->W,
-                        s->padding);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zx%z on a %zx%z input with padding %z", s->R, s->S, s->H,
+                        s->W, s->padding);
     if (kind == MPT_POOL_MAX && s->R > 65536 / s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zx%z has more than 65536 elements", s->R, s->S);
     return mpt__need_size(ctx, "pool2d", "y", s->N, op->P, op->Q, s->C);
@@ -2524,7 +2593,9 @@ static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_lo
     if (op->dx.data) MPT__TRY(mpt__need(ctx, call, "dx", op->dx));
     if (!op->target || !op->sum)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call,
-                        op->target ? "sum" : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels" : "target");
+                        op->target                           ? "sum"
+                        : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels"
+                                                             : "target");
     if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
     MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
     return ctx->backend->loss(ctx, op);
@@ -2559,8 +2630,8 @@ MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_a
    Products and convolutions as plain loops: what each operation means. The engine below computes the same sums, in
    another order; tests hold the two together. One output element at a time, summed in fp32, rounded once. */
 
-static void mpt__reference_put(const mpt_context *ctx, mpt_array out, size_t i, float sum, float beta, mpt_array bias, size_t column,
-                               mpt_activation act) {
+static void mpt__reference_put(const mpt_context *ctx, mpt_array out, size_t i, float sum, float beta, mpt_array bias,
+                               size_t column, mpt_activation act) {
     if (beta != 0) sum += beta * mpt__get(ctx, out, i);
     if (bias.data) sum += mpt__get(ctx, bias, column);
     sum = mpt__activate(act, sum);
@@ -2581,7 +2652,8 @@ static mpt_result mpt__reference_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     return MPT_OK;
 }
 
-/* Where output position p and kernel row r of a convolution read the input: a row of 0..H-1, or H or more for padding. */
+/* Where output position p and kernel row r of a convolution read the input: a row of 0..H-1, or H or more for
+   padding. */
 static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
     return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
 }
@@ -2602,7 +2674,8 @@ static void mpt__reference_conv2d_forward(const mpt_context *ctx, const mpt_conv
                                 sum += mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c) *
                                        mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c);
                         }
-                    mpt__reference_put(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k, op->act);
+                    mpt__reference_put(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k,
+                                       op->act);
                 }
 }
 
@@ -2623,7 +2696,8 @@ static void mpt__reference_conv2d_backward_data(const mpt_context *ctx, const mp
                                     for (k = 0; k < z.K && mpt__tap(&z, q, s) == w; k++)
                                         sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
                                                mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c);
-                    mpt__reference_put(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
+                    mpt__reference_put(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0,
+                                       MPT_IDENTITY);
                 }
 }
 
@@ -2645,7 +2719,8 @@ static void mpt__reference_conv2d_backward_weight(const mpt_context *ctx, const 
                                     sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
                                            mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c);
                             }
-                    mpt__reference_put(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c, sum, op->beta, none, 0, MPT_IDENTITY);
+                    mpt__reference_put(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c, sum, op->beta, none, 0,
+                                       MPT_IDENTITY);
                 }
 }
 
@@ -2665,7 +2740,7 @@ static mpt_result mpt__reference_conv2d(mpt_context *ctx, const mpt_conv2d_op *o
    ever stored. Blocks do not depend on the number of threads. */
 
 enum {
-    MPT__BLOCK_M = 96,  /* rows and columns of a block of the result: multiples of every kernel's tile */
+    MPT__BLOCK_M = 96, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 128,
     MPT__BLOCK_K = 256, /* depth of the panels: those of a block stay within L2 (96 + 128 KiB) */
     MPT__WORKSPACE = (MPT__BLOCK_M + MPT__BLOCK_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__BLOCK_K
@@ -2688,10 +2763,10 @@ typedef enum mpt__view_kind {
 /* An operand as a table of rows u whose elements v lie in runs in memory. */
 typedef struct mpt__view {
     mpt__view_kind kind;
-    int v_is_depth;           /* v runs along the summed dimension (else along the result's rows or columns) */
+    int v_is_depth; /* v runs along the summed dimension (else along the result's rows or columns) */
     mpt_array data;
-    size_t stride;            /* MATRIX */
-    const mpt_conv2d_op *op;  /* the others */
+    size_t stride;           /* MATRIX */
+    const mpt_conv2d_op *op; /* the others */
 } mpt__view;
 
 /* Where tap (r,s) of PATCHES row (n,p,q) or SPREAD row (n,h,w) is read: an index of its first channel, or -1 for zeros.
@@ -2733,8 +2808,8 @@ static void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t 
     }
 }
 
-/* Copies rows i .. i+rows of the operand, depth l .. l+depth, into panels of `tile` rows: panel[l][row in tile]. Missing
-   rows of the last panel become zeros. line has room for max(rows, depth) floats. */
+/* Copies rows i .. i+rows of the operand, depth l .. l+depth, into panels of `tile` rows: panel[l][row in tile].
+   Missing rows of the last panel become zeros. line has room for max(rows, depth) floats. */
 static void mpt__pack(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l, size_t depth,
                       size_t tile, float *panels, float *line) {
     const size_t padded = (rows + tile - 1) / tile * tile;
@@ -2882,7 +2957,8 @@ static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
 }
 
 /* db(C) = column sums + beta db; in double, rows in order, a run of columns at a time */
-static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta,
+                                       mpt_array db) {
     double sums[MPT__RUN];
     float row[MPT__RUN];
     size_t c, r, e;
@@ -2964,7 +3040,8 @@ static void mpt__map_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_map_op *op = (const mpt_map_op *)w->op;
     size_t i = begin * MPT__RUN;
-    const size_t stop = mpt__min(end * MPT__RUN, op->n), each = op->map == MPT_MAP_CAST ? MPT__RUN * MPT__CAST_RUNS : MPT__RUN;
+    const size_t stop = mpt__min(end * MPT__RUN, op->n),
+                 each = op->map == MPT_MAP_CAST ? MPT__RUN * MPT__CAST_RUNS : MPT__RUN;
     (void)worker;
     for (; i < stop; i += each) {
         const size_t n = mpt__min(stop - i, each);
@@ -2983,7 +3060,8 @@ static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
 
 /* -- Pooling: every output gathers what it needs, in fp32, a run of channels at a time -- */
 
-static void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c, size_t run) {
+static void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q,
+                                  size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
     float best[MPT__RUN], x[MPT__RUN];
@@ -3008,7 +3086,8 @@ static void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *o
     mpt__store(ctx, op->y, out, run, best);
 }
 
-static void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c, size_t run) {
+static void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
+                                   size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
     float sum[MPT__RUN], dy[MPT__RUN];
@@ -3057,14 +3136,18 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
 
 /* -- Losses: one row after the other, so that the sum has one order -- */
 
-static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale, uint64_t *correct) {
+static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
+                                    uint64_t *correct) {
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
     float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, at_label = 0;
     size_t c, best = 0;
     for (c = 0; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
-        if (x > largest) { largest = x; best = c; }
+        if (x > largest) {
+            largest = x;
+            best = c;
+        }
         if (valid && c == (size_t)label) at_label = x;
     }
     for (c = 0; c < op->C; c++) sum += expf(mpt__get(ctx, op->x, row * op->C + c) - largest);
@@ -3095,9 +3178,9 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
     const float scale = op->grad_scale * (op->loss_scale ? *op->loss_scale : 1.0f);
     size_t row;
     for (row = 0; row < op->N; row++)
-        op->sum->loss += (double)(op->kind == MPT_LOSS_CROSS_ENTROPY
-                                      ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
-                                      : mpt__squared_error_row(ctx, op, row, scale));
+        op->sum->loss +=
+            (double)(op->kind == MPT_LOSS_CROSS_ENTROPY ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
+                                                        : mpt__squared_error_row(ctx, op, row, scale));
     op->sum->rows += op->N;
     return MPT_OK;
 }
@@ -3229,11 +3312,13 @@ static void mpt__weights_load(const mpt_update_op *op, size_t i, size_t n, float
     size_t e;
     if (op->master) memcpy(p, op->master + i, n * sizeof *p);
     else
-        for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low ? op->low[i + e] : 0);
+        for (e = 0; e < n; e++)
+            p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low ? op->low[i + e] : 0);
 }
 
 /* first: index of element i within its tensor, which names its random number */
-static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p, int tensor, size_t first) {
+static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p,
+                               int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
     size_t e;
     if (op->master) {
@@ -3243,7 +3328,8 @@ static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, 
     }
     for (e = 0; e < n; e++) {
         const uint32_t random = op->mode == MPT_MASTER_STOCHASTIC
-                                    ? mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e) : 0;
+                                    ? mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e)
+                                    : 0;
         mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[i + e], op->low ? &op->low[i + e] : &none);
     }
 }
@@ -3320,11 +3406,11 @@ static mpt_result mpt__cpu_zero(mpt_context *ctx, void *p, size_t bytes) {
     return MPT_OK;
 }
 
-#define MPT__CPU_TABLE(gemm, conv2d)                                                                                \
-    {                                                                                                               \
-        "cpu", MPT__OVERHEAD, NULL, mpt__host_alloc, mpt__host_free, mpt__cpu_copy, mpt__cpu_copy, mpt__cpu_zero,   \
-            mpt__cpu_scan, mpt__cpu_histogram, mpt__cpu_map, gemm, conv2d, mpt__cpu_column_sums, mpt__cpu_pool2d,   \
-            mpt__cpu_loss, mpt__cpu_check, mpt__cpu_clip, mpt__cpu_update, mpt__cpu_scale                           \
+#define MPT__CPU_TABLE(gemm, conv2d)                                                                              \
+    {                                                                                                             \
+        "cpu", MPT__OVERHEAD, NULL, mpt__host_alloc, mpt__host_free, mpt__cpu_copy, mpt__cpu_copy, mpt__cpu_zero, \
+            mpt__cpu_scan, mpt__cpu_histogram, mpt__cpu_map, gemm, conv2d, mpt__cpu_column_sums, mpt__cpu_pool2d, \
+            mpt__cpu_loss, mpt__cpu_check, mpt__cpu_clip, mpt__cpu_update, mpt__cpu_scale                         \
     }
 
 static const mpt_backend *mpt__cpu_backend(int reference) {
@@ -3339,7 +3425,7 @@ static const mpt_backend *mpt__cpu_backend(int reference) {
 
 struct mpt_scaler {
     mpt_context *ctx;
-    mpt_scaler_state *state;                  /* device */
+    mpt_scaler_state *state;                   /* device */
     mpt_optimizer *optimizers[MPT_OPTIMIZERS]; /* that share the scale; free places are NULL */
 };
 
@@ -3349,8 +3435,8 @@ struct mpt_optimizer {
     mpt_context *ctx;
     mpt_params *params;
     mpt_scaler *scaler;
-    mpt_update_op op;           /* what the backend is given, pointers into device memory */
-    mpt_slice *slices;          /* host copy of op.slices */
+    mpt_update_op op;  /* what the backend is given, pointers into device memory */
+    mpt_slice *slices; /* host copy of op.slices */
     mpt__phase phase;
     uint64_t steps;             /* calls of mpt_step that were carried out */
     mpt_optimizer_state mirror; /* room for a copy of the state on the host */
@@ -3406,19 +3492,23 @@ static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_sta
     if (s->version != MPT_SCALER_STATE_VERSION)
         return mpt_fail(ctx, MPT_ERROR_UNSUPPORTED, "scaler: state of version %d, this is version %d", (int)s->version,
                         (int)MPT_SCALER_STATE_VERSION);
-    if ((unsigned)d->mode > MPT_SCALER_OFF) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: unknown mode %d", (int)d->mode);
+    if ((unsigned)d->mode > MPT_SCALER_OFF)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: unknown mode %d", (int)d->mode);
     if (!mpt__positive(s->scale) && !(d->no_min || d->unguarded))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not a finite number above 0", (double)s->scale);
     if (!mpt__positive(d->init_scale) || !mpt__positive(d->min_scale) || !mpt__positive(d->max_scale))
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: init_scale %g, min_scale %g, max_scale %g must be finite and above 0",
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
+                        "scaler: init_scale %g, min_scale %g, max_scale %g must be finite and above 0",
                         (double)d->init_scale, (double)d->min_scale, (double)d->max_scale);
     if (!mpt__positive((float)d->growth_factor) || d->growth_factor < 1 || !mpt__positive((float)d->backoff_factor) ||
         d->backoff_factor > 1)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: growth_factor %g must be at least 1, backoff_factor %g in (0, 1]",
-                        d->growth_factor, d->backoff_factor);
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
+                        "scaler: growth_factor %g must be at least 1, backoff_factor %g in (0, 1]", d->growth_factor,
+                        d->backoff_factor);
     if (d->growth_interval < 1 || d->hysteresis < 1 || d->patience < 1)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: growth_interval %d, hysteresis %d, patience %d must be positive",
-                        d->growth_interval, d->hysteresis, d->patience);
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
+                        "scaler: growth_interval %d, hysteresis %d, patience %d must be positive", d->growth_interval,
+                        d->hysteresis, d->patience);
     if (d->mode == MPT_SCALER_DYNAMIC &&
         ((!d->no_min && s->scale < d->min_scale) || (!d->no_max && s->scale > d->max_scale)))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not between min_scale %g and max_scale %g",
@@ -3468,7 +3558,8 @@ MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
     mpt_scaler_state s = MPT_ZERO;
     MPT__TRY(mpt_scaler_get_state(scaler, &s));
     if (!mpt__positive(scale))
-        return mpt_fail(scaler->ctx, MPT_ERROR_ARGUMENT, "scaler_set_scale: %g is not a finite number above 0", (double)scale);
+        return mpt_fail(scaler->ctx, MPT_ERROR_ARGUMENT, "scaler_set_scale: %g is not a finite number above 0",
+                        (double)scale);
     s.scale = scale;
     s.growth_tracker = s.desc.late_growth ? -1 : 0;
     s.hysteresis_left = s.desc.hysteresis;
@@ -3483,10 +3574,12 @@ static mpt_result mpt__diverged(mpt_scaler *scaler, int stuck) {
         mpt_optimizer *opt = scaler->optimizers[i];
         mpt_optimizer_state *s = opt ? &opt->mirror : NULL;
         if (!opt || mpt_optimizer_get_state(opt, s) != MPT_OK || !s->found) continue;
-        return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
-                        "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of '%s', %z inf, "
-                        "%z NaN", stuck, 1 / s->inv_scale, mpt_params_name(opt->params, (int)s->scan.first),
-                        (size_t)s->scan.inf, (size_t)s->scan.nan);
+        return mpt_fail(
+            scaler->ctx, MPT_ERROR_DIVERGED,
+            "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of '%s', %z inf, "
+            "%z NaN",
+            stuck, 1 / s->inv_scale, mpt_params_name(opt->params, (int)s->scan.first), (size_t)s->scan.inf,
+            (size_t)s->scan.nan);
     }
     return MPT_OK; /* the last step was finite */
 }
@@ -3503,7 +3596,8 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
             return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: an optimizer was unscaled but not stepped");
         if (opt && opt->phase == MPT__STEPPED) found[count++] = &opt->op.state->found;
     }
-    if (!count) return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: no optimizer was stepped since the last update");
+    if (!count)
+        return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: no optimizer was stepped since the last update");
     MPT__TRY(scaler->ctx->backend->scale(scaler->ctx, scaler->state, found, count, &stuck));
     for (i = 0; i < MPT_OPTIMIZERS; i++)
         if (scaler->optimizers[i]) scaler->optimizers[i]->phase = MPT__READY;
@@ -3525,9 +3619,9 @@ struct mpt_params {
     mpt_params_desc desc;
     mpt__tensor *tensors;
     int count, capacity;
-    mpt_result failed;   /* of the first mpt_params_add that failed, with the reason */
+    mpt_result failed; /* of the first mpt_params_add that failed, with the reason */
     char why[256];
-    size_t elements;     /* of the flat arrays; 0 until built */
+    size_t elements;      /* of the flat arrays; 0 until built */
     float *master, *grad; /* device */
     mpt_array copy;
     uint16_t *low; /* see mpt_update_op */
@@ -3539,7 +3633,8 @@ MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc
     mpt_params *params;
     if (!ctx) return NULL;
     if (desc && (unsigned)desc->type > MPT_BF16) {
-        mpt_fail(ctx, MPT_ERROR_TYPE, "params: copies of type %s; f32, f16 and bf16 are allowed", mpt_dtype_name(desc->type));
+        mpt_fail(ctx, MPT_ERROR_TYPE, "params: copies of type %s; f32, f16 and bf16 are allowed",
+                 mpt_dtype_name(desc->type));
         return NULL;
     }
     if (desc && ((unsigned)desc->master > MPT_MASTER_STOCHASTIC ||
@@ -3590,10 +3685,12 @@ static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size
     mpt__tensor *table, *t;
     if (params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_add '%s': already built", name);
     if (!name || !*name || strlen(name) >= sizeof t->name)
-        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add: the name '%s' is empty or over 63 characters", name);
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add: the name '%s' is empty or over 63 characters",
+                        name);
     if (!count) return mpt_fail(params->ctx, MPT_ERROR_SHAPE, "params_add '%s': count is 0", name);
     if (group >= 1u << 16)
-        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add '%s': group %d is above 1 << 15", name, (int)group);
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add '%s': group %d is above 1 << 15", name,
+                        (int)group);
     MPT__TRY(mpt__need_size(params->ctx, "params_add", name, count, 1, 1, 1));
     table = (mpt__tensor *)mpt__grow(params->ctx, params->tensors, params->count, &params->capacity, sizeof *table);
     if (!table) return MPT_ERROR_NO_MEMORY;
@@ -3726,8 +3823,8 @@ MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *h
     if (!master) return mpt__params_move(params, tensor, host, NULL);
     MPT__TRY(mpt_upload(params->ctx, master, host, mpt_params_count(params, tensor) * sizeof *host));
     if (!params->copy.data) return MPT_OK;
-    return mpt_cast(params->ctx, mpt_params_count(params, tensor), mpt_f32_array(master), mpt_params_weight(params, tensor),
-                    NULL);
+    return mpt_cast(params->ctx, mpt_params_count(params, tensor), mpt_f32_array(master),
+                    mpt_params_weight(params, tensor), NULL);
 }
 
 MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
@@ -3760,8 +3857,8 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
     mpt_result r;
     MPT__TRY(mpt__params_need(params, "params_init", tensor, params));
     if (tensor < 1 || (unsigned)init >= MPT_INIT_COUNT || !fan_in || !fan_out)
-        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_init: tensor %d, init %d, fan_in %z, fan_out %z", tensor,
-                        (int)init, fan_in, fan_out);
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_init: tensor %d, init %d, fan_in %z, fan_out %z",
+                        tensor, (int)init, fan_in, fan_out);
     count = mpt_params_count(params, tensor);
     host = (float *)mpt__host_alloc(params->ctx, count * sizeof *host);
     if (!host) return MPT_ERROR_NO_MEMORY;
@@ -3815,10 +3912,10 @@ static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
     if ((unsigned)s->kind > MPT_SCHEDULE_ONE_CYCLE_LINEAR)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: unknown kind %d", (int)s->kind);
     if (!mpt__not_negative(s->warmup_start) || !mpt__not_negative(s->low) || !mpt__not_negative(s->start))
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: warmup_start %g, low %g, start %g must be finite and at least 0",
-                        s->warmup_start, s->low, s->start);
-    if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
+                        "schedule: warmup_start %g, low %g, start %g must be finite and at least 0", s->warmup_start,
+                        s->low, s->start);
+    if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
     if (one_cycle && !(s->peak * (double)s->steps > 1 && s->peak < 1))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %z steps is not between the first and the last",
                         s->peak, (size_t)s->steps);
@@ -3829,19 +3926,21 @@ static mpt_result mpt__optimizer_check(mpt_context *ctx, const mpt_optimizer_des
     if ((unsigned)d->kind > MPT_ADAMW)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: unknown kind %d", (int)d->kind);
     if (!mpt__not_negative(d->lr) || !mpt__not_negative(d->weight_decay))
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: lr %g and weight_decay %g must be finite and at least 0", d->lr,
-                        d->weight_decay);
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: lr %g and weight_decay %g must be finite and at least 0",
+                        d->lr, d->weight_decay);
     MPT__TRY(mpt__schedule_check(ctx, &d->schedule));
     if (d->kind == MPT_SGD) {
         if (!mpt__not_negative(d->momentum) || !mpt__finite((float)d->dampening))
             return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: momentum %g, dampening %g", d->momentum, d->dampening);
         if (d->nesterov && (!(d->momentum > 0) || d->dampening != 0))
-            return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: nesterov needs momentum > 0 (it is %g) and dampening 0 (%g)",
-                            d->momentum, d->dampening);
+            return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
+                            "optimizer: nesterov needs momentum > 0 (it is %g) and dampening 0 (%g)", d->momentum,
+                            d->dampening);
         return MPT_OK;
     }
     if (!mpt__not_negative(d->beta1) || !mpt__not_negative(d->beta2) || d->beta1 >= 1 || d->beta2 >= 1)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: beta1 %g and beta2 %g must be in [0, 1)", d->beta1, d->beta2);
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: beta1 %g and beta2 %g must be in [0, 1)", d->beta1,
+                        d->beta2);
     if (!mpt__not_negative(d->eps) || !((float)d->eps > 0))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "optimizer: eps %g is not above 0 in fp32", d->eps);
     return MPT_OK;
@@ -3893,8 +3992,8 @@ MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler,
     if (desc && desc->kind != MPT_OPTIMIZER_DEFAULT) d = *desc;
     if (mpt__optimizer_check(params->ctx, &d) != MPT_OK) return NULL;
     if (scaler->ctx != params->ctx || !params->elements) {
-        mpt_fail(params->ctx, MPT_ERROR_ORDER, "optimizer: %s", params->elements ? "params and scaler have different contexts"
-                                                                                  : "params are not built");
+        mpt_fail(params->ctx, MPT_ERROR_ORDER, "optimizer: %s",
+                 params->elements ? "params and scaler have different contexts" : "params are not built");
         return NULL;
     }
     while (place < MPT_OPTIMIZERS && scaler->optimizers[place]) place++;
@@ -3937,7 +4036,8 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
     int t;
     if (!opt) return MPT_ERROR_ARGUMENT;
     if (!mpt__not_negative(lr_factor) || !mpt__not_negative(weight_decay))
-        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_group: lr_factor %g, weight_decay %g", lr_factor, weight_decay);
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_group: lr_factor %g, weight_decay %g", lr_factor,
+                        weight_decay);
     for (t = 0; t < opt->params->count; t++) {
         if (!(opt->params->tensors[t].group & groups)) continue;
         opt->slices[t].lr_factor = lr_factor;
@@ -3962,9 +4062,11 @@ static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     if (opt->phase != MPT__UNSCALED)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "%s: the gradients are %s", call,
-                        opt->phase == MPT__READY ? "still scaled; call mpt_unscale first" : "used up; the step is done");
+                        opt->phase == MPT__READY ? "still scaled; call mpt_unscale first"
+                                                 : "used up; the step is done");
     if (!mpt__not_negative(limit) || !((float)limit > 0))
-        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument, limit);
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument,
+                        limit);
     return opt->ctx->backend->clip(opt->ctx, &opt->op, by_norm ? limit : 0, by_norm ? 0 : limit);
 }
 
@@ -3997,34 +4099,42 @@ MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimiz
 }
 
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) {
-    return opt && moment >= 1 && moment <= 3 ? mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor) : NULL;
+    return opt && moment >= 1 && moment <= 3 ? mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor)
+                                             : NULL;
 }
 
 /* ==== MODEL PARTS ==== */
 
 typedef enum mpt__node_kind {
-    MPT__INPUT = 0, MPT__LINEAR, MPT__CONV2D, MPT__ACTIVATION, MPT__POOL, MPT__FLATTEN, MPT__ADD, MPT__LOSS
+    MPT__INPUT = 0,
+    MPT__LINEAR,
+    MPT__CONV2D,
+    MPT__ACTIVATION,
+    MPT__POOL,
+    MPT__FLATTEN,
+    MPT__ADD,
+    MPT__LOSS
 } mpt__node_kind;
 
 typedef struct mpt__node {
     mpt__node_kind kind;
     char name[32];
-    int in[2];                /* node ids; 0: none */
-    int H, W, C;              /* of a sample */
+    int in[2];                 /* node ids; 0: none */
+    int H, W, C;               /* of a sample */
     int no_bias, weight, bias; /* tensor ids; 0: none */
     mpt_init init;
-    mpt_conv2d_shape conv;    /* N = the batch */
+    mpt_conv2d_shape conv; /* N = the batch */
     mpt_pool pool_kind;
     mpt_pool2d_shape pool;
-    mpt_activation act;       /* of an activation node; of another, an activation fused into it */
+    mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     /* the plan */
-    int consumers;            /* nodes that read this one */
-    int fused;                /* an activation that its input node computes */
-    int needs_gradient;       /* a parameter lies at or below it */
+    int consumers;      /* nodes that read this one */
+    int fused;          /* an activation that its input node computes */
+    int needs_gradient; /* a parameter lies at or below it */
     mpt_dtype type, grad_type;
-    int value, grad, index;   /* buffers; 0: none */
-    int grad_started;         /* in this backward pass: add to the gradient instead of writing it */
+    int value, grad, index; /* buffers; 0: none */
+    int grad_started;       /* in this backward pass: add to the gradient instead of writing it */
 } mpt__node;
 
 /* A piece of the activation block, alive from one moment of a training step to another. */
@@ -4039,7 +4149,7 @@ struct mpt_model {
     mpt_train_desc train; /* defaults filled in */
     mpt__node *nodes;     /* node id i is nodes[i - 1] */
     int count, capacity;
-    mpt_result failed;    /* of the first layer call that failed, with the reason */
+    mpt_result failed; /* of the first layer call that failed, with the reason */
     char why[256];
     int built;
     mpt__buffer *buffers; /* buffer i is buffers[i - 1] */
@@ -4048,12 +4158,12 @@ struct mpt_model {
     mpt_scaler *scaler;
     mpt_optimizer *opt;
     size_t block_bytes, staging_bytes, target_bytes;
-    char *block;            /* device: all activations and their gradients */
-    float *staging;         /* device: a batch of inputs, if they need a cast */
-    void *target;           /* device: a batch of targets */
-    mpt_loss_sum *sums;     /* device: [0] of the running step, [1] of an evaluation */
-    int forward_rows;       /* samples of the forward pass that backward may follow; 0: none */
-    int micro;              /* backward passes since the last step */
+    char *block;        /* device: all activations and their gradients */
+    float *staging;     /* device: a batch of inputs, if they need a cast */
+    void *target;       /* device: a batch of targets */
+    mpt_loss_sum *sums; /* device: [0] of the running step, [1] of an evaluation */
+    int forward_rows;   /* samples of the forward pass that backward may follow; 0: none */
+    int micro;          /* backward passes since the last step */
     uint64_t steps_at_backward;
 };
 
@@ -4112,8 +4222,8 @@ static int mpt__layer_failed(mpt_model *net, mpt_result result) {
     return 0;
 }
 
-/* Starts a node: checks the input id and the state of the model, makes up a name. NULL: failed, and remembered. The node
-   counts only after mpt__layer_done. */
+/* Starts a node: checks the input id and the state of the model, makes up a name. NULL: failed, and remembered. The
+   node counts only after mpt__layer_done. */
 static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
     mpt__node *table, *node;
     int i, number = 1;
@@ -4121,8 +4231,7 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     if (!net || (in == 0 && kind != MPT__INPUT)) return NULL;
     for (i = 0; i < net->count; i++) number += !strncmp(net->nodes[i].name, word, strlen(word));
     if (net->built) r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is built already", word);
-    else if (in < 0 || in > net->count)
-        r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
+    else if (in < 0 || in > net->count) r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
     else if (in && net->nodes[in - 1].kind == MPT__LOSS)
         r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: node %d is a loss; nothing can follow it", word, in);
     else if (name && (!*name || strlen(name) >= sizeof table->name))
@@ -4152,8 +4261,8 @@ static int mpt__layer_done(mpt_model *net) { return ++net->count; }
 static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
     const size_t most = 0x7fffffff;
     if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements", node->name, H,
-                        W, C);
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements",
+                        node->name, H, W, C);
     node->H = (int)H, node->W = (int)W, node->C = (int)C;
     return MPT_OK;
 }
@@ -4195,7 +4304,8 @@ MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_des
 }
 
 /* Shape of a convolution node from its descriptor. */
-static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel, const mpt_conv2d_desc *d) {
+static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel,
+                                    const mpt_conv2d_desc *d) {
     mpt_conv2d_shape *s = &node->conv;
     const int dilation = d->dilation ? d->dilation : 1;
     size_t P, Q;
@@ -4214,8 +4324,8 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
     s->dilation = (size_t)dilation;
     s->padding = d->padding ? (size_t)d->padding : d->no_padding ? 0 : (s->R - 1) / 2 * s->dilation;
     if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: kernel %dx%d, dilation %d, on a %dx%d input with padding %z", node->name,
-                        kernel, kernel, dilation, node->H, node->W, s->padding);
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: kernel %dx%d, dilation %d, on a %dx%d input with padding %z",
+                        node->name, kernel, kernel, dilation, node->H, node->W, s->padding);
     return mpt__layer_size(net, node, P, Q, s->K);
 }
 
@@ -4250,8 +4360,8 @@ static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S,
     s->R = (size_t)R, s->S = (size_t)S;
     s->stride = (size_t)d->stride, s->padding = (size_t)d->padding;
     if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d on a %dx%d input with padding %d", node->name, R, S,
-                        node->H, node->W, d->padding);
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d on a %dx%d input with padding %d", node->name, R,
+                        S, node->H, node->W, d->padding);
     return mpt__layer_size(net, node, P, Q, s->C);
 }
 
@@ -4275,7 +4385,9 @@ MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_
     return mpt__pool_node(net, in, MPT_POOL_AVERAGE, window < 0 ? 0 : window, desc);
 }
 
-MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) { return mpt__pool_node(net, in, MPT_POOL_AVERAGE, -1, NULL); }
+MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) {
+    return mpt__pool_node(net, in, MPT_POOL_AVERAGE, -1, NULL);
+}
 
 MPT_DEF int mpt_flatten(mpt_model *net, int in) {
     mpt__node *node = mpt__layer(net, MPT__FLATTEN, "flatten", NULL, in);
@@ -4289,12 +4401,13 @@ MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
     mpt__node *node = b ? mpt__layer(net, MPT__ADD, "add", NULL, a) : NULL, *other;
     if (!node) return 0;
     if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS)
-        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d to add", node->name, b));
+        return mpt__layer_failed(
+            net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d to add", node->name, b));
     other = mpt__node_of(net, b);
     if (other->H != node->H || other->W != node->W || other->C != node->C)
-        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d", node->name,
-                                               mpt__node_of(net, a)->name, node->H, node->W, node->C, other->name, other->H,
-                                               other->W, other->C));
+        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d",
+                                               node->name, mpt__node_of(net, a)->name, node->H, node->W, node->C,
+                                               other->name, other->H, other->W, other->C));
     node->in[1] = b;
     return mpt__layer_done(net);
 }
@@ -4325,10 +4438,11 @@ static mpt_result mpt__policy_check(mpt_model *net) {
         (p->output == MPT_F32 || p->output == p->compute) &&
         (p->master == MPT_MASTER_F32 || (half && p->param == p->compute)))
         return MPT_OK;
-    return mpt_fail(net->ctx, MPT_ERROR_TYPE,
-                    "policy: param %s, compute %s, output %s, master %d; compute is f32, f16 or bf16, the others f32 or the same, "
-                    "no masters only for 16-bit parameters", mpt_dtype_name(p->param), mpt_dtype_name(p->compute),
-                    mpt_dtype_name(p->output), (int)p->master);
+    return mpt_fail(
+        net->ctx, MPT_ERROR_TYPE,
+        "policy: param %s, compute %s, output %s, master %d; compute is f32, f16 or bf16, the others f32 or the same, "
+        "no masters only for 16-bit parameters",
+        mpt_dtype_name(p->param), mpt_dtype_name(p->compute), mpt_dtype_name(p->output), (int)p->master);
 }
 
 static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) {
@@ -4349,7 +4463,8 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
         losses += net->nodes[i].kind == MPT__LOSS;
     }
     if (losses != 1 || net->nodes[net->count - 1].kind != MPT__LOSS)
-        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: the model needs one loss, as its last node; it has %d", losses);
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: the model needs one loss, as its last node; it has %d",
+                        losses);
     for (i = 0; i < net->count; i++) {
         const mpt__node *node = &net->nodes[i];
         if (node->in[0]) mpt__node_of(net, node->in[0])->consumers++;
@@ -4395,7 +4510,8 @@ static mpt_result mpt__build_params(mpt_model *net) {
         mpt__node *node = &net->nodes[i];
         size_t in, count;
         if (!mpt__has_weights(node)) continue;
-        in = node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0])) : node->conv.R * node->conv.S * node->conv.C;
+        in = node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0]))
+                                       : node->conv.R * node->conv.S * node->conv.C;
         if (!mpt__multiply(&count, in, (size_t)node->C))
             return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %z x %d weights overflow size_t", node->name, in, node->C);
         mpt__print(name, sizeof name, "%s.weight", node->name);
@@ -4471,15 +4587,19 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     for (i = 0; i < n - 1; i++) {
         mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         const int shares = node->fused || node->kind == MPT__FLATTEN;
-        MPT__TRY(mpt__need_size(net->ctx, "model_build", node->name, mpt__node_count(node), (size_t)net->train.batch, (size_t)n * 4, 1));
+        MPT__TRY(mpt__need_size(net->ctx, "model_build", node->name, mpt__node_count(node), (size_t)net->train.batch,
+                                (size_t)n * 4, 1));
         if (shares) node->value = in->value;
         else node->value = mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->type), i, i);
         node->index = node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX
-                          ? mpt__plan_add(net, mpt__node_count(node), sizeof(uint16_t), i, end - i) : 0;
+                          ? mpt__plan_add(net, mpt__node_count(node), sizeof(uint16_t), i, end - i)
+                          : 0;
         node->grad = 0;
         if (node->needs_gradient)
-            node->grad = shares && in->consumers == 1
-                             ? in->grad : mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->grad_type), end - i, end - i);
+            node->grad =
+                shares && in->consumers == 1
+                    ? in->grad
+                    : mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->grad_type), end - i, end - i);
     }
     for (i = 0; i < n; i++) { /* lives, from the readers and writers */
         const mpt__node *node = &net->nodes[i];
@@ -4505,7 +4625,8 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->target = mpt_alloc(net->ctx, net->target_bytes);
     net->sums = (mpt_loss_sum *)mpt_alloc(net->ctx, 2 * sizeof *net->sums);
     if (net->staging_bytes) net->staging = (float *)mpt_alloc(net->ctx, net->staging_bytes);
-    return net->block && net->target && net->sums && (net->staging || !net->staging_bytes) ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    return net->block && net->target && net->sums && (net->staging || !net->staging_bytes) ? MPT_OK
+                                                                                           : MPT_ERROR_NO_MEMORY;
 }
 
 static mpt_result mpt__build_training(mpt_model *net) {
@@ -4573,15 +4694,15 @@ static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows) {
     switch (node->kind) {
     case MPT__LINEAR:
         return mpt_linear_forward(net->ctx, rows, mpt__node_count(mpt__node_of(net, node->in[0])), (size_t)node->C, x,
-                                  mpt_params_weight(net->params, node->weight), mpt__bias_array(net, node->bias), node->act, y);
+                                  mpt_params_weight(net->params, node->weight), mpt__bias_array(net, node->bias),
+                                  node->act, y);
     case MPT__CONV2D:
         return mpt_conv2d_forward(net->ctx, &conv, x, mpt_params_weight(net->params, node->weight),
                                   mpt__bias_array(net, node->bias), node->act, y);
     case MPT__ACTIVATION:
         if (node->fused) return MPT_OK;
         return mpt_activation_forward(net->ctx, node->act, rows * mpt__node_count(node), x, y);
-    case MPT__POOL:
-        return mpt_pool2d_forward(net->ctx, node->pool_kind, &pool, x, y, mpt__pool_index(net, node));
+    case MPT__POOL: return mpt_pool2d_forward(net->ctx, node->pool_kind, &pool, x, y, mpt__pool_index(net, node));
     case MPT__ADD:
         return mpt_add_arrays(net->ctx, rows * mpt__node_count(node), x, 1, mpt__value(net, node->in[1]), node->act, y);
     default: return MPT_OK; /* flatten shares its input's buffer */
@@ -4610,18 +4731,21 @@ static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, m
 }
 
 /* The gradient that `node` hands to its input `to`. */
-static mpt_result mpt__data_backward(mpt_model *net, const mpt__node *node, int to, mpt_array dy, mpt_array y, size_t rows) {
+static mpt_result mpt__data_backward(mpt_model *net, const mpt__node *node, int to, mpt_array dy, mpt_array y,
+                                     size_t rows) {
     const mpt_array dx = mpt__grad(net, to), w = mpt_params_weight(net->params, node->weight);
     const size_t count = rows * mpt__node_count(node);
     mpt_conv2d_shape conv = node->conv;
     mpt_pool2d_shape pool = node->pool;
     float beta;
-    if (!mpt__node_of(net, to)->needs_gradient || dx.data == dy.data) return MPT_OK; /* or shared: it is there already */
+    if (!mpt__node_of(net, to)->needs_gradient || dx.data == dy.data)
+        return MPT_OK; /* or shared: it is there already */
     beta = mpt__grad_beta(net, to);
     conv.N = pool.N = rows;
     switch (node->kind) {
     case MPT__LINEAR:
-        return mpt_linear_backward_data(net->ctx, rows, mpt__node_count(mpt__node_of(net, to)), (size_t)node->C, dy, w, beta, dx);
+        return mpt_linear_backward_data(net->ctx, rows, mpt__node_count(mpt__node_of(net, to)), (size_t)node->C, dy, w,
+                                        beta, dx);
     case MPT__CONV2D: return mpt_conv2d_backward_data(net->ctx, &conv, dy, w, beta, dx);
     case MPT__POOL:
         return mpt_pool2d_backward(net->ctx, node->pool_kind, &pool, dy, mpt__pool_index(net, node), beta, dx);
@@ -4651,7 +4775,8 @@ static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
 }
 
 /* Inputs must be finite, labels in range: told before anything changes. */
-static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float *x, const void *target, size_t samples) {
+static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float *x, const void *target,
+                                   size_t samples) {
     const mpt__node *loss = &net->nodes[net->count - 1];
     const size_t features = mpt__node_count(&net->nodes[0]), outputs = mpt__node_count(loss);
     const float *floats = (const float *)target;
@@ -4661,17 +4786,17 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
     MPT__TRY(mpt__need_size(net->ctx, call, "x", samples, features, 1, 1));
     for (i = 0; i < samples * features; i++)
         if (!mpt__finite(x[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call, net->nodes[0].name,
-                            i / features, i % features, (double)x[i]);
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call,
+                            net->nodes[0].name, i / features, i % features, (double)x[i]);
     if (!target) return MPT_OK;
     for (i = 0; i < samples && loss->loss == MPT_LOSS_CROSS_ENTROPY; i++)
         if (labels[i] < 0 || (size_t)labels[i] >= outputs)
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call, loss->name,
-                            (int)labels[i], i, outputs - 1);
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call,
+                            loss->name, (int)labels[i], i, outputs - 1);
     for (i = 0; i < samples * outputs && loss->loss == MPT_LOSS_SQUARED_ERROR; i++)
         if (!mpt__finite(floats[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g", call, loss->name, i % outputs,
-                            i / outputs, (double)floats[i]);
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g", call, loss->name,
+                            i % outputs, i / outputs, (double)floats[i]);
     return MPT_OK;
 }
 
@@ -4718,7 +4843,8 @@ static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void 
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n) {
     MPT__TRY(mpt__need_built(net, "forward"));
     if (n < 1 || n > net->train.batch)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n, net->train.batch);
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n,
+                        net->train.batch);
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: target is NULL");
     MPT__TRY(mpt__check_batch(net, "forward", x, target, (size_t)n));
     return mpt__train_forward(net, x, target, (size_t)n);
@@ -4730,7 +4856,8 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     if (!net->forward_rows)
         return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: there is no forward pass that it could follow");
     if (net->opt->phase != MPT__READY)
-        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: the gradients are unscaled; step and update the scaler first");
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER,
+                        "backward: the gradients are unscaled; step and update the scaler first");
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
     for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
     net->forward_rows = 0;
@@ -4746,7 +4873,8 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
     batch = (size_t)net->train.batch;
     features = mpt__node_count(&net->nodes[0]);
-    width = net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(&net->nodes[net->count - 1]);
+    width =
+        net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(&net->nodes[net->count - 1]);
     MPT__TRY(mpt__check_batch(net, "train_step", x, target, batch * (size_t)net->train.accumulate));
     net->micro = 0;
     for (i = 0; i < net->train.accumulate; i++) {
@@ -4853,9 +4981,9 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace = net->staging_bytes + net->target_bytes + 2 * sizeof *net->sums + sizeof *net->scaler->state +
                   sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice);
     blocks = 7 + moments + (net->staging ? 1 : 0) + (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
-    m.bookkeeping += blocks * net->ctx->backend->overhead + 6 * host + sizeof *net->scaler + sizeof *p + sizeof *net->opt +
-                     (size_t)p->capacity * sizeof *p->tensors + (size_t)p->count * sizeof(mpt_slice) +
-                     (size_t)net->count * 3 * sizeof *net->buffers;
+    m.bookkeeping += blocks * net->ctx->backend->overhead + 6 * host + sizeof *net->scaler + sizeof *p +
+                     sizeof *net->opt + (size_t)p->capacity * sizeof *p->tensors +
+                     (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * 3 * sizeof *net->buffers;
     return m;
 }
 
@@ -4871,8 +4999,8 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
 
    Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
    documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-   persons to whom the Software is furnished to do so, subject to the following conditions:
+   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+   permit persons to whom the Software is furnished to do so, subject to the following conditions:
 
    The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
    Software.
@@ -4880,4 +5008,5 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
    THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
    WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
    COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-   OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.       */
+   OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   */

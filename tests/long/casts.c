@@ -35,14 +35,11 @@ typedef struct worker {
 
 /* ==== EXPECTED ==== */
 
-static void set_pattern(unsigned char *to, size_t i, uint32_t bits, mpt_dtype type) {
-    const size_t size = mpt_dtype_size(type);
-    test_store(to + i * size, bits, type);
-}
-
 /* The BLOCK floats from pattern `first` on lie on few steps, unless they are NaN. */
 static void expect(const job *work, uint32_t first, unsigned char *out) {
     const uint32_t sign = first & 0x80000000u ? reference_format_of(work->type).sign : 0, from = first & 0x7fffffffu;
+    const int bytes = mpt_dtype_size(work->type) == 1;
+    uint16_t *words = (uint16_t *)(void *)out;
     uint32_t step = 0, high = work->stairs->steps, i = 0;
     while (high - step > 1) { /* the step of `from` lies in step .. high - 1 */
         const uint32_t middle = (step + high) / 2;
@@ -51,10 +48,16 @@ static void expect(const job *work, uint32_t first, unsigned char *out) {
     }
     for (; i < BLOCK && from + i <= 0x7f800000u; step++) {
         const uint32_t bits = sign | reference_step_pattern(work->stairs, step, work->overflow);
-        for (; i < BLOCK && from + i < work->stairs->edge[step + 1]; i++) set_pattern(out, i, bits, work->type);
+        const uint32_t left = work->stairs->edge[step + 1] - from, end = left < BLOCK ? left : BLOCK;
+        if (bytes) memset(out + i, (int)bits, end - i), i = end;
+        else
+            while (i < end) words[i++] = (uint16_t)bits;
     }
-    for (; i < BLOCK; i++)
-        set_pattern(out, i, reference_narrow(first + i, work->type, work->round, work->overflow), work->type);
+    for (; i < BLOCK; i++) {
+        const uint32_t bits = reference_narrow(first + i, work->type, work->round, work->overflow);
+        if (bytes) out[i] = (unsigned char)bits;
+        else words[i] = (uint16_t)bits;
+    }
 }
 
 /* Does the compiler's half type agree with what is expected? It may have its own mind on NaN. */
@@ -75,20 +78,23 @@ static int compiler_agrees(const job *work, const float *x, const unsigned char 
 
 /* ==== NARROWING ==== */
 
-/* One loop a type, so that the compiler knows it. */
+/* One loop for each way to round, so that the compiler knows it. */
 static void narrow_scalar(const job *work, const float *x, unsigned char *out) {
-    const mpt_round round = work->round;
-    const mpt_overflow overflow = work->overflow;
+    uint16_t *words = (uint16_t *)(void *)out;
     size_t i;
-#define NARROW(type) \
-    case type: for (i = 0; i < BLOCK; i++) set_pattern(out, i, mpt_narrow(x[i], type, round, overflow, 0), type); break
-    switch (work->type) {
-        NARROW(MPT_F16);
-        NARROW(MPT_BF16);
-        NARROW(MPT_E4M3);
-        NARROW(MPT_E5M2);
-    default: break;
-    }
+#define NARROW(TYPE, ROUND, OVERFLOW, to, word)                                                    \
+    if (work->type == TYPE && work->round == ROUND && work->overflow == OVERFLOW)                  \
+        for (i = 0; i < BLOCK; i++) to[i] = (word)mpt_narrow(x[i], TYPE, ROUND, OVERFLOW, 0);
+#define NARROW_TYPE(TYPE, to, word)                                         \
+    NARROW(TYPE, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, to, word)             \
+    NARROW(TYPE, MPT_ROUND_NEAREST, MPT_OVERFLOW_SATURATE, to, word)        \
+    NARROW(TYPE, MPT_ROUND_ZERO, MPT_OVERFLOW_INF, to, word)                \
+    NARROW(TYPE, MPT_ROUND_ZERO, MPT_OVERFLOW_SATURATE, to, word)
+    NARROW_TYPE(MPT_F16, words, uint16_t)
+    NARROW_TYPE(MPT_BF16, words, uint16_t)
+    NARROW_TYPE(MPT_E4M3, out, unsigned char)
+    NARROW_TYPE(MPT_E5M2, out, unsigned char)
+#undef NARROW_TYPE
 #undef NARROW
 }
 
@@ -152,7 +158,7 @@ static void widen_all(worker *w, mpt_dtype type) {
     for (i = 0; i < count; i++) {
         const uint32_t wide = reference_widen_pattern(i, type);
         memcpy(w->expected + 4 * i, &wide, 4);
-        set_pattern(w->got, i, i, type);
+        test_store(w->got + i * mpt_dtype_size(type), i, type);
         scalar_wrong += test_bits(mpt_widen(i, type)) != wide;
     }
     CHECK_EQUAL(scalar_wrong, 0);

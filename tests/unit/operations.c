@@ -1,27 +1,31 @@
 /* operations.c - floor 2: every operation, forward and backward, against the double loops of reference.h.
 
-   Each runs in both engines (packed products and plain loops) on 1, 2 and 4 threads; the bits must be the same for any
-   number of threads. The gradients of the reference itself are checked against central differences. */
+   Each runs on every instruction set of this machine and as the library's own plain loops, on 1, 2 and 4 threads; the
+   bits must be the same for any number of threads. The gradients of the reference itself are checked against central
+   differences. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
 #include "../reference.h"
 
-enum { ENGINES = 2, THREADS = 3 };
+/* An engine is the default one, the reference loops, or an instruction set. */
+enum { DEFAULT, REFERENCE, PLAIN, ENGINES = PLAIN + MPT_ISA_COUNT - MPT_ISA_PLAIN, THREADS = 3 };
 
-static mpt_context *contexts[ENGINES][THREADS]; /* the second engine: desc.reference = 1; 1, 2 and 4 threads */
+static mpt_context *contexts[ENGINES][THREADS]; /* on 1, 4 and 2 threads; NULL: not on this machine, or not needed */
 static mpt_context *context;                    /* the first of them; all tensors live in it */
 
 static void open_all(void) {
+    static const int threads[THREADS] = {1, 4, 2};
     int engine, i;
     for (engine = 0; engine < ENGINES; engine++)
-        for (i = 0; i < THREADS; i++) {
+        for (i = 0; i < (engine == DEFAULT ? THREADS : 2); i++) {
             mpt_context_desc desc = MPT_ZERO;
-            desc.threads = 1 << i;
-            desc.reference = engine;
+            desc.threads = threads[i];
+            desc.reference = engine == REFERENCE;
+            desc.isa = engine >= PLAIN ? (mpt_isa)(MPT_ISA_PLAIN + engine - PLAIN) : MPT_ISA_BEST;
             contexts[engine][i] = test_open(&desc);
         }
-    context = contexts[0][0];
+    context = contexts[DEFAULT][0];
 }
 
 static void close_all(void) {
@@ -50,7 +54,7 @@ static void check_op(const char *what, op_call call, const void *args, const tes
     int engine, i, ok = 1;
     CHECK_OK(context, mpt_download(context, old, out->array.data, bytes));
     for (engine = 0; engine < ENGINES; engine++)
-        for (i = 0; i < THREADS; i++) {
+        for (i = 0; i < THREADS && contexts[engine][i]; i++) {
             CHECK_OK(context, mpt_upload(context, out->array.data, old, bytes));
             ok &= CHECK_OK(contexts[engine][i], call(contexts[engine][i], args, t));
             CHECK_OK(context, mpt_download(context, i ? result : first, out->array.data, bytes));
@@ -832,7 +836,7 @@ static void test_loss(const loss_case *c) {
     }
     for (i = 0; i < THREADS; i++) {
         test_tensor_poison(&d.dx);
-        sums[i] = call_loss(contexts[0][i], c, &d, d.dx.array);
+        sums[i] = call_loss(contexts[DEFAULT][i], c, &d, d.dx.array);
         CHECK_OK(context, mpt_download(context, i ? again : first, d.dx.array.data, bytes));
         if (i) CHECK(memcmp(first, again, bytes) == 0);
         CHECK(memcmp(&sums[i], &sums[0], sizeof *sums) == 0);

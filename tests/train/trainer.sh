@@ -7,7 +7,7 @@ trap 'rm -rf "$t"' EXIT
 passed=0 failed=0
 
 check() { # check STATUS WHAT
-    if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "digits.sh: $2"; fi
+    if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "trainer.sh: $2"; fi
 }
 
 # refused STATUS PATTERN OPTION...: exactly one line on stderr, which matches; nothing on stdout.
@@ -99,5 +99,5 @@ done
 cmp -s "$t/1" "$t/2"
 check $? "1 and 2 threads differ: $(cat "$t/1" "$t/2")"
 
-echo "digits.sh: $passed passed, $failed failed"
+echo "trainer.sh: $passed passed, $failed failed"
 [ "$failed" -eq 0 ]
