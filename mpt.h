@@ -1410,6 +1410,7 @@ struct mpt_context {
     float *workspace;                    /* of the CPU engine: MPT__WORKSPACE floats a thread */
     mpt_scan scans[MPT__SCAN_BLOCKS];    /* partial results of the running scan */
     mpt__meter meters[MPT__MAX_THREADS]; /* and of the running update */
+    mpt_result failed; /* result and reason of the last failure */
     char why[256];
 };
 
@@ -1521,6 +1522,7 @@ static void mpt__print(char *out, size_t size, const char *format, ...) {
 MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...) {
     va_list args;
     if (!ctx) return result;
+    ctx->failed = result;
     va_start(args, format);
     mpt__format_list(ctx->why, sizeof ctx->why, format, args);
     va_end(args);
@@ -4505,7 +4507,7 @@ static mpt_result mpt__build_params(mpt_model *net) {
     desc.master = net->policy.master;
     desc.seed = net->train.seed;
     net->params = mpt_params_new(net->ctx, &desc);
-    if (!net->params) return MPT_ERROR_NO_MEMORY;
+    if (!net->params) return net->ctx->failed;
     for (i = 0; i < net->count; i++) {
         mpt__node *node = &net->nodes[i];
         size_t in, count;
@@ -4618,9 +4620,10 @@ static mpt_result mpt__build_plan(mpt_model *net) {
 
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
-    const size_t batch = (size_t)net->train.batch;
-    net->staging_bytes = input->type == MPT_F32 ? 0 : batch * mpt__node_count(input) * sizeof(float);
-    net->target_bytes = batch * (loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss)) * sizeof(float);
+    const size_t batch = (size_t)net->train.batch, features = mpt__node_count(input), outputs = mpt__node_count(loss);
+    const size_t widest = features > outputs ? features : outputs; /* inputs on the way in, outputs on the way out */
+    net->staging_bytes = input->type == MPT_F32 ? 0 : batch * widest * sizeof(float);
+    net->target_bytes = batch * (loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : outputs) * sizeof(float);
     net->block = (char *)mpt_alloc(net->ctx, net->block_bytes);
     net->target = mpt_alloc(net->ctx, net->target_bytes);
     net->sums = (mpt_loss_sum *)mpt_alloc(net->ctx, 2 * sizeof *net->sums);
@@ -4634,9 +4637,9 @@ static mpt_result mpt__build_training(mpt_model *net) {
     if (scaler.mode == MPT_SCALER_DEFAULT && (net->policy.compute != MPT_F16 || net->policy.master == MPT_MASTER_NONE))
         scaler.mode = MPT_SCALER_OFF;
     net->scaler = mpt_scaler_new(net->ctx, &scaler);
-    if (!net->scaler) return MPT_ERROR_ARGUMENT;
+    if (!net->scaler) return net->ctx->failed;
     net->opt = mpt_optimizer_new(net->params, net->scaler, &net->train.optimizer);
-    return net->opt ? MPT_OK : MPT_ERROR_ARGUMENT;
+    return net->opt ? MPT_OK : net->ctx->failed;
 }
 
 static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *train) {
