@@ -408,7 +408,7 @@ typedef struct mpt_pool2d_shape {
 } mpt_pool2d_shape;
 
 MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q);
-/* y(N,P,Q,C) from x(N,H,W,C), same type. Max: index(N,P,Q,C) receives r * S + s of the first largest element for the
+/* y(N,P,Q,C) from x(N,H,W,C). Max: index(N,P,Q,C) receives r * S + s of the first largest element for the
    backward pass; NaN counts as larger than all. Average: index may be NULL. R S at most 65536 for max. */
 MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
                                       mpt_array y, uint16_t *index);
@@ -703,7 +703,7 @@ typedef enum mpt_level {
 typedef struct mpt_policy {
     mpt_dtype param;   /* type the parameters are kept in between steps */
     mpt_dtype compute; /* type products read and activations are stored in */
-    mpt_dtype output;  /* type of the node that the loss reads */
+    mpt_dtype output;  /* type of the value that the loss reads */
     mpt_master master; /* where param is 16 bits: fp32 masters or none */
 } mpt_policy;
 
@@ -1410,7 +1410,7 @@ struct mpt_context {
     float *workspace;                    /* of the CPU engine: MPT__WORKSPACE floats a thread */
     mpt_scan scans[MPT__SCAN_BLOCKS];    /* partial results of the running scan */
     mpt__meter meters[MPT__MAX_THREADS]; /* and of the running update */
-    mpt_result failed; /* result and reason of the last failure */
+    mpt_result failed;                   /* result and reason of the last failure */
     char why[256];
 };
 
@@ -2564,9 +2564,6 @@ static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pool kind, const mpt_poo
     MPT__TRY(mpt__need(ctx, "pool2d", forward ? "x" : "dx", op->x));
     MPT__TRY(mpt__need(ctx, "pool2d", forward ? "y" : "dy", op->y));
     if (kind == MPT_POOL_MAX && !op->index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
-    if (forward && op->x.type != op->y.type)
-        return mpt_fail(ctx, MPT_ERROR_TYPE, "pool2d: x is %s but y is %s", mpt_dtype_name(op->x.type),
-                        mpt_dtype_name(op->y.type));
     return ctx->backend->pool2d(ctx, op);
 }
 
@@ -4161,7 +4158,7 @@ struct mpt_model {
     mpt_optimizer *opt;
     size_t block_bytes, staging_bytes, target_bytes;
     char *block;        /* device: all activations and their gradients */
-    float *staging;     /* device: a batch of inputs, if they need a cast */
+    float *staging;     /* device: a batch in fp32, where inputs and outputs need a cast */
     void *target;       /* device: a batch of targets */
     mpt_loss_sum *sums; /* device: [0] of the running step, [1] of an evaluation */
     int forward_rows;   /* samples of the forward pass that backward may follow; 0: none */
@@ -4481,13 +4478,16 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
 /* Types of values and gradients, what needs a gradient, which activations their input node computes. */
 static void mpt__build_types(mpt_model *net) {
     const mpt_policy *policy = &net->policy;
-    int i;
+    int i, logits = net->nodes[net->count - 1].in[0]; /* where the value that the loss reads is computed */
+    while (net->nodes[logits - 1].consumers == 1 &&
+           (net->nodes[logits - 1].kind == MPT__FLATTEN || net->nodes[logits - 1].kind == MPT__ACTIVATION))
+        logits = net->nodes[logits - 1].in[0];
     for (i = 0; i < net->count; i++) {
         mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
         node->type = in && !mpt__has_weights(node) ? in->type : policy->compute;
-        if (mpt__has_weights(node) && net->nodes[net->count - 1].in[0] == i + 1) node->type = policy->output;
+        if (i + 1 == logits && node->kind != MPT__INPUT) node->type = policy->output;
         node->grad_type = policy->compute;
         node->needs_gradient = mpt__has_weights(node) || (in && in->needs_gradient) ||
                                (node->in[1] && mpt__node_of(net, node->in[1])->needs_gradient);
