@@ -2147,28 +2147,33 @@ MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
 
 /* dst(n) = a[i..i+n) as fp32 */
 static void mpt__load(const mpt_context *ctx, mpt_array a, size_t i, size_t n, float *dst) {
-    const uint8_t *byte = (const uint8_t *)a.data;
+    const uint8_t *byte = (const uint8_t *)a.data + i;
     size_t j;
     switch (a.type) {
     case MPT_F32: memcpy(dst, (const float *)a.data + i, n * sizeof *dst); break;
     case MPT_F16: ctx->simd->load_f16((const uint16_t *)a.data + i, n, dst); break;
     case MPT_BF16: ctx->simd->load_bf16((const uint16_t *)a.data + i, n, dst); break;
+    case MPT_E4M3:
+        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[j], MPT_E4M3);
+        break;
     default:
-        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[i + j], a.type);
+        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[j], MPT_E5M2);
     }
 }
 
 /* a[i..i+n) = src(n), rounded to nearest even */
 static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, const float *src) {
-    uint8_t *byte = (uint8_t *)a.data;
+    uint8_t *byte = (uint8_t *)a.data + i;
     size_t j;
     switch (a.type) {
     case MPT_F32: memcpy((float *)a.data + i, src, n * sizeof *src); break;
     case MPT_F16: ctx->simd->store_f16((uint16_t *)a.data + i, n, src); break;
     case MPT_BF16: ctx->simd->store_bf16((uint16_t *)a.data + i, n, src); break;
+    case MPT_E4M3:
+        for (j = 0; j < n; j++) byte[j] = mpt_e4m3_from_f32(src[j]).bits;
+        break;
     default:
-        for (j = 0; j < n; j++)
-            byte[i + j] = (uint8_t)mpt_narrow(src[j], a.type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+        for (j = 0; j < n; j++) byte[j] = mpt_e5m2_from_f32(src[j]).bits;
     }
 }
 
@@ -2983,18 +2988,28 @@ typedef struct mpt__work {
     const void *op;
 } mpt__work;
 
-/* out[i..i+n) = x(n) with any rounding but the usual one */
-static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const float *x) {
+/* out[i..i+n) = x(n), for a type that the compiler knows: it then folds the format into the loop. */
+MPT__INLINE void mpt__store_rounded_as(mpt_dtype type, const mpt_map_op *op, size_t i, size_t n, const float *x) {
     const mpt_rounding *r = &op->rounding;
-    const size_t size = mpt_dtype_size(op->out.type);
-    char *out = (char *)op->out.data + i * size;
+    const int stochastic = r->round == MPT_ROUND_STOCHASTIC;
+    uint8_t *byte = (uint8_t *)op->out.data;
+    uint16_t *half = (uint16_t *)op->out.data;
     size_t e;
-    for (e = 0; e < n; e++, out += size) {
-        const uint32_t random = r->round == MPT_ROUND_STOCHASTIC ? mpt_hash(r->seed, r->step, r->tensor, i + e) : 0;
-        const uint32_t bits = mpt_narrow(x[e], op->out.type, r->round, r->overflow, random);
-        const uint16_t half = (uint16_t)bits;
-        const uint8_t byte = (uint8_t)bits;
-        memcpy(out, size == 4 ? (const void *)&bits : size == 2 ? (const void *)&half : (const void *)&byte, size);
+    for (e = 0; e < n; e++) {
+        const uint32_t random = stochastic ? mpt_hash(r->seed, r->step, r->tensor, i + e) : 0;
+        const uint32_t bits = mpt_narrow(x[e], type, r->round, r->overflow, random);
+        if (type == MPT_F16 || type == MPT_BF16) half[i + e] = (uint16_t)bits;
+        else byte[i + e] = (uint8_t)bits;
+    }
+}
+
+/* out[i..i+n) = x(n) with any rounding, to a type narrower than fp32 */
+static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const float *x) {
+    switch (op->out.type) {
+    case MPT_F16: mpt__store_rounded_as(MPT_F16, op, i, n, x); break;
+    case MPT_BF16: mpt__store_rounded_as(MPT_BF16, op, i, n, x); break;
+    case MPT_E4M3: mpt__store_rounded_as(MPT_E4M3, op, i, n, x); break;
+    default: mpt__store_rounded_as(MPT_E5M2, op, i, n, x);
     }
 }
 
