@@ -1758,9 +1758,9 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
 
 /* ==== SIMD ====
 
-   Bulk loops, once for each instruction set. Plain C is always there; the others compute the same bits. bf16 goes
-   through one loop that the compiler vectorises for each target; fp16 has instructions of its own. (AVX512-BF16's
-   own narrowing is not used: it flushes subnormals.) */
+   Bulk loops, once for each instruction set. Plain C is always there; the others give the same bits, but for products,
+   whose sums they order and fuse in their own way. (The narrowing of AVX512-BF16 is not used: it flushes subnormals.
+   That of AVX512-FP16 has nothing that F16C has not.) */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MPT_NO_SIMD)
 #define MPT__X86
@@ -1775,13 +1775,6 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
 #define MPT__INLINE static inline __attribute__((always_inline))
 #else
 #define MPT__INLINE static inline
-#endif
-
-/* A function for one instruction set, vectorised also at -O2. */
-#if defined(__clang__) || !defined(__GNUC__)
-#define MPT__TARGET(isa) __attribute__((target(isa)))
-#else
-#define MPT__TARGET(isa) __attribute__((target(isa), optimize("O3")))
 #endif
 
 enum { MPT__LANES = 32 }; /* sums that a scan keeps side by side */
@@ -1801,33 +1794,6 @@ struct mpt__simd {
     size_t tile_m, tile_n;
 };
 
-MPT__INLINE void mpt__load_bf16_loop(const uint16_t *src, size_t n, float *dst) {
-    size_t i;
-    for (i = 0; i < n; i++) {
-        const uint32_t u = (uint32_t)src[i] << 16;
-        dst[i] = mpt__float(u | ((u & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0));
-    }
-}
-
-MPT__INLINE void mpt__store_bf16_loop(uint16_t *dst, size_t n, const float *src) {
-    size_t i;
-    for (i = 0; i < n; i++) {
-        const uint32_t u = mpt__bits(src[i]), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = u >> 16 | 0x40u;
-        dst[i] = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-    }
-}
-
-MPT__INLINE int mpt__squares_loop(const float *x, size_t n, double *lanes) {
-    uint32_t bad = 0;
-    size_t i, l;
-    for (i = 0; i < n; i += MPT__LANES)
-        for (l = 0; l < MPT__LANES; l++) {
-            bad |= (uint32_t)!mpt__finite(x[i + l]);
-            lanes[l] += (double)x[i + l] * (double)x[i + l]; /* exact products */
-        }
-    return bad != 0;
-}
-
 /* -- Plain C -- */
 
 static void mpt__load_f16_plain(const uint16_t *src, size_t n, float *dst) {
@@ -1840,9 +1806,32 @@ static void mpt__store_f16_plain(uint16_t *dst, size_t n, const float *src) {
     for (i = 0; i < n; i++) dst[i] = mpt_f16_from_f32(src[i]).bits;
 }
 
-static void mpt__load_bf16_plain(const uint16_t *src, size_t n, float *dst) { mpt__load_bf16_loop(src, n, dst); }
-static void mpt__store_bf16_plain(uint16_t *dst, size_t n, const float *src) { mpt__store_bf16_loop(dst, n, src); }
-static int mpt__squares_plain(const float *x, size_t n, double *lanes) { return mpt__squares_loop(x, n, lanes); }
+static void mpt__load_bf16_plain(const uint16_t *src, size_t n, float *dst) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const uint32_t u = (uint32_t)src[i] << 16;
+        dst[i] = mpt__float(u | ((u & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0));
+    }
+}
+
+static void mpt__store_bf16_plain(uint16_t *dst, size_t n, const float *src) {
+    size_t i;
+    for (i = 0; i < n; i++) {
+        const uint32_t u = mpt__bits(src[i]), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = u >> 16 | 0x40u;
+        dst[i] = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    }
+}
+
+static int mpt__squares_plain(const float *x, size_t n, double *lanes) {
+    uint32_t bad = 0;
+    size_t i, l;
+    for (i = 0; i < n; i += MPT__LANES)
+        for (l = 0; l < MPT__LANES; l++) {
+            bad |= (uint32_t)!mpt__finite(x[i + l]);
+            lanes[l] += (double)x[i + l] * (double)x[i + l]; /* exact products */
+        }
+    return bad != 0;
+}
 
 static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
                               float *largest) {
@@ -1882,7 +1871,7 @@ static const mpt__simd mpt__simd_plain = {"plain",
 
 /* -- AVX2, FMA, F16C -- */
 
-#define MPT__AVX2 MPT__TARGET("avx2,fma,f16c")
+#define MPT__AVX2 __attribute__((target("avx2,fma,f16c")))
 
 MPT__AVX2 static void mpt__load_f16_avx2(const uint16_t *src, size_t n, float *dst) {
     for (; n >= 8; n -= 8, src += 8, dst += 8)
@@ -1897,30 +1886,60 @@ MPT__AVX2 static void mpt__store_f16_avx2(uint16_t *dst, size_t n, const float *
 }
 
 MPT__AVX2 static void mpt__load_bf16_avx2(const uint16_t *src, size_t n, float *dst) {
-    mpt__load_bf16_loop(src, n, dst);
-}
-MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) {
-    mpt__store_bf16_loop(dst, n, src);
+    const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x400000));
+    for (; n >= 8; n -= 8, src += 8, dst += 8) {
+        const __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)src));
+        const __m256 x = _mm256_castsi256_ps(_mm256_slli_epi32(half, 16));
+        _mm256_storeu_ps(dst, _mm256_or_ps(x, _mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q), quiet)));
+    }
+    mpt__load_bf16_plain(src, n, dst);
 }
 
-/* lanes 4 i .. 4 i + 3 are in sum[i]; the products are exact, so fused or not is the same */
+MPT__AVX2 static inline __m256i mpt__round_bf16x8(__m256i u) {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+}
+
+/* sixteen at a time; those with a NaN among them in plain C */
+MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) {
+    for (; n >= 16; n -= 16, src += 16, dst += 16) {
+        const __m256 low = _mm256_loadu_ps(src), high = _mm256_loadu_ps(src + 8);
+        const __m256i both = _mm256_packus_epi32(mpt__round_bf16x8(_mm256_castps_si256(low)),
+                                                 mpt__round_bf16x8(_mm256_castps_si256(high)));
+        if (_mm256_movemask_ps(_mm256_cmp_ps(low, high, _CMP_UNORD_Q))) mpt__store_bf16_plain(dst, 16, src);
+        else _mm256_storeu_si256((__m256i *)(void *)dst, _mm256_permute4x64_epi64(both, 0xd8));
+    }
+    mpt__store_bf16_plain(dst, n, src);
+}
+
+/* Loops over registers are written out: at -O2 gcc would keep an array in memory. */
+#define MPT__EACH_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define MPT__EACH_6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+
+/* lanes 4 i .. 4 i + 3 are in sum<i>; the products are exact, so fused or not is the same */
 MPT__AVX2 static int mpt__squares_avx2(const float *x, size_t n, double *lanes) {
     const __m256i exponent = _mm256_set1_epi32(0x7f800000);
     __m256i bad = _mm256_setzero_si256();
-    __m256d sum[8];
-    int i;
-    for (i = 0; i < 8; i++) sum[i] = _mm256_loadu_pd(lanes + 4 * i);
-    for (; n; n -= MPT__LANES, x += MPT__LANES)
-        for (i = 0; i < 8; i += 2) {
-            const __m256 f = _mm256_loadu_ps(x + 4 * i);
-            const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(f)),
-                          high = _mm256_cvtps_pd(_mm256_extractf128_ps(f, 1));
-            bad =
-                _mm256_or_si256(bad, _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(f), exponent), exponent));
-            sum[i] = _mm256_fmadd_pd(low, low, sum[i]);
-            sum[i + 1] = _mm256_fmadd_pd(high, high, sum[i + 1]);
+    size_t i;
+#define MPT__X(i) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
+    MPT__EACH_8(MPT__X)
+#undef MPT__X
+    for (; n; n -= MPT__LANES, x += MPT__LANES) {
+        for (i = 0; i < MPT__LANES; i += 8) {
+            const __m256i u = _mm256_loadu_si256((const __m256i *)(const void *)(x + i));
+            bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(_mm256_and_si256(u, exponent), exponent));
         }
-    for (i = 0; i < 8; i++) _mm256_storeu_pd(lanes + 4 * i, sum[i]);
+#define MPT__X(i)                                                        \
+    {                                                                    \
+        const __m256d square = _mm256_cvtps_pd(_mm_loadu_ps(x + 4 * i)); \
+        sum##i = _mm256_fmadd_pd(square, square, sum##i);                \
+    }
+        MPT__EACH_8(MPT__X)
+#undef MPT__X
+    }
+#define MPT__X(i) _mm256_storeu_pd(lanes + 4 * i, sum##i);
+    MPT__EACH_8(MPT__X)
+#undef MPT__X
     return _mm256_movemask_epi8(bad) != 0;
 }
 
@@ -1992,29 +2011,26 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, 
 
 /* 6 x 16 sums in twelve registers */
 MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
-    __m256 tile[6][2];
-    int i;
-    for (i = 0; i < 6; i++) tile[i][0] = tile[i][1] = _mm256_setzero_ps();
+#define MPT__X(i) __m256 left##i = _mm256_setzero_ps(), right##i = left##i;
+    MPT__EACH_6(MPT__X)
+#undef MPT__X
     for (; depth; depth--, a += 6, b += 16) {
         const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
-#define MPT__ROW(i)                                         \
-    do {                                                    \
-        const __m256 x = _mm256_broadcast_ss(a + i);        \
-        tile[i][0] = _mm256_fmadd_ps(x, left, tile[i][0]);  \
-        tile[i][1] = _mm256_fmadd_ps(x, right, tile[i][1]); \
-    } while (0)
-        MPT__ROW(0);
-        MPT__ROW(1);
-        MPT__ROW(2);
-        MPT__ROW(3);
-        MPT__ROW(4);
-        MPT__ROW(5);
-#undef MPT__ROW
+#define MPT__X(i)                                         \
+    {                                                     \
+        const __m256 row = _mm256_broadcast_ss(a + i);    \
+        left##i = _mm256_fmadd_ps(row, left, left##i);    \
+        right##i = _mm256_fmadd_ps(row, right, right##i); \
     }
-    for (i = 0; i < 6; i++, sums += stride) {
-        _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), tile[i][0]));
-        _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), tile[i][1]));
+        MPT__EACH_6(MPT__X)
+#undef MPT__X
     }
+#define MPT__X(i)                                                                   \
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), left##i));          \
+    _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), right##i)); \
+    sums += stride;
+    MPT__EACH_6(MPT__X)
+#undef MPT__X
 }
 
 static const mpt__simd mpt__simd_avx2 = {"avx2",
@@ -2028,9 +2044,9 @@ static const mpt__simd mpt__simd_avx2 = {"avx2",
                                          6,
                                          16};
 
-/* -- AVX-512: wider casts and scans; products and updates as with AVX2 -- */
+/* -- AVX-512: wider casts; the rest as with AVX2 -- */
 
-#define MPT__AVX512 MPT__TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define MPT__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 
 MPT__AVX512 static void mpt__load_f16_avx512(const uint16_t *src, size_t n, float *dst) {
     for (; n >= 16; n -= 16, src += 16, dst += 16)
@@ -2045,16 +2061,23 @@ MPT__AVX512 static void mpt__store_f16_avx512(uint16_t *dst, size_t n, const flo
     mpt__store_f16_plain(dst, n, src);
 }
 
-MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, float *dst) {
-    mpt__load_bf16_loop(src, n, dst);
-}
 MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const float *src) {
-    mpt__store_bf16_loop(dst, n, src);
+    for (; n >= 16; n -= 16, src += 16, dst += 16) {
+        const __m512 x = _mm512_loadu_ps(src);
+        const __m512i u = _mm512_castps_si512(x), top = _mm512_maskz_srli_epi32(0xffff, u, 16);
+        const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+        const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+        const __m512i rounded =
+            _mm512_mask_or_epi32(_mm512_maskz_srli_epi32(0xffff, sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), top,
+                                 _mm512_set1_epi32(0x40));
+        _mm256_storeu_si256((__m256i *)(void *)dst, _mm512_maskz_cvtepi32_epi16(0xffff, rounded));
+    }
+    mpt__store_bf16_plain(dst, n, src);
 }
 
 static const mpt__simd mpt__simd_avx512 = {"avx512",
                                            mpt__load_f16_avx512,
-                                           mpt__load_bf16_avx512,
+                                           mpt__load_bf16_avx2,
                                            mpt__store_f16_avx512,
                                            mpt__store_bf16_avx512,
                                            mpt__squares_avx2,

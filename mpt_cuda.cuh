@@ -217,7 +217,7 @@ static mpt_result mptc__enter(mpt_context *ctx) {
 static void *mptc__malloc(mpt_context *ctx, size_t bytes) {
     void *p = NULL;
     size_t available = 0, total = 0;
-    const cudaError_t e = cudaMalloc(&p, bytes);
+    const cudaError_t e = bytes <= (size_t)-1 / 2 ? cudaMalloc(&p, bytes) : cudaErrorMemoryAllocation;
     if (e == cudaSuccess) return p;
     cudaGetLastError(); /* it has been told */
     if (e != cudaErrorMemoryAllocation) mptc__failed(ctx, 0, "cudaMalloc", __LINE__, cudaGetErrorString(e));

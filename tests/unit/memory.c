@@ -77,7 +77,7 @@ static mpt_result add_tensors(mpt_params *params) {
     mpt_result r = MPT_OK;
     int i;
     for (i = 1; i <= 40; i++) {
-        char name[16];
+        char name[32];
         snprintf(name, sizeof name, "tensor %d", i);
         NEED(mpt_params_add(params, name, 10, 0) == i);
     }

@@ -11,8 +11,9 @@
 #define TEST_STRIDE 256
 #endif
 
+/* How many patterns a 16- or 8-bit type has; of fp32 the largest one. */
 static uint32_t patterns(mpt_dtype type) {
-    return (uint32_t)1 << (8 * mpt_dtype_size(type));
+    return type == MPT_F32 ? 0xffffffffu : (uint32_t)1 << (8 * mpt_dtype_size(type));
 }
 
 /* ==== WIDENING ==== */
@@ -264,7 +265,7 @@ static mpt_context *contexts[3]; /* plain C; 2 and 4 threads with this machine's
 /* Patterns of every kind: for 8 bits all of them again and again, else spread over the whole range. */
 static uint32_t any_pattern(mpt_dtype type, size_t i) {
     if (mpt_dtype_size(type) == 1) return (uint32_t)(i * 7 & 255);
-    return mpt_hash(99, 0, type, i) & (patterns(type) - 1);
+    return mpt_hash(99, 0, type, i) % patterns(type);
 }
 
 typedef struct raw { /* n elements of a type in device memory, `lead` elements after its start, bytes on the host too */

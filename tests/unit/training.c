@@ -107,7 +107,7 @@ static void test_scaler_defaults(void) {
 
 static void check_bad_scaler(mpt_context *ctx, const mpt_scaler_desc *desc, const char *word) {
     mpt_scaler *scaler = mpt_scaler_new(ctx, desc);
-    CHECK(scaler == NULL);
+    if (!CHECK(scaler == NULL)) printf("    with a bad %s\n", word);
     test_check_reason(ctx, word, __FILE__, __LINE__);
     mpt_scaler_free(scaler);
 }
@@ -794,13 +794,18 @@ static void test_divergence(mpt_context *ctx, mpt_scaler_mode mode) {
 
 /* A scale so small that 1 / scale is inf in fp32 must not make NaN of zeros. */
 static void test_tiny_scale(mpt_context *ctx) {
+    const volatile float tiny = test_float(0x00000001u); /* 2^-149 */
     mpt_scaler_desc scaler = MPT_ZERO;
     snapshot kept;
     trainer t;
+    if (!(tiny > 0)) { /* -Ofast lets the CPU take it for 0; then no scale is that small */
+        test_counts.skipped++;
+        return;
+    }
     scaler.no_min = 1;
     t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, &scaler, 10, 10);
     set_weights(&t, 1);
-    CHECK_OK(ctx, mpt_scaler_set_scale(t.scaler, test_float(0x00000001u))); /* 2^-149 */
+    CHECK_OK(ctx, mpt_scaler_set_scale(t.scaler, tiny));
     kept = take(&t);
     step(&t);
     CHECK(same(kept, take(&t)));
