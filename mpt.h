@@ -1241,13 +1241,15 @@ MPT_HD float mpt__weight_load(mpt_master mode, mpt_dtype type, uint16_t copy, ui
 MPT_HD void mpt__weight_store(mpt_master mode, mpt_dtype type, float value, uint32_t random, uint16_t *copy,
                               uint16_t *low) {
     const mpt_round round = mode == MPT_MASTER_STOCHASTIC ? MPT_ROUND_STOCHASTIC : MPT_ROUND_NEAREST;
-    if (mode == MPT_MASTER_SPLIT) {
-        *copy = (uint16_t)((mpt__bits(value) + 0x8000u) >> 16);
-        *low = (uint16_t)mpt__bits(value);
+    const uint32_t u = mpt__bits(value);
+    if (mode == MPT_MASTER_SPLIT && mpt__finite(value)) {
+        *copy = (uint16_t)((u + 0x8000u) >> 16);
+        *low = (uint16_t)u;
         return;
     }
     *copy = (uint16_t)mpt_narrow(value, type, round, MPT_OVERFLOW_INF, random);
-    if (mode == MPT_MASTER_KAHAN)
+    *low = 0; /* what is not finite has no rest */
+    if (mode == MPT_MASTER_KAHAN && mpt__finite(mpt_widen(*copy, type)))
         *low = (uint16_t)mpt_narrow(mpt__add(value, -mpt_widen(*copy, type)), type, round, MPT_OVERFLOW_INF, 0);
 }
 
@@ -1335,12 +1337,13 @@ MPT_HD void mpt__state_checked(mpt_optimizer_state *s, const mpt_scaler_state *s
                                int tensors, const mpt_scan *scan) {
     int t = 0;
     s->scan = *scan;
-    s->inv_scale = (float)(1.0 / scaler->scale); /* inf for a scale under 2^-128: found, like any overflow */
-    s->found = scan->inf || scan->nan || !mpt__finite((float)s->inv_scale);
+    s->inv_scale = (float)(1.0 / scaler->scale);
     s->grad_norm = sqrt(scan->sum_squares) * s->inv_scale;
     s->clip = 1;
     s->clip_value = 0;
-    if (s->found)
+    /* A finite gradient may still overflow when it is divided by a scale below 1; then the norm does, too. */
+    s->found = scan->inf || scan->nan || !mpt__finite((float)s->grad_norm);
+    if (scan->inf || scan->nan)
         while (t < tensors && slices[t].offset <= scan->first) t++;
     s->scan.first = (uint64_t)t;
 }
@@ -3604,43 +3607,44 @@ MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
     return mpt_scaler_set_state(scaler, &s);
 }
 
-/* Names the tensor that keeps overflowing. */
-static mpt_result mpt__diverged(mpt_scaler *scaler, int stuck) {
+/* Names the tensor that keeps overflowing, of the optimizers that took part in this update. */
+static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *stepped, int count, int stuck) {
     int i;
-    for (i = 0; i < MPT_OPTIMIZERS; i++) {
-        mpt_optimizer *opt = scaler->optimizers[i];
-        mpt_optimizer_state *s = opt ? &opt->mirror : NULL;
-        if (!opt || mpt_optimizer_get_state(opt, s) != MPT_OK || !s->found) continue;
-        return mpt_fail(
-            scaler->ctx, MPT_ERROR_DIVERGED,
-            "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of '%s', %z inf, "
-            "%z NaN",
-            stuck, 1 / s->inv_scale, mpt_params_name(opt->params, (int)s->scan.first), (size_t)s->scan.inf,
-            (size_t)s->scan.nan);
+    for (i = 0; i < count; i++) {
+        mpt_optimizer_state *s = &stepped[i]->mirror;
+        MPT__TRY(mpt_optimizer_get_state(stepped[i], s));
+        if (s->found)
+            return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
+                            "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of "
+                            "'%s', %z inf, %z NaN",
+                            stuck, 1 / s->inv_scale, mpt_params_name(stepped[i]->params, (int)s->scan.first),
+                            (size_t)s->scan.inf, (size_t)s->scan.nan);
     }
-    return MPT_OK; /* the last step was finite */
+    return MPT_OK; /* a device that tells `stuck` late: this step was finite */
 }
 
 MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
     const int32_t *found[MPT_OPTIMIZERS];
+    mpt_optimizer *stepped[MPT_OPTIMIZERS];
     mpt_scaler_state s = MPT_ZERO;
     int32_t stuck = 0;
     int i, count = 0;
     if (!scaler) return MPT_ERROR_ARGUMENT;
     for (i = 0; i < MPT_OPTIMIZERS; i++) {
-        const mpt_optimizer *opt = scaler->optimizers[i];
-        if (opt && opt->phase == MPT__UNSCALED)
+        mpt_optimizer *opt = scaler->optimizers[i];
+        if (!opt || opt->phase == MPT__READY) continue;
+        if (opt->phase == MPT__UNSCALED)
             return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: an optimizer was unscaled but not stepped");
-        if (opt && opt->phase == MPT__STEPPED) found[count++] = &opt->op.state->found;
+        found[count] = &opt->op.state->found;
+        stepped[count++] = opt;
     }
     if (!count)
         return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: no optimizer was stepped since the last update");
     MPT__TRY(scaler->ctx->backend->scale(scaler->ctx, scaler->state, found, count, &stuck));
-    for (i = 0; i < MPT_OPTIMIZERS; i++)
-        if (scaler->optimizers[i]) scaler->optimizers[i]->phase = MPT__READY;
+    for (i = 0; i < count; i++) stepped[i]->phase = MPT__READY;
     if (!stuck) return MPT_OK;
     MPT__TRY(mpt_scaler_get_state(scaler, &s));
-    return stuck >= s.desc.patience ? mpt__diverged(scaler, stuck) : MPT_OK;
+    return stuck >= s.desc.patience ? mpt__diverged(scaler, stepped, count, stuck) : MPT_OK;
 }
 
 /* -- Parameter block -- */

@@ -50,9 +50,10 @@
    not pass --use_fast_math: it flushes subnormals. Nothing is read from the environment but what CUDA itself reads:
    CUDA_VISIBLE_DEVICES and the like.
 
-   3. Order of work. All calls put their work on one stream and return; only calls that give the host something (download,
-   scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before they return. Work
-   of your own on the arrays goes on the same stream, given in mpt_cuda_desc. A context leaves its device current.
+   3. Order of work. All calls put their work on one stream and return; only calls that give the host something
+   (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before they
+   return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. A call leaves the context's
+   device current.
 
    4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
    fp32, or TF32 if asked for. Casts, scans, scaler and optimizers give the CPU's bits; the rest differs in the order of
@@ -65,7 +66,7 @@
 
    6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
    the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells. mpt_scaler_update
-   may tell of MPT_ERROR_DIVERGED one step late.                                                                       */
+   may tell of MPT_ERROR_DIVERGED one step late.                                                                      */
 
 #ifndef MPT_CUDA_H
 #define MPT_CUDA_H
@@ -329,8 +330,8 @@ static unsigned mptc__blocks(const mptc__device *device, size_t work) {
 /* ==== PACKS ====
 
    Elementwise work goes in packs of eight elements: 16 bytes of a 16-bit type, two times 16 bytes of fp32, moved by
-   128-bit loads and stores where the address allows. A kernel switches on the type of each array; the branch is the same
-   for all threads. Arithmetic is fp32. */
+   128-bit loads and stores where the address allows. A kernel switches on the type of each array; the branch is the
+   same for all threads. Arithmetic is fp32. */
 
 enum { MPTC__PACK = 8 };
 
@@ -569,8 +570,8 @@ static __global__ void mptc__finish_k(size_t m, size_t n, const float *sums, siz
 static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, const float *sums, size_t ld, float beta) {
     mptc__device *device = mptc__of(ctx);
     const size_t packs = op->m * mptc__divide_up(op->n, MPTC__PACK);
-    MPTC__LAUNCH(mptc__finish_k, mptc__blocks(device, packs), MPTC__THREADS, op->m, op->n, sums, ld, op->c, op->ldc, beta,
-                 op->bias, op->act);
+    MPTC__LAUNCH(mptc__finish_k, mptc__blocks(device, packs), MPTC__THREADS, op->m, op->n, sums, ld, op->c, op->ldc,
+                 beta, op->bias, op->act);
     return MPT_OK;
 }
 
@@ -589,16 +590,17 @@ static mpt_result mptc__activate_rows(mpt_context *ctx, const mpt_gemm_op *op) {
 
 /* c(m,n) = alpha op(a)(m,k) op(b)(k,n) + beta c by cuBLAS; a and b of one type, c of that or fp32 */
 static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta) {
-    const cublasComputeType_t compute = op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                                                         : CUBLAS_COMPUTE_32F;
+    const int tf32 = op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32;
+    const cublasComputeType_t compute = tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    const cudaDataType a_type = mptc__data_type(op->a.type), b_type = mptc__data_type(op->b.type);
+    const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     const size_t lda = op->lda ? op->lda : 1, ldb = op->ldb ? op->ldb : 1;
     if (op->m > INT_MAX || op->n > INT_MAX || op->k > INT_MAX || lda > INT_MAX || ldb > INT_MAX || ldc > INT_MAX)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
                         op->m, op->n, op->k, lda, ldb, ldc);
-    MPTC__CUBLAS(cublasGemmEx(mptc__of(ctx)->cublas, op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, (int)op->n, (int)op->m, (int)op->k, &op->alpha,
-                              op->b.data, mptc__data_type(op->b.type), (int)ldb, op->a.data, mptc__data_type(op->a.type),
-                              (int)lda, &beta, c.data, mptc__data_type(c.type), (int)ldc, compute, CUBLAS_GEMM_DEFAULT));
+    MPTC__CUBLAS(cublasGemmEx(mptc__of(ctx)->cublas, b_op, a_op, (int)op->n, (int)op->m, (int)op->k, &op->alpha,
+                              op->b.data, b_type, (int)ldb, op->a.data, a_type, (int)lda, &beta, c.data,
+                              mptc__data_type(c.type), (int)ldc, compute, CUBLAS_GEMM_DEFAULT));
     return MPT_OK;
 }
 
@@ -615,7 +617,9 @@ static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *
 }
 
 /* Elements that a matrix spans in memory. */
-static size_t mptc__span(size_t rows, size_t columns, size_t ld) { return rows && columns ? (rows - 1) * ld + columns : 0; }
+static size_t mptc__span(size_t rows, size_t columns, size_t ld) {
+    return rows && columns ? (rows - 1) * ld + columns : 0;
+}
 
 /* Operands of different types are both cast to fp32 first: bytes of scratch for it. */
 static size_t mptc__cast_bytes(mpt_dtype a, size_t a_count, mpt_dtype b, size_t b_count) {
@@ -678,6 +682,19 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
    there is none; filters is w(K,R,S,C) with K moved inside. Both are gathered into scratch in slices of rows that fit
    the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. */
 
+/* Position (n, down, across) number i of an image of H x W positions */
+typedef struct mptc__position {
+    unsigned n, down, across;
+} mptc__position;
+
+static __device__ __forceinline__ mptc__position mptc__position_of(unsigned i, size_t H, size_t W) {
+    mptc__position p;
+    p.n = i / (unsigned)(H * W);
+    p.down = i / (unsigned)W % (unsigned)H;
+    p.across = i % (unsigned)W;
+    return p;
+}
+
 typedef struct mptc__gather {
     mpt_conv2d_shape z;
     unsigned P, Q;
@@ -688,20 +705,20 @@ typedef struct mptc__gather {
     unsigned channels, ld;   /* of a tap, of a row of `to`, in units of the copy */
 } mptc__gather;
 
-/* Index of the position that tap (r,s) of row u reads, or -1 for zeros */
+/* Number of the position that tap (r,s) of row u reads, or -1 for zeros */
 static __device__ int mptc__tap(const mptc__gather *g, unsigned u, unsigned r, unsigned s) {
     const int H = (int)g->z.H, W = (int)g->z.W, P = (int)g->P, Q = (int)g->Q, stride = (int)g->z.stride;
     const int down = (int)(r * (unsigned)g->z.dilation) - (int)g->z.padding;
     const int across = (int)(s * (unsigned)g->z.dilation) - (int)g->z.padding;
     if (!g->spread) {
-        const int n = (int)(u / (g->P * g->Q)), y = (int)(u / g->Q % g->P) * stride + down;
-        const int x = (int)(u % g->Q) * stride + across;
-        return y >= 0 && y < H && x >= 0 && x < W ? (n * H + y) * W + x : -1;
+        const mptc__position at = mptc__position_of(u, g->P, g->Q);
+        const int y = (int)at.down * stride + down, x = (int)at.across * stride + across;
+        return y >= 0 && y < H && x >= 0 && x < W ? ((int)at.n * H + y) * W + x : -1;
     }
-    const int n = (int)(u / (unsigned)(H * W)), y = (int)(u / (unsigned)W % (unsigned)H) - down;
-    const int x = (int)(u % (unsigned)W) - across;
+    const mptc__position at = mptc__position_of(u, g->z.H, g->z.W);
+    const int y = (int)at.down - down, x = (int)at.across - across;
     if (y < 0 || x < 0 || y % stride || x % stride || y / stride >= P || x / stride >= Q) return -1;
-    return (n * P + y / stride) * Q + x / stride;
+    return ((int)at.n * P + y / stride) * Q + x / stride;
 }
 
 /* to(rows, ld) = what the taps of rows first.. read. A thread copies a unit: 16, 4 or 2 bytes of channels. */
@@ -730,12 +747,12 @@ static __global__ void mptc__filters_k(const unit *from, unit *to, size_t K, siz
 
 static mpt_result mptc__filters(mpt_context *ctx, const mpt_conv2d_shape *z, mpt_array w, void *to) {
     mptc__device *device = mptc__of(ctx);
-    const unsigned blocks = mptc__blocks(device, z->K * z->R * z->S * z->C);
+    const size_t taps = z->R * z->S;
+    const unsigned blocks = mptc__blocks(device, z->K * taps * z->C);
     if (w.type == MPT_F32)
-        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, z->K, z->R * z->S, z->C);
+        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, z->K, taps, z->C);
     else
-        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, z->K, z->R * z->S,
-                     z->C);
+        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, z->K, taps, z->C);
     return MPT_OK;
 }
 
@@ -1214,19 +1231,6 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *op) {
 
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
 
-/* Position (n, down, across) number i of an image of H x W positions */
-typedef struct mptc__position {
-    unsigned n, down, across;
-} mptc__position;
-
-static __device__ __forceinline__ mptc__position mptc__position_of(unsigned i, size_t H, size_t W) {
-    mptc__position p;
-    p.n = i / (unsigned)(H * W);
-    p.down = i / (unsigned)W % (unsigned)H;
-    p.across = i % (unsigned)W;
-    return p;
-}
-
 /* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C) */
 static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
     const mpt_pool2d_shape z = op.shape;
@@ -1262,7 +1266,7 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
 }
 
 /* dx(N,H,W,C) from dy(N,P,Q,C) and index(N,P,Q,C), + beta dx */
-static __global__ void mptc__pool_backward_k(mpt_pool2d_op op) {
+static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k(mpt_pool2d_op op) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned P = (unsigned)op.P, Q = (unsigned)op.Q, R = (unsigned)z.R, S = (unsigned)z.S;
     const unsigned down = (unsigned)op.stride_h, across = (unsigned)op.stride_w;

@@ -1,0 +1,242 @@
+/* operations.c - floor 2, forward and backward, against PyTorch in fp32 and in bf16.
+
+   The values are PyTorch's own, written by make_golden_ops.py, which says what the modes f32, autocast and policy mean;
+   run from the top of the repository. Every array has the type that PyTorch has it in.
+
+   Tolerances. With u = 2^-24, both PyTorch's result and ours lie within s = 1.001 (terms + 5) u magnitude of the exact
+   one before they are rounded to their type (see test_bound; terms and magnitude are the golden file's), so they are
+   2 s apart at most. Rounding to a type of unit U moves ours by U |ours| and PyTorch's by U |theirs|, or, where its
+   kernel rounds the terms `rounds` times on the way, by rounds U magnitude. A result without a magnitude has nothing to
+   round but itself: the bits are the same. */
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../check.h"
+#include "golden.h"
+
+/* ==== ONE RUN ==== of an operation in a mode; the arrays it used */
+
+enum { TENSORS = 12 };
+
+typedef struct run {
+    mpt_context *ctx;
+    const golden *g;
+    const char *mode;
+    int option; /* of the operation, from the table */
+    test_tensor tensor[TENSORS];
+    const golden_line *line[TENSORS]; /* that the tensor comes from, or is to be compared with */
+    int tensors;
+    void *scratch; /* labels or places */
+} run;
+
+static size_t size(const run *r, const char *name) { return (size_t)golden_number(r->g, name); }
+
+static mpt_array add_tensor(run *r, mpt_dtype type, const golden_line *line) {
+    test_tensor *t = &r->tensor[r->tensors];
+    if (r->tensors == TENSORS) golden_damaged(r->g, "more arrays than the test has room for");
+    *t = test_tensor_new(r->ctx, type, line->count);
+    r->line[r->tensors++] = line;
+    return t->array;
+}
+
+/* An input of the golden file, rounded as the mode says. */
+static mpt_array input(run *r, const char *name) {
+    const golden_line *line = golden_need(r->g, "", "input", name), *cast = golden_find(r->g, r->mode, "cast", name);
+    const mpt_array array = add_tensor(r, cast ? cast->type : MPT_F32, line);
+    test_tensor *t = &r->tensor[r->tensors - 1];
+    memcpy(t->value, line->value, t->count * sizeof *t->value);
+    test_tensor_upload(t);
+    return array;
+}
+
+/* Where the operation shall write a result: NaN, which it must not read. */
+static mpt_array output(run *r, const char *name) {
+    const golden_line *line = golden_need(r->g, r->mode, "output", name);
+    const mpt_array array = add_tensor(r, line->type, line);
+    test_tensor_poison(&r->tensor[r->tensors - 1]);
+    return array;
+}
+
+static void *scratch(run *r, size_t bytes) {
+    r->scratch = mpt_alloc(r->ctx, bytes);
+    CHECK(r->scratch != NULL);
+    return r->scratch;
+}
+
+static int32_t *labels(run *r) {
+    const golden_line *line = golden_need(r->g, "", "input", "target");
+    int32_t *host = (int32_t *)test_memory(line->count * sizeof *host);
+    int32_t *device = (int32_t *)scratch(r, line->count * sizeof *host);
+    size_t i;
+    for (i = 0; i < line->count; i++) host[i] = (int32_t)line->value[i];
+    CHECK_OK(r->ctx, mpt_upload(r->ctx, device, host, line->count * sizeof *host));
+    free(host);
+    return device;
+}
+
+/* ==== COMPARING ==== */
+
+static double rounding(mpt_dtype type, double value) { return test_unit(type) * fabs(value); }
+
+static void check_result(const run *r, test_tensor *t, const golden_line *theirs) {
+    const golden_line *bound = golden_need(r->g, "", "bound", theirs->name);
+    double *tolerance = test_doubles(t->count);
+    size_t i;
+    test_tensor_download(t);
+    for (i = 0; i < t->count && bound->count; i++) {
+        const double sum = 1.001 * (bound->number + 5) * test_unit(MPT_F32) * bound->value[i];
+        tolerance[i] = 2 * sum + rounding(t->array.type, t->value[i]);
+        if (theirs->number > 1) tolerance[i] += theirs->number * rounding(MPT_BF16, bound->value[i]);
+        else tolerance[i] += rounding(theirs->type, theirs->value[i]);
+    }
+    if (!CHECK_ALL(t->value, t->count, theirs->value, tolerance))
+        printf("    %s of %s in mode %s\n", theirs->name, r->g->name, r->mode);
+    free(tolerance);
+}
+
+/* Compares every result that PyTorch has; frees the arrays. */
+static void finish(run *r) {
+    size_t l;
+    int i;
+    for (l = 0; l < r->g->count; l++) {
+        const golden_line *theirs = &r->g->lines[l];
+        if (strcmp(theirs->mode, r->mode) != 0 || strcmp(theirs->word, "output") != 0) continue;
+        for (i = 0; i < r->tensors && r->line[i] != theirs; i++) {}
+        if (CHECK(i < r->tensors)) check_result(r, &r->tensor[i], theirs);
+    }
+    for (i = 0; i < r->tensors; i++) test_tensor_free(&r->tensor[i]);
+    mpt_free(r->ctx, r->scratch);
+    free(r);
+}
+
+/* ==== OPERATIONS ==== */
+
+static void run_linear(run *r) {
+    const size_t N = size(r, "N"), I = size(r, "I"), O = size(r, "O");
+    const mpt_array x = input(r, "x"), w = input(r, "w"), b = input(r, "b"), dy = input(r, "dy");
+    CHECK_OK(r->ctx, mpt_linear_forward(r->ctx, N, I, O, x, w, b, MPT_IDENTITY, output(r, "y")));
+    CHECK_OK(r->ctx, mpt_linear_backward_data(r->ctx, N, I, O, dy, w, 0, output(r, "dx")));
+    CHECK_OK(r->ctx, mpt_linear_backward_weight(r->ctx, N, I, O, dy, x, 0, output(r, "dw")));
+    CHECK_OK(r->ctx, mpt_bias_backward(r->ctx, N, O, dy, 0, output(r, "db")));
+}
+
+static mpt_conv2d_shape conv2d_shape(const run *r) {
+    mpt_conv2d_shape s = MPT_ZERO;
+    s.N = size(r, "N"), s.H = size(r, "H"), s.W = size(r, "W"), s.C = size(r, "C");
+    s.K = size(r, "K"), s.R = size(r, "R"), s.S = size(r, "S");
+    s.stride = size(r, "stride"), s.padding = size(r, "padding"), s.dilation = size(r, "dilation");
+    return s;
+}
+
+static void run_conv2d(run *r) {
+    const mpt_conv2d_shape s = conv2d_shape(r);
+    const size_t rows = s.N * size(r, "P") * size(r, "Q");
+    const mpt_array x = input(r, "x"), w = input(r, "w"), b = input(r, "b"), dy = input(r, "dy");
+    CHECK_OK(r->ctx, mpt_conv2d_forward(r->ctx, &s, x, w, b, MPT_IDENTITY, output(r, "y")));
+    CHECK_OK(r->ctx, mpt_conv2d_backward_data(r->ctx, &s, dy, w, 0, output(r, "dx")));
+    CHECK_OK(r->ctx, mpt_conv2d_backward_weight(r->ctx, &s, dy, x, 0, output(r, "dw")));
+    CHECK_OK(r->ctx, mpt_bias_backward(r->ctx, rows, s.K, dy, 0, output(r, "db")));
+}
+
+static void run_pool2d(run *r) {
+    const mpt_pool kind = (mpt_pool)r->option;
+    const mpt_array x = input(r, "x"), dy = input(r, "dy");
+    mpt_pool2d_shape s = MPT_ZERO;
+    uint16_t *index;
+    s.N = size(r, "N"), s.H = size(r, "H"), s.W = size(r, "W"), s.C = size(r, "C");
+    s.R = size(r, "R"), s.S = size(r, "S"), s.stride = size(r, "stride"), s.padding = size(r, "padding");
+    index = (uint16_t *)scratch(r, golden_need(r->g, "", "input", "dy")->count * sizeof *index);
+    CHECK_OK(r->ctx, mpt_pool2d_forward(r->ctx, kind, &s, x, output(r, "y"), index));
+    CHECK_OK(r->ctx, mpt_pool2d_backward(r->ctx, kind, &s, dy, index, 0, output(r, "dx")));
+}
+
+/* The gradient goes to both sides as it is. */
+static void run_add(run *r) {
+    const mpt_array a = input(r, "a"), b = input(r, "b"), dy = input(r, "dy");
+    const mpt_array da = output(r, "da"), db = output(r, "db");
+    const size_t n = size(r, "n");
+    CHECK_OK(r->ctx, mpt_add_arrays(r->ctx, n, a, 1, b, MPT_IDENTITY, output(r, "y")));
+    CHECK_OK(r->ctx, mpt_add_arrays(r->ctx, n, dy, 0, da, MPT_IDENTITY, da));
+    CHECK_OK(r->ctx, mpt_add_arrays(r->ctx, n, dy, 0, db, MPT_IDENTITY, db));
+}
+
+static void run_activation(run *r) {
+    const mpt_activation act = (mpt_activation)r->option;
+    const mpt_array x = input(r, "x"), dy = input(r, "dy"), y = output(r, "y");
+    const size_t n = size(r, "n");
+    CHECK_OK(r->ctx, mpt_activation_forward(r->ctx, act, n, x, y));
+    CHECK_OK(r->ctx, mpt_activation_backward(r->ctx, act, n, y, dy, 0, output(r, "dx")));
+}
+
+/* PyTorch's y is the mean: of the rows, whose loss a squared error takes as the mean of its elements. */
+static void run_loss(run *r) {
+    const size_t N = size(r, "N"), C = size(r, "C");
+    const float scale = 1.0f / (float)N;
+    const mpt_array x = input(r, "x"), dx = output(r, "dx"), y = output(r, "y");
+    mpt_loss_sum host = MPT_ZERO, *sum = (mpt_loss_sum *)mpt_alloc(r->ctx, sizeof *sum);
+    float mean;
+    if ((mpt_loss_kind)r->option == MPT_LOSS_CROSS_ENTROPY)
+        CHECK_OK(r->ctx, mpt_cross_entropy(r->ctx, N, C, x, labels(r), scale, NULL, dx, sum));
+    else {
+        const float *target = (const float *)input(r, "target").data;
+        CHECK_OK(r->ctx, mpt_squared_error(r->ctx, N, C, x, target, scale, NULL, dx, sum));
+    }
+    CHECK_OK(r->ctx, mpt_download(r->ctx, &host, sum, sizeof host));
+    CHECK_EQUAL(host.rows, N);
+    mean = (float)(host.loss / (double)host.rows);
+    CHECK_OK(r->ctx, mpt_upload(r->ctx, y.data, &mean, sizeof mean));
+    mpt_free(r->ctx, sum);
+}
+
+/* ==== THE TABLE ==== */
+
+typedef struct operation {
+    const char *golden; /* file */
+    void (*run)(run *r);
+    int option;
+} operation;
+
+static const operation operations[] = {
+    {"op_linear", run_linear, 0},
+    {"op_conv2d", run_conv2d, 0},
+    {"op_conv2d_tall", run_conv2d, 0},
+    {"op_conv2d_stride", run_conv2d, 0},
+    {"op_conv2d_projection", run_conv2d, 0},
+    {"op_conv2d_dilation", run_conv2d, 0},
+    {"op_max_pool", run_pool2d, MPT_POOL_MAX},
+    {"op_max_pool_overlap", run_pool2d, MPT_POOL_MAX},
+    {"op_avg_pool", run_pool2d, MPT_POOL_AVERAGE},
+    {"op_avg_pool_overlap", run_pool2d, MPT_POOL_AVERAGE},
+    {"op_global_avg_pool", run_pool2d, MPT_POOL_AVERAGE},
+    {"op_add", run_add, 0},
+    {"op_relu", run_activation, MPT_RELU},
+    {"op_cross_entropy", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_mse", run_loss, MPT_LOSS_SQUARED_ERROR},
+};
+
+static void test_operation(mpt_context *ctx, const operation *op) {
+    golden g = golden_read(op->golden);
+    size_t i;
+    for (i = 0; i < g.count; i++) {
+        run *r;
+        if (strcmp(g.lines[i].word, "mode") != 0) continue;
+        r = (run *)test_memory(sizeof *r);
+        r->ctx = ctx, r->g = &g, r->mode = g.lines[i].mode, r->option = op->option;
+        op->run(r);
+        finish(r);
+    }
+    golden_free(&g);
+}
+
+int main(void) {
+    int reference;
+    size_t i;
+    for (reference = 0; reference < 2; reference++) {
+        mpt_context_desc desc = MPT_ZERO;
+        mpt_context *ctx;
+        desc.reference = reference;
+        ctx = test_open(&desc);
+        for (i = 0; i < sizeof operations / sizeof *operations; i++) test_operation(ctx, &operations[i]);
+        mpt_close(ctx);
+    }
+    return test_finish("parity/operations");
+}
