@@ -428,12 +428,18 @@ typedef struct mpt_loss_sum {
     uint64_t correct; /* rows whose largest logit is the label's (the first largest; cross-entropy only) */
 } mpt_loss_sum;
 
-/* Softmax cross-entropy with its gradient, in fp32: row loss = log(sum_j exp x_j) - x_label, taken from the row's
-   largest value so that nothing overflows. dx(N,C) = (softmax(x) - onehot(label)) * grad_scale * *loss_scale; dx
-   optional. For the mean over the batch grad_scale is 1 / N. loss_scale points into device memory; NULL means 1.
-   labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. torch.nn.functional.cross_entropy */
-MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, size_t N, size_t C, mpt_array x, const int32_t *labels,
-                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum);
+typedef struct mpt_cross_entropy_desc {
+    float label_smoothing; /* in 0..1: this share of the target goes to all classes alike */
+} mpt_cross_entropy_desc;
+
+/* Softmax cross-entropy with its gradient, in fp32: row loss = log(sum_j exp x_j) - sum_j t_j x_j, where t is 1 for the
+   label, smoothed, taken from the row's largest value so that nothing overflows. dx(N,C) = (softmax(x) - t) * grad_scale
+   * *loss_scale; dx optional. For the mean over the batch grad_scale is 1 / N. loss_scale points into device memory;
+   NULL means 1. labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. desc may be NULL.
+   torch.nn.functional.cross_entropy */
+MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
+                                     mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
+                                     mpt_array dx, mpt_loss_sum *sum);
 /* Squared error with its gradient, in fp32: row loss = mean_j (x_j - t_j)^2, dx = 2 (x - t) / C * grad_scale *
    *loss_scale; dx optional. With grad_scale 1 / N this is torch.nn.functional.mse_loss. */
 MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_array x, const float *target,
@@ -755,7 +761,7 @@ MPT_DEF int mpt_flatten(mpt_model *net, int node);
 /* a + b, same shape: the skip connection. */
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
 /* Losses, one a model, last: mean over the batch. Targets are int32_t classes, one a sample... */
-MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node);
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_cross_entropy_desc *desc);
 /* ...or floats, as many a sample as the node has. */
 MPT_DEF int mpt_mse(mpt_model *net, int node);
 
@@ -874,7 +880,8 @@ typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_squared_error */
     mpt_loss_kind kind;
     size_t N, C;
     mpt_array x, dx;
-    const void *target; /* int32_t(N) or float(N,C) */
+    const void *target;    /* int32_t(N) or float(N,C) */
+    float label_smoothing; /* cross-entropy */
     float grad_scale;
     const float *loss_scale;
     mpt_loss_sum *sum;
@@ -2617,6 +2624,11 @@ MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mp
     return mpt__pool2d_run(ctx, kind, shape, &op);
 }
 
+static mpt_result mpt__need_smoothing(mpt_context *ctx, const char *call, float smoothing) {
+    if (mpt__finite(smoothing) && smoothing >= 0 && smoothing <= 1) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: label_smoothing %g is not in 0..1", call, (double)smoothing);
+}
+
 static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_loss_op *op) {
     MPT__TRY(mpt__need_context(ctx));
     MPT__TRY(mpt__need(ctx, call, "x", op->x));
@@ -2627,14 +2639,17 @@ static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_lo
                         : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels"
                                                              : "target");
     if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
+    MPT__TRY(mpt__need_smoothing(ctx, call, op->label_smoothing));
     MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
     return ctx->backend->loss(ctx, op);
 }
 
-MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, size_t N, size_t C, mpt_array x, const int32_t *labels,
-                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
+MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
+                                     mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
+                                     mpt_array dx, mpt_loss_sum *sum) {
     mpt_loss_op op = MPT_ZERO;
     op.kind = MPT_LOSS_CROSS_ENTROPY;
+    op.label_smoothing = desc ? desc->label_smoothing : 0;
     op.N = N, op.C = C;
     op.x = x, op.dx = dx;
     op.target = labels;
@@ -3176,29 +3191,35 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
 
 /* -- Losses: one row after the other, so that the sum has one order -- */
 
+/* -log softmax, weighted by the target t: 1 for the label, smoothed. dx = softmax - t, as the t sum to 1. */
 static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
                                     uint64_t *correct) {
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
-    float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, at_label = 0;
+    const float all = op->label_smoothing / (float)op->C, one = 1 - op->label_smoothing;
+    float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, aimed = 0;
     size_t c, best = 0;
-    for (c = 0; c < op->C; c++) {
+    for (c = 1; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
         if (x > largest) {
             largest = x;
             best = c;
         }
-        if (valid && c == (size_t)label) at_label = x;
     }
-    for (c = 0; c < op->C; c++) sum += expf(mpt__get(ctx, op->x, row * op->C + c) - largest);
+    for (c = 0; c < op->C; c++) {
+        const float x = mpt__get(ctx, op->x, row * op->C + c) - largest;
+        sum += expf(x);
+        if (all > 0) aimed += all * x;
+        if (valid && c == (size_t)label) aimed += one * x;
+    }
     for (c = 0; c < op->C && op->dx.data; c++) {
-        float d = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / sum;
-        if (valid && c == (size_t)label) d -= 1;
-        d = valid ? d * scale : mpt__float(0x7fc00000u);
+        const float target = all + (valid && c == (size_t)label ? one : 0);
+        float d = (expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / sum - target) * scale;
+        if (!valid) d = mpt__float(0x7fc00000u);
         mpt__store(ctx, op->dx, row * op->C + c, 1, &d);
     }
     *correct += valid && best == (size_t)label;
-    return valid ? logf(sum) - (at_label - largest) : mpt__float(0x7fc00000u);
+    return valid ? logf(sum) - aimed : mpt__float(0x7fc00000u);
 }
 
 static float mpt__squared_error_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
@@ -4169,6 +4190,7 @@ typedef struct mpt__node {
     mpt_pool2d_shape pool;
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
+    mpt_cross_entropy_desc cross_entropy;
     /* the plan */
     int consumers;      /* nodes that read this one */
     int fused;          /* an activation that its input node computes */
@@ -4453,18 +4475,22 @@ MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
     return mpt__layer_done(net);
 }
 
-static int mpt__loss_node(mpt_model *net, int in, const char *word, mpt_loss_kind kind) {
-    mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
+    mpt__node *node = mpt__layer(net, MPT__LOSS, "cross_entropy", NULL, in);
+    mpt_result r;
     if (!node) return 0;
-    node->loss = kind;
+    node->loss = MPT_LOSS_CROSS_ENTROPY;
+    if (desc) node->cross_entropy = *desc;
+    r = mpt__need_smoothing(net->ctx, node->name, node->cross_entropy.label_smoothing);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+MPT_DEF int mpt_mse(mpt_model *net, int in) {
+    mpt__node *node = mpt__layer(net, MPT__LOSS, "mse", NULL, in);
+    if (!node) return 0;
+    node->loss = MPT_LOSS_SQUARED_ERROR;
     return mpt__layer_done(net);
 }
-
-MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in) {
-    return mpt__loss_node(net, in, "cross_entropy", MPT_LOSS_CROSS_ENTROPY);
-}
-
-MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_node(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
 
 /* -- Building: check, types, parameters, memory plan -- */
 
@@ -4866,8 +4892,8 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
                                  &net->scaler->state->scale, dlogits, &net->sums[!train]);
     }
     MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * sizeof(int32_t)));
-    return mpt_cross_entropy(net->ctx, rows, outputs, logits, (const int32_t *)net->target, grad_scale,
-                             &net->scaler->state->scale, dlogits, &net->sums[!train]);
+    return mpt_cross_entropy(net->ctx, &loss->cross_entropy, rows, outputs, logits, (const int32_t *)net->target,
+                             grad_scale, &net->scaler->state->scale, dlogits, &net->sums[!train]);
 }
 
 /* The first forward pass after a step starts a new sum of losses and new gradients. */

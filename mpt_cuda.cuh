@@ -51,9 +51,9 @@
    CUDA_VISIBLE_DEVICES and the like.
 
    3. Order of work. All calls put their work on one stream and return; only calls that give the host something
-   (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before they
-   return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. A call leaves the context's
-   device current.
+   (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before
+   they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. A call leaves the
+   context's device current.
 
    4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
    fp32, or TF32 if asked for. Casts, scans, scaler and optimizers give the CPU's bits; the rest differs in the order of
@@ -593,7 +593,8 @@ static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_ar
     const int tf32 = op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32;
     const cublasComputeType_t compute = tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     const cudaDataType a_type = mptc__data_type(op->a.type), b_type = mptc__data_type(op->b.type);
-    const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N, b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     const size_t lda = op->lda ? op->lda : 1, ldb = op->ldb ? op->ldb : 1;
     if (op->m > INT_MAX || op->n > INT_MAX || op->k > INT_MAX || lda > INT_MAX || ldb > INT_MAX || ldc > INT_MAX)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
@@ -752,13 +753,14 @@ static mpt_result mptc__filters(mpt_context *ctx, const mpt_conv2d_shape *z, mpt
     if (w.type == MPT_F32)
         MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, z->K, taps, z->C);
     else
-        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, z->K, taps, z->C);
+        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, z->K, taps,
+                     z->C);
     return MPT_OK;
 }
 
 /* Gathers rows first .. first+rows of the matrix into to(rows, ld elements) with the longest unit that fits. */
-static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, mpt_array from, size_t first, size_t rows,
-                                    size_t ld, void *to) {
+static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, mpt_array from, size_t first,
+                                    size_t rows, size_t ld, void *to) {
     mptc__device *device = mptc__of(ctx);
     const int spread = op->pass == MPT_BACKWARD_DATA;
     const size_t size = mpt_dtype_size(from.type), channels = (spread ? op->shape.K : op->shape.C) * size;
@@ -862,7 +864,8 @@ static mpt_result mptc__conv2d_empty(mpt_context *ctx, const mpt_gemm_op *g) {
 static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     mptc__device *device = mptc__of(ctx);
     const mpt_conv2d_shape *z = &op->shape;
-    const size_t taps = z->R * z->S, weights = z->K * taps * z->C, inputs = z->N * z->H * z->W, outputs = z->N * op->P * op->Q;
+    const size_t inputs = z->N * z->H * z->W, outputs = z->N * op->P * op->Q;
+    const size_t taps = z->R * z->S, weights = z->K * taps * z->C;
     const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
     mpt_gemm_op g = mptc__conv2d_product(op);
     MPTC__TRY(mptc__enter(ctx));
@@ -920,8 +923,8 @@ static __device__ void mptc__column_put(const mptc__columns *w, size_t c, double
     mptc__put(w->db, c, (float)sum);
 }
 
-/* Block (x,y): 64 columns of slice y of the rows. A thread adds every 32nd row of a pack in double; then 32 sums a column
-   in order; then, in the last block, the slices in order. */
+/* Block (x,y): 64 columns of slice y of the rows. A thread adds every 32nd row of a pack in double; then 32 sums a
+   column in order; then, in the last block, the slices in order. */
 static __global__ void mptc__column_sums_k(mptc__columns w) {
     __shared__ double sums[MPTC__SUM_DOWN][MPTC__SUM_COLUMNS + 1];
     const size_t column = (size_t)blockIdx.x * MPTC__SUM_COLUMNS, c = column + threadIdx.x * MPTC__PACK;
@@ -1039,7 +1042,8 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     const size_t each = (w.chunks + MPTC__SCAN_BLOCKS - 1) / MPTC__SCAN_BLOCKS;
     for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
         const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
-        mptc__scan_chunk(w.factor, w.x, i, left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK, &w.parts[chunk]);
+        const unsigned some = left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK;
+        mptc__scan_chunk(w.factor, w.x, i, some, &w.parts[chunk]);
     }
     if (!mptc__last_block(w.ticket)) return;
     if (threadIdx.x < MPTC__SCAN_BLOCKS) {
@@ -1090,7 +1094,8 @@ static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array
 
 typedef unsigned long long mptc__count; /* as atomicAdd names 64 bits */
 
-enum { MPTC__BINS = sizeof(mpt_histogram) / sizeof(uint64_t), MPTC__BIN_EXPONENT = 3 }; /* zero, inf, nan, exponent[256] */
+/* zero, inf, nan, exponent[256] */
+enum { MPTC__BINS = sizeof(mpt_histogram) / sizeof(uint64_t), MPTC__BIN_EXPONENT = 3 };
 
 static __device__ unsigned mptc__bin(float x) {
     const uint32_t magnitude = mpt__bits(x) & 0x7fffffffu;
@@ -1148,7 +1153,8 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     const int32_t label = ((const int32_t *)op->target)[row];
     const bool valid = label >= 0 && (unsigned)label < C;
     const size_t at = row * op->C;
-    float largest = mptc__get(op->x, at), sum = 0;
+    const float all = op->label_smoothing / (float)op->C, one = 1 - op->label_smoothing;
+    float largest = mptc__get(op->x, at), sum = 0, aimed = 0;
     unsigned best = 0;
     mptc__row out;
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
@@ -1160,14 +1166,20 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
         const unsigned c = __shfl_xor_sync(0xffffffffu, best, width);
         if (x > largest || (x == largest && c < best)) largest = x, best = c;
     }
-    for (unsigned c = lane; c < C; c += MPTC__WARP) sum += expf(mptc__get(op->x, at + c) - largest);
+    for (unsigned c = lane; c < C; c += MPTC__WARP) {
+        const float x = mptc__get(op->x, at + c) - largest;
+        sum += expf(x);
+        if (all > 0) aimed += all * x;
+        if (valid && c == (unsigned)label) aimed += one * x;
+    }
     sum = mptc__warp_sum(sum);
+    aimed = mptc__warp_sum(aimed);
     for (unsigned c = lane; c < C && op->dx.data; c += MPTC__WARP) {
         const float softmax = expf(mptc__get(op->x, at + c) - largest) / sum;
-        const float d = (softmax - (c == (unsigned)label ? 1.0f : 0.0f)) * scale;
+        const float d = (softmax - (all + (c == (unsigned)label ? one : 0))) * scale;
         mptc__put(op->dx, at + c, valid ? d : mpt__float(0x7fc00000u));
     }
-    out.loss = valid ? logf(sum) - (mptc__get(op->x, at + (size_t)label) - largest) : mpt__float(0x7fc00000u);
+    out.loss = valid ? logf(sum) - aimed : mpt__float(0x7fc00000u);
     out.correct = valid && best == (unsigned)label;
     return out;
 }
@@ -1301,7 +1313,8 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
 static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     mptc__device *device = mptc__of(ctx);
     const mpt_pool2d_shape *z = &user->shape;
-    const size_t inputs = z->N * z->H * z->W, outputs = z->N * user->P * user->Q, packs = mptc__divide_up(z->C, MPTC__PACK);
+    const size_t inputs = z->N * z->H * z->W, outputs = z->N * user->P * user->Q;
+    const size_t packs = mptc__divide_up(z->C, MPTC__PACK);
     mpt_pool2d_op op = *user;
     if (!z->N) return MPT_OK;
     MPTC__TRY(mptc__enter(ctx));
@@ -1364,8 +1377,8 @@ static __device__ __forceinline__ void mptc__weights_load(const mpt_update_op *o
 }
 
 /* first: index of element i within its tensor, which names its random number */
-static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *op, size_t i, unsigned n, const float *p,
-                                                           int tensor, size_t first) {
+static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *op, size_t i, unsigned n,
+                                                           const float *p, int tensor, size_t first) {
     uint16_t copy[MPTC__PACK], low[MPTC__PACK];
     if (op->master) {
         mptc__store(mpt_f32_array(op->master), i, n, p);
@@ -1413,9 +1426,10 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
     }
 }
 
-/* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor, and
-   then updates a pack a thread. The last block counts the step, when nobody reads the state any more. Over 64 registers:
-   up to six arrays of eight values are under way in a thread, which hides more latency than more threads would. */
+/* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor,
+   and then updates a pack a thread. The last block counts the step, when nobody reads the state any more. Over 64
+   registers: up to six arrays of eight values are under way in a thread, which hides more latency than more threads
+   would. */
 static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
     const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
@@ -1473,8 +1487,8 @@ static int mptc__mirror(mptc__device *device, const mpt_scaler_state *scaler) {
     return place;
 }
 
-/* *stuck comes from a copy in pinned memory that the device keeps up to date, so that nobody waits: what it holds now may
-   be of an earlier update. A seventeenth scaler has no copy and waits. */
+/* *stuck comes from a copy in pinned memory that the device keeps up to date, so that nobody waits: what it holds now
+   may be of an earlier update. A seventeenth scaler has no copy and waits. */
 static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                               int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
@@ -1533,8 +1547,8 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
     int devices = 0;
     MPTC__CUDA(cudaGetDeviceCount(&devices));
     if (device->desc.device < 0 || device->desc.device >= devices)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cuda: there is no device %d; this machine has %d", device->desc.device,
-                        devices);
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cuda: there is no device %d; this machine has %d",
+                        device->desc.device, devices);
     MPTC__CUDA(cudaSetDevice(device->desc.device));
     MPTC__CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, device->desc.device));
     MPTC__CUDA(cudaFuncGetAttributes(&attributes, mptc__map_k));
@@ -1596,7 +1610,8 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
     }
     memset(device, 0, sizeof *device);
     device->desc = desc;
-    if (mptc__open_device(ctx) == MPT_OK && mptc__open_stream(ctx) == MPT_OK && mptc__open_cublas(ctx) == MPT_OK) return ctx;
+    if (mptc__open_device(ctx) == MPT_OK && mptc__open_stream(ctx) == MPT_OK && mptc__open_cublas(ctx) == MPT_OK)
+        return ctx;
     mpt_close(ctx);
     return NULL;
 }

@@ -27,7 +27,7 @@ static void mlp_layers(mpt_model *net) {
     int h = mpt_input(net, SIDE, SIDE, 1);
     h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 64, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }
 
 static void cnn_layers(mpt_model *net) {
@@ -36,7 +36,7 @@ static void cnn_layers(mpt_model *net) {
     h = mpt_max_pool2d(net, h, 2, NULL);
     h = mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL));
     h = mpt_max_pool2d(net, h, 2, NULL);
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }
 
 enum { MLP, CNN, MODELS };

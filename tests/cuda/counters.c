@@ -12,16 +12,16 @@ typedef unsigned long long (*counter_function)(const char *name);
 
 enum { BATCH = 64, SIDE = 28, CLASSES = 10, FIRST = 3, LAST = 12 };
 
-static const char *const names[] = {"kernel_launches", "cublas_calls", "memcpy_h2d_bytes", "memset",
-                                    "sync_device", "sync_stream", "sync_event", "sync_memcpy", "sync_memset", "sync_free",
-                                    "mallocs", "malloc_async", "frees", "host_allocs"};
+static const char *const names[] = {"kernel_launches", "cublas_calls", "memcpy_h2d_bytes", "memset", "sync_device",
+                                    "sync_stream", "sync_event", "sync_memcpy", "sync_memset", "sync_free", "mallocs",
+                                    "malloc_async", "frees", "host_allocs"};
 enum { LAUNCHES = 0, PRODUCTS, UPLOADED, CLEARED, FORBIDDEN, COUNTERS = sizeof names / sizeof *names };
 
 static void mlp(mpt_model *net) {
     int h = mpt_input(net, 1, 1, SIDE * SIDE);
     h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }
 
 static void lenet(mpt_model *net) {
@@ -30,7 +30,7 @@ static void lenet(mpt_model *net) {
     h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 5, NULL)), 2, NULL);
     h = mpt_relu(net, mpt_linear(net, h, 120, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 84, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }
 
 static mpt_model *build(mpt_context *ctx, void (*layers)(mpt_model *net)) {
@@ -43,7 +43,8 @@ static mpt_model *build(mpt_context *ctx, void (*layers)(mpt_model *net)) {
     return net;
 }
 
-static void test_counters(mpt_context *ctx, counter_function counter, const char *what, void (*layers)(mpt_model *net)) {
+static void test_counters(mpt_context *ctx, counter_function counter, const char *what,
+                          void (*layers)(mpt_model *net)) {
     static float x[BATCH * SIDE * SIDE];
     const unsigned long long steps = LAST - FIRST + 1, batch = BATCH * (SIDE * SIDE * sizeof(float) + sizeof(int32_t));
     unsigned long long count[COUNTERS];

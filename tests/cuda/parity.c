@@ -26,7 +26,8 @@ static pair pair_new(mpt_dtype type, size_t count) {
 /* `count` elements of the pair become host's, as bytes */
 static void pair_put(pair *p, const void *host) {
     int side;
-    for (side = 0; side < 2; side++) CHECK_OK(sides[side], mpt_upload(sides[side], p->array[side].data, host, p->bytes));
+    for (side = 0; side < 2; side++)
+        CHECK_OK(sides[side], mpt_upload(sides[side], p->array[side].data, host, p->bytes));
 }
 
 /* Finite values of many sizes; `strange`: every pattern there is, inf and NaN as well. */
@@ -65,12 +66,13 @@ static int same_bytes(const void *cpu, const void *cuda, size_t bytes) {
 static int pair_same(const pair *p) { return same_bytes(p->array[0].data, p->array[1].data, p->bytes); }
 
 static double *pair_values(const pair *p, int side) {
-    const size_t count = pair_count(p), size = mpt_dtype_size(p->array[0].type);
+    const mpt_dtype type = p->array[0].type;
+    const size_t count = pair_count(p), size = mpt_dtype_size(type);
     unsigned char *host = (unsigned char *)test_memory(p->bytes);
     double *value = test_doubles(count);
     size_t i;
     CHECK_OK(sides[side], mpt_download(sides[side], host, p->array[side].data, p->bytes));
-    for (i = 0; i < count; i++) value[i] = (double)mpt_widen(test_load(host + i * size, p->array[0].type), p->array[0].type);
+    for (i = 0; i < count; i++) value[i] = (double)mpt_widen(test_load(host + i * size, type), type);
     free(host);
     return value;
 }
@@ -244,7 +246,8 @@ static trainer trainer_new(mpt_context *ctx, const mpt_params_desc *block, const
     int i;
     scaler.growth_interval = 2;
     t.params = mpt_params_new(ctx, block);
-    for (i = 0; i < TENSORS; i++) mpt_params_add(t.params, names[i], counts[i], i % 2 ? MPT_GROUP_BIAS : MPT_GROUP_WEIGHT);
+    for (i = 0; i < TENSORS; i++)
+        mpt_params_add(t.params, names[i], counts[i], i % 2 ? MPT_GROUP_BIAS : MPT_GROUP_WEIGHT);
     CHECK_OK(ctx, mpt_params_build(t.params));
     for (i = 0; i < TENSORS; i++) {
         test_floats(start, counts[i], -1, 1, (uint64_t)i);
@@ -302,7 +305,8 @@ static void check_trainers(trainer *t, const char *what) {
     same &= same_arrays(weight.data, mpt_params_weight(t[1].params, 0).data, count * mpt_dtype_size(weight.type));
     same &= same_arrays(mpt_params_master(t[0].params, 0), mpt_params_master(t[1].params, 0), count * sizeof *host);
     for (m = 1; m <= 3; m++)
-        same &= same_arrays(mpt_optimizer_moment(t[0].opt, m, 0), mpt_optimizer_moment(t[1].opt, m, 0), count * sizeof *host);
+        same &= same_arrays(mpt_optimizer_moment(t[0].opt, m, 0), mpt_optimizer_moment(t[1].opt, m, 0),
+                            count * sizeof *host);
     if (!test_count(same, __FILE__, __LINE__, what)) printf(": CPU and CUDA differ\n");
     free(state);
     free(host);

@@ -174,9 +174,11 @@ static void run_loss(run *r) {
     const mpt_array x = input(r, "x"), dx = output(r, "dx"), y = output(r, "y");
     mpt_loss_sum host = MPT_ZERO, *sum = (mpt_loss_sum *)mpt_alloc(r->ctx, sizeof *sum);
     float mean;
-    if ((mpt_loss_kind)r->option == MPT_LOSS_CROSS_ENTROPY)
-        CHECK_OK(r->ctx, mpt_cross_entropy(r->ctx, N, C, x, labels(r), scale, NULL, dx, sum));
-    else {
+    if ((mpt_loss_kind)r->option == MPT_LOSS_CROSS_ENTROPY) {
+        mpt_cross_entropy_desc desc = MPT_ZERO;
+        desc.label_smoothing = (float)golden_number(r->g, "label_smoothing");
+        CHECK_OK(r->ctx, mpt_cross_entropy(r->ctx, &desc, N, C, x, labels(r), scale, NULL, dx, sum));
+    } else {
         const float *target = (const float *)input(r, "target").data;
         CHECK_OK(r->ctx, mpt_squared_error(r->ctx, N, C, x, target, scale, NULL, dx, sum));
     }
@@ -210,6 +212,7 @@ static const operation operations[] = {
     {"op_add", run_add, 0},
     {"op_relu", run_activation, MPT_RELU},
     {"op_cross_entropy", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_smoothing", run_loss, MPT_LOSS_CROSS_ENTROPY},
     {"op_mse", run_loss, MPT_LOSS_SQUARED_ERROR},
 };
 

@@ -63,7 +63,7 @@ static mpt_model *build(mpt_context *ctx, int cnn, mpt_policy policy, const mpt_
     } else {
         h = mpt_relu(net, mpt_linear(net, h, 64, NULL));
     }
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     if (!CHECK_OK(ctx, mpt_model_build(net, train))) exit(test_finish("digits"));
     return net;
 }

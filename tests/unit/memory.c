@@ -119,7 +119,7 @@ static int add_layers(mpt_model *net) {
         h = mpt_relu(net, mpt_add(net, skip, mpt_conv2d(net, h, 8, 3, NULL)));
     }
     h = mpt_max_pool2d(net, h, 2, NULL);
-    return mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_flatten(net, h), 4, NULL));
+    return mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_flatten(net, h), 4, NULL), NULL);
 }
 
 /* A build that fails leaves nothing allocated; the reason of a layer call that failed is the build's. */

@@ -57,7 +57,7 @@ static mpt_model *build(mpt_context *ctx, mpt_policy policy, const item *items, 
         id[i] = add_item(net, &items[i], id);
         CHECK(id[i] == i + 1);
     }
-    CHECK((squared ? mpt_mse(net, id[i - 1]) : mpt_softmax_cross_entropy(net, id[i - 1])) == i + 1);
+    CHECK((squared ? mpt_mse(net, id[i - 1]) : mpt_softmax_cross_entropy(net, id[i - 1], NULL)) == i + 1);
     if (!CHECK_OK(ctx, mpt_model_build(net, train))) exit(test_finish("model"));
     return net;
 }
@@ -658,7 +658,7 @@ static mpt_model *begin(mpt_context *ctx, int *in) {
 static void check_layer(mpt_context *ctx, mpt_model *net, int id, mpt_result code, const char *word, int line) {
     int ok = test_check(id == 0, __FILE__, line, "a layer with a bad argument");
     int other = mpt_linear(net, 1, -7, NULL); /* fails as well, later */
-    id = mpt_softmax_cross_entropy(net, mpt_relu(net, id));
+    id = mpt_softmax_cross_entropy(net, mpt_relu(net, id), NULL);
     ok &= CHECK(id == 0 && other == 0);
     ok &= test_check_result(ctx, mpt_model_build(net, NULL), code, __FILE__, line, "mpt_model_build");
     ok &= test_check_reason(ctx, word, __FILE__, line);

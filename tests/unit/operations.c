@@ -772,7 +772,7 @@ static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_d
         CHECK_OK(ctx, mpt_squared_error(ctx, c->N, c->C, d->x.array, (const float *)d->target.array.data, c->grad_scale,
                                         scale, dx, d->sum));
     } else {
-        CHECK_OK(ctx, mpt_cross_entropy(ctx, c->N, c->C, d->x.array, d->labels, c->grad_scale, scale, dx, d->sum));
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, NULL, c->N, c->C, d->x.array, d->labels, c->grad_scale, scale, dx, d->sum));
     }
     CHECK_OK(context, mpt_download(context, &sum, d->sum, sizeof sum));
     return sum;
@@ -927,16 +927,16 @@ static void test_loss_errors(void) {
     c.N = 2, c.C = 3, c.width = 1;
     d = loss_new(&c);
     x = d.x.array, fp8 = mpt_typed_array(d.x.array.data, MPT_E5M2), target = (const float *)d.target.array.data;
-    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
-    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "labels");
-    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT, "sum");
-    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, fp8, d.labels, 1, NULL, x, d.sum), MPT_ERROR_TYPE, "x");
-    CHECK_ERROR(context, mpt_cross_entropy(context, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE, "dx");
-    CHECK(mpt_cross_entropy(context, (size_t)-1 / 3, 4, x, d.labels, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "labels");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT, "sum");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, fp8, d.labels, 1, NULL, x, d.sum), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE, "dx");
+    CHECK(mpt_cross_entropy(context, NULL, (size_t)-1 / 3, 4, x, d.labels, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
     CHECK_ERROR(context, mpt_squared_error(context, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "target");
     CHECK_ERROR(context, mpt_squared_error(context, 2, 3, null, target, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
     CHECK(mpt_squared_error(context, (size_t)-1 / 3, 4, x, target, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
-    CHECK_OK(context, mpt_cross_entropy(context, 0, 3, x, d.labels, 1, NULL, x, d.sum));
+    CHECK_OK(context, mpt_cross_entropy(context, NULL, 0, 3, x, d.labels, 1, NULL, x, d.sum));
     loss_free(&d);
 }
 

@@ -247,8 +247,9 @@ static void test_params_errors(mpt_context *ctx) {
 /* ==== INITIAL WEIGHTS ==== */
 
 /* Uniform in +-b: deviation of x is b / sqrt 3, of x^2 is b^2 sqrt(4 / 45). Normal with deviation d: of x^2 it is
-   d^2 sqrt 2, and Box and Muller's values from 24-bit uniforms are at most d sqrt(2 ln 2^24) < 5.8 d. */
-static void check_moments(const float *x, int n, double deviation, double square_deviation, double bound) {
+   d^2 sqrt 2, and Box and Muller's values from 24-bit uniforms are at most d sqrt(2 ln 2^24) < 5.8 d. Returns the
+   largest. */
+static double check_moments(const float *x, int n, double deviation, double square_deviation, double bound) {
     double sum = 0, squares = 0, largest = 0;
     int i;
     for (i = 0; i < n; i++) {
@@ -260,6 +261,13 @@ static void check_moments(const float *x, int n, double deviation, double square
     CHECK_NEAR(sum / n, 0, 5 * deviation / sqrt(n));
     CHECK_NEAR(squares / n, deviation * deviation, 5 * square_deviation / sqrt(n));
     CHECK(largest <= bound * (1 + ldexp(1, -23)));
+    return largest;
+}
+
+/* That 100000 uniform values all stay a thousandth below the bound has probability e^-100. */
+static void check_uniform(const float *x, int n, double bound) {
+    const double largest = check_moments(x, n, bound / sqrt(3), bound * bound * sqrt(4.0 / 45), bound);
+    CHECK(largest >= bound * (1 - 100.0 / n));
 }
 
 static void test_init(mpt_context *ctx, mpt_init init, double bound, double deviation) {
@@ -272,7 +280,7 @@ static void test_init(mpt_context *ctx, mpt_init init, double bound, double devi
     CHECK_OK(ctx, mpt_params_build(params));
     CHECK_OK(ctx, mpt_params_init(params, 1, init, 200, 50, 9));
     CHECK_OK(ctx, mpt_params_get(params, 1, first));
-    if (bound > 0) check_moments(first, COUNT, bound / sqrt(3), bound * bound * sqrt(4.0 / 45), bound);
+    if (bound > 0) check_uniform(first, COUNT, bound);
     else check_moments(first, COUNT, deviation, deviation * deviation * sqrt(2), 5.8 * deviation);
     CHECK_OK(ctx, mpt_params_init(params, 1, init, 200, 50, 9)); /* named by seed, tensor, element: the same again */
     CHECK_OK(ctx, mpt_params_get(params, 1, second));
@@ -285,7 +293,7 @@ static void test_init(mpt_context *ctx, mpt_init init, double bound, double devi
     CHECK((memcmp(first, other, COUNT * sizeof *first) == 0) == (init == MPT_INIT_ZERO));
     CHECK_OK(ctx, mpt_params_init(params, 3, init, 200, 50, 9));
     CHECK_OK(ctx, mpt_params_get(params, 3, other));
-    if (init == MPT_INIT_DEFAULT) check_moments(other, 100, bound / sqrt(3), bound * bound * sqrt(4.0 / 45), bound);
+    if (init == MPT_INIT_DEFAULT) check_uniform(other, 100, bound);
     else check_moments(other, 100, 0, 0, 0); /* bias 0 */
     mpt_params_free(params);
     free(first);

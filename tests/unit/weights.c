@@ -87,7 +87,9 @@ static uint32_t kept(const mode *m, float value, uint32_t r, float *back) {
     case MPT_MASTER_SPLIT: return (test_bits(value) + 0x8000u) >> 16; /* ties away from zero */
     case MPT_MASTER_NONE: *back = mpt_widen(nearest, m->type); return nearest;
     case MPT_MASTER_STOCHASTIC: *back = mpt_widen(drawn, m->type); return drawn;
-    case MPT_MASTER_KAHAN: /* the rest is kept in 16 bits */
+    case MPT_MASTER_KAHAN: /* the rest is kept in 16 bits, unless the copy has overflowed */
+        *back = mpt_widen(nearest, m->type);
+        if (reference_kind_of(nearest, m->type) != REFERENCE_FINITE) return nearest;
         *back = (float)((double)mpt_widen(nearest, m->type) +
                         (double)mpt_widen(reference_narrow(test_bits((float)rest), m->type, MPT_ROUND_NEAREST,
                                                            MPT_OVERFLOW_INF), m->type));

@@ -1,0 +1,420 @@
+/* bench.c - how fast, and how near to what this machine can do.
+
+   The first line says what the CPU supports and which path mpt takes; then comes one row a case:
+
+       name key=value ... value= unit= peak= ratio=
+
+   value is the median of REPEATS runs. peak, in the same unit, is the median of a yardstick run in turn with it on the
+   same threads: memcpy of as many bytes, a loop that only reads, a loop of multiply-adds. ratio is how much of the
+   yardstick's speed is reached; 1 is all of it. Takes a few minutes; other load on the machine spoils it. */
+#define _POSIX_C_SOURCE 199309L
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { REPEATS = 9, MANY = 10000000, FEW = 16384 }; /* elements in main memory, in cache */
+
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#define BENCH_X86
+#include <immintrin.h>
+#endif
+
+static void *need(void *p) {
+    if (p) return p;
+    printf("out of memory\n");
+    exit(1);
+}
+
+static void ok(mpt_context *ctx, mpt_result result) {
+    if (result == MPT_OK) return;
+    printf("failed: %s\n", mpt_why(ctx));
+    exit(1);
+}
+
+static mpt_context *open_threads(int threads) {
+    mpt_context_desc desc = MPT_ZERO;
+    desc.threads = threads;
+    return (mpt_context *)need(mpt_open(&desc));
+}
+
+/* ==== TIME ==== */
+
+typedef void (*work)(void *arg);
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static double time_of(work run, void *arg, int times) {
+    const double start = seconds();
+    int i;
+    for (i = 0; i < times; i++) run(arg);
+    return (seconds() - start) / times;
+}
+
+/* How often to run it in one repetition: for 4 ms at the least. The first call also warms up. */
+static int times_for(work run, void *arg) {
+    double t = time_of(run, arg, 1);
+    if (t < 4e-3) t = time_of(run, arg, 3);
+    return t < 4e-3 ? (int)(4e-3 / (t + 1e-9)) + 1 : 1;
+}
+
+static int compare(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *x) {
+    qsort(x, REPEATS, sizeof *x, compare);
+    return x[REPEATS / 2];
+}
+
+typedef struct timing {
+    double value, peak; /* seconds of one call; peak 0: there is no yardstick */
+} timing;
+
+static timing measure(work run, void *arg, work yardstick, void *yardstick_arg) {
+    const int times = times_for(run, arg), yardstick_times = yardstick ? times_for(yardstick, yardstick_arg) : 0;
+    double value[REPEATS], peak[REPEATS] = {0};
+    timing t;
+    int i;
+    for (i = 0; i < REPEATS; i++) {
+        if (yardstick) peak[i] = time_of(yardstick, yardstick_arg, yardstick_times);
+        value[i] = time_of(run, arg, times);
+    }
+    t.value = median(value), t.peak = median(peak);
+    return t;
+}
+
+/* Ends a row. amount: what one call does, in the unit times seconds; rates rise with speed. */
+static void print_rate(timing t, double amount, double yardstick_amount, const char *unit) {
+    printf(" value=%.4g unit=%s", amount / t.value, unit);
+    if (t.peak > 0) printf(" peak=%.4g ratio=%.3f\n", yardstick_amount / t.peak, amount / t.value * t.peak / yardstick_amount);
+    else printf(" peak=none ratio=none\n");
+    fflush(stdout);
+}
+
+/* ==== YARDSTICKS ==== */
+
+typedef struct yardstick {
+    mpt_context *ctx;
+    unsigned char *from, *to;
+    size_t bytes; /* of each */
+    size_t loops; /* of multiply-adds */
+    int threads;
+    float sink[64];
+} yardstick;
+
+static void share(const yardstick *y, size_t part, size_t *begin, size_t *bytes) {
+    const size_t each = y->bytes / (size_t)y->threads / 64 * 64;
+    *begin = part * each;
+    *bytes = part + 1 == (size_t)y->threads ? y->bytes - *begin : each;
+}
+
+static void copy_task(void *arg, size_t part, size_t end, int worker) {
+    const yardstick *y = (const yardstick *)arg;
+    size_t begin, bytes;
+    (void)worker;
+    for (; part < end; part++) {
+        share(y, part, &begin, &bytes);
+        memcpy(y->to + begin, y->from + begin, bytes);
+    }
+}
+
+#ifdef BENCH_X86
+__attribute__((target("avx2"))) static uint32_t read_avx2(const unsigned char *p, size_t bytes) {
+    __m256i sum[4];
+    uint32_t out[8];
+    size_t i;
+    for (i = 0; i < 4; i++) sum[i] = _mm256_setzero_si256();
+    for (; bytes >= 128; bytes -= 128, p += 128)
+        for (i = 0; i < 4; i++)
+            sum[i] = _mm256_add_epi32(sum[i], _mm256_loadu_si256((const __m256i *)(const void *)(p + 32 * i)));
+    sum[0] = _mm256_add_epi32(_mm256_add_epi32(sum[0], sum[1]), _mm256_add_epi32(sum[2], sum[3]));
+    _mm256_storeu_si256((__m256i *)(void *)out, sum[0]);
+    return out[0] ^ out[3];
+}
+
+/* Twelve sums: enough to hide the latency of two multiply-adds a cycle. 192 operations a loop. */
+__attribute__((target("avx2,fma"))) static float multiply_add_avx2(size_t loops) {
+    const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-3f);
+    __m256 sum[12];
+    float out[8];
+    size_t l;
+    int i;
+    for (i = 0; i < 12; i++) sum[i] = _mm256_set1_ps((float)i);
+    for (l = 0; l < loops; l++)
+#pragma GCC unroll 12
+        for (i = 0; i < 12; i++) sum[i] = _mm256_fmadd_ps(sum[i], a, b);
+    for (i = 1; i < 12; i++) sum[0] = _mm256_add_ps(sum[0], sum[i]);
+    _mm256_storeu_ps(out, sum[0]);
+    return out[0];
+}
+#endif
+
+static uint32_t read_all(const unsigned char *p, size_t bytes) {
+    uint64_t sum[8] = {0}, x[8];
+    int i;
+#ifdef BENCH_X86
+    if (__builtin_cpu_supports("avx2")) return read_avx2(p, bytes);
+#endif
+    for (; bytes >= sizeof x; bytes -= sizeof x, p += sizeof x) {
+        memcpy(x, p, sizeof x);
+        for (i = 0; i < 8; i++) sum[i] += x[i];
+    }
+    for (i = 1; i < 8; i++) sum[0] ^= sum[i];
+    return (uint32_t)sum[0];
+}
+
+static void read_task(void *arg, size_t part, size_t end, int worker) {
+    yardstick *y = (yardstick *)arg;
+    size_t begin, bytes;
+    (void)worker;
+    for (; part < end; part++) {
+        share(y, part, &begin, &bytes);
+        y->sink[part] += (float)read_all(y->from + begin, bytes);
+    }
+}
+
+#ifdef BENCH_X86
+static void multiply_add_task(void *arg, size_t part, size_t end, int worker) {
+    yardstick *y = (yardstick *)arg;
+    (void)worker;
+    for (; part < end; part++) y->sink[part] += multiply_add_avx2(y->loops);
+}
+#endif
+
+static void on_threads(yardstick *y, mpt__task task) {
+    mpt__parallel(y->ctx, (size_t)y->threads, y->bytes + y->loops > 65536 ? (size_t)1 << 30 : 1, task, y);
+}
+
+static void run_copy(void *arg) { on_threads((yardstick *)arg, copy_task); }
+static void run_read(void *arg) { on_threads((yardstick *)arg, read_task); }
+
+#ifdef BENCH_X86
+static void run_multiply_add(void *arg) { on_threads((yardstick *)arg, multiply_add_task); }
+static work multiply_add(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? run_multiply_add : NULL;
+}
+#else
+static work multiply_add(void) { return NULL; }
+#endif
+
+/* What is small stays on one thread, here and in mpt. */
+static yardstick yardstick_new(mpt_context *ctx, size_t bytes, int small) {
+    yardstick y = MPT_ZERO;
+    y.ctx = ctx;
+    y.threads = small ? 1 : mpt_thread_count(ctx);
+    y.bytes = bytes;
+    if (!bytes) return y;
+    y.from = (unsigned char *)need(malloc(bytes)), y.to = (unsigned char *)need(malloc(bytes));
+    memset(y.from, 1, bytes), memset(y.to, 2, bytes);
+    return y;
+}
+
+static void yardstick_free(yardstick *y) {
+    free(y->from);
+    free(y->to);
+}
+
+/* ==== CASES ==== */
+
+/* n elements of a type between -1 and 1. */
+static mpt_array filled(mpt_context *ctx, mpt_dtype type, size_t n) {
+    float *x = (float *)need(mpt_alloc(ctx, n * sizeof *x));
+    const mpt_array a = mpt_typed_array(need(mpt_alloc(ctx, n * mpt_dtype_size(type))), type);
+    size_t i;
+    for (i = 0; i < n; i++) x[i] = 2 * mpt_uniform(1, 0, 0, i) - 1;
+    ok(ctx, mpt_cast(ctx, n, mpt_f32_array(x), a, NULL));
+    mpt_free(ctx, x);
+    return a;
+}
+
+typedef struct arrays {
+    mpt_context *ctx;
+    mpt_array a, b;
+    size_t n;
+} arrays;
+
+static void run_cast(void *arg) {
+    const arrays *c = (const arrays *)arg;
+    ok(c->ctx, mpt_cast(c->ctx, c->n, c->a, c->b, NULL));
+}
+
+static void bench_cast(mpt_context *ctx, mpt_dtype from, mpt_dtype to, size_t n) {
+    const size_t moved = n * (mpt_dtype_size(from) + mpt_dtype_size(to));
+    yardstick y = yardstick_new(ctx, moved / 2, n == FEW);
+    arrays c;
+    timing t;
+    c.ctx = ctx, c.a = filled(ctx, from, n), c.b = filled(ctx, to, n), c.n = n;
+    t = measure(run_cast, &c, run_copy, &y);
+    printf("cast from=%s to=%s n=%lu threads=%d elements_per_ns=%.3g", mpt_dtype_name(from), mpt_dtype_name(to),
+           (unsigned long)n, mpt_thread_count(ctx), (double)n / t.value * 1e-9);
+    print_rate(t, (double)moved * 1e-9, (double)moved * 1e-9, "GB/s");
+    mpt_free(ctx, c.a.data), mpt_free(ctx, c.b.data);
+    yardstick_free(&y);
+}
+
+static void run_scan(void *arg) {
+    const arrays *c = (const arrays *)arg;
+    mpt_scan scan;
+    ok(c->ctx, mpt_scan_array(c->ctx, c->n, c->a, &scan));
+}
+
+static void bench_scan(mpt_context *ctx, mpt_dtype type, size_t n) {
+    const size_t bytes = n * mpt_dtype_size(type);
+    yardstick y = yardstick_new(ctx, bytes, n == FEW);
+    arrays c;
+    timing t;
+    c.ctx = ctx, c.a = filled(ctx, type, n), c.n = n;
+    t = measure(run_scan, &c, run_read, &y);
+    printf("scan type=%s n=%lu threads=%d", mpt_dtype_name(type), (unsigned long)n, mpt_thread_count(ctx));
+    print_rate(t, (double)bytes * 1e-9, (double)bytes * 1e-9, "GB/s");
+    mpt_free(ctx, c.a.data);
+    yardstick_free(&y);
+}
+
+typedef struct training {
+    mpt_optimizer *opt;
+    mpt_scaler *scaler;
+    mpt_context *ctx;
+} training;
+
+static void run_step(void *arg) {
+    const training *t = (const training *)arg;
+    ok(t->ctx, mpt_step(t->opt));
+    ok(t->ctx, mpt_scaler_update(t->scaler));
+}
+
+/* Bytes of one parameter: the check reads its gradient; then gradient, master and moments are read, all but the first
+   written, and the copy. */
+static void bench_step(mpt_context *ctx, const char *name, const mpt_optimizer_desc *desc, int moments, mpt_dtype type) {
+    const size_t copy = type == MPT_F32 ? 0 : mpt_dtype_size(type);
+    const size_t moved = (4 + 4 + 2 * 4 + (size_t)moments * 2 * 4 + copy) * MANY;
+    yardstick y = yardstick_new(ctx, moved / 2, 0);
+    mpt_params_desc params_desc = MPT_ZERO;
+    mpt_params *params;
+    training s;
+    timing t;
+    size_t i;
+    params_desc.type = type;
+    params = (mpt_params *)need(mpt_params_new(ctx, &params_desc));
+    mpt_params_add(params, "all", MANY, 0);
+    ok(ctx, mpt_params_build(params));
+    s.ctx = ctx;
+    s.scaler = (mpt_scaler *)need(mpt_scaler_new(ctx, NULL));
+    s.opt = (mpt_optimizer *)need(mpt_optimizer_new(params, s.scaler, desc));
+    for (i = 0; i < MANY; i++) mpt_params_grad(params, 1)[i] = mpt_uniform(1, 0, 0, i) - 0.5f;
+    t = measure(run_step, &s, run_copy, &y);
+    printf("step optimizer=%s type=%s n=%d threads=%d value=%.4g unit=ns/parameter peak=%.4g ratio=%.3f\n", name,
+           mpt_dtype_name(type), MANY, mpt_thread_count(ctx), t.value * 1e9 / MANY, t.peak * 1e9 / MANY, t.peak / t.value);
+    fflush(stdout);
+    mpt_optimizer_free(s.opt);
+    mpt_scaler_free(s.scaler);
+    mpt_params_free(params);
+    yardstick_free(&y);
+}
+
+typedef struct product {
+    mpt_context *ctx;
+    int trans_a, trans_b;
+    size_t m, n, k;
+    mpt_array a, b, c;
+} product;
+
+static void run_gemm(void *arg) {
+    const product *p = (const product *)arg;
+    ok(p->ctx, mpt_gemm(p->ctx, p->trans_a, p->trans_b, p->m, p->n, p->k, 1, p->a, p->trans_a ? p->m : p->k, p->b,
+                        p->trans_b ? p->k : p->n, 0, p->c, p->n));
+}
+
+static void bench_gemm(mpt_context *ctx, const char *pass, int trans_a, int trans_b, size_t m, size_t n, size_t k,
+                       mpt_dtype type, mpt_dtype out) {
+    yardstick y = yardstick_new(ctx, 0, 0);
+    product p;
+    timing t;
+    p.ctx = ctx, p.trans_a = trans_a, p.trans_b = trans_b, p.m = m, p.n = n, p.k = k;
+    p.a = filled(ctx, type, m * k), p.b = filled(ctx, type, k * n), p.c = filled(ctx, out, m * n);
+    y.loops = 100000; /* under a millisecond */
+    t = measure(run_gemm, &p, multiply_add(), &y);
+    printf("gemm pass=%s type=%s out=%s m=%lu n=%lu k=%lu threads=%d", pass, mpt_dtype_name(type), mpt_dtype_name(out),
+           (unsigned long)m, (unsigned long)n, (unsigned long)k, mpt_thread_count(ctx));
+    print_rate(t, 2e-9 * (double)m * (double)n * (double)k, 192e-9 * (double)y.loops * y.threads, "GFLOP/s");
+    mpt_free(ctx, p.a.data), mpt_free(ctx, p.b.data), mpt_free(ctx, p.c.data);
+}
+
+/* The three products of a linear layer, as mpt_linear_forward and its gradients make them. */
+static void bench_linear(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_dtype type, int first) {
+    bench_gemm(ctx, "forward", 0, 1, N, O, I, type, type);
+    if (!first) bench_gemm(ctx, "dX", 0, 0, N, I, O, type, type);
+    bench_gemm(ctx, "dW", 1, 0, O, I, N, type, MPT_F32);
+}
+
+/* ==== ALL OF THEM ==== */
+
+static void print_machine(mpt_context *ctx) {
+    const char *best = "";
+    printf("cpu features=");
+#ifdef BENCH_X86
+#define FEATURE(name) if (__builtin_cpu_supports(name)) printf("%s%s", best, name), best = ","
+    FEATURE("avx2");
+    FEATURE("fma");
+    FEATURE("avx512f");
+    FEATURE("avx512bw");
+    FEATURE("avx512bf16");
+#undef FEATURE
+#endif
+    printf("%s path=%s processors=%d\n", *best ? "" : "unknown", mpt_isa_name(ctx), mpt_thread_count(ctx));
+}
+
+static void bench_arrays(mpt_context *ctx) {
+    static const size_t sizes[] = {MANY, FEW};
+    int i, type;
+    for (i = 0; i < 2; i++) {
+        bench_cast(ctx, MPT_F32, MPT_F16, sizes[i]);
+        bench_cast(ctx, MPT_F16, MPT_F32, sizes[i]);
+        bench_cast(ctx, MPT_F32, MPT_BF16, sizes[i]);
+        bench_cast(ctx, MPT_BF16, MPT_F32, sizes[i]);
+        for (type = MPT_F32; type <= MPT_BF16; type++) bench_scan(ctx, (mpt_dtype)type, sizes[i]);
+    }
+}
+
+static void bench_steps(mpt_context *ctx) {
+    const mpt_optimizer_desc sgd = mpt_sgd(0.01, 0.9), adam = mpt_adam(1e-3);
+    bench_step(ctx, "sgd_momentum", &sgd, 1, MPT_F32);
+    bench_step(ctx, "sgd_momentum", &sgd, 1, MPT_BF16);
+    bench_step(ctx, "adam", &adam, 2, MPT_F32);
+    bench_step(ctx, "adam", &adam, 2, MPT_BF16);
+}
+
+static void bench_products(mpt_context *ctx) {
+    static const mpt_dtype types[] = {MPT_F32, MPT_BF16, MPT_F16};
+    size_t size, batch, i;
+    for (i = 0; i < 3; i++) {
+        for (size = 256; size <= 1024; size *= 2) bench_gemm(ctx, "square", 0, 0, size, size, size, types[i], types[i]);
+        for (batch = 64; batch <= 512; batch *= 8) { /* the net 784-512-512-10 */
+            bench_linear(ctx, batch, 784, 512, types[i], 1);
+            bench_linear(ctx, batch, 512, 512, types[i], 0);
+            bench_linear(ctx, batch, 512, 10, types[i], 0);
+        }
+    }
+}
+
+int main(void) {
+    mpt_context *ctx = open_threads(0);
+    int threads;
+    print_machine(ctx);
+    mpt_close(ctx);
+    for (threads = 1; threads <= 2; threads++) {
+        ctx = open_threads(threads);
+        bench_arrays(ctx);
+        bench_steps(ctx);
+        bench_products(ctx);
+        mpt_close(ctx);
+    }
+    return 0;
+}
