@@ -359,7 +359,18 @@ MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int lo
 MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
                             mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc);
 
-typedef enum mpt_activation { MPT_IDENTITY = 0, MPT_RELU, MPT_ACTIVATION_COUNT } mpt_activation;
+/* With what its gradient is told from: y, or x where y does not tell. */
+typedef enum mpt_activation {
+    MPT_IDENTITY = 0,
+    MPT_RELU,       /* y: max(x, 0) */
+    MPT_LEAKY_RELU, /* y: x, or 0.01 x below 0 */
+    MPT_TANH,       /* y */
+    MPT_SIGMOID,    /* y: 1 / (1 + exp(-x)) */
+    MPT_GELU,       /* x: x Phi(x), by erf (Hendrycks and Gimpel 2016) */
+    MPT_GELU_TANH,  /* x: its approximation by tanh */
+    MPT_SILU,       /* x: x sigmoid(x) */
+    MPT_ACTIVATION_COUNT
+} mpt_activation;
 
 /* y(N,O) = act(x(N,I) w(O,I)^T + b(O)); b optional. torch.nn.functional.linear */
 MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array x, mpt_array w,
@@ -394,9 +405,10 @@ MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d
 
 /* y = act(x), n elements; x and y may be the same array. */
 MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y);
-/* dx = dy * act'(x) + beta * dx, from the output y (ReLU: y > 0). dx may be the same array as dy. */
-MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array y, mpt_array dy,
-                                           float beta, mpt_array dx);
+/* dx = dy * act'(x) + beta * dx, n elements, from what the list above names: saved is x or y. dx may be the same array
+   as dy. */
+MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array saved,
+                                           mpt_array dy, float beta, mpt_array dx);
 
 typedef enum mpt_pool { MPT_POOL_MAX = 0, MPT_POOL_AVERAGE } mpt_pool;
 
@@ -433,10 +445,10 @@ typedef struct mpt_cross_entropy_desc {
 } mpt_cross_entropy_desc;
 
 /* Softmax cross-entropy with its gradient, in fp32: row loss = log(sum_j exp x_j) - sum_j t_j x_j, where t is 1 for the
-   label, smoothed, taken from the row's largest value so that nothing overflows. dx(N,C) = (softmax(x) - t) * grad_scale
-   * *loss_scale; dx optional. For the mean over the batch grad_scale is 1 / N. loss_scale points into device memory;
-   NULL means 1. labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. desc may be NULL.
-   torch.nn.functional.cross_entropy */
+   label, smoothed, taken from the row's largest value so that nothing overflows. dx(N,C) = (softmax(x) - t) *
+   grad_scale * *loss_scale; dx optional. For the mean over the batch grad_scale is 1 / N. loss_scale points into
+   device memory; NULL means 1. labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. desc may
+   be NULL. torch.nn.functional.cross_entropy */
 MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
                                      mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
                                      mpt_array dx, mpt_loss_sum *sum);
@@ -753,7 +765,14 @@ MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C);
 /* Flattens its input in H, W, C order by itself. */
 MPT_DEF int mpt_linear(mpt_model *net, int node, int outputs, const mpt_linear_desc *desc);
 MPT_DEF int mpt_conv2d(mpt_model *net, int node, int filters, int kernel, const mpt_conv2d_desc *desc);
+/* See mpt_activation. */
 MPT_DEF int mpt_relu(mpt_model *net, int node);
+MPT_DEF int mpt_leaky_relu(mpt_model *net, int node);
+MPT_DEF int mpt_tanh(mpt_model *net, int node);
+MPT_DEF int mpt_sigmoid(mpt_model *net, int node);
+MPT_DEF int mpt_gelu(mpt_model *net, int node);
+MPT_DEF int mpt_gelu_tanh(mpt_model *net, int node);
+MPT_DEF int mpt_silu(mpt_model *net, int node);
 MPT_DEF int mpt_max_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
 MPT_DEF int mpt_avg_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
 MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int node);
@@ -867,7 +886,7 @@ typedef enum mpt_map { MPT_MAP_CAST = 0, MPT_MAP_ACTIVATION, MPT_MAP_ACTIVATION_
 typedef struct mpt_map_op { /* one output element from the elements of the same index */
     mpt_map map;
     size_t n;
-    mpt_array a, b; /* cast, activation: a. gradient: a = y, b = dy. add: both */
+    mpt_array a, b; /* cast, activation: a. gradient: a = saved, b = dy. add: both */
     mpt_array out;
     float beta; /* gradient: of the old out. add: of b */
     mpt_activation act;
@@ -1037,11 +1056,49 @@ MPT_HD int mpt__not_positive(float x) {
     return u == 0 || u - 0x80000000u <= 0x7f800000u;
 }
 
-MPT_HD float mpt__activate(mpt_activation act, float x) { return act == MPT_RELU && mpt__not_positive(x) ? 0.0f : x; }
+/* Is the gradient told from x? Then x is kept, and no product can compute the activation in passing. */
+MPT_HD int mpt__act_saves_input(mpt_activation act) { return act >= MPT_GELU; }
 
-/* dy times the derivative, told from the output y */
-MPT_HD float mpt__activate_backward(mpt_activation act, float y, float dy) {
-    return act == MPT_RELU && mpt__not_positive(y) ? 0.0f : dy;
+MPT_HD float mpt__sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+/* The argument of GELU's tanh: sqrt(2 / pi) (x + 0.044715 x^3) */
+MPT_HD float mpt__gelu_argument(float x) { return 0.7978845608f * (x + 0.044715f * x * x * x); }
+
+MPT_HD float mpt__activate(mpt_activation act, float x) {
+    switch (act) {
+    case MPT_RELU: return mpt__not_positive(x) ? 0.0f : x;
+    case MPT_LEAKY_RELU: return mpt__not_positive(x) ? 0.01f * x : x;
+    case MPT_TANH: return tanhf(x);
+    case MPT_SIGMOID: return mpt__sigmoid(x);
+    case MPT_GELU: return 0.5f * x * (1 + erff(0.7071067812f * x));
+    case MPT_GELU_TANH: return 0.5f * x * (1 + tanhf(mpt__gelu_argument(x)));
+    case MPT_SILU: return x * mpt__sigmoid(x);
+    default: return x;
+    }
+}
+
+/* d/dx of GELU: Phi(x) + x phi(x), and of its approximation */
+MPT_HD float mpt__gelu_slope(mpt_activation act, float x) {
+    float t, inner;
+    if (act == MPT_GELU) return 0.5f * (1 + erff(0.7071067812f * x)) + 0.3989422804f * x * expf(-0.5f * x * x);
+    t = tanhf(mpt__gelu_argument(x));
+    inner = 0.7978845608f * (1 + 3 * 0.044715f * x * x);
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * inner;
+}
+
+/* dy times the derivative, told from the saved x or y */
+MPT_HD float mpt__activate_backward(mpt_activation act, float saved, float dy) {
+    float s;
+    switch (act) {
+    case MPT_RELU: return mpt__not_positive(saved) ? 0.0f : dy;
+    case MPT_LEAKY_RELU: return mpt__not_positive(saved) ? 0.01f * dy : dy;
+    case MPT_TANH: return dy * (1 - saved * saved);
+    case MPT_SIGMOID: return dy * saved * (1 - saved);
+    case MPT_GELU:
+    case MPT_GELU_TANH: return dy * mpt__gelu_slope(act, saved);
+    case MPT_SILU: s = mpt__sigmoid(saved); return dy * s * (1 + saved * (1 - s));
+    default: return dy;
+    }
 }
 
 /* -- Casts -- */
@@ -2098,8 +2155,8 @@ static const mpt__simd mpt__simd_avx512 = {"avx512",
 
 /* The states that the operating system saves: bits 1, 2 for AVX, 5, 6, 7 for AVX-512. */
 static unsigned mpt__saved_states(void) {
-    unsigned low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    unsigned low;
+    __asm__ volatile("xgetbv" : "=a"(low) : "c"(0) : "edx");
     return low;
 }
 
@@ -2518,7 +2575,7 @@ static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_m
     MPT__TRY(mpt__need_context(ctx));
     if (!op->n) return MPT_OK;
     MPT__TRY(mpt__need(ctx, call,
-                       op->map == MPT_MAP_ACTIVATION_GRADIENT ? "y"
+                       op->map == MPT_MAP_ACTIVATION_GRADIENT ? "saved"
                        : op->map == MPT_MAP_ADD               ? "a"
                                                               : "x",
                        op->a));
@@ -2538,12 +2595,12 @@ MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, 
     return mpt__map_check(ctx, "activation_forward", &op);
 }
 
-MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array y, mpt_array dy,
-                                           float beta, mpt_array dx) {
+MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array saved,
+                                           mpt_array dy, float beta, mpt_array dx) {
     mpt_map_op op = MPT_ZERO;
     op.map = MPT_MAP_ACTIVATION_GRADIENT;
     op.n = n;
-    op.a = y, op.b = dy, op.out = dx;
+    op.a = saved, op.b = dy, op.out = dx;
     op.beta = beta;
     op.act = act;
     return mpt__map_check(ctx, "activation_backward", &op);
@@ -3665,7 +3722,7 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
     for (i = 0; i < count; i++) stepped[i]->phase = MPT__READY;
     if (!stuck) return MPT_OK;
     MPT__TRY(mpt_scaler_get_state(scaler, &s));
-    return stuck >= s.desc.patience ? mpt__diverged(scaler, stepped, count, stuck) : MPT_OK;
+    return s.stuck >= s.desc.patience ? mpt__diverged(scaler, stepped, count, s.stuck) : MPT_OK; /* stuck may be late */
 }
 
 /* -- Parameter block -- */
@@ -4405,12 +4462,22 @@ MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mp
     return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
 }
 
-MPT_DEF int mpt_relu(mpt_model *net, int in) {
-    mpt__node *node = mpt__layer(net, MPT__ACTIVATION, "relu", NULL, in);
+static int mpt__activation_node(mpt_model *net, int in, const char *word, mpt_activation act) {
+    mpt__node *node = mpt__layer(net, MPT__ACTIVATION, word, NULL, in);
     if (!node) return 0;
-    node->act = MPT_RELU;
+    node->act = act;
     return mpt__layer_done(net);
 }
+
+MPT_DEF int mpt_relu(mpt_model *net, int in) { return mpt__activation_node(net, in, "relu", MPT_RELU); }
+MPT_DEF int mpt_leaky_relu(mpt_model *net, int in) {
+    return mpt__activation_node(net, in, "leaky_relu", MPT_LEAKY_RELU);
+}
+MPT_DEF int mpt_tanh(mpt_model *net, int in) { return mpt__activation_node(net, in, "tanh", MPT_TANH); }
+MPT_DEF int mpt_sigmoid(mpt_model *net, int in) { return mpt__activation_node(net, in, "sigmoid", MPT_SIGMOID); }
+MPT_DEF int mpt_gelu(mpt_model *net, int in) { return mpt__activation_node(net, in, "gelu", MPT_GELU); }
+MPT_DEF int mpt_gelu_tanh(mpt_model *net, int in) { return mpt__activation_node(net, in, "gelu_tanh", MPT_GELU_TANH); }
+MPT_DEF int mpt_silu(mpt_model *net, int in) { return mpt__activation_node(net, in, "silu", MPT_SILU); }
 
 static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S, const mpt_pool2d_desc *d) {
     mpt_pool2d_shape *s = &node->pool;
@@ -4559,7 +4626,7 @@ static void mpt__build_types(mpt_model *net) {
         node->grad_type = policy->compute;
         node->needs_gradient = mpt__has_weights(node) || (in && in->needs_gradient) ||
                                (node->in[1] && mpt__node_of(net, node->in[1])->needs_gradient);
-        if (node->kind == MPT__ACTIVATION && in->consumers == 1 && !in->act &&
+        if (node->kind == MPT__ACTIVATION && in->consumers == 1 && !in->act && !mpt__act_saves_input(node->act) &&
             (mpt__has_weights(in) || in->kind == MPT__ADD)) {
             node->fused = 1;
             in->act = node->act;
@@ -4623,7 +4690,9 @@ static void mpt__plan_extend(mpt_model *net, int buffer, int moment) {
 }
 
 /* Does the backward pass of `node` read the value of its input? */
-static int mpt__reads_input(const mpt__node *node) { return mpt__has_weights(node); }
+static int mpt__reads_input(const mpt__node *node) {
+    return mpt__has_weights(node) || (node->kind == MPT__ACTIVATION && mpt__act_saves_input(node->act));
+}
 
 /* Lays buffers into one block: each at the lowest offset where it overlaps none that is alive at the same time. */
 static void mpt__plan_offsets(mpt_model *net) {
@@ -4674,7 +4743,8 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     for (i = 0; i < n; i++) { /* lives, from the readers and writers */
         const mpt__node *node = &net->nodes[i];
         int side;
-        if (node->act && node->needs_gradient) mpt__plan_extend(net, node->value, end - i);
+        if (node->act && !mpt__act_saves_input(node->act) && node->needs_gradient)
+            mpt__plan_extend(net, node->value, end - i);
         for (side = 0; side < 2 && node->in[side]; side++) {
             const mpt__node *in = mpt__node_of(net, node->in[side]);
             mpt__plan_extend(net, in->value, i);
@@ -4820,7 +4890,9 @@ static mpt_result mpt__data_backward(mpt_model *net, const mpt__node *node, int 
     case MPT__CONV2D: return mpt_conv2d_backward_data(net->ctx, &conv, dy, w, beta, dx);
     case MPT__POOL:
         return mpt_pool2d_backward(net->ctx, node->pool_kind, &pool, dy, mpt__pool_index(net, node), beta, dx);
-    case MPT__ACTIVATION: return mpt_activation_backward(net->ctx, node->act, count, y, dy, beta, dx);
+    case MPT__ACTIVATION:
+        return mpt_activation_backward(net->ctx, node->act, count,
+                                       mpt__act_saves_input(node->act) ? mpt__value(net, to) : y, dy, beta, dx);
     default: return mpt_add_arrays(net->ctx, count, dy, beta, dx, MPT_IDENTITY, dx); /* add, flatten */
     }
 }

@@ -105,7 +105,7 @@ static int trainer_choice(const char *option, const char *text, const char *choi
         c += n + (c[n] == '|');
     }
     TRAINER_FAIL(TRAINER_BAD_USE, "%s '%s': want %s", option, text, choices);
-    return 0; /* not reached */
+    return -1; /* not reached */
 }
 
 static uint64_t trainer_integer(const char *option, const char *text, uint64_t low, uint64_t high) {

@@ -95,6 +95,11 @@ static inline int test_finish(const char *name) {
     return test_counts.failed != 0;
 }
 
+/* For numbers that an enum does not have: unlike a constant, a compiler may not object to its cast. */
+static inline int test_number(int number) {
+    return number;
+}
+
 /* ==== CONTEXTS AND MEMORY ==== */
 
 #ifdef MPT_TEST_CUDA
@@ -399,7 +404,7 @@ static inline mpt_optimizer_state test_block_state(const test_block *b) {
     return s;
 }
 
-/* Gradients (the first) and what an applied step changes: values, copies, moments. A part that is not there is zeros. */
+/* Gradients (the first) and what an applied step changes: values, copies, moments. A part that is missing is zeros. */
 enum { TEST_PARTS = 6 };
 
 static inline float *test_block_download(const test_block *b) {

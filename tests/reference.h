@@ -89,7 +89,8 @@ static inline uint32_t reference_widen_pattern(uint32_t bits, mpt_dtype type) {
     const reference_format f = reference_format_of(type);
     const uint32_t sign = bits & f.sign ? 0x80000000u : 0, magnitude = bits & (f.sign - 1);
     switch (reference_kind_of(bits, type)) {
-    case REFERENCE_NAN: return sign | 0x7fc00000u | (type == MPT_E4M3 ? 0 : (magnitude ^ f.inf) << (24 - f.significant));
+    case REFERENCE_NAN:
+        return sign | 0x7fc00000u | (type == MPT_E4M3 ? 0 : (magnitude ^ f.inf) << (24 - f.significant));
     case REFERENCE_INF: return sign | 0x7f800000u;
     default: return sign | reference_round(reference_widen(magnitude, type), MPT_F32, MPT_ROUND_ZERO, MPT_OVERFLOW_INF);
     }

@@ -93,7 +93,8 @@ static timing measure(work run, void *arg, work yardstick, void *yardstick_arg) 
 /* Ends a row. amount: what one call does, in the unit times seconds; rates rise with speed. */
 static void print_rate(timing t, double amount, double yardstick_amount, const char *unit) {
     printf(" value=%.4g unit=%s", amount / t.value, unit);
-    if (t.peak > 0) printf(" peak=%.4g ratio=%.3f\n", yardstick_amount / t.peak, amount / t.value * t.peak / yardstick_amount);
+    if (t.peak > 0)
+        printf(" peak=%.4g ratio=%.3f\n", yardstick_amount / t.peak, amount / t.value * t.peak / yardstick_amount);
     else printf(" peak=none ratio=none\n");
     fflush(stdout);
 }
@@ -292,7 +293,8 @@ static void run_step(void *arg) {
 
 /* Bytes of one parameter: the check reads its gradient; then gradient, master and moments are read, all but the first
    written, and the copy. */
-static void bench_step(mpt_context *ctx, const char *name, const mpt_optimizer_desc *desc, int moments, mpt_dtype type) {
+static void bench_step(mpt_context *ctx, const char *name, const mpt_optimizer_desc *desc, int moments,
+                       mpt_dtype type) {
     const size_t copy = type == MPT_F32 ? 0 : mpt_dtype_size(type);
     const size_t moved = (4 + 4 + 2 * 4 + (size_t)moments * 2 * 4 + copy) * MANY;
     yardstick y = yardstick_new(ctx, moved / 2, 0);
@@ -311,7 +313,8 @@ static void bench_step(mpt_context *ctx, const char *name, const mpt_optimizer_d
     for (i = 0; i < MANY; i++) mpt_params_grad(params, 1)[i] = mpt_uniform(1, 0, 0, i) - 0.5f;
     t = measure(run_step, &s, run_copy, &y);
     printf("step optimizer=%s type=%s n=%d threads=%d value=%.4g unit=ns/parameter peak=%.4g ratio=%.3f\n", name,
-           mpt_dtype_name(type), MANY, mpt_thread_count(ctx), t.value * 1e9 / MANY, t.peak * 1e9 / MANY, t.peak / t.value);
+           mpt_dtype_name(type), MANY, mpt_thread_count(ctx), t.value * 1e9 / MANY, t.peak * 1e9 / MANY,
+           t.peak / t.value);
     fflush(stdout);
     mpt_optimizer_free(s.opt);
     mpt_scaler_free(s.scaler);
@@ -360,7 +363,8 @@ static void print_machine(mpt_context *ctx) {
     const char *best = "";
     printf("cpu features=");
 #ifdef BENCH_X86
-#define FEATURE(name) if (__builtin_cpu_supports(name)) printf("%s%s", best, name), best = ","
+#define FEATURE(name) \
+    if (__builtin_cpu_supports(name)) printf("%s%s", best, name), best = ","
     FEATURE("avx2");
     FEATURE("fma");
     FEATURE("avx512f");

@@ -164,7 +164,7 @@ static void run_activation(run *r) {
     const mpt_array x = input(r, "x"), dy = input(r, "dy"), y = output(r, "y");
     const size_t n = size(r, "n");
     CHECK_OK(r->ctx, mpt_activation_forward(r->ctx, act, n, x, y));
-    CHECK_OK(r->ctx, mpt_activation_backward(r->ctx, act, n, y, dy, 0, output(r, "dx")));
+    CHECK_OK(r->ctx, mpt_activation_backward(r->ctx, act, n, act >= MPT_GELU ? x : y, dy, 0, output(r, "dx")));
 }
 
 /* PyTorch's y is the mean: of the rows, whose loss a squared error takes as the mean of its elements. */
@@ -211,6 +211,12 @@ static const operation operations[] = {
     {"op_global_avg_pool", run_pool2d, MPT_POOL_AVERAGE},
     {"op_add", run_add, 0},
     {"op_relu", run_activation, MPT_RELU},
+    {"op_leaky_relu", run_activation, MPT_LEAKY_RELU},
+    {"op_tanh", run_activation, MPT_TANH},
+    {"op_sigmoid", run_activation, MPT_SIGMOID},
+    {"op_gelu_erf", run_activation, MPT_GELU},
+    {"op_gelu_tanh", run_activation, MPT_GELU_TANH},
+    {"op_silu", run_activation, MPT_SILU},
     {"op_cross_entropy", run_loss, MPT_LOSS_CROSS_ENTROPY},
     {"op_cross_entropy_smoothing", run_loss, MPT_LOSS_CROSS_ENTROPY},
     {"op_mse", run_loss, MPT_LOSS_SQUARED_ERROR},

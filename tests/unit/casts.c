@@ -22,7 +22,8 @@ static void open_contexts(void) {
             if (ctx) contexts[context_count++] = ctx;
         }
     CHECK(context_count >= COUNTS && context_count % COUNTS == 0);
-    for (i = 0; i < context_count; i += COUNTS) printf("%s%s", i ? ", " : "instruction sets: ", mpt_isa_name(contexts[i]));
+    for (i = 0; i < context_count; i += COUNTS)
+        printf("%s%s", i ? ", " : "instruction sets: ", mpt_isa_name(contexts[i]));
     printf("\n");
 }
 
@@ -67,7 +68,9 @@ static uint32_t buffer_get(const buffer *b, size_t i) {
 }
 
 static void buffer_upload(buffer *b) { CHECK_OK(contexts[0], mpt_upload(contexts[0], b->device, b->host, b->bytes)); }
-static void buffer_download(buffer *b) { CHECK_OK(contexts[0], mpt_download(contexts[0], b->host, b->device, b->bytes)); }
+static void buffer_download(buffer *b) {
+    CHECK_OK(contexts[0], mpt_download(contexts[0], b->host, b->device, b->bytes));
+}
 
 /* Writes nothing but the guards' value to the device. */
 static void buffer_wipe(buffer *b) {
@@ -111,7 +114,8 @@ static buffer buffer_any(mpt_dtype type, size_t count, size_t lead) {
 /* ==== NARROWING AGAINST THE REFERENCE ==== */
 
 /* Casts src on every instruction set; every result is what `expected` holds on the host. */
-static void check_narrow(const buffer *src, buffer *dst, const buffer *expected, size_t n, const mpt_rounding *rounding) {
+static void check_narrow(const buffer *src, buffer *dst, const buffer *expected, size_t n,
+                         const mpt_rounding *rounding) {
     int i;
     for (i = 0; i < context_count; i += COUNTS) {
         buffer_wipe(dst);
@@ -215,13 +219,15 @@ static void check_pair(mpt_dtype from, mpt_dtype to, size_t n, size_t lead, cons
         if (mpt_cast(contexts[i], n, buffer_array(&src), buffer_array(&dst), rounding) != MPT_OK) differ++;
         buffer_download(&dst);
         for (k = 0; k < n && from == to && i == 0; k++)
-            if (reference_kind_of(buffer_get(&src, k), from) == REFERENCE_NAN && buffer_get(&dst, k) == buffer_get(&src, k))
+            if (reference_kind_of(buffer_get(&src, k), from) == REFERENCE_NAN &&
+                buffer_get(&dst, k) == buffer_get(&src, k))
                 buffer_put(&expected, k, buffer_get(&src, k));
         differ += !buffer_is(&dst, &expected);
     }
     if (!CHECK_EQUAL(differ, 0))
-        printf("    %s to %s, %lu elements from %lu, rounding %d, overflow %d\n", mpt_dtype_name(from), mpt_dtype_name(to),
-               (unsigned long)n, (unsigned long)lead, (int)rounding->round, (int)rounding->overflow);
+        printf("    %s to %s, %lu elements from %lu, rounding %d, overflow %d\n", mpt_dtype_name(from),
+               mpt_dtype_name(to), (unsigned long)n, (unsigned long)lead, (int)rounding->round,
+               (int)rounding->overflow);
     buffer_free(&src), buffer_free(&dst), buffer_free(&expected);
 }
 
@@ -280,7 +286,8 @@ static void test_pairs(void) {
             test_pair((mpt_dtype)from, (mpt_dtype)to);
             for (round = MPT_ROUND_NEAREST; round <= MPT_ROUND_STOCHASTIC; round++)
                 test_threads((mpt_dtype)from, (mpt_dtype)to, (mpt_round)round);
-            if (mpt_dtype_size((mpt_dtype)from) == mpt_dtype_size((mpt_dtype)to)) test_in_place((mpt_dtype)from, (mpt_dtype)to);
+            if (mpt_dtype_size((mpt_dtype)from) == mpt_dtype_size((mpt_dtype)to))
+                test_in_place((mpt_dtype)from, (mpt_dtype)to);
         }
 }
 
@@ -394,8 +401,7 @@ static size_t scaled_wrong(const buffer *before, const buffer *after, size_t n, 
         const uint32_t is = buffer_get(after, i);
         if ((test_bits(product) & 0x7fffffffu) > 0x7f800000u)
             wrong += reference_kind_of(is, after->type) != REFERENCE_NAN;
-        else
-            wrong += is != reference_narrow(test_bits(product), after->type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF);
+        else wrong += is != reference_narrow(test_bits(product), after->type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF);
     }
     return wrong;
 }
@@ -420,7 +426,8 @@ static void check_scale(mpt_dtype type, size_t n, size_t lead, float factor, int
         differ += memcmp(&scan, &first, sizeof scan) != 0;
         differ += !buffer_is(&x, &expected);
     }
-    if (!CHECK_EQUAL(differ, 0)) printf("    %lu %s times %g\n", (unsigned long)n, mpt_dtype_name(type), (double)factor);
+    if (!CHECK_EQUAL(differ, 0))
+        printf("    %lu %s times %g\n", (unsigned long)n, mpt_dtype_name(type), (double)factor);
     buffer_free(&before), buffer_free(&x), buffer_free(&expected);
 }
 

@@ -206,8 +206,8 @@ static uint32_t hash_with(int argument, uint64_t value) {
                     argument == 3 ? value : 7);
 }
 
-/* Counting in any argument sets every bit half of the time, within 5 deviations of sqrt(n) / 2, and flips it half of the
-   time from one count to the next. */
+/* Counting in any argument sets every bit half of the time, within 5 deviations of sqrt(n) / 2, and flips it half of
+   the time from one count to the next. */
 static void test_hash_balance(int argument) {
     const int n = 65536;
     int ones[32] = {0}, changes[32] = {0}, i, b;
@@ -369,17 +369,17 @@ static void test_cast_errors(void) {
     mpt_context *ctx = contexts[0];
     test_tensor t = test_tensor_new(ctx, MPT_F32, 4);
     mpt_rounding bad = MPT_ZERO;
-    mpt_array unknown = mpt_typed_array(t.array.data, (mpt_dtype)99), null = mpt_f32_array(NULL);
+    mpt_array unknown = mpt_typed_array(t.array.data, (mpt_dtype)test_number(99)), null = mpt_f32_array(NULL);
     CHECK(mpt_cast(NULL, 4, t.array, t.array, NULL) == MPT_ERROR_ARGUMENT);
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, null, t.array, NULL), MPT_ERROR_ARGUMENT, "src");
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, null, NULL), MPT_ERROR_ARGUMENT, "dst");
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, unknown, t.array, NULL), MPT_ERROR_TYPE, "src");
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, unknown, NULL), MPT_ERROR_TYPE, "dst");
     CHECK_ERROR(ctx, mpt_cast(ctx, (size_t)-1 / 2, t.array, t.array, NULL), MPT_ERROR_SHAPE, "overflow");
-    bad.round = (mpt_round)3;
+    bad.round = (mpt_round)test_number(3);
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, t.array, &bad), MPT_ERROR_ARGUMENT, "rounding");
     bad.round = MPT_ROUND_NEAREST;
-    bad.overflow = (mpt_overflow)2;
+    bad.overflow = (mpt_overflow)test_number(2);
     CHECK_ERROR(ctx, mpt_cast(ctx, 4, t.array, t.array, &bad), MPT_ERROR_ARGUMENT, "rounding");
     test_tensor_free(&t);
 }

@@ -345,8 +345,8 @@ static void test_layers(void) {
     }
 }
 
-/* The reference itself: its gradients are the slopes of sum(dy * y). That is linear in each variable, so a step of 1 has
-   no truncation error; 1e-11 covers the rounding of some thousand products in double. */
+/* The reference itself: its gradients are the slopes of sum(dy * y). That is linear in each variable, so a step of 1
+   has no truncation error; 1e-11 covers the rounding of some thousand products in double. */
 typedef struct objective {
     const layer *l;
     double *v[4], *y;
@@ -589,8 +589,8 @@ static void test_pool_errors(void) {
                 "index");
     CHECK_ERROR(context, mpt_pool2d_backward(context, MPT_POOL_MAX, &s, x.array, NULL, 0, x.array), MPT_ERROR_ARGUMENT,
                 "index");
-    CHECK_ERROR(context, mpt_pool2d_forward(context, (mpt_pool)2, &s, x.array, x.array, index), MPT_ERROR_ARGUMENT,
-                "kind");
+    CHECK_ERROR(context, mpt_pool2d_forward(context, (mpt_pool)test_number(2), &s, x.array, x.array, index),
+                MPT_ERROR_ARGUMENT, "kind");
     CHECK(mpt_pool2d_forward(context, MPT_POOL_MAX, NULL, x.array, x.array, index) == MPT_ERROR_ARGUMENT);
     s.padding = 2;
     CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "padding");
@@ -709,7 +709,7 @@ static void test_elementwise_errors(void) {
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, fp8, x), MPT_ERROR_TYPE, "x");
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, 4, x, fp8), MPT_ERROR_TYPE, "y");
     CHECK_ERROR(context, mpt_activation_forward(context, MPT_RELU, huge, x, x), MPT_ERROR_SHAPE, "overflow");
-    CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, null, x, 0, x), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, null, x, 0, x), MPT_ERROR_ARGUMENT, "saved");
     CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, null, 0, x), MPT_ERROR_ARGUMENT, "dy");
     CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, x, 0, null), MPT_ERROR_ARGUMENT, "dx");
     CHECK_ERROR(context, mpt_activation_backward(context, MPT_RELU, 4, x, fp8, 0, x), MPT_ERROR_TYPE, "dy");
@@ -772,7 +772,8 @@ static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_d
         CHECK_OK(ctx, mpt_squared_error(ctx, c->N, c->C, d->x.array, (const float *)d->target.array.data, c->grad_scale,
                                         scale, dx, d->sum));
     } else {
-        CHECK_OK(ctx, mpt_cross_entropy(ctx, NULL, c->N, c->C, d->x.array, d->labels, c->grad_scale, scale, dx, d->sum));
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, NULL, c->N, c->C, d->x.array, d->labels, c->grad_scale, scale, dx,
+                                        d->sum));
     }
     CHECK_OK(context, mpt_download(context, &sum, d->sum, sizeof sum));
     return sum;
@@ -927,11 +928,15 @@ static void test_loss_errors(void) {
     c.N = 2, c.C = 3, c.width = 1;
     d = loss_new(&c);
     x = d.x.array, fp8 = mpt_typed_array(d.x.array.data, MPT_E5M2), target = (const float *)d.target.array.data;
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "labels");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT, "sum");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT,
+                "x");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT,
+                "labels");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT,
+                "sum");
     CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, fp8, d.labels, 1, NULL, x, d.sum), MPT_ERROR_TYPE, "x");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE, "dx");
+    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE,
+                "dx");
     CHECK(mpt_cross_entropy(context, NULL, (size_t)-1 / 3, 4, x, d.labels, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
     CHECK_ERROR(context, mpt_squared_error(context, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "target");
     CHECK_ERROR(context, mpt_squared_error(context, 2, 3, null, target, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
@@ -945,7 +950,7 @@ static void test_loss_errors(void) {
 static void test_gemm_errors(void) {
     test_tensor t = test_tensor_new(context, MPT_F32, 64);
     const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
-    const mpt_array unknown = mpt_typed_array(t.array.data, (mpt_dtype)77);
+    const mpt_array unknown = mpt_typed_array(t.array.data, (mpt_dtype)test_number(77));
     const size_t huge = (size_t)-1 / 2;
     CHECK(mpt_gemm(NULL, 0, 0, 2, 3, 4, 1, x, 4, x, 3, 0, x, 3) == MPT_ERROR_ARGUMENT);
     CHECK_ERROR(context, mpt_gemm(context, 0, 0, 2, 3, 4, 1, null, 4, x, 3, 0, x, 3), MPT_ERROR_ARGUMENT, "a");

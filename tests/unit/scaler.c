@@ -1,5 +1,5 @@
-/* scaler.c - the loss scaler, model-checked: its rule over every string of 20 events against the rules of the systems it
-   stands for, and the step protocol over random calls against a small model. */
+/* scaler.c - the loss scaler, model-checked: its rule over every string of 20 events against the rules of the systems
+   that it stands for, and the step protocol over random calls against a small model. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
@@ -131,7 +131,8 @@ static void visit(walk *w, const mpt_scaler_state *state, const machine *m, uint
         after.stuck = found && m->scale == w->s->low ? m->stuck + 1 : 0;
         w->s->rule(w->s, &after, found);
         mpt_scaler_rule(&next, found);
-        if (next.overflows != state->overflows + (uint64_t)found) report(w, "the overflows are miscounted", events, length);
+        if (next.overflows != state->overflows + (uint64_t)found)
+            report(w, "the overflows are miscounted", events, length);
         visit(w, &next, &after, events | (uint32_t)found << length, length + 1);
     }
 }
@@ -152,7 +153,8 @@ static void check_walk(setting s, int start, int interval) {
 
 /* Starts near the smallest and the largest scale, so that both are reached. */
 static void check_setting(const setting *s) {
-    const int low = s->desc.no_min ? -100 : s->low + 2, high = s->desc.no_max ? (s->desc.unguarded ? 100 : 125) : s->high - 2;
+    const int low = s->desc.no_min ? -100 : s->low + 2,
+              high = s->desc.no_max ? (s->desc.unguarded ? 100 : 125) : s->high - 2;
     check_walk(*s, low, 1);
     check_walk(*s, low, 3);
     check_walk(*s, high, 2);
@@ -255,8 +257,8 @@ static void test_presets(void) {
 enum { MOST = 3, CALLS = 120, RUNS = 40 };
 typedef enum phase { READY, UNSCALED, STEPPED, PHASES } phase;
 typedef enum action { UNSCALE, CLIP_NORM, CLIP_VALUE, BAD_NORM, BAD_VALUE, STEP, UPDATE, ACTIONS } action;
-static const char *const names[ACTIONS] = {"unscale", "clip_norm", "clip_value", "clip_norm", "clip_value", "step",
-                                           "scaler_update"};
+static const char *const names[ACTIONS] = {"unscale",    "clip_norm", "clip_value",   "clip_norm",
+                                           "clip_value", "step",      "scaler_update"};
 static const char *const tensors[2] = {"weight", "bias"};
 
 typedef struct actor { /* an optimizer and the model of it */
@@ -285,8 +287,9 @@ static void set_gradients(stage *s, int k) {
     float *g = (float *)test_memory(n * sizeof *g);
     a->bad = draw(s, 2) == 0;
     test_floats(g, n, -100, 100, s->seed + s->draws);
-    if (a->bad) g[mpt_params_grad(a->block.params, 1 + k % 2) - mpt_params_grad(a->block.params, 0)] =
-        test_float(draw(s, 2) ? 0x7f800000u : 0xffc00000u);
+    if (a->bad)
+        g[mpt_params_grad(a->block.params, 1 + k % 2) - mpt_params_grad(a->block.params, 0)] =
+            test_float(draw(s, 2) ? 0x7f800000u : 0xffc00000u);
     CHECK_OK(s->ctx, mpt_upload(s->ctx, mpt_params_grad(a->block.params, 0), g, n * sizeof *g));
     free(g);
 }

@@ -1,8 +1,8 @@
-/* weights.c - the ways to update 16-bit weights: fp32 masters, none, split, Kahan, stochastic rounding; and the meter of
-   lost updates.
+/* weights.c - the ways to update 16-bit weights: fp32 masters, none, split, Kahan, stochastic rounding; and the meter
+   of lost updates.
 
    What an optimizer makes of a weight is proven elsewhere (training.c, parity). Here a block with fp32 masters is the
-   oracle: given the same weights and gradients it says the new fp32 values, and each mode must round them by its rule. */
+   oracle: given the same weights and gradients it says the new fp32 values, and each mode rounds them by its rule. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
@@ -15,16 +15,24 @@ typedef struct mode {
 } mode;
 
 static const mode modes[] = {
-    {"fp32 block", MPT_MASTER_F32, MPT_F32},      {"bf16, fp32 masters", MPT_MASTER_F32, MPT_BF16},
-    {"fp16, fp32 masters", MPT_MASTER_F32, MPT_F16}, {"bf16, none", MPT_MASTER_NONE, MPT_BF16},
-    {"fp16, none", MPT_MASTER_NONE, MPT_F16},     {"bf16, split", MPT_MASTER_SPLIT, MPT_BF16},
-    {"bf16, Kahan", MPT_MASTER_KAHAN, MPT_BF16},  {"fp16, Kahan", MPT_MASTER_KAHAN, MPT_F16},
-    {"bf16, stochastic", MPT_MASTER_STOCHASTIC, MPT_BF16}, {"fp16, stochastic", MPT_MASTER_STOCHASTIC, MPT_F16},
+    {"fp32 block", MPT_MASTER_F32, MPT_F32},
+    {"bf16, fp32 masters", MPT_MASTER_F32, MPT_BF16},
+    {"fp16, fp32 masters", MPT_MASTER_F32, MPT_F16},
+    {"bf16, none", MPT_MASTER_NONE, MPT_BF16},
+    {"fp16, none", MPT_MASTER_NONE, MPT_F16},
+    {"bf16, split", MPT_MASTER_SPLIT, MPT_BF16},
+    {"bf16, Kahan", MPT_MASTER_KAHAN, MPT_BF16},
+    {"fp16, Kahan", MPT_MASTER_KAHAN, MPT_F16},
+    {"bf16, stochastic", MPT_MASTER_STOCHASTIC, MPT_BF16},
+    {"fp16, stochastic", MPT_MASTER_STOCHASTIC, MPT_F16},
 };
 enum { MODES = sizeof modes / sizeof *modes, OPTIMIZERS = 4, SEED = 77 };
 
 static mpt_optimizer_desc optimizer(int i) {
-    mpt_optimizer_desc d = i == 0 ? mpt_sgd(0.01, 0) : i == 1 ? mpt_sgd(0.01, 0.9) : i == 2 ? mpt_adam(1e-3) : mpt_adamw(1e-3);
+    mpt_optimizer_desc d = i == 0   ? mpt_sgd(0.01, 0)
+                           : i == 1 ? mpt_sgd(0.01, 0.9)
+                           : i == 2 ? mpt_adam(1e-3)
+                                    : mpt_adamw(1e-3);
     if (i == 1) d.weight_decay = 0.1;
     if (i == 3) d.amsgrad = 1;
     d.meter = 1;
@@ -38,7 +46,8 @@ typedef struct subject {
     mpt_scaler *scaler;
 } subject;
 
-static subject subject_new(mpt_context *ctx, const mode *m, const mpt_optimizer_desc *d, size_t weights, size_t biases) {
+static subject subject_new(mpt_context *ctx, const mode *m, const mpt_optimizer_desc *d, size_t weights,
+                           size_t biases) {
     mpt_params_desc params = MPT_ZERO;
     mpt_scaler_desc scaler = MPT_ZERO;
     subject s;
@@ -54,11 +63,16 @@ static void subject_free(subject *s) {
     mpt_scaler_free(s->scaler);
 }
 
-static void set_values(subject *s, const float *values) { CHECK_OK(s->block.ctx, mpt_params_set(s->block.params, 0, values)); }
-static void get_values(subject *s, float *values) { CHECK_OK(s->block.ctx, mpt_params_get(s->block.params, 0, values)); }
+static void set_values(subject *s, const float *values) {
+    CHECK_OK(s->block.ctx, mpt_params_set(s->block.params, 0, values));
+}
+static void get_values(subject *s, float *values) {
+    CHECK_OK(s->block.ctx, mpt_params_get(s->block.params, 0, values));
+}
 
 static void set_gradients(subject *s, const float *g) {
-    CHECK_OK(s->block.ctx, mpt_upload(s->block.ctx, mpt_params_grad(s->block.params, 0), g, s->block.total * sizeof *g));
+    CHECK_OK(s->block.ctx,
+             mpt_upload(s->block.ctx, mpt_params_grad(s->block.params, 0), g, s->block.total * sizeof *g));
 }
 
 static void step(subject *s) {
@@ -91,8 +105,9 @@ static uint32_t kept(const mode *m, float value, uint32_t r, float *back) {
         *back = mpt_widen(nearest, m->type);
         if (reference_kind_of(nearest, m->type) != REFERENCE_FINITE) return nearest;
         *back = (float)((double)mpt_widen(nearest, m->type) +
-                        (double)mpt_widen(reference_narrow(test_bits((float)rest), m->type, MPT_ROUND_NEAREST,
-                                                           MPT_OVERFLOW_INF), m->type));
+                        (double)mpt_widen(
+                            reference_narrow(test_bits((float)rest), m->type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF),
+                            m->type));
         return nearest;
     default: return nearest;
     }
@@ -225,7 +240,8 @@ static void test_values(mpt_context *ctx, const mode *m) {
         float expected = values[i];
         int ok;
         if (m->master == MPT_MASTER_STOCHASTIC) rule.master = MPT_MASTER_NONE; /* not drawn: there is no step yet */
-        if (kind == REFERENCE_FINITE) ok = kept(&rule, values[i], 0, &expected) == bits && test_bits(back[i]) == test_bits(expected);
+        if (kind == REFERENCE_FINITE)
+            ok = kept(&rule, values[i], 0, &expected) == bits && test_bits(back[i]) == test_bits(expected);
         else if (kind == REFERENCE_INF) ok = test_bits(back[i]) == kinds[i] && reference_kind_of(bits, m->type) == kind;
         else ok = reference_kind_of(test_bits(back[i]), MPT_F32) == kind && reference_kind_of(bits, m->type) == kind;
         if (!CHECK(ok))
@@ -366,7 +382,8 @@ int main(void) {
     mpt_context *ctx = test_open_threads(2);
     int m, i;
     printf("share of the updates that rounding to 16 bits loses, and 1 + 512 times 2^-11 with its share\n"
-           "%-18s%10s%10s%10s%10s%10s%12s\n", "", "SGD", "momentum", "Adam", "AdamW", "2^-11", "1.25 is");
+           "%-18s%10s%10s%10s%10s%10s%12s\n",
+           "", "SGD", "momentum", "Adam", "AdamW", "2^-11", "1.25 is");
     for (m = 0; m < MODES; m++) {
         test_values(ctx, &modes[m]);
         printf("%-18s", modes[m].name);
