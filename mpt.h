@@ -180,16 +180,21 @@ extern "C" {
     X(ERROR_UNSUPPORTED, "not available in this build, on this device or this file") \
     X(ERROR_DEVICE, "the device reported an error")
 
+/* clang-format off */
 typedef enum mpt_result {
 #define MPT__X(id, text) MPT_##id,
     MPT_RESULTS(MPT__X)
 #undef MPT__X
-        MPT_RESULT_COUNT
+    MPT_RESULT_COUNT
 } mpt_result;
+/* clang-format on */
 
 typedef struct mpt_context mpt_context; /* one device, its allocator, its worker threads, the last reason */
 
-typedef enum mpt_log_level { MPT_LOG_ERROR = 1, MPT_LOG_WARNING = 2, MPT_LOG_INFO = 3 } mpt_log_level;
+typedef enum mpt_log_level {
+    MPT_LOG_ERROR = 1, /* the reason of a failed call, as mpt_why has it */
+    MPT_LOG_INFO       /* what was opened */
+} mpt_log_level;
 
 /* Instruction sets. Casts, scans, scaler and optimizers give the same bits on all of them. */
 typedef enum mpt_isa {
@@ -204,11 +209,12 @@ typedef enum mpt_isa {
 typedef struct mpt_context_desc {
     void *(*alloc)(size_t bytes, void *user);           /* NULL: malloc. Set both or neither. Aligned as malloc's */
     void (*release)(void *p, size_t bytes, void *user); /* NULL: free. bytes: what alloc was asked for */
-    void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent. Gets every reason as it arises */
+    void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent */
     void *user;                                                     /* handed to the three calls above */
-    int threads;                                                    /* 0: one per processor; 1: none but the caller's */
-    int reference; /* 1: products and convolutions as the loops of REFERENCE */
-    mpt_isa isa;   /* instruction set of the bulk loops; one the CPU lacks: NULL */
+
+    int threads;   /* 0: one per processor; 1: none but the caller's */
+    int reference; /* 1: products and convolutions as the loops of REFERENCE, for tests and for reading */
+    mpt_isa isa;   /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
 } mpt_context_desc;
 
 /* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
@@ -285,8 +291,8 @@ MPT_HD float mpt_f32_from_e4m3(mpt_e4m3 x);
 MPT_HD float mpt_f32_from_e5m2(mpt_e5m2 x);
 
 /* 32 random bits named by four numbers: the same on every device, thread count and launch shape, and independent for
-   different names. Initialisation, stochastic rounding and dropout draw from it. (splitmix64's finalizer, Steele,
-   Lea, Flood 2014, applied twice.) */
+   different names. Initialisation and stochastic rounding draw from it. (splitmix64's finalizer, Steele, Lea, Flood
+   2014, once for each number.) */
 MPT_HD uint32_t mpt_hash(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element);
 /* Uniform in [0, 1), 24 bits. */
 MPT_HD float mpt_uniform(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element);
@@ -660,7 +666,8 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
    order returns MPT_ERROR_ORDER and changes nothing. Two passes over memory: unscale reads the gradients, step reads
    and writes everything. The gradients in memory stay S times too large; step divides as it reads. */
 
-/* Looks at every gradient: are all finite, what is their norm? torch: GradScaler.unscale_ */
+/* Looks at every gradient: are all finite, what is their norm? A gradient that is inf or NaN, or a norm that fp32 does
+   not hold, will make mpt_step skip. torch: GradScaler.unscale_ */
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt);
 /* Scales the gradients by min(1, max_norm / (norm + 1e-6)). torch.nn.utils.clip_grad_norm_ */
 MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm);
@@ -686,15 +693,16 @@ enum { MPT_JOURNAL = 64 };
 #define MPT_OPTIMIZER_STATE_VERSION 1u
 typedef struct mpt_optimizer_state {
     uint32_t version;                     /* MPT_OPTIMIZER_STATE_VERSION */
-    int32_t found;                        /* last check: 1 if a gradient was inf or NaN */
+    int32_t found;                        /* last check: 1 if the step must be skipped */
     uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
     double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction */
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
     double inv_scale;                     /* last check: 1 / S */
     double clip;                          /* factor of mpt_clip_norm; 1 without */
     double clip_value;                    /* limit of mpt_clip_value; 0 without */
-    uint64_t moved, lost;          /* with desc.meter, last applied step: parameters whose update was not 0; those
-                                             of them that rounding to 16 bits would lose (an fp32 block: to bf16) */
+    /* With desc.meter, last applied step: parameters whose update was not 0, and those of them that rounding to 16 bits
+       (of an fp32 block: to bf16) would lose. */
+    uint64_t moved, lost;
     mpt_scan scan;                 /* last check: of the scaled gradients; scan.first is a tensor id, 0: none */
     mpt_skip journal[MPT_JOURNAL]; /* skipped step number i (from 0) is in [i % MPT_JOURNAL] */
 } mpt_optimizer_state;
@@ -2318,10 +2326,14 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
 
 MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
     mpt_context *ctx = mpt_open_backend(desc, mpt__cpu_backend(desc && desc->reference), NULL);
-    if (ctx && (mpt__pool_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK)) {
+    char text[64];
+    if (!ctx) return NULL;
+    if (mpt__pool_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK) {
         mpt_close(ctx);
-        ctx = NULL;
+        return NULL;
     }
+    mpt__print(text, sizeof text, "open: cpu, %s, %d threads", ctx->simd->name, ctx->threads);
+    if (ctx->desc.log) ctx->desc.log(MPT_LOG_INFO, text, ctx->desc.user);
     return ctx;
 }
 

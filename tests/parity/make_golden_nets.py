@@ -199,7 +199,7 @@ def train(net, mode):
         loss.backward()
         seen["loss"].append(loss.detach())
         seen["logits"].append(logits.detach().float().norm(dim=1).mean())
-        seen["norm"].append(sum(p.grad.double().square().sum() for p in params).sqrt())
+        seen["norm"].append(sum(p.grad.double().square().sum() for p in params).sqrt().float())
         optimizer.step()
     return {name: torch.stack(values) for name, values in seen.items()}
 

@@ -26,15 +26,20 @@ static const mode modes[] = {
     {"bf16, stochastic", MPT_MASTER_STOCHASTIC, MPT_BF16},
     {"fp16, stochastic", MPT_MASTER_STOCHASTIC, MPT_F16},
 };
-enum { MODES = sizeof modes / sizeof *modes, OPTIMIZERS = 4, SEED = 77 };
+enum { FP32_BLOCK = 0, BF16_MASTERS = 1, BF16_SPLIT = 5, MODES = sizeof modes / sizeof *modes, SEED = 77 };
+
+enum { OPTIMIZERS = 4, VARIANTS = 8 }; /* one of each kind; and with their options */
 
 static mpt_optimizer_desc optimizer(int i) {
-    mpt_optimizer_desc d = i == 0   ? mpt_sgd(0.01, 0)
-                           : i == 1 ? mpt_sgd(0.01, 0.9)
-                           : i == 2 ? mpt_adam(1e-3)
-                                    : mpt_adamw(1e-3);
+    mpt_optimizer_desc d = mpt_sgd(0.01, i % 4 == 0 ? 0 : 0.9);
+    if (i % 4 == 2) d = mpt_adam(1e-3);
+    if (i % 4 == 3) d = mpt_adamw(1e-3);
     if (i == 1) d.weight_decay = 0.1;
     if (i == 3) d.amsgrad = 1;
+    if (i == 4) d.momentum = 0.5, d.dampening = 0.25, d.maximize = 1;
+    if (i == 5) d.nesterov = 1, d.weight_decay = 0.1;
+    if (i == 6) d.weight_decay = 0.1, d.maximize = 1;
+    if (i == 7) d.beta1 = 0.3, d.eps = 1e-3; /* lerp weight above a half */
     d.meter = 1;
     return d;
 }
@@ -163,7 +168,7 @@ static void check_rule(const mode *m, subject *s, uint64_t applied, arrays *a) {
 
 /* Share of the updates that the meter calls lost. */
 static double test_rule(mpt_context *ctx, const mode *m, const mpt_optimizer_desc *d) {
-    subject s = subject_new(ctx, m, d, 983, 17), oracle = subject_new(ctx, &modes[0], d, 983, 17);
+    subject s = subject_new(ctx, m, d, 983, 17), oracle = subject_new(ctx, &modes[FP32_BLOCK], d, 983, 17);
     const size_t n = s.block.total;
     arrays a = arrays_new(n);
     uint64_t applied = 0;
@@ -197,7 +202,7 @@ static double test_rule(mpt_context *ctx, const mode *m, const mpt_optimizer_des
 /* ==== SPLIT IS EXACT ==== left to themselves, split weights stay those of fp32 masters */
 
 static void test_split(mpt_context *ctx, const mpt_optimizer_desc *d) {
-    subject split = subject_new(ctx, &modes[5], d, 983, 17), whole = subject_new(ctx, &modes[1], d, 983, 17);
+    subject split = subject_new(ctx, &modes[BF16_SPLIT], d, 983, 17), whole = subject_new(ctx, &modes[BF16_MASTERS], d, 983, 17);
     const size_t n = split.block.total;
     arrays a = arrays_new(n);
     int i;
@@ -394,9 +399,10 @@ int main(void) {
         }
         test_climb(ctx, &modes[m]);
     }
-    for (i = 0; i < OPTIMIZERS; i++) {
+    for (i = 0; i < VARIANTS; i++) {
         const mpt_optimizer_desc d = optimizer(i);
         test_split(ctx, &d);
+        if (i >= OPTIMIZERS) test_same_bits(&modes[BF16_MASTERS], &d);
     }
     test_seed(ctx, MPT_BF16);
     test_seed(ctx, MPT_F16);
