@@ -8,11 +8,15 @@
 typedef struct host { /* desc.user: what the callbacks of a context see */
     test_counter counter;
     char reason[256]; /* the last that the log got */
-    int reasons;
+    int reasons, opened;
 } host;
 
 static void keep_reason(mpt_log_level level, const char *text, void *user) {
     host *h = (host *)user;
+    if (level == MPT_LOG_INFO) {
+        h->opened++;
+        return;
+    }
     CHECK(level == MPT_LOG_ERROR);
     snprintf(h->reason, sizeof h->reason, "%s", text);
     h->reasons++;
@@ -20,7 +24,7 @@ static void keep_reason(mpt_log_level level, const char *text, void *user) {
 
 static mpt_context_desc host_desc(host *h, int threads) {
     mpt_context_desc desc = test_counting(&h->counter, threads);
-    h->reason[0] = 0, h->reasons = 0;
+    h->reason[0] = 0, h->reasons = h->opened = 0;
     desc.log = keep_reason;
     return desc;
 }
@@ -173,6 +177,7 @@ static int live_with_failure(int kind, int threads, long fail_at) {
     h.counter.fail_at = fail_at;
     ctx = test_open(&desc);
     opened = h.counter.bytes;
+    CHECK_EQUAL(h.opened, ctx != NULL); /* told once, and only if it is */
     if (!ctx) {
         CHECK(h.counter.calls >= fail_at && test_has_word(h.reason, "memory"));
     } else {

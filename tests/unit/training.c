@@ -822,6 +822,28 @@ static void test_tiny_scale(mpt_context *ctx) {
     trainer_free(&t);
 }
 
+/* Finite gradients whose norm fp32 cannot hold would make the clip factor 0: skipped as well. */
+static void test_huge_norm(mpt_context *ctx) {
+    const float huge = 3e38f;
+    trainer t;
+    snapshot kept;
+    mpt_scaler_desc off = MPT_ZERO;
+    off.mode = MPT_SCALER_OFF;
+    t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, &off, 10, 10);
+    set_weights(&t, 1);
+    kept = take(&t);
+    set_gradient(&t, 1, 0, huge), set_gradient(&t, 2, 9, huge);
+    CHECK_OK(ctx, mpt_unscale(t.opt));
+    CHECK_OK(ctx, mpt_clip_norm(t.opt, 1));
+    step(&t);
+    CHECK(same(kept, take(&t)));
+    CHECK_EQUAL(state_of(&t).skipped, 1);
+    set_gradient(&t, 1, 0, 0); /* one of them alone fits */
+    step(&t);
+    CHECK_EQUAL(state_of(&t).applied, 1);
+    trainer_free(&t);
+}
+
 /* ==== CLIPPING ==== */
 
 /* Gradients 3 and 4, times the scale: norm 5. The scale is a power of two and the sum of squares exact, so only the
@@ -1056,6 +1078,7 @@ int main(void) {
     test_divergence(ctx, MPT_SCALER_STATIC);
     test_divergence(ctx, MPT_SCALER_OFF);
     test_tiny_scale(ctx);
+    test_huge_norm(ctx);
     test_clip(ctx);
     test_order(ctx);
     test_several(ctx);

@@ -202,7 +202,8 @@ static double test_rule(mpt_context *ctx, const mode *m, const mpt_optimizer_des
 /* ==== SPLIT IS EXACT ==== left to themselves, split weights stay those of fp32 masters */
 
 static void test_split(mpt_context *ctx, const mpt_optimizer_desc *d) {
-    subject split = subject_new(ctx, &modes[BF16_SPLIT], d, 983, 17), whole = subject_new(ctx, &modes[BF16_MASTERS], d, 983, 17);
+    subject split = subject_new(ctx, &modes[BF16_SPLIT], d, 983, 17);
+    subject whole = subject_new(ctx, &modes[BF16_MASTERS], d, 983, 17);
     const size_t n = split.block.total;
     arrays a = arrays_new(n);
     int i;
