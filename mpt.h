@@ -998,6 +998,13 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #define MPT__KEEP(x) ((void)0)
 #endif
 
+/* And the bits of a float: clang's -Ofast would take a test of them for a test of NaN, and drop it. */
+#if defined(__clang__) && defined(__FAST_MATH__) && !defined(__CUDA_ARCH__)
+#define MPT__KEEP_BITS(u) __asm__("" : "+r"(u))
+#else
+#define MPT__KEEP_BITS(u) ((void)0)
+#endif
+
 #ifdef __CUDA_ARCH__
 MPT_HD float mpt__mul(float a, float b) { return __fmul_rn(a, b); }
 MPT_HD float mpt__add(float a, float b) { return __fadd_rn(a, b); }
@@ -1028,10 +1035,15 @@ MPT_HD float mpt__sqrt(float a) {
     MPT__KEEP(r);
     return r;
 }
-MPT_HD float mpt__fma(float a, float b, float c) { /* a b + c, rounded once */
+MPT_HD float mpt__fma(float a, float b, float c) {       /* a b + c, rounded once */
+#if defined(__clang__) && defined(__FAST_MATH__)
+    float (*volatile fused)(float, float, float) = fmaf; /* a plain call would become a product and a sum */
+    return fused(a, b, c);
+#else
     float r = fmaf(a, b, c);
     MPT__KEEP(r);
     return r;
+#endif
 }
 MPT_HD double mpt__mul_add(double a, double b, double c) { /* a b + c in double, rounded twice */
     double r = a * b;
@@ -1043,6 +1055,7 @@ MPT_HD double mpt__mul_add(double a, double b, double c) { /* a b + c in double,
 MPT_HD uint32_t mpt__bits(float x) {
     uint32_t u;
     memcpy(&u, &x, sizeof u);
+    MPT__KEEP_BITS(u);
     return u;
 }
 
@@ -1960,12 +1973,17 @@ MPT__AVX2 static void mpt__store_f16_avx2(uint16_t *dst, size_t n, const float *
     mpt__store_f16_plain(dst, n, src);
 }
 
+/* all ones where NaN; a comparison of integers, which -Ofast leaves alone */
+MPT__AVX2 static inline __m256i mpt__nan8(__m256i u) {
+    return _mm256_cmpgt_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f800000));
+}
+
 MPT__AVX2 static void mpt__load_bf16_avx2(const uint16_t *src, size_t n, float *dst) {
-    const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x400000));
+    const __m256i quiet = _mm256_set1_epi32(0x400000);
     for (; n >= 8; n -= 8, src += 8, dst += 8) {
         const __m256i half = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)src));
-        const __m256 x = _mm256_castsi256_ps(_mm256_slli_epi32(half, 16));
-        _mm256_storeu_ps(dst, _mm256_or_ps(x, _mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q), quiet)));
+        const __m256i u = _mm256_slli_epi32(half, 16);
+        _mm256_storeu_si256((__m256i *)(void *)dst, _mm256_or_si256(u, _mm256_and_si256(mpt__nan8(u), quiet)));
     }
     mpt__load_bf16_plain(src, n, dst);
 }
@@ -1978,10 +1996,10 @@ MPT__AVX2 static inline __m256i mpt__round_bf16x8(__m256i u) {
 /* sixteen at a time; those with a NaN among them in plain C */
 MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) {
     for (; n >= 16; n -= 16, src += 16, dst += 16) {
-        const __m256 low = _mm256_loadu_ps(src), high = _mm256_loadu_ps(src + 8);
-        const __m256i both = _mm256_packus_epi32(mpt__round_bf16x8(_mm256_castps_si256(low)),
-                                                 mpt__round_bf16x8(_mm256_castps_si256(high)));
-        if (_mm256_movemask_ps(_mm256_cmp_ps(low, high, _CMP_UNORD_Q))) mpt__store_bf16_plain(dst, 16, src);
+        const __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)src);
+        const __m256i high = _mm256_loadu_si256((const __m256i *)(const void *)(src + 8));
+        const __m256i both = _mm256_packus_epi32(mpt__round_bf16x8(low), mpt__round_bf16x8(high));
+        if (_mm256_movemask_epi8(_mm256_or_si256(mpt__nan8(low), mpt__nan8(high)))) mpt__store_bf16_plain(dst, 16, src);
         else _mm256_storeu_si256((__m256i *)(void *)dst, _mm256_permute4x64_epi64(both, 0xd8));
     }
     mpt__store_bf16_plain(dst, n, src);
@@ -2018,7 +2036,8 @@ MPT__AVX2 static int mpt__squares_avx2(const float *x, size_t n, double *lanes) 
     return _mm256_movemask_epi8(bad) != 0;
 }
 
-/* Results that the compiler must not fuse with what follows, nor reorder: see MPT__KEEP. */
+/* What no build's flags may change: a product that is not fused with what follows nor reordered; division and root as
+   they are, for -Ofast would replace them by approximations. */
 MPT__AVX2 static inline __m256 mpt__mul8(__m256 a, __m256 b) {
     __m256 r = _mm256_mul_ps(a, b);
     __asm__("" : "+x"(r));
@@ -2027,9 +2046,13 @@ MPT__AVX2 static inline __m256 mpt__mul8(__m256 a, __m256 b) {
 
 MPT__AVX2 static inline __m256 mpt__div8(__m256 a, __m256 b) {
     __m256 r;
-    __asm__("" : "+x"(b));
-    r = _mm256_div_ps(a, b);
-    __asm__("" : "+x"(r));
+    __asm__("vdivps {%2, %1, %0|%0, %1, %2}" : "=x"(r) : "x"(a), "x"(b));
+    return r;
+}
+
+MPT__AVX2 static inline __m256 mpt__sqrt8(__m256 a) {
+    __m256 r;
+    __asm__("vsqrtps {%1, %0|%0, %1}" : "=x"(r) : "x"(a));
     return r;
 }
 
@@ -2062,15 +2085,14 @@ MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 
         square = _mm256_max_ps(square, _mm256_loadu_ps(largest));
         _mm256_storeu_ps(largest, square);
     }
-    step = _mm256_sqrt_ps(square);
-    __asm__("" : "+x"(step));
-    step = _mm256_add_ps(mpt__div8(step, _mm256_set1_ps(r->root)), _mm256_set1_ps(r->eps));
+    step = _mm256_add_ps(mpt__div8(mpt__sqrt8(square), _mm256_set1_ps(r->root)), _mm256_set1_ps(r->eps));
     return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), step));
 }
 
 MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, const float *g, float *m, float *v,
                                        float *largest) {
-    const __m256 limit = _mm256_set1_ps(r->clip_value), sign = _mm256_set1_ps(r->maximize ? -0.0f : 0.0f);
+    const __m256 limit = _mm256_set1_ps(r->clip_value);
+    const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi32(r->maximize ? INT32_MIN : 0));
     size_t i;
     for (i = 0; i + 8 <= n; i += 8) {
         __m256 x = mpt__mul8(mpt__mul8(_mm256_loadu_ps(g + i), _mm256_set1_ps(r->inv_scale)), _mm256_set1_ps(r->clip));
@@ -2138,13 +2160,13 @@ MPT__AVX512 static void mpt__store_f16_avx512(uint16_t *dst, size_t n, const flo
 
 MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const float *src) {
     for (; n >= 16; n -= 16, src += 16, dst += 16) {
-        const __m512 x = _mm512_loadu_ps(src);
-        const __m512i u = _mm512_castps_si512(x), top = _mm512_maskz_srli_epi32(0xffff, u, 16);
+        const __m512i u = _mm512_loadu_si512((const void *)src), top = _mm512_maskz_srli_epi32(0xffff, u, 16);
         const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
         const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+        const __mmask16 nan =
+            _mm512_cmpgt_epi32_mask(_mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff)), _mm512_set1_epi32(0x7f800000));
         const __m512i rounded =
-            _mm512_mask_or_epi32(_mm512_maskz_srli_epi32(0xffff, sum, 16), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), top,
-                                 _mm512_set1_epi32(0x40));
+            _mm512_mask_or_epi32(_mm512_maskz_srli_epi32(0xffff, sum, 16), nan, top, _mm512_set1_epi32(0x40));
         _mm256_storeu_si256((__m256i *)(void *)dst, _mm512_maskz_cvtepi32_epi16(0xffff, rounded));
     }
     mpt__store_bf16_plain(dst, n, src);
@@ -3098,28 +3120,36 @@ typedef struct mpt__work {
     const void *op;
 } mpt__work;
 
-/* out[i..i+n) = x(n), for a type that the compiler knows: it then folds the format into the loop. */
-MPT__INLINE void mpt__store_rounded_as(mpt_dtype type, const mpt_map_op *op, size_t i, size_t n, const float *x) {
-    const mpt_rounding *r = &op->rounding;
-    const int stochastic = r->round == MPT_ROUND_STOCHASTIC;
-    uint8_t *byte = (uint8_t *)op->out.data;
-    uint16_t *half = (uint16_t *)op->out.data;
+/* out[i..i+n) = x(n), for a type and a rounding that the compiler knows and folds into the loop. */
+MPT__INLINE void mpt__store_as(mpt_dtype type, mpt_round round, const mpt_map_op *op, size_t i, size_t n,
+                               const float *x) {
+    const mpt_rounding r = op->rounding;
+    uint8_t *byte = (uint8_t *)op->out.data + i;
+    uint16_t *half = (uint16_t *)op->out.data + i;
     size_t e;
     for (e = 0; e < n; e++) {
-        const uint32_t random = stochastic ? mpt_hash(r->seed, r->step, r->tensor, i + e) : 0;
-        const uint32_t bits = mpt_narrow(x[e], type, r->round, r->overflow, random);
-        if (type == MPT_F16 || type == MPT_BF16) half[i + e] = (uint16_t)bits;
-        else byte[i + e] = (uint8_t)bits;
+        const uint32_t random = round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i + e) : 0;
+        const uint32_t bits = mpt_narrow(x[e], type, round, r.overflow, random);
+        if (type == MPT_F16 || type == MPT_BF16) half[e] = (uint16_t)bits;
+        else byte[e] = (uint8_t)bits;
+    }
+}
+
+MPT__INLINE void mpt__store_type(mpt_dtype type, const mpt_map_op *op, size_t i, size_t n, const float *x) {
+    switch (op->rounding.round) {
+    case MPT_ROUND_NEAREST: mpt__store_as(type, MPT_ROUND_NEAREST, op, i, n, x); break;
+    case MPT_ROUND_ZERO: mpt__store_as(type, MPT_ROUND_ZERO, op, i, n, x); break;
+    default: mpt__store_as(type, MPT_ROUND_STOCHASTIC, op, i, n, x);
     }
 }
 
 /* out[i..i+n) = x(n) with any rounding, to a type narrower than fp32 */
 static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const float *x) {
     switch (op->out.type) {
-    case MPT_F16: mpt__store_rounded_as(MPT_F16, op, i, n, x); break;
-    case MPT_BF16: mpt__store_rounded_as(MPT_BF16, op, i, n, x); break;
-    case MPT_E4M3: mpt__store_rounded_as(MPT_E4M3, op, i, n, x); break;
-    default: mpt__store_rounded_as(MPT_E5M2, op, i, n, x);
+    case MPT_F16: mpt__store_type(MPT_F16, op, i, n, x); break;
+    case MPT_BF16: mpt__store_type(MPT_BF16, op, i, n, x); break;
+    case MPT_E4M3: mpt__store_type(MPT_E4M3, op, i, n, x); break;
+    default: mpt__store_type(MPT_E5M2, op, i, n, x);
     }
 }
 

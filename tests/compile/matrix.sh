@@ -124,10 +124,10 @@ done
 
 # program NAME COMPILER ARGUMENTS...: builds it with the strict flags, but unoptimised frames may be large, and runs it.
 program() {
-    name=$1 compiler=$2
+    title=$1 compiler=$2
     shift 2
-    check "$name: build" "$compiler" -O0 $warn -Wno-frame-larger-than -I. "$@" -o "$dir/program" -lm -pthread
-    check "$name: run" "$dir/program"
+    check "$title: build" "$compiler" -O0 $warn -Wno-frame-larger-than -I. "$@" -o "$dir/program" -lm -pthread
+    check "$title: run" "$dir/program"
     rm -f "$dir/program"
 }
 

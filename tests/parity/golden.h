@@ -11,8 +11,8 @@ enum { GOLDEN_WORD = 24 };
 /* A line: a word, a name and values. */
 typedef struct golden_line {
     char mode[GOLDEN_WORD], word[GOLDEN_WORD], name[GOLDEN_WORD]; /* mode: "" above the first */
-    double number;                                               /* of a number; TERMS of a bound; ROUNDS of an output */
-    mpt_dtype type;                                              /* of a cast or an output */
+    double number;  /* of a number; TERMS of a bound; ROUNDS of an output */
+    mpt_dtype type; /* of a cast or an output */
     size_t count;
     double *value;
 } golden_line;
@@ -51,9 +51,9 @@ static inline void golden_read_values(const golden *g, FILE *file, golden_line *
 /* What follows the word and the name. */
 static inline void golden_read_rest(const golden *g, FILE *file, golden_line *line) {
     const int input = strcmp(line->word, "input") == 0, bound = strcmp(line->word, "bound") == 0;
-    const int output = strcmp(line->word, "output") == 0, number = strcmp(line->word, "number") == 0;
+    const int output = strcmp(line->word, "output") == 0, number = bound || output || strcmp(line->word, "number") == 0;
     if (output || strcmp(line->word, "cast") == 0) line->type = golden_read_type(g, file);
-    if ((number || bound || output) && fscanf(file, "%lf", &line->number) != 1) golden_damaged(g, "a number is missing");
+    if (number && fscanf(file, "%lf", &line->number) != 1) golden_damaged(g, "a number is missing");
     if (input || bound || output) golden_read_values(g, file, line, bound ? MPT_BF16 : output ? line->type : MPT_F32);
 }
 

@@ -3,8 +3,8 @@
 
     python3 tests/parity/make_golden_ops.py         needs PyTorch >= 2.6; the CPU is enough
 
-One file per operation. Images are NHWC, convolution weights [K][R][S][C / groups], linear weights [O][I]. The first line
-is a comment, then lines of a word, a name and values:
+One file per operation. Images are NHWC, convolution weights [K][R][S][C / groups], linear weights [O][I]. The first
+line is a comment, then lines of a word, a name and values:
 
     number NAME VALUE                       shapes and options: decimal, or C's %a
     input NAME COUNT VALUES                 fp32 as its bits in 8 hex digits; labels and class weights too

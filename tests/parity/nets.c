@@ -1,8 +1,8 @@
 /* nets.c - floor 4: whole nets trained for 20 steps, against PyTorch in fp32 and in bf16.
 
    The losses are PyTorch's own, written by make_golden_nets.py, which says how both sides draw the same weights and
-   samples, and what the modes are; run from the top of the repository. O0 is held to the mode f32, O1 to `policy`, which
-   rounds what O1 rounds, and to `autocast`, which rounds more: biases, logits, gradients of weights.
+   samples, and what the modes are; run from the top of the repository. O0 is held to the mode f32; O1 to `policy`,
+   which rounds what O1 rounds, and to `autocast`, which rounds more: biases, logits, gradients of weights.
 
    How far the losses of a step may lie apart, to first order. u is the unit roundoff, z the logits, g the gradient.
 
