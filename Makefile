@@ -21,7 +21,7 @@ LONG     := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/long/*.c))
 SCRIPTS  := $(shell for f in $(filter-out tests/long/%,$(wildcard tests/*/*.sh)); do test -x $$f && echo $$f; done)
 RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) sh tests/run.sh
 
-.PHONY: all run test test-long clean help detect FORCE
+.PHONY: all run test test-long test-cuda bench clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
@@ -34,6 +34,12 @@ test: detect $(EXAMPLES) $(TESTS)
 test-long: detect $(LONG)
 	@$(RUN_TESTS) $(LONG)
 
+test-cuda: detect
+	@BUILD=$(BUILD) sh tests/cuda/run.sh
+
+bench: detect $(BUILD)/tests/bench/bench
+	@$(BUILD)/tests/bench/bench
+
 clean:
 	rm -rf build
 
@@ -42,6 +48,8 @@ help: detect
 	@echo 'make run        trains on the digits and writes build/digits.csv'
 	@echo 'make test       runs all tests; the last line is their sum'
 	@echo 'make test-long  runs the tests that take minutes'
+	@echo 'make test-cuda  builds the tests with nvcc and runs them on a GPU, or with CUDACPU=folder on that runner'
+	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
 

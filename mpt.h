@@ -434,8 +434,8 @@ MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt
 MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array dy,
                                        const uint16_t *index, float beta, mpt_array dx);
 
-/* y = act(a + beta * b), n elements; y may be a or b. The residual connection, and the sum of gradients where a value
-   is used twice. */
+/* y = act(a + beta * b), n elements; y may be a or b; with beta 0 b is not read. The residual connection, and the
+   sum of gradients where a value is used twice. */
 MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
                                   mpt_array y);
 
@@ -998,11 +998,14 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #define MPT__KEEP(x) ((void)0)
 #endif
 
-/* And the bits of a float: clang's -Ofast would take a test of them for a test of NaN, and drop it. */
+/* clang's -Ofast goes further: it takes a test of a float's bits for a test of NaN, and drops it; makes a product and a
+   sum of a plain call of fmaf, and an approximation of one of sqrtf. */
 #if defined(__clang__) && defined(__FAST_MATH__) && !defined(__CUDA_ARCH__)
 #define MPT__KEEP_BITS(u) __asm__("" : "+r"(u))
+#define MPT__OPAQUE volatile
 #else
 #define MPT__KEEP_BITS(u) ((void)0)
+#define MPT__OPAQUE
 #endif
 
 #ifdef __CUDA_ARCH__
@@ -1031,19 +1034,16 @@ MPT_HD float mpt__div(float a, float b) {
     return r;
 }
 MPT_HD float mpt__sqrt(float a) {
-    float r = sqrtf(a);
+    float (*MPT__OPAQUE root)(float) = sqrtf;
+    float r = root(a);
     MPT__KEEP(r);
     return r;
 }
-MPT_HD float mpt__fma(float a, float b, float c) {       /* a b + c, rounded once */
-#if defined(__clang__) && defined(__FAST_MATH__)
-    float (*volatile fused)(float, float, float) = fmaf; /* a plain call would become a product and a sum */
-    return fused(a, b, c);
-#else
-    float r = fmaf(a, b, c);
+MPT_HD float mpt__fma(float a, float b, float c) { /* a b + c, rounded once */
+    float (*MPT__OPAQUE fused)(float, float, float) = fmaf;
+    float r = fused(a, b, c);
     MPT__KEEP(r);
     return r;
-#endif
 }
 MPT_HD double mpt__mul_add(double a, double b, double c) { /* a b + c in double, rounded twice */
     double r = a * b;
@@ -3195,7 +3195,7 @@ static void mpt__map_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt_map_op *op = (const mpt_map_op *)w->op;
     size_t i = begin * MPT__RUN;
     const size_t stop = mpt__min(end * MPT__RUN, op->n),
-                 each = op->map == MPT_MAP_CAST ? MPT__RUN * MPT__CAST_RUNS : MPT__RUN;
+                 each = op->map == MPT_MAP_CAST ? (size_t)MPT__CAST_RUNS * MPT__RUN : (size_t)MPT__RUN;
     (void)worker;
     for (; i < stop; i += each) {
         const size_t n = mpt__min(stop - i, each);

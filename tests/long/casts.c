@@ -55,7 +55,7 @@ static void expect(const job *work, uint32_t first, unsigned char *out) {
     }
     for (; i < BLOCK && from + i <= 0x7f800000u; step++) {
         const uint32_t bits = sign | reference_step_pattern(work->stairs, step, work->overflow);
-        const uint32_t left = work->stairs->edge[step + 1] - from, end = left < BLOCK ? left : BLOCK;
+        const uint32_t left = work->stairs->edge[step + 1] - from, end = left < BLOCK ? left : (uint32_t)BLOCK;
         if (bytes) memset(out + i, (int)bits, end - i), i = end;
         else
             while (i < end) words[i++] = (uint16_t)bits;

@@ -263,7 +263,7 @@ static const char *const tensors[2] = {"weight", "bias"};
 
 typedef struct actor { /* an optimizer and the model of it */
     test_block block;
-    phase phase;
+    phase now;
     int bad, found; /* are there inf or NaN in the gradients now; were there when it looked */
     uint64_t applied, skipped;
 } actor;
@@ -311,7 +311,7 @@ static mpt_result call(stage *s, int k, action act) {
 
 /* The code that a call must return; *word: what its reason must name. */
 static mpt_result expected_result(stage *s, int k, action act, const char **word) {
-    const phase now = s->actors[k].phase;
+    const phase now = s->actors[k].now;
     int i, stepped = 0, unscaled = 0, found = 0;
     *word = names[act];
     if (act == UNSCALE) return now == READY ? MPT_OK : MPT_ERROR_ORDER;
@@ -319,8 +319,8 @@ static mpt_result expected_result(stage *s, int k, action act, const char **word
     if (act != UPDATE) return now != UNSCALED ? MPT_ERROR_ORDER : act >= BAD_NORM ? MPT_ERROR_ARGUMENT : MPT_OK;
     for (i = s->count - 1; i >= 0; i--) {
         const actor *a = &s->actors[i];
-        stepped += a->phase == STEPPED, unscaled += a->phase == UNSCALED;
-        if (a->phase == STEPPED && a->found) found = 1, *word = tensors[i % 2];
+        stepped += a->now == STEPPED, unscaled += a->now == UNSCALED;
+        if (a->now == STEPPED && a->found) found = 1, *word = tensors[i % 2];
     }
     if (unscaled || !stepped) {
         *word = names[act];
@@ -334,13 +334,13 @@ static mpt_result expected_result(stage *s, int k, action act, const char **word
 static void act_on_model(stage *s, int k, action act) {
     actor *a = &s->actors[k];
     int i;
-    if (act == UNSCALE || (act == STEP && a->phase == READY)) a->found = a->bad, a->phase = UNSCALED;
+    if (act == UNSCALE || (act == STEP && a->now == READY)) a->found = a->bad, a->now = UNSCALED;
     if (act == STEP) {
-        a->phase = STEPPED;
+        a->now = STEPPED;
         if (a->found) a->skipped++;
         else a->applied++;
     }
-    for (i = 0; i < s->count && act == UPDATE; i++) s->actors[i].phase = READY;
+    for (i = 0; i < s->count && act == UPDATE; i++) s->actors[i].now = READY;
 }
 
 /* Counters and scale are the model's; of the flat arrays nothing changed but what an applied step changes. */
@@ -370,7 +370,7 @@ static void check_call(stage *s) {
         before[i] = test_block_download(&s->actors[i].block);
         states[i] = test_block_state(&s->actors[i].block);
     }
-    s->seen[s->actors[k].phase][act]++, s->results[expected]++;
+    s->seen[s->actors[k].now][act]++, s->results[expected]++;
     if (expected == MPT_OK) CHECK_OK(s->ctx, call(s, k, act));
     else CHECK_ERROR(s->ctx, call(s, k, act), expected, word);
     if (expected == MPT_OK || expected == MPT_ERROR_DIVERGED) {
