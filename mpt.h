@@ -365,7 +365,7 @@ MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int lo
 MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
                             mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc);
 
-/* With what its gradient is told from: y, or x where y does not tell. */
+/* Activations, and what their gradient is told from: y, or x where y does not tell. */
 typedef enum mpt_activation {
     MPT_IDENTITY = 0,
     MPT_RELU,       /* y: max(x, 0) */
@@ -547,14 +547,15 @@ MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_sta
    One flat array per role: fp32 masters, 16-bit copies, fp32 gradients; the optimizer adds its moments. Tensors are
    slices of it, each starting at a multiple of 16 elements. */
 
-/* How 16-bit weights are updated. Bytes a parameter beside the 16-bit copy: 4, 0, 2, 2, 0. */
+/* How 16-bit weights are updated. Bytes a parameter beside the 16-bit copy: 4, 0, 2, 2, 0. A split master rounds
+   ties of the copy away from zero, so that the two halves can be put together again (as in TransformerEngine);
+   compensation and stochastic rounding: arXiv 2010.06192. */
 typedef enum mpt_master {
-    MPT_MASTER_F32 = 0, /* fp32 masters are updated and rounded to the copies */
-    MPT_MASTER_NONE,    /* no masters: the copies themselves are updated, to nearest (to show what breaks) */
-    MPT_MASTER_SPLIT,   /* bf16 only: the copy and the 16 bits it lacks make an exact fp32 master; ties of the copy are
-                             rounded away from zero, so that the two can be put together again (TransformerEngine) */
-    MPT_MASTER_KAHAN,   /* the copy and a 16-bit compensation: what rounding cuts off comes back at the next update */
-    MPT_MASTER_STOCHASTIC /* the copies themselves are updated, with stochastic rounding (both: arXiv 2010.06192) */
+    MPT_MASTER_F32 = 0,   /* fp32 masters are updated and rounded to the copies */
+    MPT_MASTER_NONE,      /* no masters: the copies themselves are updated, to nearest (to show what breaks) */
+    MPT_MASTER_SPLIT,     /* bf16 only: the copy and the 16 bits it lacks make an exact fp32 master */
+    MPT_MASTER_KAHAN,     /* the copy and a 16-bit compensation: what rounding cuts off comes back at the next update */
+    MPT_MASTER_STOCHASTIC /* the copies themselves are updated, with stochastic rounding */
 } mpt_master;
 
 typedef struct mpt_params_desc {
@@ -576,11 +577,12 @@ MPT_DEF void mpt_params_free(mpt_params *params);
 MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, unsigned group);
 /* Allocates all arrays, zeroed. Reports the first mpt_params_add that failed. */
 MPT_DEF mpt_result mpt_params_build(mpt_params *params);
-/* Slices of the flat arrays in device memory, tensor 1..; tensor 0 gives the whole array. NULL where there is none. */
-MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);    /* fp32 masters */
-MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor); /* what products read: copy, or master in fp32 */
-MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor); /* fp32 gradients, S times too large before the step */
-/* Number of tensors; elements, name of a tensor (of all with the padding between them for tensor 0, "" ). */
+/* Slices of the flat arrays in device memory, tensor 1..; tensor 0 gives the whole array. NULL where there is none.
+   Masters; what products read (the copy, or the master in fp32); gradients, S times too large before the step. */
+MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);
+MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor);
+MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);
+/* Number of tensors. Elements and name of a tensor; tensor 0: of the flat arrays with their padding, and "". */
 MPT_DEF int mpt_params_tensors(const mpt_params *params);
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
 MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor);
@@ -710,8 +712,7 @@ typedef struct mpt_optimizer_state {
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
-/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: there is
-   none. */
+/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: not there. */
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
 
 /* ==== MODEL ==== floor 4
@@ -730,7 +731,7 @@ typedef struct mpt_policy {
     mpt_dtype param;   /* type the parameters are kept in between steps */
     mpt_dtype compute; /* type products read and activations are stored in */
     mpt_dtype output;  /* type of the value that the loss reads */
-    mpt_master master; /* where param is 16 bits: fp32 masters or none */
+    mpt_master master; /* how 16-bit parameters are updated */
 } mpt_policy;
 
 /* type: MPT_F16 or MPT_BF16; ignored by O0. An impossible pair gives a policy that mpt_model_build rejects. */
@@ -840,7 +841,8 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
-/* Bytes by role. The sum is exactly what the model holds from the allocator. */
+/* Bytes by role. On the CPU the sum is exactly what the model holds from the allocator; on a device the arrays are its
+   own memory. */
 typedef struct mpt_memory {
     size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
     size_t masters;     /* fp32 masters of 16-bit weights; or the low bits or compensation instead */
