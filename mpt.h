@@ -821,7 +821,7 @@ MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
 MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
 
-/* Mean loss over the samples of the last step (of the forward passes since then). These four wait for the device. */
+/* Mean loss over the samples of the last step, or of the last mpt_forward. These four wait for the device. */
 MPT_DEF double mpt_loss(mpt_model *net);
 MPT_DEF float mpt_loss_scale(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
@@ -964,8 +964,8 @@ typedef struct mpt_backend {
                         int32_t *stuck);
 } mpt_backend;
 
-/* A context on another device. `device` is the backend's own state; backend->close frees it. NULL: out of memory, or
-   desc is wrong; `device` is then still the caller's. */
+/* A context on another device. *backend is copied. `device` is the backend's own state; backend->close frees it.
+   NULL: out of memory, or desc is wrong; `device` is then still the caller's. */
 MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *desc, const mpt_backend *backend, void *device);
 /* What mpt_open_backend was given. */
 MPT_DEF void *mpt_context_device(const mpt_context *ctx);
@@ -1484,7 +1484,22 @@ enum {
 
 typedef struct mpt__pool mpt__pool;
 
-typedef struct mpt__simd mpt__simd;
+enum { MPT__LANES = 32 }; /* sums that a scan keeps side by side */
+
+typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
+    const char *name;
+    void (*load_f16)(const uint16_t *src, size_t n, float *dst);
+    void (*load_bf16)(const uint16_t *src, size_t n, float *dst);
+    void (*store_f16)(uint16_t *dst, size_t n, const float *src);
+    void (*store_bf16)(uint16_t *dst, size_t n, const float *src);
+    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN */
+    int (*squares)(const float *x, size_t n, double *lanes);
+    /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
+    void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
+    /* sums(tile_m,tile_n) += a(depth,tile_m)^T b(depth,tile_n), rows of sums `stride` apart */
+    void (*tile)(size_t depth, const float *a, const float *b, float *sums, size_t stride);
+    size_t tile_m, tile_n;
+} mpt__simd;
 
 typedef struct mpt__meter { /* lost updates that one thread saw */
     uint64_t moved, lost;
@@ -1492,9 +1507,9 @@ typedef struct mpt__meter { /* lost updates that one thread saw */
 
 struct mpt_context {
     mpt_context_desc desc;
-    const mpt_backend *backend;
+    mpt_backend backend;
     void *device; /* the backend's own state */
-    const mpt__simd *simd;
+    mpt__simd simd;
     int threads;
     mpt__pool *pool;                     /* NULL with one thread */
     float *workspace;                    /* of the CPU engine: MPT__WORKSPACE floats a thread */
@@ -1694,22 +1709,20 @@ static void mpt__host_free(mpt_context *ctx, void *p) {
     mpt__desc_release(&ctx->desc, header.raw, header.bytes);
 }
 
-MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes) {
-    return ctx && bytes ? ctx->backend->alloc(ctx, bytes) : NULL;
-}
+MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes) { return ctx && bytes ? ctx->backend.alloc(ctx, bytes) : NULL; }
 
 MPT_DEF void mpt_free(mpt_context *ctx, void *p) {
-    if (ctx && p) ctx->backend->release(ctx, p);
+    if (ctx && p) ctx->backend.release(ctx, p);
 }
 
 MPT_DEF mpt_result mpt_upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
     if (!ctx || !device || !host) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "upload: an argument is NULL");
-    return ctx->backend->upload(ctx, device, host, bytes);
+    return ctx->backend.upload(ctx, device, host, bytes);
 }
 
 MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device, size_t bytes) {
     if (!ctx || !device || !host) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "download: an argument is NULL");
-    return ctx->backend->download(ctx, host, device, bytes);
+    return ctx->backend.download(ctx, host, device, bytes);
 }
 
 /* -- Threads --
@@ -1867,23 +1880,6 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
 #define MPT__INLINE static inline
 #endif
 
-enum { MPT__LANES = 32 }; /* sums that a scan keeps side by side */
-
-struct mpt__simd {
-    const char *name;
-    void (*load_f16)(const uint16_t *src, size_t n, float *dst);
-    void (*load_bf16)(const uint16_t *src, size_t n, float *dst);
-    void (*store_f16)(uint16_t *dst, size_t n, const float *src);
-    void (*store_bf16)(uint16_t *dst, size_t n, const float *src);
-    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN */
-    int (*squares)(const float *x, size_t n, double *lanes);
-    /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
-    void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
-    /* sums(tile_m,tile_n) += a(depth,tile_m)^T b(depth,tile_n), rows of sums `stride` apart */
-    void (*tile)(size_t depth, const float *a, const float *b, float *sums, size_t stride);
-    size_t tile_m, tile_n;
-};
-
 /* -- Plain C -- */
 
 static void mpt__load_f16_plain(const uint16_t *src, size_t n, float *dst) {
@@ -1946,16 +1942,20 @@ static void mpt__tile_plain(size_t depth, const float *a, const float *b, float 
         for (j = 0; j < N; j++) sums[(size_t)i * stride + (size_t)j] += tile[i][j];
 }
 
-static const mpt__simd mpt__simd_plain = {"plain",
-                                          mpt__load_f16_plain,
-                                          mpt__load_bf16_plain,
-                                          mpt__store_f16_plain,
-                                          mpt__store_bf16_plain,
-                                          mpt__squares_plain,
-                                          mpt__update_plain,
-                                          mpt__tile_plain,
-                                          4,
-                                          8};
+static mpt__simd mpt__simd_plain(void) {
+    mpt__simd s;
+    s.name = "plain";
+    s.load_f16 = mpt__load_f16_plain;
+    s.load_bf16 = mpt__load_bf16_plain;
+    s.store_f16 = mpt__store_f16_plain;
+    s.store_bf16 = mpt__store_bf16_plain;
+    s.squares = mpt__squares_plain;
+    s.update = mpt__update_plain;
+    s.tile = mpt__tile_plain;
+    s.tile_m = 4;
+    s.tile_n = 8;
+    return s;
+}
 
 #ifdef MPT__X86
 
@@ -2132,16 +2132,20 @@ MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, const float *
 #undef MPT__X
 }
 
-static const mpt__simd mpt__simd_avx2 = {"avx2",
-                                         mpt__load_f16_avx2,
-                                         mpt__load_bf16_avx2,
-                                         mpt__store_f16_avx2,
-                                         mpt__store_bf16_avx2,
-                                         mpt__squares_avx2,
-                                         mpt__update_avx2,
-                                         mpt__tile_avx2,
-                                         6,
-                                         16};
+static mpt__simd mpt__simd_avx2(void) {
+    mpt__simd s;
+    s.name = "avx2";
+    s.load_f16 = mpt__load_f16_avx2;
+    s.load_bf16 = mpt__load_bf16_avx2;
+    s.store_f16 = mpt__store_f16_avx2;
+    s.store_bf16 = mpt__store_bf16_avx2;
+    s.squares = mpt__squares_avx2;
+    s.update = mpt__update_avx2;
+    s.tile = mpt__tile_avx2;
+    s.tile_m = 6;
+    s.tile_n = 16;
+    return s;
+}
 
 /* -- AVX-512: wider casts; the rest as with AVX2 -- */
 
@@ -2174,16 +2178,14 @@ MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const fl
     mpt__store_bf16_plain(dst, n, src);
 }
 
-static const mpt__simd mpt__simd_avx512 = {"avx512",
-                                           mpt__load_f16_avx512,
-                                           mpt__load_bf16_avx2,
-                                           mpt__store_f16_avx512,
-                                           mpt__store_bf16_avx512,
-                                           mpt__squares_avx2,
-                                           mpt__update_avx2,
-                                           mpt__tile_avx2,
-                                           6,
-                                           16};
+static mpt__simd mpt__simd_avx512(void) {
+    mpt__simd s = mpt__simd_avx2();
+    s.name = "avx512";
+    s.load_f16 = mpt__load_f16_avx512;
+    s.store_f16 = mpt__store_f16_avx512;
+    s.store_bf16 = mpt__store_bf16_avx512;
+    return s;
+}
 
 /* The states that the operating system saves: bits 1, 2 for AVX, 5, 6, 7 for AVX-512. */
 static unsigned mpt__saved_states(void) {
@@ -2216,16 +2218,13 @@ static void mpt__store_f16_neon(uint16_t *dst, size_t n, const float *src) {
     mpt__store_f16_plain(dst, n, src);
 }
 
-static const mpt__simd mpt__simd_neon = {"neon",
-                                         mpt__load_f16_neon,
-                                         mpt__load_bf16_plain,
-                                         mpt__store_f16_neon,
-                                         mpt__store_bf16_plain,
-                                         mpt__squares_plain,
-                                         mpt__update_plain,
-                                         mpt__tile_plain,
-                                         4,
-                                         8};
+static mpt__simd mpt__simd_neon(void) {
+    mpt__simd s = mpt__simd_plain();
+    s.name = "neon";
+    s.load_f16 = mpt__load_f16_neon;
+    s.store_f16 = mpt__store_f16_neon;
+    return s;
+}
 
 static mpt_isa mpt__cpu_isa(void) { return MPT_ISA_NEON; }
 
@@ -2235,18 +2234,22 @@ static mpt_isa mpt__cpu_isa(void) { return MPT_ISA_PLAIN; }
 
 #endif
 
-/* The loops of an instruction set; NULL if this CPU or this build does not have it. */
-static const mpt__simd *mpt__simd_of(mpt_isa isa) {
+/* The loops of an instruction set; 0 if this CPU or this build does not have it. */
+static int mpt__simd_of(mpt_isa isa, mpt__simd *out) {
     const mpt_isa best = mpt__cpu_isa();
+    *out = mpt__simd_plain();
     if (isa == MPT_ISA_BEST) isa = best;
-    if (isa == MPT_ISA_PLAIN) return &mpt__simd_plain;
+    if (isa == MPT_ISA_PLAIN) return 1;
 #ifdef MPT__X86
-    if (isa == MPT_ISA_AVX2 && best >= MPT_ISA_AVX2) return &mpt__simd_avx2;
-    if (isa == MPT_ISA_AVX512 && best >= MPT_ISA_AVX512) return &mpt__simd_avx512;
+    if (isa > best) return 0;
+    *out = isa == MPT_ISA_AVX2 ? mpt__simd_avx2() : mpt__simd_avx512();
+    return isa <= MPT_ISA_AVX512;
 #elif defined(MPT__ARM)
-    if (isa == MPT_ISA_NEON) return &mpt__simd_neon;
+    *out = mpt__simd_neon();
+    return isa == MPT_ISA_NEON;
+#else
+    return 0;
 #endif
-    return NULL;
 }
 
 /* -- Arrays in fp32 -- */
@@ -2263,8 +2266,14 @@ MPT_DEF size_t mpt_dtype_size(mpt_dtype type) {
 }
 
 MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
-    static const char *const names[] = {"f32", "f16", "bf16", "e4m3", "e5m2"};
-    return (unsigned)type < MPT_DTYPE_COUNT ? names[type] : "unknown type";
+    switch (type) {
+    case MPT_F32: return "f32";
+    case MPT_F16: return "f16";
+    case MPT_BF16: return "bf16";
+    case MPT_E4M3: return "e4m3";
+    case MPT_E5M2: return "e5m2";
+    default: return "unknown type";
+    }
 }
 
 /* dst(n) = a[i..i+n) as fp32 */
@@ -2273,8 +2282,8 @@ static void mpt__load(const mpt_context *ctx, mpt_array a, size_t i, size_t n, f
     size_t j;
     switch (a.type) {
     case MPT_F32: memcpy(dst, (const float *)a.data + i, n * sizeof *dst); break;
-    case MPT_F16: ctx->simd->load_f16((const uint16_t *)a.data + i, n, dst); break;
-    case MPT_BF16: ctx->simd->load_bf16((const uint16_t *)a.data + i, n, dst); break;
+    case MPT_F16: ctx->simd.load_f16((const uint16_t *)a.data + i, n, dst); break;
+    case MPT_BF16: ctx->simd.load_bf16((const uint16_t *)a.data + i, n, dst); break;
     case MPT_E4M3:
         for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[j], MPT_E4M3);
         break;
@@ -2289,8 +2298,8 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
     size_t j;
     switch (a.type) {
     case MPT_F32: memcpy((float *)a.data + i, src, n * sizeof *src); break;
-    case MPT_F16: ctx->simd->store_f16((uint16_t *)a.data + i, n, src); break;
-    case MPT_BF16: ctx->simd->store_bf16((uint16_t *)a.data + i, n, src); break;
+    case MPT_F16: ctx->simd.store_f16((uint16_t *)a.data + i, n, src); break;
+    case MPT_BF16: ctx->simd.store_bf16((uint16_t *)a.data + i, n, src); break;
     case MPT_E4M3:
         for (j = 0; j < n; j++) byte[j] = mpt_e4m3_from_f32(src[j]).bits;
         break;
@@ -2309,13 +2318,13 @@ static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
 
 /* -- Opening -- */
 
-static const mpt_backend *mpt__cpu_backend(int reference);
+static mpt_backend mpt__cpu_backend(int reference);
 static mpt_result mpt__cpu_workspace(mpt_context *ctx);
 
 MPT_DEF void mpt_close(mpt_context *ctx) {
     mpt_context_desc desc;
     if (!ctx) return;
-    if (ctx->backend->close) ctx->backend->close(ctx);
+    if (ctx->backend.close) ctx->backend.close(ctx);
     mpt__pool_stop(ctx);
     mpt__host_free(ctx, ctx->workspace);
     desc = ctx->desc;
@@ -2330,10 +2339,11 @@ static mpt_context *mpt__open_failed(const mpt_context_desc *desc, const char *w
 MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_backend *backend, void *device) {
     mpt_context_desc desc = MPT_ZERO;
     mpt_context *ctx;
+    mpt__simd simd;
     if (user) desc = *user;
     if (!backend) return mpt__open_failed(&desc, "open: backend is NULL");
     if (!desc.alloc != !desc.release) return mpt__open_failed(&desc, "open: set both alloc and release, or neither");
-    if ((unsigned)desc.isa >= MPT_ISA_COUNT || !mpt__simd_of(desc.isa))
+    if ((unsigned)desc.isa >= MPT_ISA_COUNT || !mpt__simd_of(desc.isa, &simd))
         return mpt__open_failed(&desc, "open: isa is unknown, or not one of this CPU and this build");
     if (desc.threads < 0 || desc.threads > MPT__MAX_THREADS)
         return mpt__open_failed(&desc, "open: threads is not in 0..64");
@@ -2341,29 +2351,30 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
     if (!ctx) return mpt__open_failed(&desc, "open: out of memory");
     memset(ctx, 0, sizeof *ctx);
     ctx->desc = desc;
-    ctx->backend = backend;
+    ctx->backend = *backend;
     ctx->device = device;
-    ctx->simd = mpt__simd_of(desc.isa);
+    ctx->simd = simd;
     ctx->threads = desc.threads;
     return ctx;
 }
 
 MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
-    mpt_context *ctx = mpt_open_backend(desc, mpt__cpu_backend(desc && desc->reference), NULL);
+    const mpt_backend backend = mpt__cpu_backend(desc && desc->reference);
+    mpt_context *ctx = mpt_open_backend(desc, &backend, NULL);
     char text[64];
     if (!ctx) return NULL;
     if (mpt__pool_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK) {
         mpt_close(ctx);
         return NULL;
     }
-    mpt__print(text, sizeof text, "open: cpu, %s, %d threads", ctx->simd->name, ctx->threads);
+    mpt__print(text, sizeof text, "open: cpu, %s, %d threads", ctx->simd.name, ctx->threads);
     if (ctx->desc.log) ctx->desc.log(MPT_LOG_INFO, text, ctx->desc.user);
     return ctx;
 }
 
 MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx->device; }
-MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx->simd->name; }
-MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx->backend->name; }
+MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx->simd.name; }
+MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx->backend.name; }
 MPT_DEF int mpt_thread_count(const mpt_context *ctx) { return ctx->threads ? ctx->threads : 1; }
 
 /* ==== CHECKS ====
@@ -2416,7 +2427,7 @@ MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array
     if ((unsigned)op.rounding.round > MPT_ROUND_STOCHASTIC || (unsigned)op.rounding.overflow > MPT_OVERFLOW_SATURATE)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cast: unknown rounding %d or overflow %d", (int)op.rounding.round,
                         (int)op.rounding.overflow);
-    return ctx->backend->map(ctx, &op);
+    return ctx->backend.map(ctx, &op);
 }
 
 MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
@@ -2424,7 +2435,7 @@ MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt
     if (n) MPT__TRY(mpt__need_any(ctx, "scan", "x", x));
     MPT__TRY(mpt__need_size(ctx, "scan", "x", n, 1, 1, 1));
     if (!out) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scan: out is NULL");
-    return ctx->backend->scan(ctx, n, factor, x, out);
+    return ctx->backend.scan(ctx, n, factor, x, out);
 }
 
 MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out) {
@@ -2436,7 +2447,7 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
     if (n) MPT__TRY(mpt__need_any(ctx, "histogram", "x", x));
     MPT__TRY(mpt__need_size(ctx, "histogram", "x", n, 1, 1, 1));
     if (!h) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "histogram: h is NULL");
-    return ctx->backend->histogram(ctx, n, x, h);
+    return ctx->backend.histogram(ctx, n, x, h);
 }
 
 MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale) {
@@ -2479,7 +2490,7 @@ static mpt_result mpt__gemm_run(mpt_context *ctx, const char *call, const char *
     MPT__TRY(mpt__need_size(ctx, call, a, op->trans_a ? op->k : op->m, op->lda, 1, 1));
     MPT__TRY(mpt__need_size(ctx, call, b, op->trans_b ? op->n : op->k, op->ldb, 1, 1));
     MPT__TRY(mpt__need_size(ctx, call, c, op->m, op->ldc, 1, 1));
-    return ctx->backend->gemm(ctx, op);
+    return ctx->backend.gemm(ctx, op);
 }
 
 static mpt_gemm_op mpt__gemm_op(int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha, mpt_array a,
@@ -2525,7 +2536,7 @@ MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mp
     MPT__TRY(mpt__need(ctx, "bias_backward", "dy", dy));
     MPT__TRY(mpt__need(ctx, "bias_backward", "db", db));
     MPT__TRY(mpt__need_size(ctx, "bias_backward", "dy", rows, C, 1, 1));
-    return ctx->backend->column_sums(ctx, rows, C, dy, beta, db);
+    return ctx->backend.column_sums(ctx, rows, C, dy, beta, db);
 }
 
 /* Output positions of a window of `reach` along `size`: 0 if it does not fit even once. */
@@ -2576,7 +2587,7 @@ static mpt_result mpt__conv2d_run(mpt_context *ctx, const mpt_conv2d_shape *shap
     MPT__TRY(mpt__need(ctx, names, op->pass == MPT_FORWARD ? "y" : "dy", op->y));
     if (op->bias.data) MPT__TRY(mpt__need(ctx, names, "b", op->bias));
     MPT__TRY(mpt__need_act(ctx, names, op->act));
-    return ctx->backend->conv2d(ctx, op);
+    return ctx->backend.conv2d(ctx, op);
 }
 
 MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array x, mpt_array w,
@@ -2619,7 +2630,7 @@ static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_m
     MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "dx" : "y", op->out));
     MPT__TRY(mpt__need_act(ctx, call, op->act));
     MPT__TRY(mpt__need_size(ctx, call, "n", op->n, 1, 1, 1));
-    return ctx->backend->map(ctx, op);
+    return ctx->backend.map(ctx, op);
 }
 
 MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y) {
@@ -2695,7 +2706,7 @@ static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pool kind, const mpt_poo
     MPT__TRY(mpt__need(ctx, "pool2d", forward ? "x" : "dx", op->x));
     MPT__TRY(mpt__need(ctx, "pool2d", forward ? "y" : "dy", op->y));
     if (kind == MPT_POOL_MAX && !op->index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
-    return ctx->backend->pool2d(ctx, op);
+    return ctx->backend.pool2d(ctx, op);
 }
 
 MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
@@ -2734,7 +2745,7 @@ static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_lo
     if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
     MPT__TRY(mpt__need_smoothing(ctx, call, op->label_smoothing));
     MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
-    return ctx->backend->loss(ctx, op);
+    return ctx->backend.loss(ctx, op);
 }
 
 MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
@@ -3002,7 +3013,7 @@ static void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n,
 }
 
 static void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
-    const mpt__simd *simd = p->ctx->simd;
+    const mpt__simd simd = p->ctx->simd;
     const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
     float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *sums = b + MPT__BLOCK_N * MPT__BLOCK_K;
     float *line = sums + MPT__BLOCK_M * MPT__BLOCK_N;
@@ -3010,11 +3021,11 @@ static void mpt__product_block(const mpt__product *p, size_t i, size_t j, float 
     memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
     for (l = 0; l < p->k; l += MPT__BLOCK_K) {
         const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K);
-        mpt__pack(p->ctx, &p->a, i, rows, l, depth, simd->tile_m, a, line);
-        mpt__pack(p->ctx, &p->b, j, columns, l, depth, simd->tile_n, b, line);
-        for (c = 0; c < columns; c += simd->tile_n)
-            for (r = 0; r < rows; r += simd->tile_m)
-                simd->tile(depth, a + r * depth, b + c * depth, sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N);
+        mpt__pack(p->ctx, &p->a, i, rows, l, depth, simd.tile_m, a, line);
+        mpt__pack(p->ctx, &p->b, j, columns, l, depth, simd.tile_n, b, line);
+        for (c = 0; c < columns; c += simd.tile_n)
+            for (r = 0; r < rows; r += simd.tile_m)
+                simd.tile(depth, a + r * depth, b + c * depth, sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N);
     }
     for (r = 0; r < rows; r++) mpt__finish_row(p, i + r, j, columns, sums + r * MPT__BLOCK_N);
 }
@@ -3385,7 +3396,7 @@ static void mpt__scan_run(const mpt__scan_work *w, size_t i, size_t n, double *l
     }
     mpt__scan_bad(run, n, i, out);
     for (e = n; e % MPT__LANES; e++) run[e] = 0;
-    w->ctx->simd->squares(run, e, lanes);
+    w->ctx->simd.squares(run, e, lanes);
 }
 
 static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, mpt_scan *out) {
@@ -3393,7 +3404,7 @@ static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, mpt_sca
     double lanes[MPT__LANES];
     size_t e, width;
     for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
-    if (!direct || w->ctx->simd->squares((const float *)w->x.data + i, n, lanes)) {
+    if (!direct || w->ctx->simd.squares((const float *)w->x.data + i, n, lanes)) {
         for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
         for (e = 0; e < n; e += MPT__RUN) mpt__scan_run(w, i + e, mpt__min(n - e, MPT__RUN), lanes, out);
     }
@@ -3509,8 +3520,8 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
         size_t e;
         mpt__weights_load(op, i, n, p);
         memcpy(before, p, n * sizeof *p);
-        w->ctx->simd->update(&w->rates, n, p, op->grad + i, moment[0] ? moment[0] + i : NULL,
-                             moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
+        w->ctx->simd.update(&w->rates, n, p, op->grad + i, moment[0] ? moment[0] + i : NULL,
+                            moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
         mpt__weights_store(w->ctx, op, i, n, p, w->tensor, first);
         for (e = 0; e < n && op->desc.meter; e++) {
             if (p[e] == before[e]) continue;
@@ -3554,7 +3565,7 @@ static mpt_result mpt__cpu_scale(mpt_context *ctx, mpt_scaler_state *scaler, con
     return MPT_OK;
 }
 
-/* -- The tables -- */
+/* -- The table -- */
 
 static mpt_result mpt__cpu_copy(mpt_context *ctx, void *dst, const void *src, size_t bytes) {
     (void)ctx;
@@ -3568,17 +3579,28 @@ static mpt_result mpt__cpu_zero(mpt_context *ctx, void *p, size_t bytes) {
     return MPT_OK;
 }
 
-#define MPT__CPU_TABLE(gemm, conv2d)                                                                              \
-    {                                                                                                             \
-        "cpu", MPT__OVERHEAD, NULL, mpt__host_alloc, mpt__host_free, mpt__cpu_copy, mpt__cpu_copy, mpt__cpu_zero, \
-            mpt__cpu_scan, mpt__cpu_histogram, mpt__cpu_map, gemm, conv2d, mpt__cpu_column_sums, mpt__cpu_pool2d, \
-            mpt__cpu_loss, mpt__cpu_check, mpt__cpu_clip, mpt__cpu_update, mpt__cpu_scale                         \
-    }
-
-static const mpt_backend *mpt__cpu_backend(int reference) {
-    static const mpt_backend tables[] = {MPT__CPU_TABLE(mpt__cpu_gemm, mpt__cpu_conv2d),
-                                         MPT__CPU_TABLE(mpt__reference_gemm, mpt__reference_conv2d)};
-    return &tables[reference != 0];
+static mpt_backend mpt__cpu_backend(int reference) {
+    mpt_backend b = MPT_ZERO;
+    b.name = "cpu";
+    b.overhead = MPT__OVERHEAD;
+    b.alloc = mpt__host_alloc;
+    b.release = mpt__host_free;
+    b.upload = mpt__cpu_copy;
+    b.download = mpt__cpu_copy;
+    b.zero = mpt__cpu_zero;
+    b.scan = mpt__cpu_scan;
+    b.histogram = mpt__cpu_histogram;
+    b.map = mpt__cpu_map;
+    b.gemm = reference ? mpt__reference_gemm : mpt__cpu_gemm;
+    b.conv2d = reference ? mpt__reference_conv2d : mpt__cpu_conv2d;
+    b.column_sums = mpt__cpu_column_sums;
+    b.pool2d = mpt__cpu_pool2d;
+    b.loss = mpt__cpu_loss;
+    b.check = mpt__cpu_check;
+    b.clip = mpt__cpu_clip;
+    b.update = mpt__cpu_update;
+    b.scale = mpt__cpu_scale;
+    return b;
 }
 
 /* ==== TRAINING PARTS ====
@@ -3604,7 +3626,13 @@ struct mpt_optimizer {
     mpt_optimizer_state mirror; /* room for a copy of the state on the host */
 };
 
-static double mpt__or(double x, double otherwise) { return x != 0 ? x : otherwise; }
+/* By the bits: under -ffast-math NaN might pass for 0. */
+static double mpt__or(double x, double otherwise) {
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return u << 1 ? x : otherwise;
+}
+
 static int mpt__or_int(int x, int otherwise) { return x ? x : otherwise; }
 
 MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc) {
@@ -3762,7 +3790,7 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
     }
     if (!count)
         return mpt_fail(scaler->ctx, MPT_ERROR_ORDER, "scaler_update: no optimizer was stepped since the last update");
-    MPT__TRY(scaler->ctx->backend->scale(scaler->ctx, scaler->state, found, count, &stuck));
+    MPT__TRY(scaler->ctx->backend.scale(scaler->ctx, scaler->state, found, count, &stuck));
     for (i = 0; i < count; i++) stepped[i]->phase = MPT__READY;
     if (!stuck) return MPT_OK;
     MPT__TRY(mpt_scaler_get_state(scaler, &s));
@@ -4000,7 +4028,7 @@ MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
 
 MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params) {
     MPT__TRY(mpt__params_need(params, "params_zero_grad", 0, params));
-    return params->ctx->backend->zero(params->ctx, params->grad, params->elements * sizeof(float));
+    return params->ctx->backend.zero(params->ctx, params->grad, params->elements * sizeof(float));
 }
 
 /* Standard normal from two uniforms (Box and Muller 1958); 1 - u keeps the logarithm finite. */
@@ -4215,7 +4243,7 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
     if (opt->phase != MPT__READY)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: already %s since the last scaler_update",
                         opt->phase == MPT__UNSCALED ? "unscaled" : "stepped");
-    MPT__TRY(opt->ctx->backend->check(opt->ctx, &opt->op));
+    MPT__TRY(opt->ctx->backend.check(opt->ctx, &opt->op));
     opt->phase = MPT__UNSCALED;
     return MPT_OK;
 }
@@ -4230,7 +4258,7 @@ static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
     if (!mpt__not_negative(limit) || !((float)limit > 0))
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument,
                         limit);
-    return opt->ctx->backend->clip(opt->ctx, &opt->op, by_norm ? limit : 0, by_norm ? 0 : limit);
+    return opt->ctx->backend.clip(opt->ctx, &opt->op, by_norm ? limit : 0, by_norm ? 0 : limit);
 }
 
 MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) { return mpt__clip(opt, max_norm, 1); }
@@ -4241,7 +4269,7 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
     if (opt->phase == MPT__STEPPED)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "step: already stepped since the last scaler_update");
     if (opt->phase == MPT__READY) MPT__TRY(mpt_unscale(opt));
-    MPT__TRY(opt->ctx->backend->update(opt->ctx, &opt->op));
+    MPT__TRY(opt->ctx->backend.update(opt->ctx, &opt->op));
     opt->phase = MPT__STEPPED;
     opt->steps++;
     return MPT_OK;
@@ -5016,7 +5044,7 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
 static mpt_result mpt__start_step(mpt_model *net) {
     if (net->micro && net->steps_at_backward == net->opt->steps) return MPT_OK;
     net->micro = 0;
-    return net->ctx->backend->zero(net->ctx, &net->sums[0], sizeof net->sums[0]);
+    return net->ctx->backend.zero(net->ctx, &net->sums[0], sizeof net->sums[0]);
 }
 
 static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void *target, size_t rows) {
@@ -5112,7 +5140,7 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *targ
     features = mpt__node_count(&net->nodes[0]);
     width = net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt_model_outputs(net);
     net->forward_rows = 0; /* the activations are overwritten */
-    MPT__TRY(net->ctx->backend->zero(net->ctx, &net->sums[1], sizeof sum));
+    MPT__TRY(net->ctx->backend.zero(net->ctx, &net->sums[1], sizeof sum));
     for (i = 0; i < samples; i += rows) {
         rows = mpt__min(samples - i, (size_t)net->train.batch);
         MPT__TRY(mpt__run_forward(net, x + i * features, (const float *)target + i * width, rows, 0));
@@ -5168,7 +5196,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace = net->staging_bytes + net->target_bytes + 2 * sizeof *net->sums + sizeof *net->scaler->state +
                   sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice);
     blocks = 7 + moments + (net->staging ? 1 : 0) + (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
-    m.bookkeeping += blocks * net->ctx->backend->overhead + 6 * host + sizeof *net->scaler + sizeof *p +
+    m.bookkeeping += blocks * net->ctx->backend.overhead + 6 * host + sizeof *net->scaler + sizeof *p +
                      sizeof *net->opt + (size_t)p->capacity * sizeof *p->tensors +
                      (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * 3 * sizeof *net->buffers;
     return m;
@@ -5176,7 +5204,6 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
 
 /* The names below are the implementation's own. */
 #undef MPT__TRY
-#undef MPT__CPU_TABLE
 
 #endif /* MPT_IMPLEMENTATION */
 

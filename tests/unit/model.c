@@ -860,17 +860,18 @@ static void test_memory_ledger(mpt_policy policy, const item *items, int squared
     mpt_train_desc train = MPT_ZERO;
     samples s = samples_new(items, 12, 1);
     float out[12 * CLASSES];
+    const int host = strcmp(mpt_device_name(ctx), "cpu") == 0; /* a device's arrays are not the allocator's */
     size_t before = counter.bytes;
     mpt_metrics m;
     mpt_model *model = mpt_model_new(ctx, policy);
     long calls;
     int i;
-    CHECK_EQUAL(ledger(model), counter.bytes - before);
+    if (host) CHECK_EQUAL(ledger(model), counter.bytes - before);
     mpt_model_free(model);
     CHECK_EQUAL(counter.bytes, before);
     train.batch = 4, train.accumulate = 3, train.clip_norm = 1, train.optimizer = *optimizer;
     model = build(ctx, policy, items, squared, &train);
-    CHECK_EQUAL(ledger(model), counter.bytes - before);
+    if (host) CHECK_EQUAL(ledger(model), counter.bytes - before);
     calls = counter.calls;
     for (i = 0; i < 3; i++) {
         CHECK_OK(ctx, mpt_train_step(model, s.x, target_of(&s, squared)));
@@ -879,7 +880,7 @@ static void test_memory_ledger(mpt_policy policy, const item *items, int squared
         parts(ctx, model, &s, squared, &train);
     }
     CHECK_EQUAL(counter.calls, calls);
-    CHECK_EQUAL(ledger(model), counter.bytes - before);
+    if (host) CHECK_EQUAL(ledger(model), counter.bytes - before);
     mpt_model_free(model);
     mpt_close(ctx);
     CHECK(test_counter_clean(&counter));
