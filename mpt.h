@@ -3384,9 +3384,12 @@ static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
     }
 }
 
-/* A run that is not fp32, not whole, to be scaled, or not finite: by way of the stack. */
+enum { MPT__SCAN_RUN = 2 * MPT__LANES };
+
+/* Up to MPT__SCAN_RUN elements that are not fp32, not whole, to be scaled, or not finite: by way of the stack. */
 static void mpt__scan_run(const mpt__scan_work *w, size_t i, size_t n, double *lanes, mpt_scan *out) {
-    float run[MPT__RUN];
+    float run[MPT__SCAN_RUN];
+    double before[MPT__LANES];
     size_t e;
     mpt__load(w->ctx, w->x, i, n, run);
     if (w->factor != 1) {
@@ -3394,8 +3397,11 @@ static void mpt__scan_run(const mpt__scan_work *w, size_t i, size_t n, double *l
         mpt__store(w->ctx, w->x, i, n, run);
         mpt__load(w->ctx, w->x, i, n, run);
     }
-    mpt__scan_bad(run, n, i, out);
     for (e = n; e % MPT__LANES; e++) run[e] = 0;
+    memcpy(before, lanes, sizeof before);
+    if (!w->ctx->simd.squares(run, e, lanes)) return;
+    memcpy(lanes, before, sizeof before);
+    mpt__scan_bad(run, n, i, out);
     w->ctx->simd.squares(run, e, lanes);
 }
 
@@ -3406,7 +3412,7 @@ static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, mpt_sca
     for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
     if (!direct || w->ctx->simd.squares((const float *)w->x.data + i, n, lanes)) {
         for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
-        for (e = 0; e < n; e += MPT__RUN) mpt__scan_run(w, i + e, mpt__min(n - e, MPT__RUN), lanes, out);
+        for (e = 0; e < n; e += MPT__SCAN_RUN) mpt__scan_run(w, i + e, mpt__min(n - e, MPT__SCAN_RUN), lanes, out);
     }
     for (width = MPT__LANES / 2; width; width /= 2)
         for (e = 0; e < width; e++) lanes[e] += lanes[e + width];
