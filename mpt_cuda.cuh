@@ -1610,10 +1610,12 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
     }
     memset(device, 0, sizeof *device);
     device->desc = desc;
-    if (mptc__open_device(ctx) == MPT_OK && mptc__open_stream(ctx) == MPT_OK && mptc__open_cublas(ctx) == MPT_OK)
-        return ctx;
-    mpt_close(ctx);
-    return NULL;
+    if (mptc__open_device(ctx) != MPT_OK || mptc__open_stream(ctx) != MPT_OK || mptc__open_cublas(ctx) != MPT_OK) {
+        mpt_close(ctx);
+        return NULL;
+    }
+    if (desc.context.log) desc.context.log(MPT_LOG_INFO, "open: cuda", desc.context.user);
+    return ctx;
 }
 
 /* The names below are the implementation's own. */
