@@ -390,11 +390,12 @@ MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t
 /* db(C) = column sums of dy(rows,C) + beta * db: the bias gradient of linear (rows = N) and conv2d (rows = N P Q) */
 MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
 
-/* Shape of a convolution. stride and dilation 0 mean 1. Output P = (H + 2 padding - dilation (R - 1) - 1) / stride + 1,
-   Q likewise. */
+/* Shape of a convolution. stride, dilation and groups 0 mean 1. Output P = (H + 2 padding - dilation (R - 1) - 1) /
+   stride + 1, Q likewise. Filters K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. Weights are
+   (K,R,S,C/groups), written (K,R,S,C) below. */
 typedef struct mpt_conv2d_shape {
     size_t N, H, W, C, K, R, S;
-    size_t stride, padding, dilation;
+    size_t stride, padding, dilation, groups;
 } mpt_conv2d_shape;
 
 /* Output height and width. MPT_ERROR_SHAPE (and *P = *Q = 0) if the kernel does not fit. ctx may be NULL. */
@@ -439,29 +440,90 @@ MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mp
 MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
                                   mpt_array y);
 
-/* What a loss call adds to, in the memory of the context's device; zero it first. */
+/* y(rows,C) = x(rows,C) + beta * y, rows of both `stride` elements apart: concatenation of channels, and its
+   gradient. */
+MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt_array x, size_t x_stride, float beta,
+                                    mpt_array y, size_t y_stride);
+
+/* A dropout mask that is never stored: element i is dropped if mpt_hash(seed, *step, tensor, i) < p 2^32, the same on
+   every device and any number of threads. */
+typedef struct mpt_mask {
+    float p; /* in 0..1, 1 excluded */
+    uint64_t seed, tensor;
+    const uint64_t *step; /* device memory; NULL: 0 */
+} mpt_mask;
+
+/* y = x / (1 - p) where it is kept, 0 where it is dropped, + beta * y; n elements; y may be x. The gradient is the same
+   call on dy. (Srivastava et al. 2014; torch.nn.functional.dropout) */
+MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
+                                     mpt_array y);
+
+/* Shape of a normalisation: x(N,pixels,C), whose C channels fall into equal groups. Each group of each sample has a
+   mean and a variance over its pixels and channels:
+     group norm      N samples, pixels H W           layer norm over the channels    N = all rows, pixels 1, groups 1
+     instance norm   the same with groups = C        batch norm                      N 1, pixels = all rows, groups =
+     C */
+typedef struct mpt_norm_shape {
+    size_t N, pixels, C, groups;
+    float eps; /* 0: 1e-5 */
+} mpt_norm_shape;
+
+/* stats(4, N groups), fp32 in device memory: means of x, then variances (divided by the count); two rows stay free for
+   the backward pass. Sums in double. */
+MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats);
+/* y = act((x - mean) / sqrt(variance + eps) * gamma(C) + beta(C)): with the statistics of x, or with running ones. y
+   may be x. torch.nn.functional.batch_norm, layer_norm, group_norm */
+MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
+                                    mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y);
+/* Gradients from dy, which is taken before the activation. frozen: stats(2, N groups) are constants; else they are
+   those of x, and dx goes through them. dx = new + scale_x * dx, optional; dgamma(C), dbeta(C) = new + scale * old. */
+MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats,
+                                     int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
+                                     float scale, mpt_array dgamma, mpt_array dbeta);
+/* running(2, N groups) = (1 - momentum) running + momentum (mean, variance divided by one less than the count). */
+MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shape, float momentum, const float *stats,
+                                    float *running);
+
+/* What a loss call adds to, in the memory of the context's device; zero it first. The mean is loss / weight. */
 typedef struct mpt_loss_sum {
-    double loss;      /* sum over rows of the row's loss */
-    uint64_t rows;    /* rows seen */
-    uint64_t correct; /* rows whose largest logit is the label's (the first largest; cross-entropy only) */
+    double loss;      /* sum over rows of the row's loss, weighted */
+    double weight;    /* sum of the weights of their labels; without class weights the number of rows */
+    uint64_t rows;    /* rows seen, but for ignored ones */
+    uint64_t correct; /* of them: those whose largest logit is the label's (the first largest; cross-entropy only) */
 } mpt_loss_sum;
 
 typedef struct mpt_cross_entropy_desc {
-    float label_smoothing; /* in 0..1: this share of the target goes to all classes alike */
+    float label_smoothing;      /* in 0..1: this share of the target goes to all classes alike */
+    const float *class_weights; /* (C), device memory; NULL: all 1. For a model: host memory, copied by the build */
+    int ignore;                 /* 1: rows whose label is ignore_index count for nothing */
+    int32_t ignore_index;
 } mpt_cross_entropy_desc;
 
-/* Softmax cross-entropy with its gradient, in fp32: row loss = log(sum_j exp x_j) - sum_j t_j x_j, where t is 1 for the
-   label, smoothed, taken from the row's largest value so that nothing overflows. dx(N,C) = (softmax(x) - t) *
-   grad_scale * *loss_scale; dx optional. For the mean over the batch grad_scale is 1 / N. loss_scale points into
-   device memory; NULL means 1. labels(N) in 0..C-1; any other label makes that row's loss and gradient NaN. desc may
-   be NULL. torch.nn.functional.cross_entropy */
+/* Losses with their gradient, in fp32. Of one call, mean = sum of the rows' losses / sum of their weights, and
+   dx(N,C) = d mean / dx * grad_scale * *loss_scale; dx optional. loss_scale points into device memory; NULL means 1.
+
+   Softmax cross-entropy: row loss = sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the class weight of j times 1
+   for the label, smoothed; taken from the row's largest value so that nothing overflows. labels(N) in 0..C-1; any other
+   label that is not ignored makes that row's loss and gradient NaN. If all rows are ignored dx is 0. desc may be NULL.
+   torch.nn.functional.cross_entropy */
 MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
                                      mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
                                      mpt_array dx, mpt_loss_sum *sum);
-/* Squared error with its gradient, in fp32: row loss = mean_j (x_j - t_j)^2, dx = 2 (x - t) / C * grad_scale *
-   *loss_scale; dx optional. With grad_scale 1 / N this is torch.nn.functional.mse_loss. */
-MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_array x, const float *target,
-                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum);
+
+/* As torch.nn.functional names them. */
+typedef enum mpt_loss_kind {
+    MPT_LOSS_CROSS_ENTROPY = 0,
+    MPT_LOSS_SQUARED_ERROR,   /* mse_loss: (x - t)^2 */
+    MPT_LOSS_BCE_WITH_LOGITS, /* binary_cross_entropy_with_logits: -t log s - (1 - t) log(1 - s) of s = sigmoid(x) */
+    MPT_LOSS_ABSOLUTE_ERROR,  /* l1_loss: |x - t| */
+    MPT_LOSS_HUBER,           /* huber_loss: (x - t)^2 / 2 up to |x - t| = 1, |x - t| - 1/2 beyond */
+    MPT_LOSS_KIND_COUNT
+} mpt_loss_kind;
+
+/* One of the others, element by element: row loss = the mean over its C elements; target(N,C). */
+MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, size_t N, size_t C, mpt_array x,
+                                        const float *target, float grad_scale, const float *loss_scale, mpt_array dx,
+                                        mpt_loss_sum *sum);
 
 /* ==== TRAINING ==== floor 3
 
@@ -712,6 +774,9 @@ typedef struct mpt_optimizer_state {
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
+/* From now on an applied step copies `count` floats of device memory from `pending` to `committed`, and a skipped one
+   copies them back: statistics that a forward pass has gathered stand or fall with its step. count 0: no more. */
+MPT_DEF mpt_result mpt_optimizer_commit(mpt_optimizer *opt, size_t count, float *pending, float *committed);
 /* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: not there. */
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
 
@@ -760,9 +825,16 @@ typedef struct mpt_conv2d_desc {
     int padding;      /* zeros on each side; 0: (kernel - 1) / 2 * dilation, which keeps the size at stride 1 */
     int no_padding;   /* 1: none */
     int dilation;     /* 0: 1 */
+    int groups;       /* 0: 1; the number of channels: depthwise */
     int no_bias;
     mpt_init init;
 } mpt_conv2d_desc;
+
+typedef struct mpt_norm_desc {
+    const char *name; /* NULL: "batch_norm1", ... */
+    float eps;        /* 0: 1e-5 */
+    float momentum;   /* share of a batch in the running statistics of batch norm; 0: 0.1 */
+} mpt_norm_desc;
 
 typedef struct mpt_pool2d_desc {
     int stride;  /* 0: the window */
@@ -774,6 +846,16 @@ MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C);
 /* Flattens its input in H, W, C order by itself. */
 MPT_DEF int mpt_linear(mpt_model *net, int node, int outputs, const mpt_linear_desc *desc);
 MPT_DEF int mpt_conv2d(mpt_model *net, int node, int filters, int kernel, const mpt_conv2d_desc *desc);
+/* Normalisations with gamma 1 and beta 0 to start from, kept in fp32 wherever there is an fp32 copy. Batch norm: by the
+   statistics of each channel of the batch in training, by running ones in evaluation; these count as changed only when
+   the step is applied. Layer norm: over the channels of each position. Group norm: over groups of channels of each
+   sample. (Ioffe and Szegedy 2015; Ba et al. 2016; Wu and He 2018) */
+MPT_DEF int mpt_batch_norm(mpt_model *net, int node, const mpt_norm_desc *desc);
+MPT_DEF int mpt_layer_norm(mpt_model *net, int node, const mpt_norm_desc *desc);
+MPT_DEF int mpt_group_norm(mpt_model *net, int node, int groups, const mpt_norm_desc *desc);
+/* Drops elements with probability p in training; nothing in evaluation. The mask is named by train.seed, the number of
+   applied steps, the micro-batch, the node and the element. */
+MPT_DEF int mpt_dropout(mpt_model *net, int node, float p);
 /* See mpt_activation. */
 MPT_DEF int mpt_relu(mpt_model *net, int node);
 MPT_DEF int mpt_leaky_relu(mpt_model *net, int node);
@@ -788,10 +870,21 @@ MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int node);
 MPT_DEF int mpt_flatten(mpt_model *net, int node);
 /* a + b, same shape: the skip connection. */
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
+/* a's channels, then b's, of the same height and width. */
+MPT_DEF int mpt_concat(mpt_model *net, int a, int b);
 /* Losses, one a model, last: mean over the batch. Targets are int32_t classes, one a sample... */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_cross_entropy_desc *desc);
-/* ...or floats, as many a sample as the node has. */
+/* ...or floats, as many a sample as the node has: see mpt_loss_kind. */
 MPT_DEF int mpt_mse(mpt_model *net, int node);
+MPT_DEF int mpt_bce_with_logits(mpt_model *net, int node);
+MPT_DEF int mpt_l1(mpt_model *net, int node);
+MPT_DEF int mpt_huber(mpt_model *net, int node);
+
+/* Nodes made from here on follow this policy instead of the model's, until mpt_policy_pop: how a layer or a range of
+   them is kept in fp32. One model has one 16-bit type and one kind of masters; an fp32 layer among 16-bit ones needs
+   fp32 masters. At most 8 deep. */
+MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy);
+MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
 
 typedef struct mpt_train_desc {
     int batch;                    /* most samples in one forward pass; 0: 32 */
@@ -830,9 +923,9 @@ MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net);
 /* -- Evaluation -- any number of samples, in batches; weights and the training state stay as they are. */
 
 typedef struct mpt_metrics {
-    double loss;     /* mean over the samples */
-    double accuracy; /* correct / samples; cross-entropy only */
-    uint64_t samples, correct;
+    double loss;               /* mean over the samples */
+    double accuracy;           /* correct / samples; cross-entropy only */
+    uint64_t samples, correct; /* samples: but for ignored ones */
 } mpt_metrics;
 
 MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *target, size_t samples, mpt_metrics *out);
@@ -840,6 +933,26 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *targ
 MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, float *out);
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
+
+/* What the build made of a node. Texts are constant, the name is the model's. */
+typedef struct mpt_node_info {
+    const char *name, *kernel, *reason; /* how it is computed; why its value has its type */
+    int H, W, C;                        /* of a sample */
+    mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
+    mpt_dtype weight_type;              /* its product reads weights of this type; MPT_DTYPE_COUNT: it has none */
+    int fused_into;                     /* node that computes it in passing; 0: itself */
+    size_t parameters;                  /* elements */
+    size_t bytes;                       /* of its own buffers in the activation block, for a whole batch */
+    size_t multiply_adds;               /* of the products, forward, one sample */
+} mpt_node_info;
+
+/* node 1.. of a built model */
+MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int node, mpt_node_info *out);
+/* The plan as text, a line for each node under a header: name, shape, types and why, kernel, fused into, parameters,
+   bytes, multiply-adds. `write` is given one line at a time, with its end. */
+MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user);
+/* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. */
+MPT_DEF float *mpt_model_running(mpt_model *net, int node);
 
 /* Bytes by role. On the CPU the sum is exactly what the model holds from the allocator; on a device the arrays are its
    own memory. */
@@ -849,7 +962,7 @@ typedef struct mpt_memory {
     size_t gradients;   /* of the parameters */
     size_t moments;     /* of the optimizer */
     size_t activations; /* values kept for backward, and their gradients, after reuse */
-    size_t workspace;   /* staging of inputs and targets, sums, state */
+    size_t workspace;   /* staging of inputs and targets, sums, running statistics, state */
     size_t bookkeeping; /* the graph itself, names, tables; always host memory */
 } mpt_memory;
 
@@ -891,26 +1004,52 @@ typedef struct mpt_pool2d_op { /* see mpt_pool2d_forward */
     float beta;
 } mpt_pool2d_op;
 
-typedef enum mpt_map { MPT_MAP_CAST = 0, MPT_MAP_ACTIVATION, MPT_MAP_ACTIVATION_GRADIENT, MPT_MAP_ADD } mpt_map;
+typedef enum mpt_map {
+    MPT_MAP_CAST = 0,
+    MPT_MAP_ACTIVATION,
+    MPT_MAP_ACTIVATION_GRADIENT,
+    MPT_MAP_ADD,
+    MPT_MAP_DROPOUT
+} mpt_map;
 
 typedef struct mpt_map_op { /* one output element from the elements of the same index */
     mpt_map map;
     size_t n;
-    mpt_array a, b; /* cast, activation: a. gradient: a = saved, b = dy. add: both */
+    mpt_array a, b; /* cast, activation, dropout: a. gradient: a = saved, b = dy. add: both */
     mpt_array out;
-    float beta; /* gradient: of the old out. add: of b */
+    float beta; /* gradient, dropout: of the old out. add: of b */
     mpt_activation act;
     mpt_rounding rounding; /* cast */
+    mpt_mask mask;         /* dropout */
 } mpt_map_op;
 
-typedef enum mpt_loss_kind { MPT_LOSS_CROSS_ENTROPY = 0, MPT_LOSS_SQUARED_ERROR } mpt_loss_kind;
+typedef struct mpt_columns_op { /* see mpt_copy_columns */
+    size_t rows, C, x_stride, y_stride;
+    mpt_array x, y;
+    float beta;
+} mpt_columns_op;
 
-typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_squared_error */
+typedef enum mpt_norm_pass { MPT_NORM_STATS = 0, MPT_NORM_FORWARD, MPT_NORM_BACKWARD, MPT_NORM_RUNNING } mpt_norm_pass;
+
+typedef struct mpt_norm_op { /* see mpt_norm_stats and those after it */
+    mpt_norm_pass pass;
+    mpt_norm_shape shape; /* eps filled in */
+    mpt_array x, gamma, beta;
+    mpt_array y; /* backward: dy */
+    mpt_activation act;
+    float *stats, *running;
+    float momentum;
+    int frozen;
+    mpt_array dx, dgamma, dbeta;
+    float scale_x, scale;
+} mpt_norm_op;
+
+typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_elementwise_loss */
     mpt_loss_kind kind;
     size_t N, C;
     mpt_array x, dx;
-    const void *target;    /* int32_t(N) or float(N,C) */
-    float label_smoothing; /* cross-entropy */
+    const void *target;                   /* int32_t(N) or float(N,C) */
+    mpt_cross_entropy_desc cross_entropy; /* class_weights: device memory */
     float grad_scale;
     const float *loss_scale;
     mpt_loss_sum *sum;
@@ -935,6 +1074,8 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     mpt_array copy;   /* data NULL: fp32 only */
     uint16_t *low;    /* SPLIT: the low bits; KAHAN: the compensation, in the copy's type */
     float *moment[3]; /* NULL from the first that is not there */
+    size_t commits;   /* see mpt_optimizer_commit */
+    float *pending, *committed;
 } mpt_update_op;
 
 typedef struct mpt_backend {
@@ -952,7 +1093,9 @@ typedef struct mpt_backend {
     mpt_result (*gemm)(mpt_context *ctx, const mpt_gemm_op *op);
     mpt_result (*conv2d)(mpt_context *ctx, const mpt_conv2d_op *op);
     mpt_result (*column_sums)(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
+    mpt_result (*copy_columns)(mpt_context *ctx, const mpt_columns_op *op);
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
+    mpt_result (*norm)(mpt_context *ctx, const mpt_norm_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
     /* a limit of 0: not this one */
@@ -1250,6 +1393,71 @@ MPT_HD float mpt_uniform(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t
     return (float)(mpt_hash(seed, step, tensor, element) >> 8) * (1.0f / 16777216.0f);
 }
 
+/* -- Dropout -- */
+
+/* What an element is multiplied by: 0, or 1 / (1 - p). */
+MPT_HD float mpt__mask_factor(const mpt_mask *mask, uint64_t step, uint64_t element) {
+    const uint32_t threshold = (uint32_t)((double)mask->p * 4294967296.0);
+    return mpt_hash(mask->seed, step, mask->tensor, element) < threshold ? 0.0f : 1 / (1 - mask->p);
+}
+
+/* -- Normalisation -- */
+
+MPT_HD float mpt__norm_inverse(float variance, float eps) { return 1 / sqrtf(variance + eps); }
+
+/* Element i of running(2, sets): means, then variances, of which the unbiased one is averaged. count: values in a
+   set */
+MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
+    const int variance = i >= op->shape.N * op->shape.groups;
+    const float x = variance ? op->stats[i] * (float)((double)count / (double)(count - 1)) : op->stats[i];
+    op->running[i] = (1 - op->momentum) * op->running[i] + op->momentum * x;
+}
+
+/* -- Losses -- */
+
+MPT_HD int mpt__row_ignored(const mpt_cross_entropy_desc *d, int32_t label) {
+    return d->ignore && label == d->ignore_index;
+}
+
+MPT_HD float mpt__class_weight(const mpt_cross_entropy_desc *d, size_t c) {
+    return d->class_weights ? d->class_weights[c] : 1.0f;
+}
+
+/* Share of a row in the mean. A label that is none makes the loss NaN whatever it weighs. */
+MPT_HD float mpt__row_weight(const mpt_cross_entropy_desc *d, size_t C, int32_t label) {
+    if (mpt__row_ignored(d, label)) return 0;
+    return label >= 0 && (size_t)label < C ? mpt__class_weight(d, (size_t)label) : 1.0f;
+}
+
+/* What the row is to have at class c: 1 for the label, smoothed, weighted. */
+MPT_HD float mpt__class_target(const mpt_cross_entropy_desc *d, size_t C, int32_t label, size_t c) {
+    const float all = d->label_smoothing / (float)C,
+                one = label >= 0 && (size_t)label == c ? 1 - d->label_smoothing : 0;
+    return mpt__class_weight(d, c) * (all + one);
+}
+
+/* What the gradient of a row's loss is multiplied by, where the rows of the call weigh `weight`. */
+MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
+    if (!(weight > 0)) return 0;
+    return (float)((double)op->grad_scale / weight) * (op->loss_scale ? *op->loss_scale : 1.0f);
+}
+
+/* One element of an elementwise loss, and its slope. */
+
+MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slope) {
+    const float d = x - t, size = fabsf(d);
+    switch (kind) {
+    case MPT_LOSS_BCE_WITH_LOGITS: /* log(1 + exp(-|x|)) cannot overflow */
+        *slope = mpt__sigmoid(x) - t;
+        return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
+    case MPT_LOSS_ABSOLUTE_ERROR: *slope = d > 0 ? 1.0f : d < 0 ? -1.0f : d; return size;
+    case MPT_LOSS_HUBER:
+        *slope = size <= 1 ? d : d > 0 ? 1.0f : d < 0 ? -1.0f : d;
+        return size <= 1 ? 0.5f * d * d : size - 0.5f;
+    default: *slope = 2 * d; return d * d;
+    }
+}
+
 /* -- Scaler -- */
 
 MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
@@ -1492,13 +1700,19 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     void (*load_bf16)(const uint16_t *src, size_t n, float *dst);
     void (*store_f16)(uint16_t *dst, size_t n, const float *src);
     void (*store_bf16)(uint16_t *dst, size_t n, const float *src);
-    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN */
-    int (*squares)(const float *x, size_t n, double *lanes);
+    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN. By type of x: F32, and
+       if not NULL F16, BF16 */
+    int (*squares[3])(const void *x, size_t n, double *lanes);
     /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
     void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
-    /* sums(tile_m,tile_n) += a(depth,tile_m)^T b(depth,tile_n), rows of sums `stride` apart */
-    void (*tile)(size_t depth, const float *a, const float *b, float *sums, size_t stride);
+    /* sums(tile_m,tile_n) = a(tile_m,depth) b(depth,tile_n), + sums if add. Element (i,d) of a is a[i * row + d *
+       step]; rows of sums are `stride` apart */
+    void (*tile)(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, size_t stride,
+                 int add);
+    /* panel(depth,tile_n) = the transpose of x(tile_n,depth), whose rows are `stride` apart */
+    void (*transpose)(const float *x, size_t stride, size_t depth, float *panel);
     size_t tile_m, tile_n;
+    int avx2; /* tasks are there compiled for AVX2, too */
 } mpt__simd;
 
 typedef struct mpt__meter { /* lost updates that one thread saw */
@@ -1876,8 +2090,10 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
 
 #ifdef __GNUC__
 #define MPT__INLINE static inline __attribute__((always_inline))
+#define MPT__RESTRICT __restrict__
 #else
 #define MPT__INLINE static inline
+#define MPT__RESTRICT
 #endif
 
 /* -- Plain C -- */
@@ -1908,7 +2124,8 @@ static void mpt__store_bf16_plain(uint16_t *dst, size_t n, const float *src) {
     }
 }
 
-static int mpt__squares_plain(const float *x, size_t n, double *lanes) {
+static int mpt__squares_plain(const void *array, size_t n, double *lanes) {
+    const float *x = (const float *)array;
     uint32_t bad = 0;
     size_t i, l;
     for (i = 0; i < n; i += MPT__LANES)
@@ -1928,18 +2145,24 @@ static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const
                                    largest ? &largest[i] : &none[2]);
 }
 
-static void mpt__tile_plain(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
-    enum { M = 4, N = 8 };
-    float tile[M][N];
+enum { MPT__PLAIN_M = 4, MPT__PLAIN_N = 8 };
+
+static void mpt__tile_plain(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums,
+                            size_t stride, int add) {
+    float tile[MPT__PLAIN_M][MPT__PLAIN_N] = {{0}};
     size_t d;
     int i, j;
-    for (i = 0; i < M; i++)
-        for (j = 0; j < N; j++) tile[i][j] = 0;
-    for (d = 0; d < depth; d++, a += M, b += N)
-        for (i = 0; i < M; i++)
-            for (j = 0; j < N; j++) tile[i][j] += a[i] * b[j];
-    for (i = 0; i < M; i++)
-        for (j = 0; j < N; j++) sums[(size_t)i * stride + (size_t)j] += tile[i][j];
+    for (d = 0; d < depth; d++, a += step, b += MPT__PLAIN_N)
+        for (i = 0; i < MPT__PLAIN_M; i++)
+            for (j = 0; j < MPT__PLAIN_N; j++) tile[i][j] += a[(size_t)i * row] * b[j];
+    for (i = 0; i < MPT__PLAIN_M; i++, sums += stride)
+        for (j = 0; j < MPT__PLAIN_N; j++) sums[j] = add ? sums[j] + tile[i][j] : tile[i][j];
+}
+
+static void mpt__transpose_plain(const float *x, size_t stride, size_t depth, float *panel) {
+    size_t d, r;
+    for (r = 0; r < MPT__PLAIN_N; r++)
+        for (d = 0; d < depth; d++) panel[d * MPT__PLAIN_N + r] = x[r * stride + d];
 }
 
 static mpt__simd mpt__simd_plain(void) {
@@ -1949,11 +2172,14 @@ static mpt__simd mpt__simd_plain(void) {
     s.load_bf16 = mpt__load_bf16_plain;
     s.store_f16 = mpt__store_f16_plain;
     s.store_bf16 = mpt__store_bf16_plain;
-    s.squares = mpt__squares_plain;
+    s.squares[MPT_F32] = mpt__squares_plain;
+    s.squares[MPT_F16] = s.squares[MPT_BF16] = NULL;
     s.update = mpt__update_plain;
     s.tile = mpt__tile_plain;
-    s.tile_m = 4;
-    s.tile_n = 8;
+    s.transpose = mpt__transpose_plain;
+    s.tile_m = MPT__PLAIN_M;
+    s.tile_n = MPT__PLAIN_N;
+    s.avx2 = 0;
     return s;
 }
 
@@ -2011,32 +2237,50 @@ MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float 
 #define MPT__EACH_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define MPT__EACH_6(X) X(0) X(1) X(2) X(3) X(4) X(5)
 
-/* lanes 4 i .. 4 i + 3 are in sum<i>; the products are exact, so fused or not is the same */
-MPT__AVX2 static int mpt__squares_avx2(const float *x, size_t n, double *lanes) {
-    const __m256i exponent = _mm256_set1_epi32(0x7f800000);
-    __m256i bad = _mm256_setzero_si256();
-    size_t i;
-#define MPT__X(i) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
-    MPT__EACH_8(MPT__X)
-#undef MPT__X
-    for (; n; n -= MPT__LANES, x += MPT__LANES) {
-        for (i = 0; i < MPT__LANES; i += 8) {
-            const __m256i u = _mm256_loadu_si256((const __m256i *)(const void *)(x + i));
-            bad = _mm256_or_si256(bad, _mm256_cmpeq_epi32(_mm256_and_si256(u, exponent), exponent));
-        }
-#define MPT__X(i)                                                        \
-    {                                                                    \
-        const __m256d square = _mm256_cvtps_pd(_mm_loadu_ps(x + 4 * i)); \
-        sum##i = _mm256_fmadd_pd(square, square, sum##i);                \
+/* Is a lane inf or NaN? One bad element makes its lane so, and finite ones cannot: their squares are under 2^256. */
+static int mpt__lanes_bad(const double *lanes) {
+    int bad = 0, l;
+    for (l = 0; l < MPT__LANES; l++) {
+        uint64_t u;
+        memcpy(&u, &lanes[l], sizeof u);
+        bad |= (u >> 52 & 0x7ff) == 0x7ff;
     }
-        MPT__EACH_8(MPT__X)
-#undef MPT__X
-    }
-#define MPT__X(i) _mm256_storeu_pd(lanes + 4 * i, sum##i);
-    MPT__EACH_8(MPT__X)
-#undef MPT__X
-    return _mm256_movemask_epi8(bad) != 0;
+    return bad;
 }
+
+/* lanes 4 i .. 4 i + 3 are in sum<i>; the products are exact, so fused or not is the same. Prefetched, for the
+   arithmetic leaves the CPU little room to look ahead. FOUR: four elements of x from i as floats */
+#define MPT__SQUARES(name, type, FOUR)                                                     \
+    MPT__AVX2 static int name(const void *array, size_t n, double *lanes) {                \
+        const type *x = (const type *)array;                                               \
+        __m256d v, sum0 = _mm256_loadu_pd(lanes), sum1 = _mm256_loadu_pd(lanes + 4),       \
+                   sum2 = _mm256_loadu_pd(lanes + 8), sum3 = _mm256_loadu_pd(lanes + 12),  \
+                   sum4 = _mm256_loadu_pd(lanes + 16), sum5 = _mm256_loadu_pd(lanes + 20), \
+                   sum6 = _mm256_loadu_pd(lanes + 24), sum7 = _mm256_loadu_pd(lanes + 28); \
+        for (; n; n -= MPT__LANES, x += MPT__LANES) {                                      \
+            _mm_prefetch((const char *)x + 1024, _MM_HINT_T0);                             \
+            _mm_prefetch((const char *)x + 1088, _MM_HINT_T0);                             \
+            v = _mm256_cvtps_pd(FOUR(x)), sum0 = _mm256_fmadd_pd(v, v, sum0);              \
+            v = _mm256_cvtps_pd(FOUR(x + 4)), sum1 = _mm256_fmadd_pd(v, v, sum1);          \
+            v = _mm256_cvtps_pd(FOUR(x + 8)), sum2 = _mm256_fmadd_pd(v, v, sum2);          \
+            v = _mm256_cvtps_pd(FOUR(x + 12)), sum3 = _mm256_fmadd_pd(v, v, sum3);         \
+            v = _mm256_cvtps_pd(FOUR(x + 16)), sum4 = _mm256_fmadd_pd(v, v, sum4);         \
+            v = _mm256_cvtps_pd(FOUR(x + 20)), sum5 = _mm256_fmadd_pd(v, v, sum5);         \
+            v = _mm256_cvtps_pd(FOUR(x + 24)), sum6 = _mm256_fmadd_pd(v, v, sum6);         \
+            v = _mm256_cvtps_pd(FOUR(x + 28)), sum7 = _mm256_fmadd_pd(v, v, sum7);         \
+        }                                                                                  \
+        _mm256_storeu_pd(lanes, sum0), _mm256_storeu_pd(lanes + 4, sum1);                  \
+        _mm256_storeu_pd(lanes + 8, sum2), _mm256_storeu_pd(lanes + 12, sum3);             \
+        _mm256_storeu_pd(lanes + 16, sum4), _mm256_storeu_pd(lanes + 20, sum5);            \
+        _mm256_storeu_pd(lanes + 24, sum6), _mm256_storeu_pd(lanes + 28, sum7);            \
+        return mpt__lanes_bad(lanes);                                                      \
+    }
+#define MPT__FOUR_16(x) _mm_loadl_epi64((const __m128i *)(const void *)(x))
+#define MPT__FOUR_BF16(x) _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(MPT__FOUR_16(x)), 16))
+#define MPT__FOUR_F16(x) _mm_cvtph_ps(MPT__FOUR_16(x))
+MPT__SQUARES(mpt__squares_f32_avx2, float, _mm_loadu_ps)
+MPT__SQUARES(mpt__squares_f16_avx2, uint16_t, MPT__FOUR_F16)
+MPT__SQUARES(mpt__squares_bf16_avx2, uint16_t, MPT__FOUR_BF16)
 
 /* What no build's flags may change: a product that is not fused with what follows nor reordered; division and root as
    they are, for -Ofast would replace them by approximations. */
@@ -2109,27 +2353,65 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, 
 }
 
 /* 6 x 16 sums in twelve registers */
-MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, const float *b, float *sums, size_t stride) {
+MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums,
+                                     size_t stride, int add) {
+    const float *a0 = a, *a1 = a + row, *a2 = a1 + row, *a3 = a2 + row, *a4 = a3 + row, *a5 = a4 + row;
+    size_t d;
 #define MPT__X(i) __m256 left##i = _mm256_setzero_ps(), right##i = left##i;
     MPT__EACH_6(MPT__X)
 #undef MPT__X
-    for (; depth; depth--, a += 6, b += 16) {
+    for (d = 0; d < depth * step; d += step, b += 16) {
         const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
-#define MPT__X(i)                                         \
-    {                                                     \
-        const __m256 row = _mm256_broadcast_ss(a + i);    \
-        left##i = _mm256_fmadd_ps(row, left, left##i);    \
-        right##i = _mm256_fmadd_ps(row, right, right##i); \
+#define MPT__X(i)                                       \
+    {                                                   \
+        const __m256 x = _mm256_broadcast_ss(a##i + d); \
+        left##i = _mm256_fmadd_ps(x, left, left##i);    \
+        right##i = _mm256_fmadd_ps(x, right, right##i); \
     }
         MPT__EACH_6(MPT__X)
 #undef MPT__X
     }
-#define MPT__X(i)                                                                   \
-    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), left##i));          \
-    _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), right##i)); \
+#define MPT__X(i)                                                           \
+    if (add) left##i = _mm256_add_ps(_mm256_loadu_ps(sums), left##i);       \
+    if (add) right##i = _mm256_add_ps(_mm256_loadu_ps(sums + 8), right##i); \
+    _mm256_storeu_ps(sums, left##i);                                        \
+    _mm256_storeu_ps(sums + 8, right##i);                                   \
     sums += stride;
     MPT__EACH_6(MPT__X)
 #undef MPT__X
+}
+
+/* Eight rows of eight: pairs, then fours of one column lie together, then both halves of a register. */
+MPT__AVX2 static inline void mpt__transpose8(const float *x, size_t stride, float *to, size_t to_stride) {
+#define MPT__X(i) const __m256 x##i = _mm256_loadu_ps(x + i * stride);
+    MPT__EACH_8(MPT__X)
+#undef MPT__X
+    const __m256 a0 = _mm256_unpacklo_ps(x0, x1), a1 = _mm256_unpackhi_ps(x0, x1);
+    const __m256 a2 = _mm256_unpacklo_ps(x2, x3), a3 = _mm256_unpackhi_ps(x2, x3);
+    const __m256 a4 = _mm256_unpacklo_ps(x4, x5), a5 = _mm256_unpackhi_ps(x4, x5);
+    const __m256 a6 = _mm256_unpacklo_ps(x6, x7), a7 = _mm256_unpackhi_ps(x6, x7);
+    const __m256 b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xee);
+    const __m256 b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xee);
+    const __m256 b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xee);
+    const __m256 b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xee);
+    _mm256_storeu_ps(to + 0 * to_stride, _mm256_permute2f128_ps(b0, b4, 0x20));
+    _mm256_storeu_ps(to + 1 * to_stride, _mm256_permute2f128_ps(b1, b5, 0x20));
+    _mm256_storeu_ps(to + 2 * to_stride, _mm256_permute2f128_ps(b2, b6, 0x20));
+    _mm256_storeu_ps(to + 3 * to_stride, _mm256_permute2f128_ps(b3, b7, 0x20));
+    _mm256_storeu_ps(to + 4 * to_stride, _mm256_permute2f128_ps(b0, b4, 0x31));
+    _mm256_storeu_ps(to + 5 * to_stride, _mm256_permute2f128_ps(b1, b5, 0x31));
+    _mm256_storeu_ps(to + 6 * to_stride, _mm256_permute2f128_ps(b2, b6, 0x31));
+    _mm256_storeu_ps(to + 7 * to_stride, _mm256_permute2f128_ps(b3, b7, 0x31));
+}
+
+MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, float *panel) {
+    size_t d, r;
+    for (d = 0; d + 8 <= depth; d += 8) {
+        mpt__transpose8(x + d, stride, panel + d * 16, 16);
+        mpt__transpose8(x + 8 * stride + d, stride, panel + d * 16 + 8, 16);
+    }
+    for (; d < depth; d++)
+        for (r = 0; r < 16; r++) panel[d * 16 + r] = x[r * stride + d];
 }
 
 static mpt__simd mpt__simd_avx2(void) {
@@ -2139,11 +2421,15 @@ static mpt__simd mpt__simd_avx2(void) {
     s.load_bf16 = mpt__load_bf16_avx2;
     s.store_f16 = mpt__store_f16_avx2;
     s.store_bf16 = mpt__store_bf16_avx2;
-    s.squares = mpt__squares_avx2;
+    s.squares[MPT_F32] = mpt__squares_f32_avx2;
+    s.squares[MPT_F16] = mpt__squares_f16_avx2;
+    s.squares[MPT_BF16] = mpt__squares_bf16_avx2;
     s.update = mpt__update_avx2;
     s.tile = mpt__tile_avx2;
+    s.transpose = mpt__transpose_avx2;
     s.tile_m = 6;
     s.tile_n = 16;
+    s.avx2 = 1;
     return s;
 }
 
@@ -2307,6 +2593,77 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
         for (j = 0; j < n; j++) byte[j] = mpt_e5m2_from_f32(src[j]).bits;
     }
 }
+
+/* -- Runs: MPT__RUN elements, a count that the compiler knows, so that it makes vectors of these loops --
+
+   What a run reads lies in the array itself or in `room`; never copied if that can be helped, for a vector that is read
+   back from two halves just stored waits for them. */
+
+static const float mpt__zeros[MPT__RUN] = {0};
+
+/* Elements i .. i+n of a as fp32; of a short run the rest is 0. */
+MPT__INLINE const float *mpt__read_run(const mpt_context *ctx, mpt_array a, size_t i, size_t n, float *room) {
+    if (a.type == MPT_F32 && n == MPT__RUN) return (const float *)a.data + i;
+    if (n < MPT__RUN) memset(room, 0, MPT__RUN * sizeof *room);
+    mpt__load(ctx, a, i, n, room);
+    return room;
+}
+
+MPT__INLINE void mpt__write_run(const mpt_context *ctx, mpt_array a, size_t i, size_t n, const float *x) {
+    if (a.type == MPT_F32 && n == MPT__RUN) memcpy((float *)a.data + i, x, MPT__RUN * sizeof *x);
+    else mpt__store(ctx, a, i, n, x);
+}
+
+/* out = factor x */
+MPT__INLINE void mpt__scale_run(float *MPT__RESTRICT out, float factor, const float *MPT__RESTRICT x) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) out[e] = factor * x[e];
+}
+
+/* sum += factor x */
+MPT__INLINE void mpt__add_run(float *MPT__RESTRICT sum, float factor, const float *MPT__RESTRICT x) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) sum[e] += factor * x[e];
+}
+
+/* sum += x y */
+MPT__INLINE void mpt__multiply_run(float *MPT__RESTRICT sum, const float *MPT__RESTRICT x,
+                                   const float *MPT__RESTRICT y) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) sum[e] += x[e] * y[e];
+}
+
+MPT__INLINE void mpt__activate_run(mpt_activation act, float *x) {
+    size_t e;
+    if (act == MPT_RELU)
+        for (e = 0; e < MPT__RUN; e++) x[e] = mpt__activate(MPT_RELU, x[e]);
+    else if (act)
+        for (e = 0; e < MPT__RUN; e++) x[e] = mpt__activate(act, x[e]);
+}
+
+/* dx = dy act'(saved) */
+MPT__INLINE void mpt__gradient_run(mpt_activation act, float *MPT__RESTRICT dx, const float *MPT__RESTRICT saved,
+                                   const float *MPT__RESTRICT dy) {
+    size_t e;
+    if (act == MPT_RELU)
+        for (e = 0; e < MPT__RUN; e++) dx[e] = mpt__activate_backward(MPT_RELU, saved[e], dy[e]);
+    else
+        for (e = 0; e < MPT__RUN; e++) dx[e] = mpt__activate_backward(act, saved[e], dy[e]);
+}
+
+/* A task NAME from the inlined NAME_body: for any CPU and, on x86, once more for AVX2 (without its fused multiply-adds,
+   so that both give the same bits). MPT__TASK picks one. */
+#define MPT__TASK_AS(target, task, body) \
+    target static void task(void *arg, size_t begin, size_t end, int worker) { body(arg, begin, end, worker); }
+#ifdef MPT__X86
+#define MPT__TASKS(name)              \
+    MPT__TASK_AS(, name, name##_body) \
+    MPT__TASK_AS(__attribute__((target("avx2"))), name##_avx2, name##_body)
+#define MPT__TASK(ctx, name) ((ctx)->simd.avx2 ? name##_avx2 : name)
+#else
+#define MPT__TASKS(name) MPT__TASK_AS(, name, name##_body)
+#define MPT__TASK(ctx, name) name
+#endif
 
 static float mpt__get(const mpt_context *ctx, mpt_array a, size_t i) {
     float x;
@@ -2552,11 +2909,15 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
     *s = *user;
     if (!s->stride) s->stride = 1;
     if (!s->dilation) s->dilation = 1;
+    if (!s->groups) s->groups = 1;
     if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W,
                         s->C, s->K, s->R, s->S);
+    if (s->C % s->groups || s->K % s->groups)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: %z groups do not divide %z channels and %z filters", s->groups,
+                        s->C, s->K);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
-    MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C));
+    MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C / s->groups));
     if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
         s->padding > (size_t)-1 / 64 || mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
         mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
@@ -2626,7 +2987,8 @@ static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_m
                        : op->map == MPT_MAP_ADD               ? "a"
                                                               : "x",
                        op->a));
-    if (op->map != MPT_MAP_ACTIVATION) MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ADD ? "b" : "dy", op->b));
+    if (op->map == MPT_MAP_ADD) MPT__TRY(mpt__need(ctx, call, "b", op->b));
+    if (op->map == MPT_MAP_ACTIVATION_GRADIENT) MPT__TRY(mpt__need(ctx, call, "dy", op->b));
     MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "dx" : "y", op->out));
     MPT__TRY(mpt__need_act(ctx, call, op->act));
     MPT__TRY(mpt__need_size(ctx, call, "n", op->n, 1, 1, 1));
@@ -2662,6 +3024,127 @@ MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float
     op.beta = beta;
     op.act = act;
     return mpt__map_check(ctx, "add_arrays", &op);
+}
+
+MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt_array x, size_t x_stride, float beta,
+                                    mpt_array y, size_t y_stride) {
+    mpt_columns_op op;
+    MPT__TRY(mpt__need_context(ctx));
+    if (!rows || !C) return MPT_OK;
+    MPT__TRY(mpt__need(ctx, "copy_columns", "x", x));
+    MPT__TRY(mpt__need(ctx, "copy_columns", "y", y));
+    if (x_stride < C || y_stride < C)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "copy_columns: x_stride %z or y_stride %z is shorter than C, %z",
+                        x_stride, y_stride, C);
+    MPT__TRY(mpt__need_size(ctx, "copy_columns", "x", rows, x_stride, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "copy_columns", "y", rows, y_stride, 1, 1));
+    op.rows = rows, op.C = C;
+    op.x = x, op.x_stride = x_stride;
+    op.y = y, op.y_stride = y_stride;
+    op.beta = beta;
+    return ctx->backend.copy_columns(ctx, &op);
+}
+
+static mpt_result mpt__need_share(mpt_context *ctx, const char *call, const char *name, float p, float most) {
+    if (mpt__finite(p) && p >= 0 && p <= most) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not in 0..1%s", call, name, (double)p,
+                    most < 1 ? ", 1 excluded" : "");
+}
+
+static mpt_result mpt__need_drop(mpt_context *ctx, const char *call, float p) {
+    return mpt__need_share(ctx, call, "p", p, 0.99999994f); /* the float below 1 */
+}
+
+MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
+                                     mpt_array y) {
+    mpt_map_op op = MPT_ZERO;
+    MPT__TRY(mpt__need_context(ctx));
+    if (!mask) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "dropout_array: mask is NULL");
+    MPT__TRY(mpt__need_drop(ctx, "dropout_array", mask->p));
+    op.map = MPT_MAP_DROPOUT;
+    op.n = n;
+    op.a = x, op.out = y;
+    op.beta = beta;
+    op.mask = *mask;
+    return mpt__map_check(ctx, "dropout_array", &op);
+}
+
+/* Fills in the defaults of user's shape and checks what all passes have. */
+static mpt_result mpt__norm_plan(mpt_context *ctx, const char *call, const mpt_norm_shape *user, const float *stats,
+                                 mpt_norm_op *op) {
+    mpt_norm_shape *s = &op->shape;
+    MPT__TRY(mpt__need_context(ctx));
+    if (!user || !stats) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: shape or stats is NULL", call);
+    *s = *user;
+    if (!mpt__is_nan(s->eps) && !(mpt__bits(s->eps) << 1)) s->eps = 1e-5f;
+    if (!mpt__finite(s->eps) || s->eps < 0)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", call, (double)s->eps);
+    if (!s->N || !s->pixels || !s->C || !s->groups || s->C % s->groups)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE,
+                        "%s: a size is 0, or groups does not divide C (N %z, pixels %z, C %z, groups %z)", call, s->N,
+                        s->pixels, s->C, s->groups);
+    MPT__TRY(mpt__need_size(ctx, call, "x", s->N, s->pixels, s->C, 1));
+    memcpy(&op->stats, &stats, sizeof stats); /* written only where the caller's is not const */
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats) {
+    mpt_norm_op op = MPT_ZERO;
+    MPT__TRY(mpt__norm_plan(ctx, "norm_stats", shape, stats, &op));
+    MPT__TRY(mpt__need(ctx, "norm_stats", "x", x));
+    op.pass = MPT_NORM_STATS;
+    op.x = x;
+    return ctx->backend.norm(ctx, &op);
+}
+
+MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
+                                    mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y) {
+    mpt_norm_op op = MPT_ZERO;
+    MPT__TRY(mpt__norm_plan(ctx, "norm_forward", shape, stats, &op));
+    MPT__TRY(mpt__need(ctx, "norm_forward", "x", x));
+    MPT__TRY(mpt__need(ctx, "norm_forward", "gamma", gamma));
+    MPT__TRY(mpt__need(ctx, "norm_forward", "beta", beta));
+    MPT__TRY(mpt__need(ctx, "norm_forward", "y", y));
+    MPT__TRY(mpt__need_act(ctx, "norm_forward", act));
+    op.pass = MPT_NORM_FORWARD;
+    op.x = x, op.y = y;
+    op.gamma = gamma, op.beta = beta;
+    op.act = act;
+    return ctx->backend.norm(ctx, &op);
+}
+
+MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats,
+                                     int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
+                                     float scale, mpt_array dgamma, mpt_array dbeta) {
+    mpt_norm_op op = MPT_ZERO;
+    MPT__TRY(mpt__norm_plan(ctx, "norm_backward", shape, stats, &op));
+    MPT__TRY(mpt__need(ctx, "norm_backward", "x", x));
+    MPT__TRY(mpt__need(ctx, "norm_backward", "gamma", gamma));
+    MPT__TRY(mpt__need(ctx, "norm_backward", "dy", dy));
+    if (dx.data) MPT__TRY(mpt__need(ctx, "norm_backward", "dx", dx));
+    MPT__TRY(mpt__need(ctx, "norm_backward", "dgamma", dgamma));
+    MPT__TRY(mpt__need(ctx, "norm_backward", "dbeta", dbeta));
+    op.pass = MPT_NORM_BACKWARD;
+    op.x = x, op.y = dy;
+    op.frozen = frozen;
+    op.gamma = gamma;
+    op.dx = dx, op.scale_x = scale_x;
+    op.dgamma = dgamma, op.dbeta = dbeta, op.scale = scale;
+    return ctx->backend.norm(ctx, &op);
+}
+
+MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shape, float momentum, const float *stats,
+                                    float *running) {
+    mpt_norm_op op = MPT_ZERO;
+    MPT__TRY(mpt__norm_plan(ctx, "norm_running", shape, stats, &op));
+    MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 1));
+    if (!running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm_running: running is NULL");
+    if (shape->pixels * (shape->C / shape->groups) < 2)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "norm_running: one value has no variance");
+    op.pass = MPT_NORM_RUNNING;
+    op.momentum = momentum;
+    op.running = running;
+    return ctx->backend.norm(ctx, &op);
 }
 
 static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *user, mpt_pool2d_op *op) {
@@ -2728,11 +3211,6 @@ MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mp
     return mpt__pool2d_run(ctx, kind, shape, &op);
 }
 
-static mpt_result mpt__need_smoothing(mpt_context *ctx, const char *call, float smoothing) {
-    if (mpt__finite(smoothing) && smoothing >= 0 && smoothing <= 1) return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: label_smoothing %g is not in 0..1", call, (double)smoothing);
-}
-
 static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_loss_op *op) {
     MPT__TRY(mpt__need_context(ctx));
     MPT__TRY(mpt__need(ctx, call, "x", op->x));
@@ -2743,35 +3221,39 @@ static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_lo
                         : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels"
                                                              : "target");
     if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
-    MPT__TRY(mpt__need_smoothing(ctx, call, op->label_smoothing));
+    MPT__TRY(mpt__need_share(ctx, call, "label_smoothing", op->cross_entropy.label_smoothing, 1));
     MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
     return ctx->backend.loss(ctx, op);
 }
 
-MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
-                                     mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
-                                     mpt_array dx, mpt_loss_sum *sum) {
+static mpt_loss_op mpt__loss_op(mpt_loss_kind kind, size_t N, size_t C, mpt_array x, const void *target,
+                                float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
     mpt_loss_op op = MPT_ZERO;
-    op.kind = MPT_LOSS_CROSS_ENTROPY;
-    op.label_smoothing = desc ? desc->label_smoothing : 0;
-    op.N = N, op.C = C;
-    op.x = x, op.dx = dx;
-    op.target = labels;
-    op.grad_scale = grad_scale, op.loss_scale = loss_scale;
-    op.sum = sum;
-    return mpt__loss_run(ctx, "cross_entropy", &op);
-}
-
-MPT_DEF mpt_result mpt_squared_error(mpt_context *ctx, size_t N, size_t C, mpt_array x, const float *target,
-                                     float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
-    mpt_loss_op op = MPT_ZERO;
-    op.kind = MPT_LOSS_SQUARED_ERROR;
+    op.kind = kind;
     op.N = N, op.C = C;
     op.x = x, op.dx = dx;
     op.target = target;
     op.grad_scale = grad_scale, op.loss_scale = loss_scale;
     op.sum = sum;
-    return mpt__loss_run(ctx, "squared_error", &op);
+    return op;
+}
+
+MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
+                                     mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
+                                     mpt_array dx, mpt_loss_sum *sum) {
+    mpt_loss_op op = mpt__loss_op(MPT_LOSS_CROSS_ENTROPY, N, C, x, labels, grad_scale, loss_scale, dx, sum);
+    if (desc) op.cross_entropy = *desc;
+    return mpt__loss_run(ctx, "cross_entropy", &op);
+}
+
+MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, size_t N, size_t C, mpt_array x,
+                                        const float *target, float grad_scale, const float *loss_scale, mpt_array dx,
+                                        mpt_loss_sum *sum) {
+    const mpt_loss_op op = mpt__loss_op(kind, N, C, x, target, grad_scale, loss_scale, dx, sum);
+    MPT__TRY(mpt__need_context(ctx));
+    if (kind == MPT_LOSS_CROSS_ENTROPY || (unsigned)kind >= MPT_LOSS_KIND_COUNT)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "elementwise_loss: kind %d is none", (int)kind);
+    return mpt__loss_run(ctx, "elementwise_loss", &op);
 }
 
 /* ==== REFERENCE ====
@@ -2807,9 +3289,11 @@ static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
     return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
 }
 
-/* y(n,p,q,k) = act(sum over r,s,c of x(n, tap(p,r), tap(q,s), c) w(k,r,s,c) + bias(k)) */
+/* y(n,p,q,k) = act(sum over r,s,c of x(n, tap(p,r), tap(q,s), c) w(k,r,s,c) + bias(k)), c from 0 to C / groups, counted
+   in x from the first channel of k's group */
 static void mpt__reference_conv2d_forward(const mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape z = op->shape;
+    const size_t some = z.C / z.groups, each = z.K / z.groups;
     size_t n, p, q, k, r, s, c;
     for (n = 0; n < z.N; n++)
         for (p = 0; p < op->P; p++)
@@ -2819,18 +3303,20 @@ static void mpt__reference_conv2d_forward(const mpt_context *ctx, const mpt_conv
                     for (r = 0; r < z.R; r++)
                         for (s = 0; s < z.S; s++) {
                             const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
-                            for (c = 0; c < z.C && h < z.H && w < z.W; c++)
-                                sum += mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c) *
-                                       mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c);
+                            for (c = 0; c < some && h < z.H && w < z.W; c++)
+                                sum += mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + k / each * some + c) *
+                                       mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * some + c);
                         }
                     mpt__reference_put(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k,
                                        op->act);
                 }
 }
 
-/* dx(n,h,w,c) = sum of dy(n,p,q,k) w(k,r,s,c) over all p,q,k,r,s with tap(p,r) = h and tap(q,s) = w, + beta dx */
+/* dx(n,h,w,c) = sum of dy(n,p,q,k) w(k,r,s,c) over all k of c's group and all p,q,r,s with tap(p,r) = h and
+   tap(q,s) = w, + beta dx */
 static void mpt__reference_conv2d_backward_data(const mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape z = op->shape;
+    const size_t some = z.C / z.groups, each = z.K / z.groups;
     const mpt_array none = MPT_ZERO;
     size_t n, h, w, c, p, q, k, r, s;
     for (n = 0; n < z.N; n++)
@@ -2842,23 +3328,24 @@ static void mpt__reference_conv2d_backward_data(const mpt_context *ctx, const mp
                         for (p = 0; p < op->P; p++)
                             for (s = 0; s < z.S && mpt__tap(&z, p, r) == h; s++)
                                 for (q = 0; q < op->Q; q++)
-                                    for (k = 0; k < z.K && mpt__tap(&z, q, s) == w; k++)
+                                    for (k = c / some * each; k < (c / some + 1) * each && mpt__tap(&z, q, s) == w; k++)
                                         sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
-                                               mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c);
+                                               mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * some + c % some);
                     mpt__reference_put(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0,
                                        MPT_IDENTITY);
                 }
 }
 
-/* dw(k,r,s,c) = sum over n,p,q of dy(n,p,q,k) x(n, tap(p,r), tap(q,s), c) + beta dw */
+/* dw(k,r,s,c) = sum over n,p,q of dy(n,p,q,k) x(n, tap(p,r), tap(q,s), c) + beta dw, c as in forward */
 static void mpt__reference_conv2d_backward_weight(const mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape z = op->shape;
+    const size_t some = z.C / z.groups, each = z.K / z.groups;
     const mpt_array none = MPT_ZERO;
     size_t n, p, q, k, r, s, c;
     for (k = 0; k < z.K; k++)
         for (r = 0; r < z.R; r++)
             for (s = 0; s < z.S; s++)
-                for (c = 0; c < z.C; c++) {
+                for (c = 0; c < some; c++) {
                     float sum = 0;
                     for (n = 0; n < z.N; n++)
                         for (p = 0; p < op->P; p++)
@@ -2866,9 +3353,9 @@ static void mpt__reference_conv2d_backward_weight(const mpt_context *ctx, const 
                                 const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
                                 if (h < z.H && w < z.W)
                                     sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
-                                           mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c);
+                                           mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + k / each * some + c);
                             }
-                    mpt__reference_put(ctx, op->w, ((k * z.R + r) * z.S + s) * z.C + c, sum, op->beta, none, 0,
+                    mpt__reference_put(ctx, op->w, ((k * z.R + r) * z.S + s) * some + c, sum, op->beta, none, 0,
                                        MPT_IDENTITY);
                 }
 }
@@ -2883,17 +3370,28 @@ static mpt_result mpt__reference_conv2d(mpt_context *ctx, const mpt_conv2d_op *o
 /* ==== ENGINE ====
 
    The CPU backend. One driver computes every matrix product, convolutions included: it cuts the result into blocks,
-   copies the parts of both operands that a block needs into panels of fp32 (packing), multiplies panels with a small
-   kernel that keeps its tile in registers, and finishes the block: scale, add, bias, activation, round, store. Operands
-   are read through views, so a convolution is the same product with another way to read an image; no patch matrix is
-   ever stored. Blocks do not depend on the number of threads. */
+   copies the parts of both operands that a block needs into fp32 (the right one in panels as wide as a tile),
+   multiplies them with a small kernel that keeps its tile in registers, and finishes the block: scale, add, bias,
+   activation, round, store. Operands are read through views, so a convolution is the same product with another way
+   to read an image; no patch matrix is ever stored. Blocks do not depend on the number of threads. */
 
 enum {
     MPT__BLOCK_M = 96, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 128,
-    MPT__BLOCK_K = 256, /* depth of the panels: those of a block stay within L2 (96 + 128 KiB) */
-    MPT__WORKSPACE = (MPT__BLOCK_M + MPT__BLOCK_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__BLOCK_K
+    MPT__BLOCK_K = 256,       /* depth: what a block needs of both operands stays within L2 (96 + 128 KiB) */
+    MPT__TILE_N = 32,         /* the widest tile */
+    MPT__ROOM = 8 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
+    MPT__WORKSPACE =
+        (MPT__BLOCK_M + MPT__BLOCK_N + MPT__TILE_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
 };
+
+static float *mpt__worker_space(const mpt_context *ctx, int worker) {
+    return ctx->workspace + (size_t)worker * MPT__WORKSPACE;
+}
+
+static float *mpt__worker_room(const mpt_context *ctx, int worker) {
+    return mpt__worker_space(ctx, worker) + MPT__WORKSPACE - MPT__ROOM;
+}
 
 static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
     ctx->workspace = (float *)mpt__host_alloc(ctx, (size_t)ctx->threads * MPT__WORKSPACE * sizeof(float));
@@ -2905,8 +3403,8 @@ static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
 typedef enum mpt__view_kind {
     MPT__MATRIX,  /* (u, v) = data[u * stride + v] */
     MPT__PATCHES, /* u = (n,p,q), v = (r,s,c): the image under the kernel, zeros in the padding */
-    MPT__SPREAD,  /* u = (n,h,w), v = (r,s,k): dy at the output that reads (h,w) through (r,s), 0 if none does */
-    MPT__FILTERS  /* u = (r,s,k), v = c: weights stored (k,r,s,c) */
+    MPT__SPREAD,  /* u = (n,h,w), v = (r,s,k): dy at the output that reads (h,w) through (r,S-1-s), 0 if none does */
+    MPT__FILTERS  /* u = (r,s,k), v = c: weights stored (k,r,S-1-s,c). Backwards, for then dy is read forwards */
 } mpt__view_kind;
 
 /* An operand as a table of rows u whose elements v lie in runs in memory. */
@@ -2916,66 +3414,140 @@ typedef struct mpt__view {
     mpt_array data;
     size_t stride;           /* MATRIX */
     const mpt_conv2d_op *op; /* the others */
+    size_t group;            /* of its channels and filters, whose numbers C and K are below */
 } mpt__view;
 
-/* Where tap (r,s) of PATCHES row (n,p,q) or SPREAD row (n,h,w) is read: an index of its first channel, or -1 for zeros.
-   `channels` is how many there are. */
-static size_t mpt__tap_index(const mpt__view *view, size_t u, size_t r, size_t s, size_t *channels) {
-    const mpt_conv2d_shape *z = &view->op->shape;
-    const size_t P = view->op->P, Q = view->op->Q;
-    size_t n, y, x;
+/* The image that a view reads, PATCHES x and SPREAD dy, and where tap (r,s) of its row u lies in it: at (y,x), from the
+   channel of its group on; y or x is past the end (or wraps below 0) for zeros. */
+typedef struct mpt__place {
+    size_t H, W, C, n, y, x;
+} mpt__place;
+
+MPT__INLINE mpt__place mpt__tap_place(const mpt__view *view, size_t u, size_t r, size_t s) {
+    const mpt_conv2d_op *op = view->op;
+    const mpt_conv2d_shape *z = &op->shape;
+    mpt__place at;
     if (view->kind == MPT__PATCHES) {
-        n = u / (P * Q), y = mpt__tap(z, u / Q % P, r), x = mpt__tap(z, u % Q, s);
-        *channels = z->C;
-        return y < z->H && x < z->W ? ((n * z->H + y) * z->W + x) * z->C : (size_t)-1;
+        at.H = z->H, at.W = z->W, at.C = z->C;
+        at.n = u / (op->P * op->Q);
+        at.y = mpt__tap(z, u / op->Q % op->P, r), at.x = mpt__tap(z, u % op->Q, s);
+    } else {
+        at.H = op->P, at.W = op->Q, at.C = z->K;
+        at.n = u / (z->H * z->W);
+        at.y = u / z->W % z->H + z->padding - r * z->dilation;
+        at.x = u % z->W + z->padding - (z->S - 1 - s) * z->dilation;
+        at.y = at.y % z->stride ? at.H : at.y / z->stride; /* what wrapped below 0 stays huge */
+        at.x = at.x % z->stride ? at.W : at.x / z->stride;
     }
-    n = u / (z->H * z->W);
-    y = u / z->W % z->H + z->padding - r * z->dilation; /* p * stride, wraps below 0 to a huge number */
-    x = u % z->W + z->padding - s * z->dilation;
-    *channels = z->K;
-    if (y % z->stride || x % z->stride || y / z->stride >= P || x / z->stride >= Q) return (size_t)-1;
-    return ((n * P + y / z->stride) * Q + x / z->stride) * z->K;
+    return at;
+}
+
+/* Index of the tap's first channel, or -1 for zeros */
+MPT__INLINE size_t mpt__tap_index(const mpt__view *view, size_t u, size_t r, size_t s) {
+    const mpt__place at = mpt__tap_place(view, u, r, s);
+    if (at.y >= at.H || at.x >= at.W) return (size_t)-1;
+    return ((at.n * at.H + at.y) * at.W + at.x) * at.C + view->group * (at.C / view->op->shape.groups);
+}
+
+/* dst(n) = elements v .. v+n of row u of an image view, one tap after the other */
+MPT__INLINE void mpt__taps_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n,
+                               float *dst) {
+    const mpt_conv2d_shape *z = &view->op->shape;
+    const size_t channels = (view->kind == MPT__PATCHES ? z->C : z->K) / z->groups;
+    size_t some;
+    for (; n; dst += some, v += some, n -= some) {
+        const size_t tap = v / channels, first = v % channels, at = mpt__tap_index(view, u, tap / z->S, tap % z->S);
+        some = mpt__min(n, channels - first);
+        if (at == (size_t)-1) memset(dst, 0, some * sizeof *dst);
+        else mpt__load(ctx, view->data, at + first, some, dst);
+    }
+}
+
+/* The same where the taps of a kernel row lie side by side in memory: all those inside the image at once */
+MPT__INLINE void mpt__rows_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n,
+                               float *dst) {
+    const size_t S = view->op->shape.S;
+    const mpt__place first = mpt__tap_place(view, u, 0, 0);
+    const size_t width = S * first.C, image = first.W * first.C, start = first.x * first.C; /* may wrap below 0 */
+    size_t y = first.y, step = view->kind == MPT__PATCHES ? 1 : (size_t)-1, some, begin, skip, inside;
+    y += v / width * step;
+    for (; n; dst += some, v += some, n -= some, y += step) {
+        begin = v % width;
+        some = mpt__min(n, width - begin);
+        begin += start;                                       /* of dst[0] in the image row */
+        skip = begin < image ? 0 : mpt__min(some, 0 - begin); /* left of it; all of it, if it is to the right */
+        inside = y < first.H && begin + skip < image ? mpt__min(some - skip, image - begin - skip) : 0;
+        memset(dst, 0, (inside ? skip : some) * sizeof *dst);
+        if (!inside) continue;
+        mpt__load(ctx, view->data, (first.n * first.H + y) * image + begin + skip, inside, dst + skip);
+        memset(dst + skip + inside, 0, (some - skip - inside) * sizeof *dst);
+    }
 }
 
 /* dst(n) = elements v .. v+n of row u as fp32 */
-static void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, float *dst) {
+MPT__INLINE void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n,
+                               float *dst) {
     const mpt_conv2d_shape *z = view->op ? &view->op->shape : NULL;
-    if (view->kind == MPT__MATRIX) {
-        mpt__load(ctx, view->data, u * view->stride + v, n, dst);
-    } else if (view->kind == MPT__FILTERS) {
-        mpt__load(ctx, view->data, (u % z->K * z->R * z->S + u / z->K) * z->C + v, n, dst);
-    } else {
-        const size_t depth = view->kind == MPT__PATCHES ? z->C : z->K;
-        while (n) { /* one tap after the other */
-            const size_t tap = v / depth, first = v % depth;
-            size_t channels, some, at = mpt__tap_index(view, u, tap / z->S, tap % z->S, &channels);
-            some = mpt__min(n, channels - first);
-            if (at == (size_t)-1) memset(dst, 0, some * sizeof *dst);
-            else mpt__load(ctx, view->data, at + first, some, dst);
-            dst += some, v += some, n -= some;
-        }
-    }
+    if (view->kind == MPT__MATRIX) mpt__load(ctx, view->data, u * view->stride + v, n, dst);
+    else if (view->kind == MPT__FILTERS) {
+        const size_t each = z->K / z->groups, k = view->group * each + u % each, tap = u / each;
+        const size_t turned = tap / z->S * z->S + z->S - 1 - tap % z->S;
+        mpt__load(ctx, view->data, (k * z->R * z->S + turned) * (z->C / z->groups) + v, n, dst);
+    } else if (z->groups == 1 && z->dilation == 1 && (view->kind == MPT__PATCHES || z->stride == 1))
+        mpt__rows_run(ctx, view, u, v, n, dst);
+    else mpt__taps_run(ctx, view, u, v, n, dst);
 }
 
-/* Copies rows i .. i+rows of the operand, depth l .. l+depth, into panels of `tile` rows: panel[l][row in tile].
-   Missing rows of the last panel become zeros. line has room for max(rows, depth) floats. */
-static void mpt__pack(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l, size_t depth,
-                      size_t tile, float *panels, float *line) {
-    const size_t padded = (rows + tile - 1) / tile * tile;
+/* Where element (i,d) of the left operand is: at[i * row + d * step]. */
+typedef struct mpt__left {
+    const float *at;
+    size_t row, step;
+} mpt__left;
+
+/* Rows i .. i+rows of the left operand, depth l .. l+depth, in fp32; zeros up to a whole tile of rows. */
+MPT__INLINE mpt__left mpt__pack_left(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l,
+                                     size_t depth, float *to) {
+    const size_t tile = ctx->simd.tile_m, padded = (rows + tile - 1) / tile * tile;
+    mpt__left left;
     size_t r, d;
+    left.at = to;
+    left.row = view->v_is_depth ? depth : 1;
+    left.step = view->v_is_depth ? 1 : padded;
     if (view->v_is_depth) {
-        for (r = 0; r < padded; r++) {
-            float *panel = panels + r / tile * tile * depth + r % tile;
-            if (r < rows) mpt__view_run(ctx, view, i + r, l, depth, line);
-            else memset(line, 0, depth * sizeof *line);
-            for (d = 0; d < depth; d++) panel[d * tile] = line[d];
-        }
+        for (r = 0; r < rows; r++) mpt__view_run(ctx, view, i + r, l, depth, to + r * depth);
+        memset(to + rows * depth, 0, (padded - rows) * depth * sizeof *to);
     } else {
         for (d = 0; d < depth; d++) {
-            mpt__view_run(ctx, view, l + d, i, rows, line);
-            for (r = rows; r < padded; r++) line[r] = 0;
-            for (r = 0; r < padded; r += tile) memcpy(panels + r * depth + d * tile, line + r, tile * sizeof *line);
+            mpt__view_run(ctx, view, l + d, i, rows, to + d * padded);
+            memset(to + d * padded + rows, 0, (padded - rows) * sizeof *to);
         }
+    }
+    return left;
+}
+
+/* Columns j .. j+columns of the right operand, depth l .. l+depth, in panels (depth,tile); zeros up to whole panels.
+   `lines` holds a tile of them. */
+MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, size_t j, size_t columns, size_t l,
+                                 size_t depth, float *panels, float *lines) {
+    const size_t tile = ctx->simd.tile_n, padded = (columns + tile - 1) / tile * tile;
+    const int direct = view->kind == MPT__MATRIX && view->data.type == MPT_F32;
+    size_t c, r, d;
+    for (c = 0; c < padded && view->v_is_depth; c += tile) {
+        if (direct && c + tile <= columns) {
+            ctx->simd.transpose((const float *)view->data.data + (j + c) * view->stride + l, view->stride, depth,
+                                panels + c * depth);
+            continue;
+        }
+        for (r = 0; r < tile; r++)
+            if (c + r < columns) mpt__view_run(ctx, view, j + c + r, l, depth, lines + r * depth);
+            else memset(lines + r * depth, 0, depth * sizeof *lines);
+        ctx->simd.transpose(lines, depth, depth, panels + c * depth);
+    }
+    for (d = 0; d < depth && !view->v_is_depth; d++) {
+        mpt__view_run(ctx, view, l + d, j, columns, lines);
+        memset(lines + columns, 0, (padded - columns) * sizeof *lines);
+        for (c = 0; c < padded; c += tile)
+            for (r = 0; r < tile; r += 8) memcpy(panels + c * depth + d * tile + r, lines + c + r, 8 * sizeof *lines);
     }
 }
 
@@ -2991,58 +3563,55 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     mpt_activation act;
 } mpt__product;
 
-/* Scale, old content, bias, activation, rounding of one row of a block: n columns from column j of row i */
-static void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums) {
-    float out[MPT__RUN], old[MPT__RUN];
+/* Scale, old content, bias, activation, rounding of one row of a block: n columns from column j of row i. Reads whole
+   runs of sums. */
+MPT__INLINE void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums) {
+    float line[MPT__RUN], room[MPT__RUN];
     for (; n; n -= mpt__min(n, MPT__RUN), j += MPT__RUN, sums += MPT__RUN) {
         const size_t some = mpt__min(n, MPT__RUN);
-        size_t e;
-        for (e = 0; e < some; e++) out[e] = p->alpha * sums[e];
-        if (p->beta != 0) {
-            mpt__load(p->ctx, p->c, i * p->ldc + j, some, old);
-            for (e = 0; e < some; e++) out[e] += p->beta * old[e];
-        }
-        if (p->bias.data) {
-            mpt__load(p->ctx, p->bias, j, some, old);
-            for (e = 0; e < some; e++) out[e] += old[e];
-        }
-        if (p->act)
-            for (e = 0; e < some; e++) out[e] = mpt__activate(p->act, out[e]);
-        mpt__store(p->ctx, p->c, i * p->ldc + j, some, out);
+        float *out =
+            p->c.type == MPT_F32 && some == MPT__RUN && p->beta == 0 ? (float *)p->c.data + i * p->ldc + j : line;
+        mpt__scale_run(out, p->alpha, sums);
+        if (p->beta != 0) mpt__add_run(out, p->beta, mpt__read_run(p->ctx, p->c, i * p->ldc + j, some, room));
+        if (p->bias.data) mpt__add_run(out, 1, mpt__read_run(p->ctx, p->bias, j, some, room));
+        mpt__activate_run(p->act, out);
+        if (out == line) mpt__write_run(p->ctx, p->c, i * p->ldc + j, some, out);
     }
 }
 
-static void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
-    const mpt__simd simd = p->ctx->simd;
+MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
+    const mpt__simd *simd = &p->ctx->simd;
     const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
-    float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *sums = b + MPT__BLOCK_N * MPT__BLOCK_K;
-    float *line = sums + MPT__BLOCK_M * MPT__BLOCK_N;
+    float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
+    float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (BLOCK_M,BLOCK_N), and room to read a run from any */
     size_t l, r, c;
-    memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
+    if (!p->k) memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
     for (l = 0; l < p->k; l += MPT__BLOCK_K) {
         const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K);
-        mpt__pack(p->ctx, &p->a, i, rows, l, depth, simd.tile_m, a, line);
-        mpt__pack(p->ctx, &p->b, j, columns, l, depth, simd.tile_n, b, line);
-        for (c = 0; c < columns; c += simd.tile_n)
-            for (r = 0; r < rows; r += simd.tile_m)
-                simd.tile(depth, a + r * depth, b + c * depth, sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N);
+        const mpt__left left = mpt__pack_left(p->ctx, &p->a, i, rows, l, depth, a);
+        mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines);
+        for (c = 0; c < columns; c += simd->tile_n)
+            for (r = 0; r < rows; r += simd->tile_m)
+                simd->tile(depth, left.at + r * left.row, left.row, left.step, b + c * depth,
+                           sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N, l > 0);
     }
     for (r = 0; r < rows; r++) mpt__finish_row(p, i + r, j, columns, sums + r * MPT__BLOCK_N);
 }
 
-static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
+MPT__INLINE void mpt__product_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__product *p = (const mpt__product *)arg;
     const size_t across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
     for (; begin < end; begin++)
         mpt__product_block(p, begin / across * MPT__BLOCK_M, begin % across * MPT__BLOCK_N,
-                           p->ctx->workspace + (size_t)worker * MPT__WORKSPACE);
+                           mpt__worker_space(p->ctx, worker));
 }
+MPT__TASKS(mpt__product_task)
 
 static mpt_result mpt__product_run(mpt__product *p) {
     const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
     size_t work;
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
-    mpt__parallel(p->ctx, down * across, work, mpt__product_task, p);
+    mpt__parallel(p->ctx, down * across, work, MPT__TASK(p->ctx, mpt__product_task), p);
     return MPT_OK;
 }
 
@@ -3055,12 +3624,14 @@ static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth)
     return view;
 }
 
-static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_conv2d_op *op, int v_is_depth) {
+static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_conv2d_op *op, size_t group,
+                                 int v_is_depth) {
     mpt__view view = MPT_ZERO;
     view.kind = kind;
     view.v_is_depth = v_is_depth;
     view.data = data;
     view.op = op;
+    view.group = group;
     return view;
 }
 
@@ -3077,50 +3648,118 @@ static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     return mpt__product_run(&p);
 }
 
-static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+/* The array from its element i on. */
+static mpt_array mpt__array_at(mpt_array a, size_t i) {
+    if (a.data) a.data = (char *)a.data + i * mpt_dtype_size(a.type);
+    return a;
+}
+
+/* One group of channels of a convolution as a product; C and K are those of the group. */
+static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *op, size_t group) {
     const mpt_conv2d_shape *z = &op->shape;
-    const size_t outputs = z->N * op->P * op->Q, patch = z->R * z->S * z->C;
+    const size_t C = z->C / z->groups, K = z->K / z->groups, outputs = z->N * op->P * op->Q, patch = z->R * z->S * C;
+    const mpt_array w = mpt__array_at(op->w, group * K * patch);
     mpt__product p = MPT_ZERO;
     p.ctx = ctx;
     p.alpha = 1, p.beta = op->beta;
-    p.bias = op->bias;
+    p.bias = mpt__array_at(op->bias, group * K);
     p.act = op->act;
     if (op->pass == MPT_FORWARD) { /* y(outputs,K) = patches(outputs,patch) w(K,patch)^T */
-        p.m = outputs, p.n = z->K, p.k = patch;
-        p.a = mpt__image_view(MPT__PATCHES, op->x, op, 1);
-        p.b = mpt__matrix_view(op->w, patch, 1);
-        p.c = op->y;
+        p.m = outputs, p.n = K, p.k = patch;
+        p.a = mpt__image_view(MPT__PATCHES, op->x, op, group, 1);
+        p.b = mpt__matrix_view(w, patch, 1);
+        p.c = mpt__array_at(op->y, group * K), p.ldc = z->K;
     } else if (op->pass == MPT_BACKWARD_DATA) { /* dx(inputs,C) = spread(inputs,RSK) filters(RSK,C) */
-        p.m = z->N * z->H * z->W, p.n = z->C, p.k = z->R * z->S * z->K;
-        p.a = mpt__image_view(MPT__SPREAD, op->y, op, 1);
-        p.b = mpt__image_view(MPT__FILTERS, op->w, op, 0);
-        p.c = op->x;
+        p.m = z->N * z->H * z->W, p.n = C, p.k = z->R * z->S * K;
+        p.a = mpt__image_view(MPT__SPREAD, op->y, op, group, 1);
+        p.b = mpt__image_view(MPT__FILTERS, op->w, op, group, 0);
+        p.c = mpt__array_at(op->x, group * C), p.ldc = z->C;
     } else { /* dw(K,patch) = dy(outputs,K)^T patches(outputs,patch) */
-        p.m = z->K, p.n = patch, p.k = outputs;
-        p.a = mpt__matrix_view(op->y, z->K, 0);
-        p.b = mpt__image_view(MPT__PATCHES, op->x, op, 0);
-        p.c = op->w;
+        p.m = K, p.n = patch, p.k = outputs;
+        p.a = mpt__matrix_view(mpt__array_at(op->y, group * K), z->K, 0);
+        p.b = mpt__image_view(MPT__PATCHES, op->x, op, group, 0);
+        p.c = w, p.ldc = patch;
     }
-    p.ldc = p.n;
-    return mpt__product_run(&p);
+    return p;
 }
 
-/* db(C) = column sums + beta db; in double, rows in order, a run of columns at a time */
-static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta,
-                                       mpt_array db) {
-    double sums[MPT__RUN];
-    float row[MPT__RUN];
-    size_t c, r, e;
+/* -- Depthwise convolution: one filter a channel makes no product. A run of channels at a time. -- */
+
+enum { MPT__DEPTHWISE_TAPS = (MPT__WORKSPACE - MPT__ROOM) / (2 * MPT__RUN) }; /* what the workspace holds */
+
+/* Rows of y or dx: the taps of row u of the view, times the filters */
+MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__product *p = (const mpt__product *)arg;
+    const mpt_conv2d_op *op = p->a.op;
+    const size_t C = op->shape.C, S = op->shape.S, taps = op->shape.R * S;
+    float *w = mpt__worker_space(p->ctx, worker); /* (taps, RUN): channels side by side */
+    float sums[MPT__RUN], room[MPT__RUN];
+    size_t c, u, t, e;
     for (c = 0; c < C; c += MPT__RUN) {
-        const size_t some = mpt__min(C - c, MPT__RUN);
-        for (e = 0; e < some; e++) sums[e] = 0;
-        for (r = 0; r < rows; r++) {
-            mpt__load(ctx, dy, r * C + c, some, row);
-            for (e = 0; e < some; e++) sums[e] += (double)row[e];
+        const size_t run = mpt__min(C - c, MPT__RUN);
+        for (e = 0; e < run; e++)
+            for (t = 0; t < taps; t++) { /* SPREAD reads a kernel row backwards */
+                const size_t tap = p->a.kind == MPT__SPREAD ? t / S * S + S - 1 - t % S : t;
+                w[t * MPT__RUN + e] = mpt__get(p->ctx, op->w, (c + e) * taps + tap);
+            }
+        for (u = begin; u < end; u++) {
+            mpt__scale_run(sums, 0, mpt__zeros);
+            for (t = 0; t < taps; t++) {
+                const size_t at = mpt__tap_index(&p->a, u, t / S, t % S);
+                if (at == (size_t)-1) continue;
+                mpt__multiply_run(sums, mpt__read_run(p->ctx, p->a.data, at + c, run, room), w + t * MPT__RUN);
+            }
+            mpt__finish_row(p, u, c, run, sums);
         }
-        for (e = 0; e < some; e++)
-            row[e] = (float)(beta != 0 ? sums[e] + (double)beta * (double)mpt__get(ctx, db, c + e) : sums[e]);
-        mpt__store(ctx, db, c, some, row);
+    }
+}
+MPT__TASKS(mpt__depthwise_task)
+
+/* dw(c,taps) for runs of channels: sums over all outputs */
+MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__product *p = (const mpt__product *)arg;
+    const mpt_conv2d_op *op = p->b.op;
+    const size_t C = op->shape.C, S = op->shape.S, taps = op->shape.R * S;
+    float *sums = mpt__worker_space(p->ctx, worker), *line = sums + MPT__DEPTHWISE_TAPS * MPT__RUN;
+    float room[2][MPT__RUN];
+    size_t c, u, t, e;
+    for (c = begin * MPT__RUN; c < mpt__min(end * MPT__RUN, C); c += MPT__RUN) {
+        const size_t run = mpt__min(C - c, MPT__RUN);
+        memset(sums, 0, taps * MPT__RUN * sizeof *sums);
+        for (u = 0; u < p->k; u++) {
+            const float *dy = mpt__read_run(p->ctx, op->y, u * C + c, run, room[0]);
+            for (t = 0; t < taps; t++) {
+                const size_t at = mpt__tap_index(&p->b, u, t / S, t % S);
+                if (at == (size_t)-1) continue;
+                mpt__multiply_run(sums + t * MPT__RUN, mpt__read_run(p->ctx, op->x, at + c, run, room[1]), dy);
+            }
+        }
+        for (e = 0; e < run; e++) {
+            for (t = 0; t < taps; t++) line[t] = sums[t * MPT__RUN + e];
+            mpt__finish_row(p, c + e, 0, taps, line);
+        }
+    }
+}
+MPT__TASKS(mpt__depthwise_weights_task)
+
+static mpt_result mpt__depthwise(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
+    mpt__product p = mpt__conv2d_product(ctx, op, 0);
+    const size_t work = z->N * op->P * op->Q * z->C * z->R * z->S;
+    if (op->pass == MPT_BACKWARD_WEIGHT)
+        mpt__parallel(ctx, (z->C + MPT__RUN - 1) / MPT__RUN, work, MPT__TASK(ctx, mpt__depthwise_weights_task), &p);
+    else mpt__parallel(ctx, p.m, work, MPT__TASK(ctx, mpt__depthwise_task), &p);
+    return MPT_OK;
+}
+
+static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
+    size_t group;
+    if (z->groups > 1 && z->groups == z->C && z->C == z->K && z->R * z->S <= MPT__DEPTHWISE_TAPS)
+        return mpt__depthwise(ctx, op);
+    for (group = 0; group < z->groups; group++) {
+        mpt__product p = mpt__conv2d_product(ctx, op, group);
+        MPT__TRY(mpt__product_run(&p));
     }
     return MPT_OK;
 }
@@ -3182,101 +3821,422 @@ static void mpt__cast_run(const mpt_context *ctx, const mpt_map_op *op, size_t i
         }
 }
 
-static void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
-    float a[MPT__RUN], b[MPT__RUN];
+/* All but the cast. beta scales b where they are added, else the old content. */
+MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
+    const mpt_array old = op->map == MPT_MAP_ADD ? op->b : op->out;
+    const uint64_t step = op->mask.step ? *op->mask.step : 0;
+    float out[MPT__RUN], room[2][MPT__RUN];
+    const float *a = mpt__read_run(ctx, op->a, i, n, room[0]);
     size_t e;
-    mpt__load(ctx, op->a, i, n, a);
-    if (op->b.data && (op->map != MPT_MAP_ADD || op->beta != 0)) mpt__load(ctx, op->b, i, n, b);
-    if (op->map == MPT_MAP_ADD && op->beta != 0)
-        for (e = 0; e < n; e++) a[e] += op->beta * b[e];
-    if (op->map == MPT_MAP_ACTIVATION_GRADIENT) {
-        for (e = 0; e < n; e++) a[e] = mpt__activate_backward(op->act, a[e], b[e]);
-        if (op->beta != 0) {
-            mpt__load(ctx, op->out, i, n, b);
-            for (e = 0; e < n; e++) a[e] += op->beta * b[e];
-        }
-    } else if (op->act) {
-        for (e = 0; e < n; e++) a[e] = mpt__activate(op->act, a[e]);
-    }
-    mpt__store(ctx, op->out, i, n, a);
+    if (op->map == MPT_MAP_ACTIVATION_GRADIENT)
+        mpt__gradient_run(op->act, out, a, mpt__read_run(ctx, op->b, i, n, room[1]));
+    else mpt__scale_run(out, 1, a);
+    if (op->map == MPT_MAP_DROPOUT)
+        for (e = 0; e < n; e++) out[e] *= mpt__mask_factor(&op->mask, step, i + e);
+    if (op->beta != 0) mpt__add_run(out, op->beta, mpt__read_run(ctx, old, i, n, room[0]));
+    if (op->map != MPT_MAP_ACTIVATION_GRADIENT) mpt__activate_run(op->act, out);
+    mpt__write_run(ctx, op->out, i, n, out);
 }
 
-enum { MPT__CAST_RUNS = 64 }; /* runs that a cast takes at a time */
-
-static void mpt__map_task(void *arg, size_t begin, size_t end, int worker) {
+static void mpt__cast_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_map_op *op = (const mpt_map_op *)w->op;
-    size_t i = begin * MPT__RUN;
-    const size_t stop = mpt__min(end * MPT__RUN, op->n),
-                 each = op->map == MPT_MAP_CAST ? (size_t)MPT__CAST_RUNS * MPT__RUN : (size_t)MPT__RUN;
     (void)worker;
-    for (; i < stop; i += each) {
-        const size_t n = mpt__min(stop - i, each);
-        if (op->map == MPT_MAP_CAST) mpt__cast_run(w->ctx, op, i, n);
-        else mpt__map_run(w->ctx, op, i, n);
-    }
+    mpt__cast_run(w->ctx, op, begin * MPT__RUN, mpt__min(end * MPT__RUN, op->n) - begin * MPT__RUN);
 }
+
+MPT__INLINE void mpt__map_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__work *w = (const mpt__work *)arg;
+    const mpt_map_op *op = (const mpt_map_op *)w->op;
+    (void)worker;
+    for (; begin < end; begin++)
+        mpt__map_run(w->ctx, op, begin * MPT__RUN, mpt__min(op->n - begin * MPT__RUN, MPT__RUN));
+}
+MPT__TASKS(mpt__map_task)
 
 static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
     mpt__work w;
     w.ctx = ctx;
     w.op = op;
-    mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n, mpt__map_task, &w);
+    mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n,
+                  op->map == MPT_MAP_CAST ? mpt__cast_task : MPT__TASK(ctx, mpt__map_task), &w);
+    return MPT_OK;
+}
+
+MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__work *w = (const mpt__work *)arg;
+    const mpt_columns_op *op = (const mpt_columns_op *)w->op;
+    float out[MPT__RUN], room[MPT__RUN];
+    size_t c;
+    (void)worker;
+    for (; begin < end; begin++)
+        for (c = 0; c < op->C; c += MPT__RUN) {
+            const size_t n = mpt__min(op->C - c, MPT__RUN);
+            const size_t at = begin * op->y_stride + c;
+            mpt__scale_run(out, 1, mpt__read_run(w->ctx, op->x, begin * op->x_stride + c, n, room));
+            if (op->beta != 0) mpt__add_run(out, op->beta, mpt__read_run(w->ctx, op->y, at, n, room));
+            mpt__write_run(w->ctx, op->y, at, n, out);
+        }
+}
+MPT__TASKS(mpt__columns_task)
+
+static mpt_result mpt__cpu_copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+    mpt__work w;
+    w.ctx = ctx;
+    w.op = op;
+    mpt__parallel(ctx, op->rows, op->rows * op->C, MPT__TASK(ctx, mpt__columns_task), &w);
+    return MPT_OK;
+}
+
+/* -- Normalisation --
+
+   Sums in double, in an order that does not depend on the threads: over the columns in a fixed number of blocks of
+   rows; over a group of one sample in one thread. */
+
+enum {
+    MPT__COLUMN_BLOCKS = 16,
+    MPT__COLUMNS = (MPT__WORKSPACE - MPT__ROOM) / (4 * MPT__COLUMN_BLOCKS * MPT__RUN) *
+                   MPT__RUN /* whose sums the workspace holds */
+};
+
+typedef struct mpt__norm_work {
+    mpt_context *ctx;
+    const mpt_norm_op *op;
+    size_t rows, count;    /* rows: N pixels. count: values that a mean is taken of */
+    size_t first, columns; /* channels of this turn */
+    double *sums;          /* (MPT__COLUMN_BLOCKS, 2, MPT__COLUMNS) */
+} mpt__norm_work;
+
+/* Mean and 1 / sqrt(variance + eps) for channels c .. c+n of a sample */
+static void mpt__norm_sets(const mpt_norm_op *op, size_t sample, size_t c, size_t n, float *mean, float *inverse) {
+    const size_t groups = op->shape.groups, each = op->shape.C / groups, sets = op->shape.N * groups;
+    size_t e;
+    for (e = 0; e < n; e++) {
+        const size_t set = sample * groups + (c + e) / each;
+        const int again = e && (c + e) % each;
+        mean[e] = op->stats[set];
+        inverse[e] = again ? inverse[e - 1] : mpt__norm_inverse(op->stats[sets + set], op->shape.eps);
+    }
+}
+
+/* a += x, b += x^2 */
+MPT__INLINE void mpt__norm_squares(const float *MPT__RESTRICT x, double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) a[e] += (double)x[e];
+    for (e = 0; e < MPT__RUN; e++) b[e] += (double)x[e] * (double)x[e];
+}
+
+/* a += dy, b += dy xhat */
+MPT__INLINE void mpt__norm_gradients(const float *MPT__RESTRICT x, const float *MPT__RESTRICT dy,
+                                     const float *MPT__RESTRICT mean, const float *MPT__RESTRICT inverse,
+                                     double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) a[e] += (double)dy[e];
+    for (e = 0; e < MPT__RUN; e++) b[e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
+}
+
+/* Adds two quantities of row i, channels c .. c+n: x and its square; in the backward pass dy and dy xhat. Whole runs
+   are added, zeros where there are no channels. */
+MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t c, size_t n, const float *mean,
+                               const float *inverse, double *a, double *b) {
+    const size_t at = i * w->op->shape.C + c;
+    float room[2][MPT__RUN];
+    const float *x = mpt__read_run(w->ctx, w->op->x, at, n, room[0]);
+    if (w->op->pass == MPT_NORM_BACKWARD)
+        mpt__norm_gradients(x, mpt__read_run(w->ctx, w->op->y, at, n, room[1]), mean, inverse, a, b);
+    else mpt__norm_squares(x, a, b);
+}
+
+MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__norm_work *w = (const mpt__norm_work *)arg;
+    const size_t each = (w->rows + MPT__COLUMN_BLOCKS - 1) / MPT__COLUMN_BLOCKS, pixels = w->op->shape.pixels;
+    float *mean = mpt__worker_room(w->ctx, worker), *inverse = mean + MPT__RUN;
+    for (; begin < end; begin++) {
+        const size_t last = mpt__min((begin + 1) * each, w->rows);
+        double *sums = w->sums + begin * 2 * MPT__COLUMNS;
+        size_t c, i;
+        memset(sums, 0, 2 * MPT__COLUMNS * sizeof *sums);
+        for (c = 0; c < w->columns; c += MPT__RUN) {
+            const size_t n = mpt__min(w->columns - c, MPT__RUN);
+            for (i = begin * each; i < last; i++) {
+                if (w->op->pass == MPT_NORM_BACKWARD && (i == begin * each || i % pixels == 0))
+                    mpt__norm_sets(w->op, i / pixels, w->first + c, n, mean, inverse);
+                mpt__norm_row(w, i, w->first + c, n, mean, inverse, sums + c, sums + MPT__COLUMNS + c);
+            }
+        }
+    }
+}
+MPT__TASKS(mpt__norm_columns_task)
+
+/* The two sums over all rows, of w->columns channels from w->first on: into the sums of block 0. */
+static void mpt__norm_columns(mpt__norm_work *w) {
+    size_t b, c;
+    mpt__parallel(w->ctx, MPT__COLUMN_BLOCKS, w->rows * w->columns, MPT__TASK(w->ctx, mpt__norm_columns_task), w);
+    for (b = 1; b < MPT__COLUMN_BLOCKS; b++)
+        for (c = 0; c < w->columns; c++) {
+            w->sums[c] += w->sums[b * 2 * MPT__COLUMNS + c];
+            w->sums[MPT__COLUMNS + c] += w->sums[b * 2 * MPT__COLUMNS + MPT__COLUMNS + c];
+        }
+}
+
+/* What the two sums of a set make: its mean and variance, or the means that its dx needs. */
+static void mpt__norm_finish(const mpt__norm_work *w, size_t set, double a, double b) {
+    const size_t sets = w->op->shape.N * w->op->shape.groups;
+    float *stats = w->op->stats + (w->op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
+    a /= (double)w->count;
+    b /= (double)w->count;
+    if (w->op->pass == MPT_NORM_STATS) b = b < a * a ? 0 : b - a * a;
+    stats[0] = (float)a;
+    stats[sets] = (float)b;
+}
+
+/* Sets of one sample each: their sums, which in the backward pass gamma weighs */
+MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__norm_work *w = (const mpt__norm_work *)arg;
+    const mpt_norm_op *op = w->op;
+    const size_t groups = op->shape.groups, each = op->shape.C / groups, pixels = op->shape.pixels;
+    float *mean = mpt__worker_room(w->ctx, worker), *inverse = mean + MPT__RUN;
+    double *a = (double *)(void *)(inverse + MPT__RUN), *b = a + MPT__RUN;
+    for (; begin < end; begin++) {
+        const size_t sample = begin / groups, first = begin % groups * each;
+        double sums[2] = {0, 0};
+        size_t c, i, e;
+        for (c = 0; c < each; c += MPT__RUN) {
+            const size_t n = mpt__min(each - c, MPT__RUN);
+            memset(a, 0, 2 * MPT__RUN * sizeof *a);
+            if (op->pass == MPT_NORM_BACKWARD) mpt__norm_sets(op, sample, first + c, n, mean, inverse);
+            for (i = 0; i < pixels; i++) mpt__norm_row(w, sample * pixels + i, first + c, n, mean, inverse, a, b);
+            for (e = 0; e < n; e++) {
+                const double gamma =
+                    op->pass == MPT_NORM_STATS ? 1 : (double)mpt__get(w->ctx, op->gamma, first + c + e);
+                sums[0] += gamma * a[e];
+                sums[1] += gamma * b[e];
+            }
+        }
+        mpt__norm_finish(w, begin, sums[0], sums[1]);
+    }
+}
+MPT__TASKS(mpt__norm_samples_task)
+
+static void mpt__norm_put(const mpt__norm_work *w, mpt_array out, size_t c, double sum) {
+    const float old = w->op->scale != 0 ? mpt__get(w->ctx, out, c) : 0,
+                x = (float)(sum + (double)w->op->scale * (double)old);
+    mpt__store(w->ctx, out, c, 1, &x);
+}
+
+/* Sums of all sets, and in the backward pass dgamma and dbeta. Batch norm's sets are columns. */
+static void mpt__norm_reduce(mpt__norm_work *w) {
+    const mpt_norm_op *op = w->op;
+    const int batch = op->shape.N == 1 && op->shape.groups == op->shape.C, backward = op->pass == MPT_NORM_BACKWARD;
+    size_t c;
+    if (!batch && !op->frozen)
+        mpt__parallel(w->ctx, op->shape.N * op->shape.groups, w->rows * op->shape.C,
+                      MPT__TASK(w->ctx, mpt__norm_samples_task), w);
+    for (w->first = 0; w->first < op->shape.C && (batch || backward); w->first += MPT__COLUMNS) {
+        w->columns = mpt__min(op->shape.C - w->first, MPT__COLUMNS);
+        mpt__norm_columns(w);
+        for (c = 0; c < w->columns; c++) {
+            const double a = w->sums[c], b = w->sums[MPT__COLUMNS + c];
+            const double gamma = backward ? (double)mpt__get(w->ctx, op->gamma, w->first + c) : 1;
+            if (batch && !op->frozen) mpt__norm_finish(w, w->first + c, gamma * a, gamma * b);
+            if (!backward) continue;
+            mpt__norm_put(w, op->dbeta, w->first + c, a);
+            mpt__norm_put(w, op->dgamma, w->first + c, b);
+        }
+    }
+}
+
+typedef struct mpt__norm_run { /* of a run of channels of a sample, in a worker's workspace */
+    float mean[MPT__RUN], inverse[MPT__RUN], gamma[MPT__RUN], beta[MPT__RUN], means[2][MPT__RUN];
+} mpt__norm_run;
+
+static void mpt__norm_run_load(const mpt__norm_work *w, size_t sample, size_t c, size_t n, mpt__norm_run *r) {
+    const mpt_norm_op *op = w->op;
+    const size_t groups = op->shape.groups, each = op->shape.C / groups, sets = op->shape.N * groups;
+    size_t e;
+    mpt__norm_sets(op, sample, c, n, r->mean, r->inverse);
+    mpt__load(w->ctx, op->gamma, c, n, r->gamma);
+    if (op->pass == MPT_NORM_FORWARD) mpt__load(w->ctx, op->beta, c, n, r->beta);
+    for (e = 0; e < n; e++) {
+        const size_t set = sample * groups + (c + e) / each;
+        r->means[0][e] = op->pass == MPT_NORM_FORWARD || op->frozen ? 0 : op->stats[2 * sets + set];
+        r->means[1][e] = op->pass == MPT_NORM_FORWARD || op->frozen ? 0 : op->stats[3 * sets + set];
+        r->gamma[e] *= r->inverse[e];
+        if (op->pass == MPT_NORM_FORWARD) r->beta[e] -= r->mean[e] * r->gamma[e];
+    }
+}
+
+/* y without its activation, or dx */
+MPT__INLINE void mpt__norm_y(const mpt__norm_run *MPT__RESTRICT r, const float *MPT__RESTRICT x,
+                             float *MPT__RESTRICT y) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) y[e] = x[e] * r->gamma[e] + r->beta[e];
+}
+
+MPT__INLINE void mpt__norm_dx(const mpt__norm_run *MPT__RESTRICT r, const float *MPT__RESTRICT x,
+                              const float *MPT__RESTRICT dy, float *MPT__RESTRICT dx) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const float normal = (x[e] - r->mean[e]) * r->inverse[e];
+        dx[e] = r->gamma[e] * dy[e] - r->inverse[e] * (r->means[0][e] + normal * r->means[1][e]);
+    }
+}
+
+/* y or dx of rows begin .. end */
+MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__norm_work *w = (const mpt__norm_work *)arg;
+    const mpt_norm_op *op = w->op;
+    const size_t C = op->shape.C, pixels = op->shape.pixels;
+    mpt__norm_run *r = (mpt__norm_run *)(void *)mpt__worker_room(w->ctx, worker);
+    float out[MPT__RUN], room[2][MPT__RUN];
+    size_t c, i;
+    for (c = 0; c < C; c += MPT__RUN) {
+        const size_t n = mpt__min(C - c, MPT__RUN);
+        for (i = begin; i < end; i++) {
+            const float *x = mpt__read_run(w->ctx, op->x, i * C + c, n, room[0]);
+            if (i == begin || i % pixels == 0) mpt__norm_run_load(w, i / pixels, c, n, r);
+            if (op->pass == MPT_NORM_FORWARD) {
+                mpt__norm_y(r, x, out);
+                mpt__activate_run(op->act, out);
+                mpt__write_run(w->ctx, op->y, i * C + c, n, out);
+                continue;
+            }
+            mpt__norm_dx(r, x, mpt__read_run(w->ctx, op->y, i * C + c, n, room[1]), out);
+            if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, i * C + c, n, room[0]));
+            mpt__write_run(w->ctx, op->dx, i * C + c, n, out);
+        }
+    }
+}
+MPT__TASKS(mpt__norm_rows_task)
+
+static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op) {
+    mpt__norm_work w;
+    w.ctx = ctx;
+    w.op = op;
+    w.rows = op->shape.N * op->shape.pixels;
+    w.count = op->shape.pixels * (op->shape.C / op->shape.groups);
+    w.first = w.columns = 0;
+    w.sums = (double *)(void *)ctx->workspace;
+    return w;
+}
+
+static mpt_result mpt__cpu_norm(mpt_context *ctx, const mpt_norm_op *op) {
+    const size_t sets = op->shape.N * op->shape.groups;
+    mpt__norm_work w = mpt__norm_work_of(ctx, op);
+    size_t i;
+    if (op->pass == MPT_NORM_RUNNING) {
+        for (i = 0; i < 2 * sets; i++) mpt__norm_average(op, w.count, i);
+        return MPT_OK;
+    }
+    if (op->pass != MPT_NORM_FORWARD) mpt__norm_reduce(&w);
+    if (op->pass == MPT_NORM_FORWARD || op->dx.data)
+        mpt__parallel(ctx, w.rows, w.rows * op->shape.C, MPT__TASK(ctx, mpt__norm_rows_task), &w);
+    return MPT_OK;
+}
+
+/* db(C) = column sums of dy(rows,C) + beta db: the sums that batch norm takes */
+static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta,
+                                       mpt_array db) {
+    mpt_norm_op op = MPT_ZERO;
+    mpt__norm_work w;
+    size_t c;
+    op.shape.N = 1, op.shape.pixels = rows, op.shape.C = op.shape.groups = C;
+    op.x = dy;
+    op.scale = beta;
+    w = mpt__norm_work_of(ctx, &op);
+    for (w.first = 0; w.first < C; w.first += MPT__COLUMNS) {
+        w.columns = mpt__min(C - w.first, MPT__COLUMNS);
+        mpt__norm_columns(&w);
+        for (c = 0; c < w.columns; c++) mpt__norm_put(&w, db, w.first + c, w.sums[c]);
+    }
     return MPT_OK;
 }
 
 /* -- Pooling: every output gathers what it needs, in fp32, a run of channels at a time -- */
 
-static void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q,
-                                  size_t c, size_t run) {
+/* Takes over what is larger, and the first NaN: by masks, for a branch would keep it from becoming vectors. */
+MPT__INLINE void mpt__max_run(float *MPT__RESTRICT best, uint32_t *MPT__RESTRICT tap, const float *MPT__RESTRICT x,
+                              uint32_t here) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const uint32_t u = mpt__bits(x[e]), v = mpt__bits(best[e]);
+        const int nan = (u & 0x7fffffffu) > 0x7f800000u, was = (v & 0x7fffffffu) > 0x7f800000u;
+        const uint32_t take = 0u - (uint32_t)((x[e] > best[e]) | (nan & !was));
+        best[e] = mpt__float((u & take) | (v & ~take));
+        tap[e] = (here & take) | (tap[e] & ~take);
+    }
+}
+
+MPT__INLINE void mpt__taps_read(const uint16_t *index, size_t n, uint32_t *MPT__RESTRICT tap) {
+    size_t e;
+    if (n == MPT__RUN)
+        for (e = 0; e < MPT__RUN; e++) tap[e] = index[e];
+    else
+        for (e = 0; e < MPT__RUN; e++) tap[e] = e < n ? index[e] : 0xffffffffu;
+}
+
+/* sum += dy where it came from here */
+MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__RESTRICT tap, uint32_t here,
+                                 const float *MPT__RESTRICT dy) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) sum[e] += mpt__float(mpt__bits(dy[e]) & (0u - (uint32_t)(tap[e] == here)));
+}
+
+MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q,
+                                       size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
-    float best[MPT__RUN], x[MPT__RUN];
+    const float *x;
+    float best[MPT__RUN], room[MPT__RUN];
+    uint32_t tap[MPT__RUN];
     size_t r, s, e;
-    int any = 0;
-    for (e = 0; e < run; e++) best[e] = 0;
+    int first = 1;
     for (r = 0; r < z->R; r++)
         for (s = 0; s < z->S; s++) {
             const size_t h = p * op->stride_h + r - z->padding, w = q * op->stride_w + s - z->padding;
+            const uint32_t here = (uint32_t)(r * z->S + s);
             if (h >= z->H || w >= z->W) continue; /* padding; below 0 wraps to a huge number */
-            mpt__load(ctx, op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, x);
-            for (e = 0; e < run; e++) {
-                if (op->kind == MPT_POOL_AVERAGE) best[e] += x[e];
-                else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e]))) {
-                    best[e] = x[e];
-                    op->index[out + e] = (uint16_t)(r * z->S + s);
-                }
-            }
-            any = 1;
+            x = mpt__read_run(ctx, op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, room);
+            for (e = 0; e < MPT__RUN && first; e++) tap[e] = here;
+            if (first) mpt__scale_run(best, 1, x);
+            else if (op->kind == MPT_POOL_AVERAGE) mpt__add_run(best, 1, x);
+            else mpt__max_run(best, tap, x, here);
+            first = 0;
         }
-    for (e = 0; e < run && op->kind == MPT_POOL_AVERAGE; e++) best[e] /= (float)(z->R * z->S);
-    mpt__store(ctx, op->y, out, run, best);
+    if (op->kind == MPT_POOL_AVERAGE)
+        for (e = 0; e < MPT__RUN; e++) best[e] /= (float)(z->R * z->S);
+    else
+        for (e = 0; e < run; e++) op->index[out + e] = (uint16_t)tap[e];
+    mpt__write_run(ctx, op->y, out, run, best);
 }
 
-static void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
-                                   size_t c, size_t run) {
+MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
+                                        size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
-    float sum[MPT__RUN], dy[MPT__RUN];
+    const float size = (float)(z->R * z->S);
+    float sum[MPT__RUN], room[MPT__RUN];
+    const float *dy;
     size_t r, s, e;
-    if (op->beta != 0) mpt__load(ctx, op->x, in, run, sum);
-    for (e = 0; e < run; e++) sum[e] = op->beta != 0 ? op->beta * sum[e] : 0;
+    mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
     for (r = 0; r < z->R; r++)
         for (s = 0; s < z->S; s++) { /* the output whose tap (r,s) is this input, if there is one */
             const size_t y = h + z->padding - r, x = w + z->padding - s, p = y / op->stride_h, q = x / op->stride_w;
             const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
+            const uint32_t here = (uint32_t)(r * z->S + s);
+            uint32_t tap[MPT__RUN];
             if (y % op->stride_h || x % op->stride_w || p >= op->P || q >= op->Q) continue;
-            mpt__load(ctx, op->y, out, run, dy);
-            for (e = 0; e < run; e++) {
-                if (op->kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(z->R * z->S);
-                else if (op->index[out + e] == r * z->S + s) sum[e] += dy[e];
-            }
+            dy = mpt__read_run(ctx, op->y, out, run, room);
+            for (e = 0; e < MPT__RUN && op->kind == MPT_POOL_AVERAGE; e++) sum[e] += dy[e] / size;
+            if (op->kind == MPT_POOL_AVERAGE) continue;
+            mpt__taps_read(op->index + out, run, tap);
+            mpt__unpool_run(sum, tap, here, dy);
         }
-    mpt__store(ctx, op->x, in, run, sum);
+    mpt__write_run(ctx, op->x, in, run, sum);
 }
 
 /* one row (n,p) of outputs, or (n,h) of inputs, after the other */
-static void mpt__pool_task(void *arg, size_t begin, size_t end, int worker) {
+MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_pool2d_op *op = (const mpt_pool2d_op *)w->op;
     const size_t rows = op->pass == MPT_FORWARD ? op->P : op->shape.H;
@@ -3291,25 +4251,26 @@ static void mpt__pool_task(void *arg, size_t begin, size_t end, int worker) {
                 else mpt__pool_backward_run(w->ctx, op, begin / rows, begin % rows, i, c, run);
             }
 }
+MPT__TASKS(mpt__pool_task)
 
 static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     const mpt_pool2d_shape *z = &op->shape;
     mpt__work w;
     w.ctx = ctx;
     w.op = op;
-    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C, mpt__pool_task, &w);
+    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C,
+                  MPT__TASK(ctx, mpt__pool_task), &w);
     return MPT_OK;
 }
 
 /* -- Losses: one row after the other, so that the sum has one order -- */
 
-/* -log softmax, weighted by the target t: 1 for the label, smoothed. dx = softmax - t, as the t sum to 1. */
 static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
                                     uint64_t *correct) {
+    const mpt_cross_entropy_desc *d = &op->cross_entropy;
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
-    const float all = op->label_smoothing / (float)op->C, one = 1 - op->label_smoothing;
-    float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, aimed = 0;
+    float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, aimed = 0, targets = d->class_weights ? 0.0f : 1.0f;
     size_t c, best = 0;
     for (c = 1; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
@@ -3319,42 +4280,53 @@ static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *o
         }
     }
     for (c = 0; c < op->C; c++) {
-        const float x = mpt__get(ctx, op->x, row * op->C + c) - largest;
+        const float x = mpt__get(ctx, op->x, row * op->C + c) - largest, t = mpt__class_target(d, op->C, label, c);
         sum += expf(x);
-        if (all > 0) aimed += all * x;
-        if (valid && c == (size_t)label) aimed += one * x;
+        if (t > 0) aimed += t * x; /* an x of -inf has no part in a target of 0 */
+        if (d->class_weights) targets += t;
     }
     for (c = 0; c < op->C && op->dx.data; c++) {
-        const float target = all + (valid && c == (size_t)label ? one : 0);
-        float d = (expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / sum - target) * scale;
-        if (!valid) d = mpt__float(0x7fc00000u);
-        mpt__store(ctx, op->dx, row * op->C + c, 1, &d);
+        const float p = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / sum;
+        float dx = (p * targets - mpt__class_target(d, op->C, label, c)) * scale;
+        if (!valid) dx = mpt__float(0x7fc00000u);
+        mpt__store(ctx, op->dx, row * op->C + c, 1, &dx);
     }
     *correct += valid && best == (size_t)label;
-    return valid ? logf(sum) - aimed : mpt__float(0x7fc00000u);
+    return valid ? targets * logf(sum) - aimed : mpt__float(0x7fc00000u);
 }
 
-static float mpt__squared_error_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
+static float mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
     const float each = 1.0f / (float)op->C;
-    float sum = 0;
+    float sum = 0, slope;
     size_t c;
     for (c = 0; c < op->C; c++) {
-        const float difference = mpt__get(ctx, op->x, row * op->C + c) - target[c], d = 2 * difference * each * scale;
-        sum += difference * difference;
-        if (op->dx.data) mpt__store(ctx, op->dx, row * op->C + c, 1, &d);
+        sum += mpt__loss_element(op->kind, mpt__get(ctx, op->x, row * op->C + c), target[c], &slope);
+        slope *= each * scale;
+        if (op->dx.data) mpt__store(ctx, op->dx, row * op->C + c, 1, &slope);
     }
     return sum * each;
 }
 
 static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
-    const float scale = op->grad_scale * (op->loss_scale ? *op->loss_scale : 1.0f);
-    size_t row;
-    for (row = 0; row < op->N; row++)
-        op->sum->loss +=
-            (double)(op->kind == MPT_LOSS_CROSS_ENTROPY ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
-                                                        : mpt__squared_error_row(ctx, op, row, scale));
-    op->sum->rows += op->N;
+    const int32_t *labels = op->kind == MPT_LOSS_CROSS_ENTROPY ? (const int32_t *)op->target : NULL;
+    const float zero = 0;
+    double weight = labels ? 0 : (double)op->N;
+    float scale;
+    size_t row, c;
+    for (row = 0; row < op->N && labels; row++)
+        weight += (double)mpt__row_weight(&op->cross_entropy, op->C, labels[row]);
+    scale = mpt__loss_factor(op, weight);
+    for (row = 0; row < op->N; row++) {
+        if (labels && mpt__row_ignored(&op->cross_entropy, labels[row])) {
+            for (c = 0; c < op->C && op->dx.data; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
+            continue;
+        }
+        op->sum->loss += (double)(labels ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
+                                         : mpt__elementwise_row(ctx, op, row, scale));
+        op->sum->rows++;
+    }
+    op->sum->weight += weight;
     return MPT_OK;
 }
 
@@ -3384,35 +4356,28 @@ static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
     }
 }
 
-enum { MPT__SCAN_RUN = 2 * MPT__LANES };
-
-/* Up to MPT__SCAN_RUN elements that are not fp32, not whole, to be scaled, or not finite: by way of the stack. */
-static void mpt__scan_run(const mpt__scan_work *w, size_t i, size_t n, double *lanes, mpt_scan *out) {
-    float run[MPT__SCAN_RUN];
-    double before[MPT__LANES];
-    size_t e;
-    mpt__load(w->ctx, w->x, i, n, run);
+/* Elements i .. i+n of one chunk. What is not fp32, not whole, or to be scaled is scanned in `run`, and so is what
+   turns out to have a bad element. */
+static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, float *run, mpt_scan *out) {
+    int (*squares)(const void *x, size_t n, double *lanes) =
+        w->x.type <= MPT_BF16 ? w->ctx->simd.squares[w->x.type] : NULL;
+    const int direct = squares && w->factor == 1 && n % MPT__LANES == 0;
+    const void *x = direct ? mpt__array_at(w->x, i).data : run;
+    double lanes[MPT__LANES] = {0};
+    size_t e, whole = n, width;
+    if (!direct) mpt__load(w->ctx, w->x, i, n, run);
     if (w->factor != 1) {
         for (e = 0; e < n; e++) run[e] = mpt__mul(run[e], w->factor);
         mpt__store(w->ctx, w->x, i, n, run);
         mpt__load(w->ctx, w->x, i, n, run);
     }
-    for (e = n; e % MPT__LANES; e++) run[e] = 0;
-    memcpy(before, lanes, sizeof before);
-    if (!w->ctx->simd.squares(run, e, lanes)) return;
-    memcpy(lanes, before, sizeof before);
-    mpt__scan_bad(run, n, i, out);
-    w->ctx->simd.squares(run, e, lanes);
-}
-
-static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, mpt_scan *out) {
-    const int direct = w->x.type == MPT_F32 && w->factor == 1 && n % MPT__LANES == 0;
-    double lanes[MPT__LANES];
-    size_t e, width;
-    for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
-    if (!direct || w->ctx->simd.squares((const float *)w->x.data + i, n, lanes)) {
-        for (e = 0; e < MPT__LANES; e++) lanes[e] = 0;
-        for (e = 0; e < n; e += MPT__SCAN_RUN) mpt__scan_run(w, i + e, mpt__min(n - e, MPT__SCAN_RUN), lanes, out);
+    for (; whole % MPT__LANES; whole++) run[whole] = 0;
+    if (!direct) squares = w->ctx->simd.squares[MPT_F32];
+    if (squares(x, whole, lanes)) {
+        if (direct) mpt__load(w->ctx, w->x, i, n, run);
+        mpt__scan_bad(run, n, i, out);
+        memset(lanes, 0, sizeof lanes);
+        w->ctx->simd.squares[MPT_F32](run, whole, lanes);
     }
     for (width = MPT__LANES / 2; width; width /= 2)
         for (e = 0; e < width; e++) lanes[e] += lanes[e + width];
@@ -3422,11 +4387,11 @@ static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, mpt_sca
 static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__scan_work *w = (const mpt__scan_work *)arg;
     const size_t each = (w->chunks + MPT__SCAN_BLOCKS - 1) / MPT__SCAN_BLOCKS;
+    float *run = mpt__worker_space(w->ctx, worker);
     size_t c;
-    (void)worker;
     for (; begin < end; begin++)
         for (c = begin * each; c < mpt__min((begin + 1) * each, w->chunks); c++)
-            mpt__scan_chunk(w, c * MPT__CHUNK, mpt__min(w->n - c * MPT__CHUNK, MPT__CHUNK), &w->ctx->scans[begin]);
+            mpt__scan_chunk(w, c * MPT__CHUNK, mpt__min(w->n - c * MPT__CHUNK, MPT__CHUNK), run, &w->ctx->scans[begin]);
 }
 
 static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
@@ -3513,6 +4478,19 @@ static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, 
     }
 }
 
+/* Masters are updated where they lie, a piece at a time, so that the copy is made of what is still in cache. */
+static void mpt__update_masters(const mpt__update_work *w, size_t i, size_t n) {
+    const mpt_update_op *op = w->op;
+    float *const *moment = op->moment;
+    size_t some;
+    for (; n; n -= some, i += some) {
+        some = mpt__min(n, 1024);
+        w->ctx->simd.update(&w->rates, some, op->master + i, op->grad + i, moment[0] ? moment[0] + i : NULL,
+                            moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
+        if (op->copy.data) mpt__store(w->ctx, op->copy, i, some, op->master + i);
+    }
+}
+
 static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__update_work *w = (const mpt__update_work *)arg;
     const mpt_update_op *op = w->op;
@@ -3520,6 +4498,11 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
     mpt__meter *meter = &w->ctx->meters[worker];
     float before[MPT__RUN], p[MPT__RUN];
+    if (op->master && !op->desc.meter) {
+        const size_t first = begin * MPT__RUN, last = mpt__min(end * MPT__RUN, slice->count);
+        mpt__update_masters(w, slice->offset + first, last - first);
+        return;
+    }
     for (; begin < end; begin++) {
         const size_t first = begin * MPT__RUN, i = slice->offset + first, n = mpt__min(slice->count - first, MPT__RUN);
         float *const *moment = op->moment;
@@ -3557,6 +4540,9 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
             state->lost += ctx->meters[t].lost;
         }
     }
+    if (op->commits)
+        memcpy(state->found ? op->pending : op->committed, state->found ? op->committed : op->pending,
+               op->commits * sizeof *op->pending);
     mpt__state_stepped(state, &op->desc, op->scaler);
     return MPT_OK;
 }
@@ -3600,7 +4586,9 @@ static mpt_backend mpt__cpu_backend(int reference) {
     b.gemm = reference ? mpt__reference_gemm : mpt__cpu_gemm;
     b.conv2d = reference ? mpt__reference_conv2d : mpt__cpu_conv2d;
     b.column_sums = mpt__cpu_column_sums;
+    b.copy_columns = mpt__cpu_copy_columns;
     b.pool2d = mpt__cpu_pool2d;
+    b.norm = mpt__cpu_norm;
     b.loss = mpt__cpu_loss;
     b.check = mpt__cpu_check;
     b.clip = mpt__cpu_clip;
@@ -4295,6 +5283,17 @@ MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimiz
     return mpt_upload(opt->ctx, opt->op.state, state, sizeof *state);
 }
 
+MPT_DEF mpt_result mpt_optimizer_commit(mpt_optimizer *opt, size_t count, float *pending, float *committed) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (count && (!pending || !committed))
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_commit: %s is NULL",
+                        pending ? "committed" : "pending");
+    opt->op.commits = count;
+    opt->op.pending = pending;
+    opt->op.committed = committed;
+    return MPT_OK;
+}
+
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) {
     return opt && moment >= 1 && moment <= 3 ? mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor)
                                              : NULL;
@@ -4310,8 +5309,13 @@ typedef enum mpt__node_kind {
     MPT__POOL,
     MPT__FLATTEN,
     MPT__ADD,
+    MPT__CONCAT,
+    MPT__NORM,
+    MPT__DROPOUT,
     MPT__LOSS
 } mpt__node_kind;
+
+typedef enum mpt__norm_kind { MPT__NORM_BATCH = 0, MPT__NORM_LAYER, MPT__NORM_GROUP } mpt__norm_kind;
 
 typedef struct mpt__node {
     mpt__node_kind kind;
@@ -4320,7 +5324,13 @@ typedef struct mpt__node {
     int H, W, C;               /* of a sample */
     int no_bias, weight, bias; /* tensor ids; 0: none */
     mpt_init init;
+    mpt_policy policy;     /* the one at its making */
     mpt_conv2d_shape conv; /* N = the batch */
+    mpt__norm_kind norm;
+    mpt_norm_shape norm_shape; /* of one sample */
+    float momentum;            /* batch norm */
+    size_t running;            /* batch norm: where its mean is in the statistics */
+    float p;                   /* dropout */
     mpt_pool pool_kind;
     mpt_pool2d_shape pool;
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
@@ -4331,8 +5341,12 @@ typedef struct mpt__node {
     int fused;          /* an activation that its input node computes */
     int needs_gradient; /* a parameter lies at or below it */
     mpt_dtype type, grad_type;
-    int value, grad, index; /* buffers; 0: none */
-    int grad_started;       /* in this backward pass: add to the gradient instead of writing it */
+    const char *reason; /* of the type */
+    int value, grad;    /* buffers; 0: none */
+    int index;          /* of a max pool */
+    int stats;          /* of a norm */
+    int cast;           /* its input in the type that its product reads */
+    int grad_started;   /* in this backward pass: add to the gradient instead of writing it */
 } mpt__node;
 
 /* A piece of the activation block, alive from one moment of a training step to another. */
@@ -4341,9 +5355,14 @@ typedef struct mpt__buffer {
     int first, last;
 } mpt__buffer;
 
+enum { MPT__POLICIES = 8, MPT__BUFFERS = 5 /* of a node */, MPT__SUMS = 3 };
+
 struct mpt_model {
     mpt_context *ctx;
     mpt_policy policy;
+    mpt_policy pushed[MPT__POLICIES];
+    int depth;            /* how many are pushed */
+    mpt_dtype half;       /* the 16-bit type of all nodes that have one; else F32 */
     mpt_train_desc train; /* defaults filled in */
     mpt__node *nodes;     /* node id i is nodes[i - 1] */
     int count, capacity;
@@ -4356,12 +5375,17 @@ struct mpt_model {
     mpt_scaler *scaler;
     mpt_optimizer *opt;
     size_t block_bytes, staging_bytes, target_bytes;
-    char *block;        /* device: all activations and their gradients */
-    float *staging;     /* device: a batch in fp32, where inputs and outputs need a cast */
-    void *target;       /* device: a batch of targets */
-    mpt_loss_sum *sums; /* device: [0] of the running step, [1] of an evaluation */
-    int forward_rows;   /* samples of the forward pass that backward may follow; 0: none */
-    int micro;          /* backward passes since the last step */
+    char *block;          /* device: all activations and their gradients */
+    float *staging;       /* device: a batch in fp32, where inputs and outputs need a cast */
+    void *target;         /* device: a batch of targets */
+    mpt_loss_sum *sums;   /* device: [0] of the running step, [1] of an evaluation, [2] of the passes before this one */
+    float *class_weights; /* device */
+    size_t statistics;    /* floats of all running means and variances */
+    float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
+    int forward_rows;         /* samples of the forward pass that backward may follow; 0: none */
+    int micro;                /* backward passes since the last step */
+    int followed;             /* a backward pass followed the last forward pass */
+    int gathered;             /* backward passes have added to pending */
     uint64_t steps_at_backward;
 };
 
@@ -4397,6 +5421,10 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->staging);
     mpt_free(ctx, net->target);
     mpt_free(ctx, net->sums);
+    mpt_free(ctx, net->class_weights);
+    mpt_free(ctx, net->running);
+    mpt_free(ctx, net->pending);
+    net->class_weights = net->running = net->pending = NULL;
     net->opt = NULL, net->scaler = NULL, net->params = NULL, net->buffers = NULL;
     net->block = NULL, net->staging = NULL, net->target = NULL, net->sums = NULL;
     net->buffer_count = 0;
@@ -4410,6 +5438,22 @@ MPT_DEF void mpt_model_free(mpt_model *net) {
 }
 
 static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
+
+MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy) {
+    if (!net) return MPT_ERROR_ARGUMENT;
+    if (net->built) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "policy_push: the model is built already");
+    if (net->depth == MPT__POLICIES)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "policy_push: %d are pushed already", MPT__POLICIES);
+    net->pushed[net->depth++] = policy;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_policy_pop(mpt_model *net) {
+    if (!net) return MPT_ERROR_ARGUMENT;
+    if (!net->depth) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "policy_pop: none is pushed");
+    net->depth--;
+    return MPT_OK;
+}
 
 /* Remembers the first failure of a layer call: mpt_model_build reports it. */
 static int mpt__layer_failed(mpt_model *net, mpt_result result) {
@@ -4447,6 +5491,7 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     memset(node, 0, sizeof *node);
     node->kind = kind;
     node->in[0] = in;
+    node->policy = net->depth ? net->pushed[net->depth - 1] : net->policy;
     if (name) memcpy(node->name, name, strlen(name) + 1);
     else mpt__print(node->name, sizeof node->name, "%s%d", word, number);
     if (in) node->H = net->nodes[in - 1].H, node->W = net->nodes[in - 1].W, node->C = net->nodes[in - 1].C;
@@ -4512,6 +5557,7 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
     MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
     MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
     MPT__TRY(mpt__layer_positive(net, node, "dilation", d->dilation, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "groups", d->groups, 0));
     MPT__TRY(mpt__init_check(net, node));
     if (d->padding && d->no_padding)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d and no_padding", node->name, d->padding);
@@ -4520,6 +5566,10 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
     s->K = (size_t)filters, s->R = s->S = (size_t)kernel;
     s->stride = (size_t)(d->stride ? d->stride : 1);
     s->dilation = (size_t)dilation;
+    s->groups = (size_t)(d->groups ? d->groups : 1);
+    if (s->C % s->groups || s->K % s->groups)
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels and %d filters", node->name,
+                        d->groups, node->C, filters);
     s->padding = d->padding ? (size_t)d->padding : d->no_padding ? 0 : (s->R - 1) / 2 * s->dilation;
     if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: kernel %dx%d, dilation %d, on a %dx%d input with padding %z",
@@ -4537,6 +5587,51 @@ MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mp
     node->no_bias = d.no_bias;
     node->init = d.init;
     r = mpt__conv2d_layer(net, node, filters, kernel, &d);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+static int mpt__norm_node(mpt_model *net, int in, mpt__norm_kind kind, int groups, const mpt_norm_desc *desc) {
+    const char *word = kind == MPT__NORM_BATCH ? "batch_norm" : kind == MPT__NORM_LAYER ? "layer_norm" : "group_norm";
+    mpt_norm_desc d = MPT_ZERO;
+    mpt__node *node;
+    mpt_norm_shape *s;
+    mpt_result r = MPT_OK;
+    if (desc) d = *desc;
+    node = mpt__layer(net, MPT__NORM, word, d.name, in);
+    if (!node) return 0;
+    s = &node->norm_shape;
+    node->norm = kind;
+    node->momentum = mpt__bits(d.momentum) ? d.momentum : 0.1f;
+    s->N = kind == MPT__NORM_LAYER ? (size_t)node->H * (size_t)node->W : 1;
+    s->pixels = kind == MPT__NORM_LAYER ? 1 : (size_t)node->H * (size_t)node->W;
+    s->C = (size_t)node->C;
+    s->groups = kind == MPT__NORM_BATCH ? s->C : kind == MPT__NORM_LAYER ? 1 : (size_t)groups;
+    s->eps = mpt__bits(d.eps) ? d.eps : 1e-5f;
+    if (!mpt__finite(s->eps) || s->eps < 0)
+        r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", node->name,
+                     (double)s->eps);
+    else if (kind == MPT__NORM_GROUP && (groups < 1 || node->C % groups))
+        r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels", node->name, groups, node->C);
+    else r = mpt__need_share(net->ctx, node->name, "momentum", node->momentum, 1);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+MPT_DEF int mpt_batch_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
+    return mpt__norm_node(net, in, MPT__NORM_BATCH, 0, desc);
+}
+MPT_DEF int mpt_layer_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
+    return mpt__norm_node(net, in, MPT__NORM_LAYER, 0, desc);
+}
+MPT_DEF int mpt_group_norm(mpt_model *net, int in, int groups, const mpt_norm_desc *desc) {
+    return mpt__norm_node(net, in, MPT__NORM_GROUP, groups, desc);
+}
+
+MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
+    mpt__node *node = mpt__layer(net, MPT__DROPOUT, "dropout", NULL, in);
+    mpt_result r;
+    if (!node) return 0;
+    node->p = p;
+    r = mpt__need_drop(net->ctx, node->name, p);
     return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
 }
 
@@ -4605,19 +5700,47 @@ MPT_DEF int mpt_flatten(mpt_model *net, int in) {
     return mpt__layer_done(net);
 }
 
-MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
-    mpt__node *node = b ? mpt__layer(net, MPT__ADD, "add", NULL, a) : NULL, *other;
-    if (!node) return 0;
-    if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS)
-        return mpt__layer_failed(
-            net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d to add", node->name, b));
+/* A node of two inputs of the same height and width; channels: and as many channels. NULL: failed, and remembered. */
+static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels) {
+    mpt__node *node = b ? mpt__layer(net, kind, word, NULL, a) : NULL, *other;
+    if (!node) return NULL;
+    if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS) {
+        mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", node->name, b));
+        return NULL;
+    }
     other = mpt__node_of(net, b);
-    if (other->H != node->H || other->W != node->W || other->C != node->C)
-        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d",
-                                               node->name, mpt__node_of(net, a)->name, node->H, node->W, node->C,
-                                               other->name, other->H, other->W, other->C));
+    if (other->H != node->H || other->W != node->W || (channels && other->C != node->C)) {
+        mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d", node->name,
+                                        mpt__node_of(net, a)->name, node->H, node->W, node->C, other->name, other->H,
+                                        other->W, other->C));
+        return NULL;
+    }
     node->in[1] = b;
-    return mpt__layer_done(net);
+    return node;
+}
+
+MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
+    return mpt__join(net, MPT__ADD, "add", a, b, 1) ? mpt__layer_done(net) : 0;
+}
+
+MPT_DEF int mpt_concat(mpt_model *net, int a, int b) {
+    mpt__node *node = mpt__join(net, MPT__CONCAT, "concat", a, b, 0);
+    mpt_result r;
+    if (!node) return 0;
+    r = mpt__layer_size(net, node, (size_t)node->H, (size_t)node->W, (size_t)node->C + (size_t)mpt__node_of(net, b)->C);
+    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+}
+
+static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node) {
+    const mpt_cross_entropy_desc *d = &node->cross_entropy;
+    const int classes = node->H * node->W * node->C;
+    int c;
+    MPT__TRY(mpt__need_share(net->ctx, node->name, "label_smoothing", d->label_smoothing, 1));
+    for (c = 0; c < classes && d->class_weights; c++)
+        if (!mpt__finite(d->class_weights[c]) || d->class_weights[c] < 0)
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: class weight %d is %g, not a finite number from 0 on",
+                            node->name, c, (double)d->class_weights[c]);
+    return MPT_OK;
 }
 
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
@@ -4626,16 +5749,23 @@ MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_en
     if (!node) return 0;
     node->loss = MPT_LOSS_CROSS_ENTROPY;
     if (desc) node->cross_entropy = *desc;
-    r = mpt__need_smoothing(net->ctx, node->name, node->cross_entropy.label_smoothing);
+    r = mpt__cross_entropy_check(net, node);
     return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
 }
 
-MPT_DEF int mpt_mse(mpt_model *net, int in) {
-    mpt__node *node = mpt__layer(net, MPT__LOSS, "mse", NULL, in);
+static int mpt__loss_node(mpt_model *net, int in, const char *word, mpt_loss_kind loss) {
+    mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
     if (!node) return 0;
-    node->loss = MPT_LOSS_SQUARED_ERROR;
+    node->loss = loss;
     return mpt__layer_done(net);
 }
+
+MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_node(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
+MPT_DEF int mpt_bce_with_logits(mpt_model *net, int in) {
+    return mpt__loss_node(net, in, "bce_with_logits", MPT_LOSS_BCE_WITH_LOGITS);
+}
+MPT_DEF int mpt_l1(mpt_model *net, int in) { return mpt__loss_node(net, in, "l1", MPT_LOSS_ABSOLUTE_ERROR); }
+MPT_DEF int mpt_huber(mpt_model *net, int in) { return mpt__loss_node(net, in, "huber", MPT_LOSS_HUBER); }
 
 /* -- Building: check, types, parameters, memory plan -- */
 
@@ -4643,18 +5773,26 @@ static size_t mpt__node_count(const mpt__node *node) { return (size_t)node->H * 
 
 static int mpt__has_weights(const mpt__node *node) { return node->kind == MPT__LINEAR || node->kind == MPT__CONV2D; }
 
-static mpt_result mpt__policy_check(mpt_model *net) {
-    const mpt_policy *p = &net->policy;
+/* Can the node's policy stand beside the others'? Finds the one 16-bit type on the way. */
+static mpt_result mpt__policy_check(mpt_model *net, const mpt__node *node) {
+    const mpt_policy *p = &node->policy;
     const int half = p->compute == MPT_F16 || p->compute == MPT_BF16;
-    if ((p->compute == MPT_F32 || half) && (p->param == MPT_F32 || p->param == p->compute) &&
-        (p->output == MPT_F32 || p->output == p->compute) &&
-        (p->master == MPT_MASTER_F32 || (half && p->param == p->compute)))
-        return MPT_OK;
-    return mpt_fail(
-        net->ctx, MPT_ERROR_TYPE,
-        "policy: param %s, compute %s, output %s, master %d; compute is f32, f16 or bf16, the others f32 or the same, "
-        "no masters only for 16-bit parameters",
-        mpt_dtype_name(p->param), mpt_dtype_name(p->compute), mpt_dtype_name(p->output), (int)p->master);
+    if (!((p->compute == MPT_F32 || half) && (p->param == MPT_F32 || p->param == p->compute) &&
+          (p->output == MPT_F32 || p->output == p->compute) &&
+          (p->master == MPT_MASTER_F32 || (half && p->param == p->compute))))
+        return mpt_fail(net->ctx, MPT_ERROR_TYPE,
+                        "%s: policy of param %s, compute %s, output %s, master %d; compute is f32, f16 or bf16, the "
+                        "others f32 or the same, no masters only for 16-bit parameters",
+                        node->name, mpt_dtype_name(p->param), mpt_dtype_name(p->compute), mpt_dtype_name(p->output),
+                        (int)p->master);
+    if (half && net->half != MPT_F32 && net->half != p->compute)
+        return mpt_fail(net->ctx, MPT_ERROR_TYPE, "%s: compute %s in a model with %s", node->name,
+                        mpt_dtype_name(p->compute), mpt_dtype_name(net->half));
+    if (half) net->half = p->compute;
+    if (p->master != net->policy.master)
+        return mpt_fail(net->ctx, MPT_ERROR_TYPE, "%s: master %d in a model with master %d", node->name, (int)p->master,
+                        (int)net->policy.master);
+    return MPT_OK;
 }
 
 static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) {
@@ -4669,8 +5807,9 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     if (t->batch < 1 || t->accumulate < 1 || !mpt__not_negative(t->clip_norm))
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: batch %d, accumulate %d, clip_norm %g", t->batch,
                         t->accumulate, t->clip_norm);
-    MPT__TRY(mpt__policy_check(net));
+    net->half = MPT_F32;
     for (i = 0; i < net->count; i++) {
+        MPT__TRY(mpt__policy_check(net, &net->nodes[i]));
         net->nodes[i].consumers = 0;
         losses += net->nodes[i].kind == MPT__LOSS;
     }
@@ -4688,9 +5827,27 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     return MPT_OK;
 }
 
+static int mpt__has_parameters(const mpt__node *node) { return mpt__has_weights(node) || node->kind == MPT__NORM; }
+
+/* A node's value has the compute type of its policy; what the loss reads has the output type, and with it the
+   activations between the two. */
+static void mpt__node_type(mpt_model *net, mpt__node *node, int logits) {
+    const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+    const int id = (int)(node - net->nodes) + 1;
+    node->type = node->grad_type = node->policy.compute;
+    node->reason = node->kind == MPT__NORM ? "policy; statistics, gamma, beta f32" : "policy";
+    if (id == logits && in) {
+        node->type = node->policy.output;
+        node->reason = "the loss reads it";
+    } else if (in && (node->kind == MPT__FLATTEN || (node->kind == MPT__ACTIVATION && id > logits))) {
+        node->type = in->type;
+        node->grad_type = in->grad_type;
+        node->reason = "as its input";
+    }
+}
+
 /* Types of values and gradients, what needs a gradient, which activations their input node computes. */
 static void mpt__build_types(mpt_model *net) {
-    const mpt_policy *policy = &net->policy;
     int i, logits = net->nodes[net->count - 1].in[0]; /* where the value that the loss reads is computed */
     while (net->nodes[logits - 1].consumers == 1 &&
            (net->nodes[logits - 1].kind == MPT__FLATTEN || net->nodes[logits - 1].kind == MPT__ACTIVATION))
@@ -4699,13 +5856,12 @@ static void mpt__build_types(mpt_model *net) {
         mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
-        node->type = in && !mpt__has_weights(node) ? in->type : policy->compute;
-        if (i + 1 == logits && node->kind != MPT__INPUT) node->type = policy->output;
-        node->grad_type = policy->compute;
-        node->needs_gradient = mpt__has_weights(node) || (in && in->needs_gradient) ||
+        mpt__node_type(net, node, logits);
+        node->needs_gradient = mpt__has_parameters(node) || (in && in->needs_gradient) ||
                                (node->in[1] && mpt__node_of(net, node->in[1])->needs_gradient);
         if (node->kind == MPT__ACTIVATION && in->consumers == 1 && !in->act && !mpt__act_saves_input(node->act) &&
-            (mpt__has_weights(in) || in->kind == MPT__ADD)) {
+            node->type == in->type && node->grad_type == in->grad_type &&
+            (mpt__has_parameters(in) || in->kind == MPT__ADD)) {
             node->fused = 1;
             in->act = node->act;
         }
@@ -4716,25 +5872,46 @@ static mpt_result mpt__build_params(mpt_model *net) {
     mpt_params_desc desc = MPT_ZERO;
     char name[64];
     int i;
-    desc.type = net->policy.compute;
+    desc.type = net->half;
     desc.master = net->policy.master;
     desc.seed = net->train.seed;
     net->params = mpt_params_new(net->ctx, &desc);
     if (!net->params) return net->ctx->failed;
     for (i = 0; i < net->count; i++) {
         mpt__node *node = &net->nodes[i];
+        const int norm = node->kind == MPT__NORM;
         size_t in, count;
-        if (!mpt__has_weights(node)) continue;
-        in = node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0]))
-                                       : node->conv.R * node->conv.S * node->conv.C;
+        if (!mpt__has_parameters(node)) continue;
+        if (node->policy.compute == MPT_F32 && net->half != MPT_F32 && desc.master != MPT_MASTER_F32 && !norm)
+            return mpt_fail(net->ctx, MPT_ERROR_TYPE, "%s: an fp32 layer among %s ones needs fp32 masters", node->name,
+                            mpt_dtype_name(net->half));
+        in = norm                        ? 1
+             : node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0]))
+                                         : node->conv.R * node->conv.S * (node->conv.C / node->conv.groups);
         if (!mpt__multiply(&count, in, (size_t)node->C))
             return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %z x %d weights overflow size_t", node->name, in, node->C);
         mpt__print(name, sizeof name, "%s.weight", node->name);
-        node->weight = mpt_params_add(net->params, name, count, MPT_GROUP_WEIGHT);
+        node->weight = mpt_params_add(net->params, name, count, norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT);
         mpt__print(name, sizeof name, "%s.bias", node->name);
-        node->bias = node->no_bias ? 0 : mpt_params_add(net->params, name, (size_t)node->C, MPT_GROUP_BIAS);
+        node->bias = node->no_bias
+                         ? 0
+                         : mpt_params_add(net->params, name, (size_t)node->C, norm ? MPT_GROUP_NORM : MPT_GROUP_BIAS);
     }
     return mpt_params_build(net->params);
+}
+
+/* gamma and the running variances start at 1, beta and the running means at 0, as all memory does. */
+static mpt_result mpt__norm_init(mpt_model *net, const mpt__node *node) {
+    const size_t C = (size_t)node->C;
+    float *ones = (float *)mpt__host_alloc(net->ctx, C * sizeof *ones);
+    mpt_result r = ones ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    size_t c;
+    for (c = 0; c < C && ones; c++) ones[c] = 1;
+    if (r == MPT_OK) r = mpt_params_set(net->params, node->weight, ones);
+    if (r == MPT_OK && node->norm == MPT__NORM_BATCH)
+        r = mpt_upload(net->ctx, net->running + node->running + C, ones, C * sizeof *ones);
+    mpt__host_free(net->ctx, ones);
+    return r;
 }
 
 static mpt_result mpt__build_init(mpt_model *net) {
@@ -4742,6 +5919,7 @@ static mpt_result mpt__build_init(mpt_model *net) {
     for (i = 0; i < net->count; i++) {
         const mpt__node *node = &net->nodes[i];
         size_t in, taps;
+        if (node->kind == MPT__NORM) MPT__TRY(mpt__norm_init(net, node));
         if (!mpt__has_weights(node)) continue;
         taps = node->kind == MPT__LINEAR ? 1 : node->conv.R * node->conv.S;
         in = mpt_params_count(net->params, node->weight) / (size_t)node->C;
@@ -4749,13 +5927,14 @@ static mpt_result mpt__build_init(mpt_model *net) {
         if (node->bias)
             MPT__TRY(mpt_params_init(net->params, node->bias, node->init, in, (size_t)node->C * taps, net->train.seed));
     }
-    return MPT_OK;
+    if (!net->statistics) return MPT_OK;
+    return mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL);
 }
 
-/* Adds a buffer of `count` elements a sample that is alive from `first` to `last`. Returns its number. */
+/* Adds a buffer of `count` elements that is alive from `first` to `last`. Returns its number. */
 static int mpt__plan_add(mpt_model *net, size_t count, size_t size, int first, int last) {
     mpt__buffer *b = &net->buffers[net->buffer_count++];
-    b->bytes = (count * (size_t)net->train.batch * size + MPT__ALIGN - 1) / MPT__ALIGN * MPT__ALIGN;
+    b->bytes = (count * size + MPT__ALIGN - 1) / MPT__ALIGN * MPT__ALIGN;
     b->first = first;
     b->last = last;
     return net->buffer_count;
@@ -4769,7 +5948,8 @@ static void mpt__plan_extend(mpt_model *net, int buffer, int moment) {
 
 /* Does the backward pass of `node` read the value of its input? */
 static int mpt__reads_input(const mpt__node *node) {
-    return mpt__has_weights(node) || (node->kind == MPT__ACTIVATION && mpt__act_saves_input(node->act));
+    return (mpt__has_weights(node) && !node->cast) || node->kind == MPT__NORM ||
+           (node->kind == MPT__ACTIVATION && mpt__act_saves_input(node->act));
 }
 
 /* Lays buffers into one block: each at the lowest offset where it overlaps none that is alive at the same time. */
@@ -4793,30 +5973,57 @@ static void mpt__plan_offsets(mpt_model *net) {
     }
 }
 
+/* Sets of a norm in a pass over `rows` samples: as many means, variances. */
+static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t rows) {
+    mpt_norm_shape shape = node->norm_shape;
+    if (node->norm == MPT__NORM_BATCH) shape.pixels *= rows;
+    else shape.N *= rows;
+    return shape;
+}
+
+/* The buffers that node i has of its own; see mpt__build_plan. */
+static void mpt__plan_node(mpt_model *net, int i, int end) {
+    mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+    const mpt_norm_shape norm = mpt__norm_shape_of(node, (size_t)net->train.batch);
+    const size_t batch = (size_t)net->train.batch, count = batch * mpt__node_count(node);
+    const int shares = node->fused || node->kind == MPT__FLATTEN;
+    node->index = node->cast = node->stats = node->grad = 0;
+    if (shares) node->value = in->value;
+    else node->value = mpt__plan_add(net, count, mpt_dtype_size(node->type), i, i);
+    if (node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX)
+        node->index = mpt__plan_add(net, count, sizeof(uint16_t), i, end - i);
+    if (node->kind == MPT__NORM) node->stats = mpt__plan_add(net, 4 * norm.N * norm.groups, sizeof(float), i, end - i);
+    if (mpt__has_weights(node) && in->type != node->policy.compute)
+        node->cast = mpt__plan_add(net, batch * mpt__node_count(in), mpt_dtype_size(node->policy.compute), i, end - i);
+    if (!node->needs_gradient) return;
+    if (shares && in->consumers == 1) node->grad = in->grad;
+    else node->grad = mpt__plan_add(net, count, mpt_dtype_size(node->grad_type), end - i, end - i);
+}
+
+/* Batch norm learns nothing from one value a channel. */
+static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
+    int i;
+    for (i = 0; i < net->count; i++) {
+        const mpt__node *node = &net->nodes[i];
+        if (node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH && mpt__norm_shape_of(node, rows).pixels < 2)
+            return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: a batch of %z with one value per channel cannot train it",
+                            node->name, rows);
+    }
+    return MPT_OK;
+}
+
 /* Moments of a step: node i runs forward at i and backward at 2 count - 1 - i. A value lives until its last reader in
    either pass, a gradient from its first writer to its node's backward. Flatten and fused activations share the buffers
    of their input. */
 static mpt_result mpt__build_plan(mpt_model *net) {
     const int n = net->count, end = 2 * n - 1;
     int i;
-    net->buffers = (mpt__buffer *)mpt__host_alloc(net->ctx, (size_t)n * 3 * sizeof *net->buffers);
+    net->buffers = (mpt__buffer *)mpt__host_alloc(net->ctx, (size_t)n * MPT__BUFFERS * sizeof *net->buffers);
     if (!net->buffers) return MPT_ERROR_NO_MEMORY;
     for (i = 0; i < n - 1; i++) {
-        mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
-        const int shares = node->fused || node->kind == MPT__FLATTEN;
-        MPT__TRY(mpt__need_size(net->ctx, "model_build", node->name, mpt__node_count(node), (size_t)net->train.batch,
-                                (size_t)n * 4, 1));
-        if (shares) node->value = in->value;
-        else node->value = mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->type), i, i);
-        node->index = node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX
-                          ? mpt__plan_add(net, mpt__node_count(node), sizeof(uint16_t), i, end - i)
-                          : 0;
-        node->grad = 0;
-        if (node->needs_gradient)
-            node->grad =
-                shares && in->consumers == 1
-                    ? in->grad
-                    : mpt__plan_add(net, mpt__node_count(node), mpt_dtype_size(node->grad_type), end - i, end - i);
+        MPT__TRY(mpt__need_size(net->ctx, "model_build", net->nodes[i].name, mpt__node_count(&net->nodes[i]),
+                                (size_t)net->train.batch, (size_t)n * 4, 1));
+        mpt__plan_node(net, i, end);
     }
     for (i = 0; i < n; i++) { /* lives, from the readers and writers */
         const mpt__node *node = &net->nodes[i];
@@ -4834,23 +6041,53 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     return MPT_OK;
 }
 
+/* Device memory of `bytes`, kept in *p; 0 bytes: none. */
+static mpt_result mpt__build_alloc(mpt_model *net, void **p, size_t bytes) {
+    if (bytes) *p = mpt_alloc(net->ctx, bytes);
+    return *p || !bytes ? MPT_OK : MPT_ERROR_NO_MEMORY;
+}
+
+/* Running statistics of all batch norms: mean(C) and variance(C) of one after the other. */
+static mpt_result mpt__build_statistics(mpt_model *net) {
+    void *running = NULL, *pending = NULL;
+    mpt_result r;
+    int i;
+    net->statistics = 0;
+    for (i = 0; i < net->count; i++) {
+        mpt__node *node = &net->nodes[i];
+        if (node->kind != MPT__NORM || node->norm != MPT__NORM_BATCH) continue;
+        node->running = net->statistics;
+        net->statistics += 2 * (size_t)node->C;
+    }
+    r = mpt__build_alloc(net, &running, net->statistics * sizeof(float));
+    if (r == MPT_OK) r = mpt__build_alloc(net, &pending, net->statistics * sizeof(float));
+    net->running = (float *)running, net->pending = (float *)pending;
+    return r == MPT_OK ? mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running) : r;
+}
+
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
     const size_t batch = (size_t)net->train.batch, features = mpt__node_count(input), outputs = mpt__node_count(loss);
     const size_t widest = features > outputs ? features : outputs; /* inputs on the way in, outputs on the way out */
-    net->staging_bytes = input->type == MPT_F32 ? 0 : batch * widest * sizeof(float);
+    const float *weights = loss->loss == MPT_LOSS_CROSS_ENTROPY ? loss->cross_entropy.class_weights : NULL;
+    net->staging_bytes =
+        input->type == MPT_F32 && mpt__node_of(net, loss->in[0])->type == MPT_F32 ? 0 : batch * widest * sizeof(float);
     net->target_bytes = batch * (loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : outputs) * sizeof(float);
     net->block = (char *)mpt_alloc(net->ctx, net->block_bytes);
     net->target = mpt_alloc(net->ctx, net->target_bytes);
-    net->sums = (mpt_loss_sum *)mpt_alloc(net->ctx, 2 * sizeof *net->sums);
+    net->sums = (mpt_loss_sum *)mpt_alloc(net->ctx, MPT__SUMS * sizeof *net->sums);
     if (net->staging_bytes) net->staging = (float *)mpt_alloc(net->ctx, net->staging_bytes);
-    return net->block && net->target && net->sums && (net->staging || !net->staging_bytes) ? MPT_OK
-                                                                                           : MPT_ERROR_NO_MEMORY;
+    if (weights) net->class_weights = (float *)mpt_alloc(net->ctx, outputs * sizeof *weights);
+    if (!net->block || !net->target || !net->sums || (net->staging_bytes && !net->staging) ||
+        (weights && !net->class_weights))
+        return MPT_ERROR_NO_MEMORY;
+    if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
+    return mpt__build_statistics(net);
 }
 
 static mpt_result mpt__build_training(mpt_model *net) {
     mpt_scaler_desc scaler = net->train.scaler;
-    if (scaler.mode == MPT_SCALER_DEFAULT && (net->policy.compute != MPT_F16 || net->policy.master == MPT_MASTER_NONE))
+    if (scaler.mode == MPT_SCALER_DEFAULT && (net->half != MPT_F16 || net->policy.master == MPT_MASTER_NONE))
         scaler.mode = MPT_SCALER_OFF;
     net->scaler = mpt_scaler_new(net->ctx, &scaler);
     if (!net->scaler) return net->ctx->failed;
@@ -4864,6 +6101,7 @@ static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *tra
     MPT__TRY(mpt__build_params(net));
     MPT__TRY(mpt__build_training(net));
     MPT__TRY(mpt__build_plan(net));
+    MPT__TRY(mpt__check_norms(net, (size_t)net->train.batch));
     MPT__TRY(mpt__build_memory(net));
     return mpt__build_init(net);
 }
@@ -4891,39 +6129,101 @@ static mpt_array mpt__grad(const mpt_model *net, int id) {
     return mpt__buffer_array(net, mpt__node_of(net, id)->grad, mpt__node_of(net, id)->grad_type);
 }
 
+/* What the product of a node reads: fp32 where that is its compute type. */
+static mpt_array mpt__weight_array(mpt_model *net, const mpt__node *node) {
+    return node->policy.compute == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, node->weight))
+                                           : mpt_params_weight(net->params, node->weight);
+}
+
 /* Biases follow the parameters' type: fp32 in O1, where only products read 16-bit copies. */
-static mpt_array mpt__bias_array(mpt_model *net, int tensor) {
+static mpt_array mpt__bias_array(mpt_model *net, const mpt__node *node) {
     const mpt_array none = MPT_ZERO;
-    if (!tensor) return none;
-    return net->policy.param == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, tensor))
-                                        : mpt_params_weight(net->params, tensor);
+    if (!node->bias) return none;
+    return node->policy.param == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, node->bias))
+                                         : mpt_params_weight(net->params, node->bias);
+}
+
+/* gamma and beta: fp32 wherever there are masters */
+static mpt_array mpt__norm_array(mpt_model *net, int tensor) {
+    float *master = mpt_params_master(net->params, tensor);
+    return master ? mpt_f32_array(master) : mpt_params_weight(net->params, tensor);
+}
+
+static float *mpt__norm_stats_of(const mpt_model *net, const mpt__node *node) {
+    return (float *)mpt__buffer_array(net, node->stats, MPT_F32).data;
+}
+
+/* The mask of this step and micro-batch. */
+static mpt_mask mpt__dropout_mask(const mpt_model *net, int id) {
+    mpt_mask mask;
+    mask.p = mpt__node_of(net, id)->p;
+    mask.seed = net->train.seed;
+    mask.tensor = (uint64_t)net->micro << 32 | (uint64_t)id;
+    mask.step = &net->opt->op.state->applied;
+    return mask;
+}
+
+/* What the product of a node reads of its input: the value, or its copy in the compute type. */
+static mpt_array mpt__product_input(const mpt_model *net, const mpt__node *node) {
+    return node->cast ? mpt__buffer_array(net, node->cast, node->policy.compute) : mpt__value(net, node->in[0]);
 }
 
 static uint16_t *mpt__pool_index(const mpt_model *net, const mpt__node *node) {
     return (uint16_t *)mpt__buffer_array(net, node->index, MPT_F32).data;
 }
 
+/* Batch norm takes the statistics of the batch in training, else the running ones. */
+static mpt_result mpt__norm_node_forward(mpt_model *net, const mpt__node *node, mpt_array x, mpt_array y, size_t rows,
+                                         int train) {
+    const mpt_norm_shape shape = mpt__norm_shape_of(node, rows);
+    const int batch = node->norm == MPT__NORM_BATCH;
+    float *stats = mpt__norm_stats_of(net, node);
+    if (batch && !train) stats = net->running + node->running;
+    else MPT__TRY(mpt_norm_stats(net->ctx, &shape, x, stats));
+    return mpt_norm_forward(net->ctx, &shape, x, stats, mpt__norm_array(net, node->weight),
+                            mpt__norm_array(net, node->bias), node->act, y);
+}
+
+static mpt_result mpt__concat_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
+    const size_t pixels = rows * (size_t)node->H * (size_t)node->W, C = (size_t)node->C;
+    size_t first = 0;
+    int side;
+    for (side = 0; side < 2; side++) {
+        const size_t some = (size_t)mpt__node_of(net, node->in[side])->C;
+        MPT__TRY(mpt_copy_columns(net->ctx, pixels, some, mpt__value(net, node->in[side]), some, 0,
+                                  mpt__array_at(y, first), C));
+        first = some;
+    }
+    return MPT_OK;
+}
+
 /* Everything but the input and the loss, which know the batch. */
-static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows) {
+static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows, int train) {
     const mpt__node *node = mpt__node_of(net, id);
     const mpt_array x = mpt__value(net, node->in[0]), y = mpt__value(net, id);
+    const size_t count = rows * mpt__node_count(node), inputs = mpt__node_count(mpt__node_of(net, node->in[0]));
+    const mpt_mask mask = mpt__dropout_mask(net, id);
     mpt_conv2d_shape conv = node->conv;
     mpt_pool2d_shape pool = node->pool;
     conv.N = pool.N = rows;
+    if (node->cast) MPT__TRY(mpt_cast(net->ctx, rows * inputs, x, mpt__product_input(net, node), NULL));
     switch (node->kind) {
     case MPT__LINEAR:
-        return mpt_linear_forward(net->ctx, rows, mpt__node_count(mpt__node_of(net, node->in[0])), (size_t)node->C, x,
-                                  mpt_params_weight(net->params, node->weight), mpt__bias_array(net, node->bias),
-                                  node->act, y);
+        return mpt_linear_forward(net->ctx, rows, inputs, (size_t)node->C, mpt__product_input(net, node),
+                                  mpt__weight_array(net, node), mpt__bias_array(net, node), node->act, y);
     case MPT__CONV2D:
-        return mpt_conv2d_forward(net->ctx, &conv, x, mpt_params_weight(net->params, node->weight),
-                                  mpt__bias_array(net, node->bias), node->act, y);
+        return mpt_conv2d_forward(net->ctx, &conv, mpt__product_input(net, node), mpt__weight_array(net, node),
+                                  mpt__bias_array(net, node), node->act, y);
     case MPT__ACTIVATION:
         if (node->fused) return MPT_OK;
-        return mpt_activation_forward(net->ctx, node->act, rows * mpt__node_count(node), x, y);
+        return mpt_activation_forward(net->ctx, node->act, count, x, y);
     case MPT__POOL: return mpt_pool2d_forward(net->ctx, node->pool_kind, &pool, x, y, mpt__pool_index(net, node));
-    case MPT__ADD:
-        return mpt_add_arrays(net->ctx, rows * mpt__node_count(node), x, 1, mpt__value(net, node->in[1]), node->act, y);
+    case MPT__ADD: return mpt_add_arrays(net->ctx, count, x, 1, mpt__value(net, node->in[1]), node->act, y);
+    case MPT__CONCAT: return mpt__concat_forward(net, node, y, rows);
+    case MPT__NORM: return mpt__norm_node_forward(net, node, x, y, rows, train);
+    case MPT__DROPOUT:
+        if (train) return mpt_dropout_array(net->ctx, count, &mask, x, 0, y);
+        return mpt_add_arrays(net->ctx, count, x, 0, x, MPT_IDENTITY, y);
     default: return MPT_OK; /* flatten shares its input's buffer */
     }
 }
@@ -4937,7 +6237,7 @@ static float mpt__grad_beta(mpt_model *net, int id) {
 }
 
 static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, mpt_array dy, size_t rows) {
-    const mpt_array x = mpt__value(net, node->in[0]), dw = mpt_f32_array(mpt_params_grad(net->params, node->weight));
+    const mpt_array x = mpt__product_input(net, node), dw = mpt_f32_array(mpt_params_grad(net->params, node->weight));
     const size_t inputs = mpt__node_count(mpt__node_of(net, node->in[0])), outputs = (size_t)node->C;
     const float beta = net->micro ? 1.0f : 0.0f;
     mpt_conv2d_shape conv = node->conv;
@@ -4949,11 +6249,29 @@ static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, m
     return mpt_conv2d_backward_weight(net->ctx, &conv, dy, x, beta, dw);
 }
 
-/* The gradient that `node` hands to its input `to`. */
-static mpt_result mpt__data_backward(mpt_model *net, const mpt__node *node, int to, mpt_array dy, mpt_array y,
-                                     size_t rows) {
-    const mpt_array dx = mpt__grad(net, to), w = mpt_params_weight(net->params, node->weight);
-    const size_t count = rows * mpt__node_count(node);
+/* Gradients of gamma, beta and the input at once. Here, where the batch is known to count, its statistics join the
+   pending ones. */
+static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node, mpt_array dy, size_t rows) {
+    const int to = node->in[0], wanted = mpt__node_of(net, to)->needs_gradient;
+    const mpt_norm_shape shape = mpt__norm_shape_of(node, rows);
+    const mpt_array none = MPT_ZERO;
+    float *stats = mpt__norm_stats_of(net, node);
+    if (node->norm == MPT__NORM_BATCH)
+        MPT__TRY(mpt_norm_running(net->ctx, &shape, node->momentum, stats, net->pending + node->running));
+    return mpt_norm_backward(net->ctx, &shape, mpt__value(net, to), stats, 0, mpt__norm_array(net, node->weight), dy,
+                             wanted ? mpt__grad_beta(net, to) : 0, wanted ? mpt__grad(net, to) : none,
+                             net->micro ? 1.0f : 0.0f, mpt_f32_array(mpt_params_grad(net->params, node->weight)),
+                             mpt_f32_array(mpt_params_grad(net->params, node->bias)));
+}
+
+/* The gradient that `node` hands to its input on a side. */
+static mpt_result mpt__data_backward(mpt_model *net, int id, int side, mpt_array dy, mpt_array y, size_t rows) {
+    const mpt__node *node = mpt__node_of(net, id);
+    const int to = node->in[side];
+    const mpt_array dx = mpt__grad(net, to);
+    const size_t count = rows * mpt__node_count(node), inputs = mpt__node_count(mpt__node_of(net, to));
+    const size_t C = (size_t)mpt__node_of(net, to)->C;
+    const mpt_mask mask = mpt__dropout_mask(net, id);
     mpt_conv2d_shape conv = node->conv;
     mpt_pool2d_shape pool = node->pool;
     float beta;
@@ -4963,14 +6281,18 @@ static mpt_result mpt__data_backward(mpt_model *net, const mpt__node *node, int 
     conv.N = pool.N = rows;
     switch (node->kind) {
     case MPT__LINEAR:
-        return mpt_linear_backward_data(net->ctx, rows, mpt__node_count(mpt__node_of(net, to)), (size_t)node->C, dy, w,
-                                        beta, dx);
-    case MPT__CONV2D: return mpt_conv2d_backward_data(net->ctx, &conv, dy, w, beta, dx);
+        return mpt_linear_backward_data(net->ctx, rows, inputs, (size_t)node->C, dy, mpt__weight_array(net, node), beta,
+                                        dx);
+    case MPT__CONV2D: return mpt_conv2d_backward_data(net->ctx, &conv, dy, mpt__weight_array(net, node), beta, dx);
     case MPT__POOL:
         return mpt_pool2d_backward(net->ctx, node->pool_kind, &pool, dy, mpt__pool_index(net, node), beta, dx);
     case MPT__ACTIVATION:
         return mpt_activation_backward(net->ctx, node->act, count,
                                        mpt__act_saves_input(node->act) ? mpt__value(net, to) : y, dy, beta, dx);
+    case MPT__CONCAT:
+        return mpt_copy_columns(net->ctx, rows * inputs / C, C, mpt__array_at(dy, side ? (size_t)node->C - C : 0),
+                                (size_t)node->C, beta, dx, C);
+    case MPT__DROPOUT: return mpt_dropout_array(net->ctx, count, &mask, dy, beta, dx);
     default: return mpt_add_arrays(net->ctx, count, dy, beta, dx, MPT_IDENTITY, dx); /* add, flatten */
     }
 }
@@ -4983,8 +6305,8 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
     if (node->act && node->kind != MPT__ACTIVATION)
         MPT__TRY(mpt_activation_backward(net->ctx, node->act, rows * mpt__node_count(node), y, dy, 0, dy));
     if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
-    for (side = 0; side < 2 && node->in[side]; side++)
-        MPT__TRY(mpt__data_backward(net, node, node->in[side], dy, y, rows));
+    if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, dy, rows);
+    for (side = 0; side < 2 && node->in[side]; side++) MPT__TRY(mpt__data_backward(net, id, side, dy, y, rows));
     return MPT_OK;
 }
 
@@ -5011,51 +6333,66 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
                             net->nodes[0].name, i / features, i % features, (double)x[i]);
     if (!target) return MPT_OK;
     for (i = 0; i < samples && loss->loss == MPT_LOSS_CROSS_ENTROPY; i++)
-        if (labels[i] < 0 || (size_t)labels[i] >= outputs)
+        if ((labels[i] < 0 || (size_t)labels[i] >= outputs) && !mpt__row_ignored(&loss->cross_entropy, labels[i]))
             return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call,
                             loss->name, (int)labels[i], i, outputs - 1);
-    for (i = 0; i < samples * outputs && loss->loss == MPT_LOSS_SQUARED_ERROR; i++)
+    for (i = 0; i < samples * outputs && loss->loss != MPT_LOSS_CROSS_ENTROPY; i++)
         if (!mpt__finite(floats[i]))
             return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g", call, loss->name,
                             i % outputs, i / outputs, (double)floats[i]);
     return MPT_OK;
 }
 
-/* Forward over rows <= batch samples that were checked. target NULL: no loss. train: with the loss's gradient. */
-static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *target, size_t rows, int train) {
-    const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
-    const mpt_array value = mpt__value(net, 1), none = MPT_ZERO;
-    const size_t count = rows * mpt__node_count(input), outputs = mpt__node_count(loss);
-    mpt_array logits, dlogits;
-    float grad_scale;
-    int id;
-    MPT__TRY(mpt_upload(net->ctx, net->staging ? (void *)net->staging : value.data, x, count * sizeof *x));
-    if (net->staging) MPT__TRY(mpt_cast(net->ctx, count, mpt_f32_array(net->staging), value, NULL));
-    for (id = 2; id < net->count; id++) MPT__TRY(mpt__node_forward(net, id, rows));
-    if (!target) return MPT_OK;
-    logits = mpt__value(net, loss->in[0]);
-    dlogits = train ? mpt__grad(net, loss->in[0]) : none;
-    grad_scale = (float)(1.0 / ((double)rows * net->train.accumulate));
-    if (loss->loss == MPT_LOSS_SQUARED_ERROR) {
-        MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * outputs * sizeof(float)));
-        return mpt_squared_error(net->ctx, rows, outputs, logits, (const float *)net->target, grad_scale,
-                                 &net->scaler->state->scale, dlogits, &net->sums[!train]);
-    }
-    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * sizeof(int32_t)));
-    return mpt_cross_entropy(net->ctx, &loss->cross_entropy, rows, outputs, logits, (const int32_t *)net->target,
-                             grad_scale, &net->scaler->state->scale, dlogits, &net->sums[!train]);
+/* Adds the loss of `rows` samples to a sum. train: with its gradient. */
+static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows, int train) {
+    const mpt__node *loss = &net->nodes[net->count - 1];
+    const size_t outputs = mpt__node_count(loss);
+    const int classes = loss->loss == MPT_LOSS_CROSS_ENTROPY;
+    const mpt_array none = MPT_ZERO, logits = mpt__value(net, loss->in[0]);
+    const mpt_array dlogits = train ? mpt__grad(net, loss->in[0]) : none;
+    const float grad_scale = (float)(1.0 / net->train.accumulate), *loss_scale = &net->scaler->state->scale;
+    mpt_cross_entropy_desc desc = loss->cross_entropy;
+    mpt_loss_sum *sum = &net->sums[!train];
+    desc.class_weights = net->class_weights;
+    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * (classes ? 1 : outputs) * sizeof(float)));
+    if (classes)
+        return mpt_cross_entropy(net->ctx, &desc, rows, outputs, logits, (const int32_t *)net->target, grad_scale,
+                                 loss_scale, dlogits, sum);
+    return mpt_elementwise_loss(net->ctx, loss->loss, rows, outputs, logits, (const float *)net->target, grad_scale,
+                                loss_scale, dlogits, sum);
 }
 
-/* The first forward pass after a step starts a new sum of losses and new gradients. */
-static mpt_result mpt__start_step(mpt_model *net) {
-    if (net->micro && net->steps_at_backward == net->opt->steps) return MPT_OK;
+/* Forward over rows <= batch samples that were checked. target NULL: no loss. train: as training does, and with the
+   gradient of the loss. */
+static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *target, size_t rows, int train) {
+    const mpt_array value = mpt__value(net, 1);
+    const size_t count = rows * mpt__node_count(&net->nodes[0]);
+    const int direct = value.type == MPT_F32;
+    int id;
+    MPT__TRY(mpt_upload(net->ctx, direct ? value.data : (void *)net->staging, x, count * sizeof *x));
+    if (!direct) MPT__TRY(mpt_cast(net->ctx, count, mpt_f32_array(net->staging), value, NULL));
+    for (id = 2; id < net->count; id++) MPT__TRY(mpt__node_forward(net, id, rows, train));
+    return target ? mpt__run_loss(net, target, rows, train) : MPT_OK;
+}
+
+/* The first forward pass after a step starts a new sum of losses and new gradients, and forgets the statistics of
+   backward passes that no step followed. A later one forgets the loss of a forward pass that no backward followed. */
+static mpt_result mpt__start_forward(mpt_model *net) {
+    const size_t words = sizeof *net->sums / sizeof(float);
+    const mpt_array sum = mpt_typed_array(&net->sums[0], MPT_F32), kept = mpt_typed_array(&net->sums[2], MPT_F32);
+    if (net->micro && net->steps_at_backward == net->opt->steps)
+        return mpt_cast(net->ctx, words, net->followed ? sum : kept, net->followed ? kept : sum, NULL);
     net->micro = 0;
+    if (net->gathered && net->steps_at_backward == net->opt->steps)
+        MPT__TRY(mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL));
+    net->gathered = 0;
     return net->ctx->backend.zero(net->ctx, &net->sums[0], sizeof net->sums[0]);
 }
 
 static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void *target, size_t rows) {
     net->forward_rows = 0;
-    MPT__TRY(mpt__start_step(net));
+    MPT__TRY(mpt__start_forward(net));
+    net->followed = 0;
     MPT__TRY(mpt__run_forward(net, x, target, rows, 1));
     net->forward_rows = (int)rows;
     return MPT_OK;
@@ -5068,6 +6405,7 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *targe
                         net->train.batch);
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: target is NULL");
     MPT__TRY(mpt__check_batch(net, "forward", x, target, (size_t)n));
+    MPT__TRY(mpt__check_norms(net, (size_t)n));
     return mpt__train_forward(net, x, target, (size_t)n);
 }
 
@@ -5079,11 +6417,13 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     if (net->opt->phase != MPT__READY)
         return mpt_fail(net->ctx, MPT_ERROR_ORDER,
                         "backward: the gradients are unscaled; step and update the scaler first");
+    net->steps_at_backward = net->opt->steps;
+    net->gathered = net->statistics != 0;
+    net->followed = 1;
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
     for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
     net->forward_rows = 0;
     net->micro++;
-    net->steps_at_backward = net->opt->steps;
     return MPT_OK;
 }
 
@@ -5115,8 +6455,12 @@ MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net) { return net ? net->scaler 
 
 MPT_DEF double mpt_loss(mpt_model *net) {
     mpt_loss_sum sum = MPT_ZERO;
-    if (!net || !net->built || mpt_download(net->ctx, &sum, &net->sums[0], sizeof sum) != MPT_OK || !sum.rows) return 0;
-    return sum.loss / (double)sum.rows;
+    int at;
+    if (!net || !net->built) return 0;
+    at = net->micro && !net->followed && net->steps_at_backward != net->opt->steps ? 2
+                                                                                   : 0; /* the step had no part of it */
+    if (mpt_download(net->ctx, &sum, &net->sums[at], sizeof sum) != MPT_OK) return 0;
+    return sum.weight > 0 ? sum.loss / sum.weight : 0;
 }
 
 MPT_DEF float mpt_loss_scale(mpt_model *net) { return net && net->built ? mpt_scaler_scale(net->scaler) : 0.0f; }
@@ -5152,8 +6496,8 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *targ
         MPT__TRY(mpt__run_forward(net, x + i * features, (const float *)target + i * width, rows, 0));
     }
     MPT__TRY(mpt_download(net->ctx, &sum, &net->sums[1], sizeof sum));
-    out->loss = sum.loss / (double)sum.rows;
-    out->accuracy = (double)sum.correct / (double)sum.rows;
+    out->loss = sum.weight > 0 ? sum.loss / sum.weight : 0;
+    out->accuracy = sum.rows ? (double)sum.correct / (double)sum.rows : 0;
     out->samples = sum.rows;
     out->correct = sum.correct;
     return MPT_OK;
@@ -5180,6 +6524,105 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
     return MPT_OK;
 }
 
+/* -- The plan as told -- */
+
+MPT_DEF float *mpt_model_running(mpt_model *net, int id) {
+    const mpt__node *node = net && net->built && id > 0 && id <= net->count ? mpt__node_of(net, id) : NULL;
+    return node && node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH ? net->running + node->running : NULL;
+}
+
+static const char *mpt__kernel_name(const mpt__node *node) {
+    switch (node->kind) {
+    case MPT__INPUT: return "cast";
+    case MPT__LINEAR: return "product";
+    case MPT__CONV2D:
+        return node->conv.groups == 1                                              ? "convolution"
+               : node->conv.groups == node->conv.C && node->conv.C == node->conv.K ? "depthwise"
+                                                                                   : "grouped";
+    case MPT__POOL: return "pooling";
+    case MPT__FLATTEN: return "shared memory";
+    case MPT__CONCAT: return "copy";
+    case MPT__NORM: return "normalisation";
+    case MPT__LOSS: return "loss and gradient";
+    default: return node->fused ? "epilogue" : "elementwise";
+    }
+}
+
+MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *out) {
+    const mpt__node *node;
+    int i;
+    MPT__TRY(mpt__need_built(net, "model_node"));
+    if (id < 1 || id > net->count || !out)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_node: node %d is not in 1..%d, or out is NULL", id,
+                        net->count);
+    node = mpt__node_of(net, id);
+    memset(out, 0, sizeof *out);
+    out->name = node->name, out->kernel = mpt__kernel_name(node);
+    out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
+    out->H = node->H, out->W = node->W, out->C = node->C;
+    out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type, out->grad_type = node->grad_type;
+    out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
+    out->fused_into = node->fused ? node->in[0] : 0;
+    out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +
+                      mpt_params_count(net->params, node->bias ? node->bias : -1);
+    if (mpt__has_weights(node))
+        out->multiply_adds =
+            mpt_params_count(net->params, node->weight) * (size_t)(node->kind == MPT__LINEAR ? 1 : node->H * node->W);
+    for (i = 0; i < MPT__BUFFERS && node->kind != MPT__LOSS; i++) {
+        const int own[MPT__BUFFERS] = {node->value, node->grad, node->index, node->stats, node->cast};
+        const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+        if (own[i] && !(in && (own[i] == in->value || own[i] == in->grad)))
+            out->bytes += net->buffers[own[i] - 1].bytes;
+    }
+    return MPT_OK;
+}
+
+/* Text, then blanks up to column `end` of the line. */
+static void mpt__put_cell(mpt__text *t, const char *line, int end, const char *format, ...) {
+    char cell[64];
+    va_list args;
+    va_start(args, format);
+    mpt__format_list(cell, sizeof cell, format, args);
+    va_end(args);
+    mpt__put_string(t, cell);
+    do mpt__put_char(t, ' ');
+    while (t->at < line + end && t->at < t->end);
+}
+
+static void mpt__print_node(const mpt_model *net, int id, char *line, size_t size) {
+    mpt_node_info n;
+    mpt__text t;
+    t.at = line, t.end = line + size - 1;
+    if (mpt_model_node(net, id, &n) != MPT_OK) return;
+    mpt__put_cell(&t, line, 4, "%d", id);
+    mpt__put_cell(&t, line, 20, "%s", n.name);
+    mpt__put_cell(&t, line, 34, "%dx%dx%d", n.H, n.W, n.C);
+    mpt__put_cell(&t, line, 40, "%s", mpt_dtype_name(n.type));
+    mpt__put_cell(&t, line, 46, "%s", n.weight_type == MPT_DTYPE_COUNT ? "-" : mpt_dtype_name(n.weight_type));
+    mpt__put_cell(&t, line, 65, "%s", n.kernel);
+    mpt__put_cell(&t, line, 82, "%s", n.fused_into ? mpt__node_of(net, n.fused_into)->name : "-");
+    mpt__put_cell(&t, line, 93, "%z", n.parameters);
+    mpt__put_cell(&t, line, 104, "%z", n.bytes);
+    mpt__put_cell(&t, line, 117, "%z", n.multiply_adds);
+    mpt__put_cell(&t, line, 0, "%s", n.reason);
+    t.at[-1] = '\n';
+}
+
+MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user) {
+    char line[160];
+    int id;
+    MPT__TRY(mpt__need_built(net, "model_print"));
+    if (!write) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_print: write is NULL");
+    write("    node            shape         type  reads kernel             fused into       parameters bytes      "
+          "multiply-adds why the type\n",
+          user);
+    for (id = 1; id <= net->count; id++) {
+        mpt__print_node(net, id, line, sizeof line);
+        write(line, user);
+    }
+    return MPT_OK;
+}
+
 /* -- Ledger -- */
 
 MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
@@ -5199,12 +6642,15 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.weights = p->elements * (!p->copy.data ? 4 : net->policy.param == MPT_F32 ? 6 : 2);
     if (net->policy.param != MPT_F32) m.masters = p->elements * (p->master ? 4 : p->low ? 2 : 0);
     m.activations = net->block_bytes;
-    m.workspace = net->staging_bytes + net->target_bytes + 2 * sizeof *net->sums + sizeof *net->scaler->state +
-                  sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice);
-    blocks = 7 + moments + (net->staging ? 1 : 0) + (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
+    m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums + sizeof *net->scaler->state +
+                  sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice) +
+                  2 * net->statistics * sizeof(float);
+    if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
+    blocks = 7 + moments + (net->staging ? 1 : 0) + (net->class_weights ? 1 : 0) + (net->statistics ? 2 : 0) +
+             (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
     m.bookkeeping += blocks * net->ctx->backend.overhead + 6 * host + sizeof *net->scaler + sizeof *p +
                      sizeof *net->opt + (size_t)p->capacity * sizeof *p->tensors +
-                     (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * 3 * sizeof *net->buffers;
+                     (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
     return m;
 }
 

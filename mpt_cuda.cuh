@@ -28,9 +28,11 @@
      - stop here if you only want the API -
      DEVICE            state of a context, errors, memory, uploads, scratch
      PACKS             eight elements of any type at a time, the loop over them, the last block of a launch
-     ELEMENTWISE       cast, activation and its gradient, sum of two arrays
-     PRODUCTS          gemm by cuBLAS, what comes after it, convolution as gather and gemm
-     REDUCTIONS        column sums, scan, histogram, losses
+     ELEMENTWISE       cast, activation and its gradient, sum of two arrays, dropout, copy of columns
+     COLUMNS           sums over the rows of a matrix: bias gradients, and parts of what follows
+     PRODUCTS          gemm by cuBLAS, what comes after it, convolution as gather and gemm, depthwise convolution
+     NORMALISATION     statistics, forward, backward, running statistics
+     REDUCTIONS        scan, histogram, losses
      POOLING           max and average, forward and backward
      OPTIMIZER         check, clip, update, loss scale
      TABLE             the backend, opening and closing
@@ -56,9 +58,9 @@
    context's device current.
 
    4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
-   fp32, or TF32 if asked for. Casts, scans, scaler and optimizers give the CPU's bits; the rest differs in the order of
-   sums. All reductions have a fixed order that depends on the shape only: the same bits every time on the same device,
-   and outside of cuBLAS on any device.
+   fp32, or TF32 if asked for. Casts, scans, dropout, scaler and optimizers give the CPU's bits; the rest differs in the
+   order of sums. All reductions have a fixed order that depends on the shape only: the same bits every time on the same
+   device, and outside of cuBLAS on any device.
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
    products and convolutions share one block that grows up to desc.workspace (beyond it only where a single row of a
@@ -321,6 +323,11 @@ static void *mptc__carve(char **at, size_t bytes) {
     return part;
 }
 
+static mpt_result mptc__need_positions(mpt_context *ctx, const char *what, size_t count) {
+    if (count <= INT_MAX) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: %s: %z positions, must be under 2^31", what, count);
+}
+
 /* Blocks for `work` threads' worth of work: enough to fill the device, whose threads then stride over the rest. */
 static unsigned mptc__blocks(const mptc__device *device, size_t work) {
     const size_t most = (size_t)device->processors * MPTC__BLOCKS_EACH, blocks = mptc__divide_up(work, MPTC__THREADS);
@@ -507,6 +514,14 @@ static __global__ void mptc__map_k(mpt_map_op op) {
 #pragma unroll
             for (unsigned e = 0; e < MPTC__PACK; e++)
                 if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
+        } else if (op.map == MPT_MAP_DROPOUT) {
+            const uint64_t step = op.mask.step ? *op.mask.step : 0;
+            if (op.beta != 0) mptc__load(op.out, i, n, b);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) {
+                a[e] = mpt__mul(a[e], mpt__mask_factor(&op.mask, step, i + e));
+                if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
+            }
         }
         mptc__store(op.out, i, n, a);
     }
@@ -524,6 +539,172 @@ static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *op) {
     return mptc__map_run(ctx, op);
 }
 
+/* see mpt_copy_columns */
+static __global__ void mptc__copy_columns_k(mpt_columns_op op) {
+    const size_t packs = (op.C + MPTC__PACK - 1) / MPTC__PACK;
+    for (size_t i = mptc__thread(); i < op.rows * packs; i += mptc__stride()) {
+        const size_t row = i / packs, c = i % packs * MPTC__PACK;
+        const unsigned n = mptc__left(op.C, c);
+        float x[MPTC__PACK], old[MPTC__PACK];
+        mptc__load(op.x, row * op.x_stride + c, n, x);
+        if (op.beta != 0) mptc__load(op.y, row * op.y_stride + c, n, old);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++)
+            if (op.beta != 0) x[e] = mpt__add(x[e], mpt__mul(op.beta, old[e]));
+        mptc__store(op.y, row * op.y_stride + c, n, x);
+    }
+}
+
+static mpt_result mptc__copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__LAUNCH(mptc__copy_columns_k, mptc__blocks(device, op->rows * mptc__divide_up(op->C, MPTC__PACK)),
+                 MPTC__THREADS, *op);
+    return MPT_OK;
+}
+
+/* ==== COLUMNS ====
+
+   Sums over the rows of matrices (rows,C), one matrix a sample. A block takes a tile of columns and a part of the rows
+   of a sample, and leaves one sum a column; a second launch adds the parts. `terms` says what is added: SUMS quantities
+   at a time of the planes that are wanted, summed in `real`. Over 64 registers, but for plain sums: a thread has two or
+   three sums of eight columns under way. */
+
+enum {
+    MPTC__SUM_ACROSS = 8, /* threads of a row of a tile, a pack each, at most */
+    MPTC__SUM_ROWS = 8,   /* that a thread has at least, where the rows are split into parts... */
+    MPTC__SUM_BLOCKS = 512 /* ...of which there are no more than make so many blocks */
+};
+
+typedef struct mptc__columns {
+    size_t samples, rows, C; /* rows of a sample */
+    size_t planes;           /* sums wanted of a column */
+    mpt_array out;           /* (C,planes) = sums + beta out; data NULL: the parts are all that is wanted */
+    float beta;
+    size_t tiles, chunks;    /* of columns, of planes */
+    size_t slices, slice;    /* parts of a sample, rows of a part */
+    double *parts;           /* (planes, samples slices, C) */
+} mptc__columns;
+
+/* out[i] = sum + beta out[i] */
+static __device__ void mptc__sum_put(mpt_array out, size_t i, double sum, float beta) {
+    if (beta != 0) sum += (double)beta * (double)mptc__get(out, i);
+    mptc__put(out, i, (float)sum);
+}
+
+/* Sum over lanes of a warp, a power of two side by side; the same in all of them, in a fixed order. */
+template <typename real> static __device__ real mptc__warp_sum(real x, unsigned lanes = MPTC__WARP) {
+    for (unsigned width = lanes / 2; width; width /= 2) x += __shfl_xor_sync(0xffffffffu, x, width);
+    return x;
+}
+
+template <typename terms> static __global__ void mptc__columns_k(mptc__columns w, terms t) {
+    typedef typename terms::real real;
+    __shared__ real sums[MPTC__WARPS][MPTC__SUM_ACROSS * MPTC__PACK];
+    const unsigned across = blockDim.x, thread = threadIdx.y * across + threadIdx.x, lane = thread % MPTC__WARP;
+    const unsigned tiles = (unsigned)w.tiles, chunks = (unsigned)w.chunks, part = blockIdx.x / tiles / chunks;
+    const unsigned C = (unsigned)w.C, column = blockIdx.x % tiles * across * MPTC__PACK;
+    const unsigned c = column + threadIdx.x * MPTC__PACK, first = blockIdx.x / tiles % chunks * terms::SUMS;
+    const unsigned slices = (unsigned)w.slices, slice = (unsigned)w.slice, rows = (unsigned)w.rows;
+    const unsigned within = part % slices * slice, begin = part / slices * rows + within;
+    const unsigned end = begin + (rows - within < slice ? rows - within : slice);
+    const size_t all = w.samples * w.slices;
+    real acc[terms::SUMS][MPTC__PACK] = {{0}};
+    if (c < C) t.add(begin + threadIdx.y, end, c, mptc__left(C, c), first, acc);
+#pragma unroll
+    for (unsigned s = 0; s < terms::SUMS; s++) {
+        const size_t plane = first + s;
+        double sum = 0;
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) {
+            for (unsigned width = MPTC__WARP / 2; width >= across; width /= 2)
+                acc[s][e] += __shfl_xor_sync(0xffffffffu, acc[s][e], width);
+            if (lane < across) sums[thread / MPTC__WARP][lane * MPTC__PACK + e] = acc[s][e];
+        }
+        __syncthreads();
+        if (thread < across * MPTC__PACK && column + thread < C && plane < w.planes) {
+            for (unsigned warp = 0; warp < MPTC__WARPS; warp++) sum += (double)sums[warp][thread];
+            if (all == 1 && w.out.data) mptc__sum_put(w.out, (column + thread) * w.planes + plane, sum, w.beta);
+            else w.parts[(plane * all + part) * w.C + column + thread] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+/* Sum of a plane over parts part .. part+count of columns c .. c+width, each times its weight if there are weights: a
+   warp's work, with the result in all of its lanes */
+static __device__ double mptc__fold(const mptc__columns *w, size_t plane, size_t part, size_t count, size_t c,
+                                    size_t width, mpt_array weight) {
+    const double *parts = w->parts + (plane * w->samples * w->slices + part) * w->C + c;
+    double sum = 0;
+    for (size_t i = threadIdx.x % MPTC__WARP; i < count * width; i += MPTC__WARP) {
+        const double x = parts[i / width * w->C + i % width];
+        sum += weight.data ? x * (double)mptc__get(weight, c + i % width) : x;
+    }
+    return mptc__warp_sum(sum);
+}
+
+/* A warp to a sum of all parts */
+static __global__ void mptc__fold_k(mptc__columns w) {
+    const mpt_array none = MPT_ZERO;
+    for (size_t i = mptc__thread() / MPTC__WARP; i < w.C * w.planes; i += mptc__stride() / MPTC__WARP) {
+        const size_t plane = i / w.C, c = i % w.C;
+        const double sum = mptc__fold(&w, plane, 0, w.samples * w.slices, c, 1, none);
+        if (threadIdx.x % MPTC__WARP == 0) mptc__sum_put(w.out, c * w.planes + plane, sum, w.beta);
+    }
+}
+
+/* Cuts the work into blocks, which depend on the sizes only. The parts take the scratch block. */
+template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, mptc__columns *w, const terms &t) {
+    mptc__device *device = mptc__of(ctx);
+    dim3 block(1, MPTC__THREADS);
+    while (block.x < MPTC__SUM_ACROSS && block.x * MPTC__PACK < w->C) block.x *= 2, block.y /= 2;
+    w->tiles = mptc__divide_up(w->C, block.x * MPTC__PACK);
+    w->chunks = mptc__divide_up(w->planes, terms::SUMS);
+    const size_t most = MPTC__SUM_BLOCKS / (w->tiles * w->chunks * w->samples);
+    const size_t slices = mptc__min(mptc__divide_up(w->rows, MPTC__SUM_ROWS * block.y), most ? most : 1);
+    w->slice = slices ? mptc__divide_up(w->rows, slices) : 0;
+    w->slices = slices ? mptc__divide_up(w->rows, w->slice) : 1;
+    const size_t parts = w->samples * w->slices, blocks = w->tiles * w->chunks * parts;
+    MPTC__TRY(mptc__need_positions(ctx, "column sums", w->C));
+    MPTC__TRY(mptc__need_positions(ctx, "column sums", w->samples * w->rows));
+    MPTC__TRY(mptc__need_positions(ctx, "column sums", blocks));
+    if (parts > 1 || !w->out.data) MPTC__TRY(mptc__scratch(ctx, w->planes * parts * w->C * sizeof *w->parts));
+    w->parts = (double *)(void *)device->scratch;
+    MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t);
+    if (parts > 1 && w->out.data)
+        MPTC__LAUNCH(mptc__fold_k, mptc__blocks(device, w->C * w->planes * MPTC__WARP), MPTC__THREADS, *w);
+    return MPT_OK;
+}
+
+struct mptc__plain_terms { /* x(rows,C) itself */
+    enum { SUMS = 1 };
+    typedef double real;
+    mpt_array x;
+    size_t C;
+    __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
+        float v[MPTC__PACK];
+        for (; row < end; row += blockDim.y) {
+            mptc__load(x, (size_t)row * C + c, n, v);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) acc[0][e] += (double)v[e];
+        }
+    }
+};
+
+static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+    mptc__columns w = MPT_ZERO;
+    mptc__plain_terms terms;
+    if (!C) return MPT_OK;
+    MPTC__TRY(mptc__enter(ctx));
+    w.samples = w.planes = 1;
+    w.rows = rows, w.C = terms.C = C;
+    w.out = db;
+    w.beta = beta;
+    terms.x = dy;
+    return mptc__columns_run(ctx, &w, terms);
+}
+
 /* ==== PRODUCTS ====
 
    cuBLAS multiplies matrices stored by columns. A row-major matrix is its transpose stored by columns, so
@@ -534,12 +715,14 @@ static cudaDataType mptc__data_type(mpt_dtype type) {
 }
 
 static mpt_array mptc__at(mpt_array a, size_t i) {
-    return mpt_typed_array((char *)a.data + i * mpt_dtype_size(a.type), a.type);
+    return a.data ? mpt_typed_array((char *)a.data + i * mpt_dtype_size(a.type), a.type) : a;
 }
 
-/* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once. */
+/* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once.
+   Only ReLU may come after the rounding, in a flat loop over c. */
 static int mptc__needs_sums(const mpt_gemm_op *op) {
-    return op->c.type != MPT_F32 && (op->bias.data || op->c.type != op->a.type);
+    const int after = op->act == MPT_IDENTITY || (op->act == MPT_RELU && op->ldc == op->n);
+    return op->c.type != MPT_F32 && (op->bias.data || op->c.type != op->a.type || !after);
 }
 
 /* out(m,n) = act(sums(m,n) + beta out + bias(n)); rows of sums are ld apart, of out ldc. sums may be out. */
@@ -575,17 +758,14 @@ static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, const fl
     return MPT_OK;
 }
 
-/* In place on a 16-bit c without bias: ReLU of the rounded value is the rounded ReLU. */
-static mpt_result mptc__activate_rows(mpt_context *ctx, const mpt_gemm_op *op) {
+/* In place on a c of 16 bits whose rows have no gaps */
+static mpt_result mptc__activate(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt_map_op map = MPT_ZERO;
     map.map = MPT_MAP_ACTIVATION;
     map.act = op->act;
-    map.n = op->ldc == op->n ? op->m * op->n : op->n;
-    for (size_t row = 0; row < (op->ldc == op->n ? 1 : op->m); row++) {
-        map.a = map.out = mptc__at(op->c, row * op->ldc);
-        MPTC__TRY(mptc__map_run(ctx, &map));
-    }
-    return MPT_OK;
+    map.n = op->m * op->n;
+    map.a = map.out = op->c;
+    return mptc__map_run(ctx, &map);
 }
 
 /* c(m,n) = alpha op(a)(m,k) op(b)(k,n) + beta c by cuBLAS; a and b of one type, c of that or fp32 */
@@ -614,7 +794,7 @@ static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *
     MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
     if (op->c.type == MPT_F32 && (op->bias.data || op->act))
         return mptc__finish(ctx, op, (const float *)op->c.data, op->ldc, 0);
-    return op->act ? mptc__activate_rows(ctx, op) : MPT_OK;
+    return op->act ? mptc__activate(ctx, op) : MPT_OK;
 }
 
 /* Elements that a matrix spans in memory. */
@@ -681,7 +861,8 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
 
    patches reads x, with zeros in the padding; spread reads dy at the output whose tap (r,s) is that input, zeros where
    there is none; filters is w(K,R,S,C) with K moved inside. Both are gathered into scratch in slices of rows that fit
-   the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. */
+   the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. Groups are convolutions of their
+   own, one after the other, whose C and K channels lie in rows of x and y that are `groups` times as long. */
 
 /* Position (n, down, across) number i of an image of H x W positions */
 typedef struct mptc__position {
@@ -703,8 +884,18 @@ typedef struct mptc__gather {
     const void *from;
     void *to;
     unsigned first, rows;    /* of this slice */
-    unsigned channels, ld;   /* of a tap, of a row of `to`, in units of the copy */
+    unsigned channels;       /* of a tap, in units of the copy... */
+    unsigned stride, ld;     /* ...as are the rows of `from` and `to` */
 } mptc__gather;
+
+static mptc__gather mptc__gather_of(const mpt_conv2d_op *op) {
+    mptc__gather g = MPT_ZERO;
+    g.z = op->shape;
+    g.z.stride = mptc__min(g.z.stride, INT_MAX); /* no position is that far */
+    g.P = (unsigned)op->P, g.Q = (unsigned)op->Q;
+    g.spread = op->pass == MPT_BACKWARD_DATA;
+    return g;
+}
 
 /* Number of the position that tap (r,s) of row u reads, or -1 for zeros */
 static __device__ int mptc__tap(const mptc__gather *g, unsigned u, unsigned r, unsigned s) {
@@ -732,7 +923,7 @@ static __global__ void mptc__gather_k(mptc__gather g) {
         const unsigned row = line / taps, tap = line % taps;
         const int position = mptc__tap(&g, g.first + row, tap / S, tap % S);
         unit u = unit();
-        if (position >= 0) u = ((const unit *)g.from)[(size_t)position * g.channels + c];
+        if (position >= 0) u = ((const unit *)g.from)[(size_t)position * g.stride + c];
         ((unit *)g.to)[(size_t)row * g.ld + tap * g.channels + c] = u;
     }
 }
@@ -746,15 +937,12 @@ static __global__ void mptc__filters_k(const unit *from, unit *to, size_t K, siz
     }
 }
 
-static mpt_result mptc__filters(mpt_context *ctx, const mpt_conv2d_shape *z, mpt_array w, void *to) {
+static mpt_result mptc__filters(mpt_context *ctx, size_t K, size_t taps, size_t C, mpt_array w, void *to) {
     mptc__device *device = mptc__of(ctx);
-    const size_t taps = z->R * z->S;
-    const unsigned blocks = mptc__blocks(device, z->K * taps * z->C);
+    const unsigned blocks = mptc__blocks(device, K * taps * C);
     if (w.type == MPT_F32)
-        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, z->K, taps, z->C);
-    else
-        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, z->K, taps,
-                     z->C);
+        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, K, taps, C);
+    else MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, K, taps, C);
     return MPT_OK;
 }
 
@@ -762,17 +950,14 @@ static mpt_result mptc__filters(mpt_context *ctx, const mpt_conv2d_shape *z, mpt
 static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, mpt_array from, size_t first,
                                     size_t rows, size_t ld, void *to) {
     mptc__device *device = mptc__of(ctx);
-    const int spread = op->pass == MPT_BACKWARD_DATA;
-    const size_t size = mpt_dtype_size(from.type), channels = (spread ? op->shape.K : op->shape.C) * size;
+    const size_t size = mpt_dtype_size(from.type);
+    const size_t channels = (op->pass == MPT_BACKWARD_DATA ? op->shape.K : op->shape.C) * size;
     const size_t unit = channels % 16 == 0 && (uintptr_t)from.data % 16 == 0 ? 16 : size;
-    mptc__gather g;
-    g.z = op->shape;
-    g.z.stride = mptc__min(g.z.stride, INT_MAX); /* no position is that far */
-    g.P = (unsigned)op->P, g.Q = (unsigned)op->Q;
-    g.spread = spread;
+    mptc__gather g = mptc__gather_of(op);
     g.from = from.data, g.to = to;
     g.first = (unsigned)first, g.rows = (unsigned)rows;
     g.channels = (unsigned)(channels / unit), g.ld = (unsigned)(ld * size / unit);
+    g.stride = g.channels * (unsigned)op->shape.groups;
     const unsigned blocks = mptc__blocks(device, rows * op->shape.R * op->shape.S * g.channels);
     if (unit == 16) MPTC__LAUNCH(mptc__gather_k<uint4>, blocks, MPTC__THREADS, g);
     else if (unit == 4) MPTC__LAUNCH(mptc__gather_k<uint32_t>, blocks, MPTC__THREADS, g);
@@ -780,10 +965,12 @@ static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, m
     return MPT_OK;
 }
 
-/* The product of one pass, for all rows at once: forward and data have the gathered matrix as a, weights as b. */
+/* The product of one pass, for all rows at once: forward and data have the gathered matrix as a, weights as b. Rows of
+   the operands are those of x and dy as they are, which the product of a 1x1 kernel reads itself. */
 static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t outputs = z->N * op->P * op->Q, patch = z->R * z->S * z->C;
+    const size_t x_row = z->C * z->groups, y_row = z->K * z->groups;
     mpt_gemm_op g = MPT_ZERO;
     g.alpha = 1, g.beta = op->beta;
     g.bias = op->bias;
@@ -792,27 +979,18 @@ static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
         g.trans_b = 1;
         g.m = outputs, g.n = z->K, g.k = patch;
         g.a = op->x, g.b = op->w, g.c = op->y;
-        g.ldb = patch;
+        g.lda = x_row, g.ldb = patch, g.ldc = y_row;
     } else if (op->pass == MPT_BACKWARD_DATA) {
         g.m = z->N * z->H * z->W, g.n = z->C, g.k = z->R * z->S * z->K;
         g.a = op->y, g.b = op->w, g.c = op->x;
-        g.ldb = z->C;
+        g.lda = y_row, g.ldb = z->C, g.ldc = x_row;
     } else {
         g.trans_a = 1;
         g.m = z->K, g.n = patch, g.k = outputs;
         g.a = op->y, g.b = op->x, g.c = op->w;
-        g.lda = z->K, g.ldb = patch;
+        g.lda = y_row, g.ldb = x_row, g.ldc = patch;
     }
-    g.ldc = g.n;
     return g;
-}
-
-/* 1x1, stride 1, no padding: the matrices are there already. */
-static mpt_result mptc__conv2d_direct(mpt_context *ctx, const mpt_conv2d_op *op) {
-    mpt_gemm_op g = mptc__conv2d_product(op);
-    if (op->pass == MPT_FORWARD) g.lda = op->shape.C;
-    else if (op->pass == MPT_BACKWARD_DATA) g.lda = op->shape.K;
-    return mptc__gemm(ctx, &g);
 }
 
 /* Forward and data: each slice of rows of the result from its rows of the gathered matrix. */
@@ -851,32 +1029,26 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
     return sums ? mptc__finish(ctx, all, sums, all->n, all->beta) : MPT_OK;
 }
 
-static mpt_result mptc__need_positions(mpt_context *ctx, const char *what, size_t count) {
-    if (count <= INT_MAX) return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: %s: %z positions, must be under 2^31", what, count);
-}
-
 /* No samples: data and outputs are empty, and gradients of weights are beta times the old ones. */
 static mpt_result mptc__conv2d_empty(mpt_context *ctx, const mpt_gemm_op *g) {
     return g->m && g->n ? mptc__gemm(ctx, g) : MPT_OK;
 }
 
-static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+/* One group: C and K are its own */
+static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) {
     mptc__device *device = mptc__of(ctx);
     const mpt_conv2d_shape *z = &op->shape;
     const size_t inputs = z->N * z->H * z->W, outputs = z->N * op->P * op->Q;
     const size_t taps = z->R * z->S, weights = z->K * taps * z->C;
     const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
     mpt_gemm_op g = mptc__conv2d_product(op);
-    MPTC__TRY(mptc__enter(ctx));
-    MPTC__TRY(mptc__need_positions(ctx, "conv2d", inputs + 2 * z->padding));
-    MPTC__TRY(mptc__need_positions(ctx, "conv2d", outputs * taps));
     if (!z->N) return mptc__conv2d_empty(ctx, &g);
-    if (taps == 1 && z->stride == 1 && z->padding == 0) return mptc__conv2d_direct(ctx, op);
+    if (taps == 1 && z->stride == 1 && z->padding == 0) return mptc__gemm(ctx, &g); /* nothing to gather */
 
     /* the matrix is gathered from x or dy, whose type the other operand must share */
-    const size_t a_count = for_weights || for_data ? outputs * z->K : inputs * z->C;
-    const size_t b_count = for_weights ? inputs * z->C : weights;
+    const size_t a_rows = for_weights || for_data ? outputs : inputs, a_columns = for_weights || for_data ? z->K : z->C;
+    const size_t a_count = mptc__span(a_rows, a_columns, g.lda);
+    const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
     const size_t casts = mptc__cast_bytes(g.a.type, a_count, g.b.type, b_count);
     const int mixed = g.a.type != g.b.type, sums = g.c.type != MPT_F32;
     const size_t size = mixed ? 4 : mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
@@ -894,87 +1066,437 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     if (for_weights) return mptc__conv2d_weights(ctx, op, &g, slice, ld, at);
     if (for_data) {
         void *filters = mptc__carve(&at, weights * size);
-        MPTC__TRY(mptc__filters(ctx, z, g.b, filters));
+        MPTC__TRY(mptc__filters(ctx, z->K, taps, z->C, g.b, filters));
         g.b.data = filters;
     }
     return mptc__conv2d_rows(ctx, op, &g, slice, ld, at);
 }
 
-/* ==== REDUCTIONS ==== */
+/* -- Depthwise convolution: one filter a channel makes no product -- */
 
-enum {
-    MPTC__SUM_COLUMNS = 64,                          /* of a block of column sums: 8 threads with a pack each */
-    MPTC__SUM_ACROSS = MPTC__SUM_COLUMNS / MPTC__PACK,
-    MPTC__SUM_DOWN = MPTC__THREADS / MPTC__SUM_ACROSS,
-    MPTC__SUM_ROWS = 512,                            /* a slice has at least so many rows... */
-    MPTC__SUM_SLICES = 128                           /* ...and a column at most so many slices */
+/* Forward and data: out(rows,C) from what the taps of each row read and w(taps,C); a thread takes a pack of channels */
+static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_t rows) {
+    const mpt_array from = g.spread ? op.y : op.x, out = g.spread ? op.x : op.y;
+    const unsigned R = (unsigned)op.shape.R, S = (unsigned)op.shape.S;
+    const size_t C = op.shape.C, packs = (C + MPTC__PACK - 1) / MPTC__PACK;
+    for (size_t i = mptc__thread(); i < rows * packs; i += mptc__stride()) {
+        const size_t c = i % packs * MPTC__PACK, row = i / packs;
+        const unsigned n = mptc__left(C, c);
+        float sum[MPTC__PACK] = {0}, x[MPTC__PACK], w[MPTC__PACK];
+        for (unsigned r = 0; r < R; r++)
+            for (unsigned s = 0; s < S; s++) {
+                const int position = mptc__tap(&g, (unsigned)row, r, s);
+                if (position < 0) continue;
+                mptc__load(from, (size_t)position * C + c, n, x);
+                mptc__load(op.w, (r * S + s) * C + c, n, w);
+#pragma unroll
+                for (unsigned e = 0; e < MPTC__PACK; e++) sum[e] += x[e] * w[e];
+            }
+        if (op.beta != 0) mptc__load(out, row * C + c, n, x);
+        if (op.bias.data) mptc__load(op.bias, c, n, w);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) {
+            if (op.beta != 0) sum[e] += op.beta * x[e];
+            if (op.bias.data) sum[e] += w[e];
+            sum[e] = mpt__activate(op.act, sum[e]);
+        }
+        mptc__store(out, row * C + c, n, sum);
+    }
+}
+
+struct mptc__tap_terms { /* dy times what taps tap.. read */
+    enum { SUMS = 3 };
+    typedef float real;
+    mptc__gather g;
+    mpt_array x, dy;
+    unsigned C, S, taps;
+    __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned tap,
+                        real (*acc)[MPTC__PACK]) const {
+        float u[MPTC__PACK], v[MPTC__PACK];
+        for (; row < end; row += blockDim.y) {
+            mptc__load(dy, (size_t)row * C + c, n, u);
+#pragma unroll
+            for (unsigned s = 0; s < SUMS; s++) {
+                const unsigned at = tap + s;
+                const int position = at < taps ? mptc__tap(&g, row, at / S, at % S) : -1;
+                if (position < 0) continue;
+                mptc__load(x, (size_t)position * C + c, n, v);
+#pragma unroll
+                for (unsigned e = 0; e < MPTC__PACK; e++) acc[s][e] += u[e] * v[e];
+            }
+        }
+    }
 };
 
-typedef struct mptc__columns { /* db(C) = column sums of dy(rows,C) + beta db */
-    size_t rows, C, slice;     /* rows of a slice */
-    mpt_array dy, db;
-    float beta;
-    double *partial;           /* (slices,C), where there are several */
-    unsigned *ticket;
-} mptc__columns;
-
-static __device__ void mptc__column_put(const mptc__columns *w, size_t c, double sum) {
-    if (w->beta != 0) sum += (double)w->beta * (double)mptc__get(w->db, c);
-    mptc__put(w->db, c, (float)sum);
-}
-
-/* Block (x,y): 64 columns of slice y of the rows. A thread adds every 32nd row of a pack in double; then 32 sums a
-   column in order; then, in the last block, the slices in order. */
-static __global__ void mptc__column_sums_k(mptc__columns w) {
-    __shared__ double sums[MPTC__SUM_DOWN][MPTC__SUM_COLUMNS + 1];
-    const size_t column = (size_t)blockIdx.x * MPTC__SUM_COLUMNS, c = column + threadIdx.x * MPTC__PACK;
-    const size_t begin = blockIdx.y * w.slice, end = begin + w.slice < w.rows ? begin + w.slice : w.rows;
-    const unsigned n = c < w.C ? mptc__left(w.C, c) : 0, thread = threadIdx.y * MPTC__SUM_ACROSS + threadIdx.x;
-    double acc[MPTC__PACK] = {0};
-    float x[MPTC__PACK];
-    for (size_t r = begin + threadIdx.y; n && r < end; r += MPTC__SUM_DOWN) {
-        mptc__load(w.dy, r * w.C + c, n, x);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) acc[e] += (double)x[e];
-    }
-#pragma unroll
-    for (unsigned e = 0; e < MPTC__PACK; e++) sums[threadIdx.y][threadIdx.x * MPTC__PACK + e] = acc[e];
-    __syncthreads();
-    if (thread < MPTC__SUM_COLUMNS && column + thread < w.C) {
-        double sum = 0;
-        for (unsigned d = 0; d < MPTC__SUM_DOWN; d++) sum += sums[d][thread];
-        if (gridDim.y == 1) mptc__column_put(&w, column + thread, sum);
-        else w.partial[blockIdx.y * w.C + column + thread] = sum;
-    }
-    if (gridDim.y == 1 || !mptc__last_block(w.ticket)) return;
-    for (size_t i = thread; i < w.C; i += MPTC__THREADS) {
-        double sum = 0;
-        for (unsigned s = 0; s < gridDim.y; s++) sum += __ldcg(&w.partial[s * w.C + i]);
-        mptc__column_put(&w, i, sum);
-    }
-}
-
-static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
-    mptc__device *device = mptc__of(ctx);
-    const size_t wanted = mptc__min(mptc__divide_up(rows, MPTC__SUM_ROWS), MPTC__SUM_SLICES);
+static mpt_result mptc__depthwise_weights(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
     mptc__columns w = MPT_ZERO;
-    dim3 grid, block;
-    if (!C) return MPT_OK;
-    MPTC__TRY(mptc__enter(ctx));
-    MPTC__TRY(mptc__need_positions(ctx, "column sums", C));
-    w.rows = rows, w.C = C;
-    w.slice = wanted ? mptc__divide_up(rows, wanted) : 1;
-    grid.x = (unsigned)mptc__divide_up(C, MPTC__SUM_COLUMNS);
-    grid.y = (unsigned)(rows ? mptc__divide_up(rows, w.slice) : 1);
-    block.x = MPTC__SUM_ACROSS, block.y = MPTC__SUM_DOWN;
-    if (grid.y > 1) MPTC__TRY(mptc__scratch(ctx, grid.y * C * sizeof(double)));
-    w.dy = dy, w.db = db;
-    w.beta = beta;
-    w.partial = (double *)device->scratch;
-    w.ticket = device->ticket;
-    MPTC__LAUNCH(mptc__column_sums_k, grid, block, w);
+    mptc__tap_terms terms;
+    terms.g = mptc__gather_of(op);
+    terms.x = op->x, terms.dy = op->y;
+    terms.C = (unsigned)z->C, terms.S = (unsigned)z->S, terms.taps = (unsigned)(z->R * z->S);
+    w.samples = 1;
+    w.rows = z->N * op->P * op->Q, w.C = z->C, w.planes = z->R * z->S;
+    w.out = op->w;
+    w.beta = op->beta;
+    return mptc__columns_run(ctx, &w, terms);
+}
+
+static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_conv2d_shape *z = &user->shape;
+    const size_t rows = z->N * (user->pass == MPT_FORWARD ? user->P * user->Q : z->H * z->W);
+    mpt_conv2d_op op = *user;
+    if (op.pass == MPT_BACKWARD_WEIGHT) return mptc__depthwise_weights(ctx, user);
+    if (!rows) return MPT_OK;
+    MPTC__TRY(mptc__scratch(ctx, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
+    op.w.data = device->scratch;
+    MPTC__TRY(mptc__filters(ctx, z->C, z->R * z->S, 1, user->w, op.w.data));
+    MPTC__LAUNCH(mptc__depthwise_k, mptc__blocks(device, rows * mptc__divide_up(z->C, MPTC__PACK)), MPTC__THREADS, op,
+                 mptc__gather_of(user), rows);
     return MPT_OK;
 }
+
+static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
+    mpt_conv2d_op one = *op;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
+    MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
+    if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
+    one.shape.C = C, one.shape.K = K;
+    for (size_t group = 0; group < z->groups; group++) {
+        one.x = mptc__at(op->x, group * C);
+        one.y = mptc__at(op->y, group * K);
+        one.w = mptc__at(op->w, group * K * patch);
+        one.bias = mptc__at(op->bias, group * K);
+        MPTC__TRY(mptc__conv2d_group(ctx, &one));
+    }
+    return MPT_OK;
+}
+
+/* ==== NORMALISATION ====
+
+   A set is what one mean is taken of: a group of channels of a sample. Its sums come from sums over columns where the
+   sets are few or thin; or, where they have few pixels or are many and wide, a team of threads sums a set by itself. */
+
+enum {
+    MPTC__NORM_PIXELS = 8, /* few */
+    MPTC__NORM_SETS = 256  /* many */
+};
+
+static int mptc__norm_by_sets(const mpt_norm_shape *z) {
+    const int wide = z->C / z->groups >= MPTC__PACK, many = z->N * z->groups >= MPTC__NORM_SETS;
+    return z->pixels <= MPTC__NORM_PIXELS || (wide && many);
+}
+
+/* Mean and 1 / sqrt(variance + eps) of n channels of a sample from c on. The root is taken once a set. */
+static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, size_t c, unsigned n, float *mean,
+                                       float *inverse) {
+    const size_t each = op->shape.C / op->shape.groups, sets = op->shape.N * op->shape.groups;
+    size_t set = sample * op->shape.groups + c / each, left = each - c % each;
+#pragma unroll
+    for (unsigned e = 0; e < MPTC__PACK; e++, left--) {
+        const bool next = left == 0 && e < n;
+        if (next) set++, left = each;
+        mean[e] = e == 0 || next ? op->stats[set] : mean[e - 1];
+        inverse[e] = e == 0 || next ? mpt__norm_inverse(op->stats[sets + set], op->shape.eps) : inverse[e - 1];
+    }
+}
+
+/* What the sums of a set make: mean and variance of x, or the means that dx needs */
+static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, double a, double b) {
+    const size_t sets = op->shape.N * op->shape.groups;
+    const double count = (double)(op->shape.pixels * (op->shape.C / op->shape.groups));
+    float *stats = op->stats + (op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
+    a /= count, b /= count;
+    if (op->pass == MPT_NORM_STATS) b = b < a * a ? 0 : b - a * a;
+    stats[0] = (float)a;
+    stats[sets] = (float)b;
+}
+
+/* -- By columns -- */
+
+struct mptc__moment_terms { /* x and its square, whose product is exact */
+    enum { SUMS = 2 };
+    typedef double real;
+    mpt_array x;
+    size_t C;
+    __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
+        float v[MPTC__PACK];
+        for (; row < end; row += blockDim.y) {
+            mptc__load(x, (size_t)row * C + c, n, v);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) {
+                acc[0][e] += (double)v[e];
+                acc[1][e] += (double)v[e] * (double)v[e];
+            }
+        }
+    }
+};
+
+struct mptc__gradient_terms { /* dy and dy xhat */
+    enum { SUMS = 2 };
+    typedef double real;
+    mpt_norm_op op;
+    __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
+        float mean[MPTC__PACK], inverse[MPTC__PACK], x[MPTC__PACK], dy[MPTC__PACK];
+        for (unsigned next = 0; row < end; row += blockDim.y) {
+            if (row >= next) {
+                const unsigned pixels = (unsigned)op.shape.pixels, sample = row / pixels;
+                mptc__norm_load(&op, sample, c, n, mean, inverse);
+                next = (sample + 1) * pixels;
+            }
+            mptc__load(op.x, (size_t)row * op.shape.C + c, n, x);
+            mptc__load(op.y, (size_t)row * op.shape.C + c, n, dy);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) {
+                acc[0][e] += (double)dy[e];
+                acc[1][e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
+            }
+        }
+    }
+};
+
+/* A warp to each of `sets` sets, and in the backward pass to each channel: what the parts add up to */
+static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t sets) {
+    const size_t each = w.C / op.shape.groups, outputs = sets + (op.pass == MPT_NORM_BACKWARD ? w.C : 0);
+    const mpt_array none = MPT_ZERO;
+    for (size_t i = mptc__thread() / MPTC__WARP; i < outputs; i += mptc__stride() / MPTC__WARP) {
+        const bool set = i < sets;
+        const size_t part = set ? i / op.shape.groups * w.slices : 0, count = set ? w.slices : w.samples * w.slices;
+        const size_t c = set ? i % op.shape.groups * each : i - sets, width = set ? each : 1;
+        const mpt_array weight = set ? op.gamma : none;
+        const double a = mptc__fold(&w, 0, part, count, c, width, weight);
+        const double b = mptc__fold(&w, 1, part, count, c, width, weight);
+        if (threadIdx.x % MPTC__WARP) continue;
+        if (set) {
+            mptc__norm_finish(&op, i, a, b);
+        } else {
+            mptc__sum_put(op.dbeta, c, a, op.scale);
+            mptc__sum_put(op.dgamma, c, b, op.scale);
+        }
+    }
+}
+
+/* The sums of all columns, and of `sets` sets, which need them sample by sample. */
+template <typename terms>
+static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_norm_shape *z = &op->shape;
+    mptc__columns w = MPT_ZERO;
+    w.samples = sets ? z->N : 1;
+    w.rows = sets ? z->pixels : z->N * z->pixels;
+    w.C = z->C, w.planes = terms::SUMS;
+    MPTC__TRY(mptc__columns_run(ctx, &w, t));
+    MPTC__LAUNCH(mptc__norm_fold_k, mptc__blocks(device, (sets + z->C) * MPTC__WARP), MPTC__THREADS, *op, w, sets);
+    return MPT_OK;
+}
+
+/* -- By sets: blockDim.x threads are a team, blockDim.y teams a block -- */
+
+/* Sum over a team, the same in all of its threads: pairwise in a warp, then the warps in order. More than a warp is a
+   whole block. All threads of the block come. */
+static __device__ double mptc__team_sum(double x) {
+    __shared__ double warps[MPTC__WARPS];
+    x = mptc__warp_sum(x, blockDim.x < MPTC__WARP ? blockDim.x : MPTC__WARP);
+    if (blockDim.x <= MPTC__WARP) return x;
+    __syncthreads(); /* until here the last sum is being read */
+    if (threadIdx.x % MPTC__WARP == 0) warps[threadIdx.x / MPTC__WARP] = x;
+    __syncthreads();
+    x = 0;
+    for (unsigned warp = 0; warp < MPTC__WARPS; warp++) x += warps[warp];
+    return x;
+}
+
+typedef struct mptc__run { /* of n channels of one pixel, from channel c on */
+    size_t at, c;
+    unsigned n;
+} mptc__run;
+
+/* Run number i of a set: an empty one behind the last */
+static __device__ __forceinline__ mptc__run mptc__run_of(const mpt_norm_shape *z, size_t set, size_t i) {
+    const size_t each = z->C / z->groups, packs = (each + MPTC__PACK - 1) / MPTC__PACK;
+    const size_t pixel = i / packs, within = i % packs * MPTC__PACK;
+    mptc__run run;
+    run.c = set % z->groups * each + within;
+    run.at = (set / z->groups * z->pixels + pixel) * z->C + run.c;
+    run.n = set < z->N * z->groups && pixel < z->pixels ? mptc__left(each, within) : 0;
+    return run;
+}
+
+static __global__ void mptc__norm_stats_k(mpt_norm_op op) {
+    const size_t sets = op.shape.N * op.shape.groups;
+    for (size_t first = (size_t)blockIdx.x * blockDim.y; first < sets; first += (size_t)gridDim.x * blockDim.y) {
+        const size_t set = first + threadIdx.y;
+        double a = 0, b = 0;
+        mptc__run run;
+        for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
+            float x[MPTC__PACK];
+            mptc__load(op.x, run.at, run.n, x);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) {
+                a += (double)x[e];
+                b += (double)x[e] * (double)x[e];
+            }
+        }
+        a = mptc__team_sum(a), b = mptc__team_sum(b);
+        if (set < sets && threadIdx.x == 0) mptc__norm_finish(&op, set, a, b);
+    }
+}
+
+/* dx, with the sums that it needs: the second look at a set finds it in the cache */
+static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
+    const size_t sets = op.shape.N * op.shape.groups;
+    const double count = (double)(op.shape.pixels * (op.shape.C / op.shape.groups));
+    for (size_t first = (size_t)blockIdx.x * blockDim.y; first < sets; first += (size_t)gridDim.x * blockDim.y) {
+        const size_t set = first + threadIdx.y;
+        const float mean = set < sets ? op.stats[set] : 0;
+        const float inverse = set < sets ? mpt__norm_inverse(op.stats[sets + set], op.shape.eps) : 0;
+        float x[MPTC__PACK], dy[MPTC__PACK], gamma[MPTC__PACK];
+        double a = 0, b = 0;
+        mptc__run run;
+        for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
+            mptc__load(op.x, run.at, run.n, x);
+            mptc__load(op.y, run.at, run.n, dy);
+            mptc__load(op.gamma, run.c, run.n, gamma);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) {
+                const double product = (double)gamma[e] * (double)dy[e];
+                a += product;
+                b += product * (double)((x[e] - mean) * inverse);
+            }
+        }
+        const float mean_a = (float)(mptc__team_sum(a) / count), mean_b = (float)(mptc__team_sum(b) / count);
+        for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
+            mptc__load(op.x, run.at, run.n, x);
+            mptc__load(op.y, run.at, run.n, dy);
+            mptc__load(op.gamma, run.c, run.n, gamma);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++)
+                x[e] = inverse * (gamma[e] * dy[e] - mean_a - (x[e] - mean) * inverse * mean_b);
+            if (op.scale_x != 0) mptc__load(op.dx, run.at, run.n, dy);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++)
+                if (op.scale_x != 0) x[e] += op.scale_x * dy[e];
+            mptc__store(op.dx, run.at, run.n, x);
+        }
+    }
+}
+
+/* A team is as many threads as a set has packs, up to a warp; a block where a warp would take eight turns. */
+static dim3 mptc__norm_team(const mpt_norm_shape *z) {
+    const size_t packs = z->pixels * mptc__divide_up(z->C / z->groups, MPTC__PACK);
+    unsigned team = 1;
+    while (team < MPTC__WARP && team < packs) team *= 2;
+    if (packs >= 8 * MPTC__WARP) team = MPTC__THREADS;
+    return dim3(team, MPTC__THREADS / team);
+}
+
+/* -- Elementwise: y, or dx from the sums -- */
+
+/* A thread takes a pack of channels of every `strands`-th pixel of a sample, and works out the constants of the pack once:
+   three a channel, so dx takes over 64 registers. */
+template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, size_t strands) {
+    const mpt_norm_shape z = op.shape;
+    const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, each = z.C / z.groups, sets = z.N * z.groups;
+    const mpt_array in = forward ? op.x : op.y, out = forward ? op.y : op.dx;
+    for (size_t i = mptc__thread(); i < z.N * strands * packs; i += mptc__stride()) {
+        const size_t c = i % packs * MPTC__PACK, sample = i / packs / strands;
+        const unsigned n = mptc__left(z.C, c);
+        float scale[MPTC__PACK], shift[MPTC__PACK], slope[MPTC__PACK], v[MPTC__PACK], x[MPTC__PACK];
+        mptc__norm_load(&op, sample, c, n, shift, slope);
+        mptc__load(op.gamma, c, n, scale);
+        if (forward) mptc__load(op.beta, c, n, x);
+#pragma unroll
+        for (unsigned e = 0; e < MPTC__PACK; e++) { /* shift is the mean here, slope its inverse deviation */
+            const float mean = shift[e], inverse = slope[e];
+            scale[e] *= inverse;
+            slope[e] = shift[e] = 0;
+            if (forward) {
+                shift[e] = x[e] - mean * scale[e];
+            } else if (!op.frozen && e < n) {
+                const float *means = op.stats + 2 * sets + sample * z.groups + (c + e) / each;
+                slope[e] = -inverse * inverse * means[sets];
+                shift[e] = -inverse * means[0] - mean * slope[e];
+            }
+        }
+        for (size_t pixel = i / packs % strands; pixel < z.pixels; pixel += strands) {
+            const size_t at = (sample * z.pixels + pixel) * z.C + c;
+            mptc__load(in, at, n, v);
+            if (!forward) mptc__load(op.x, at, n, x);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++) {
+                v[e] = v[e] * scale[e] + (forward ? shift[e] : x[e] * slope[e] + shift[e]);
+                if (forward) v[e] = mpt__activate(op.act, v[e]);
+            }
+            if (!forward && op.scale_x != 0) mptc__load(op.dx, at, n, x);
+#pragma unroll
+            for (unsigned e = 0; e < MPTC__PACK; e++)
+                if (!forward && op.scale_x != 0) v[e] += op.scale_x * x[e];
+            mptc__store(out, at, n, v);
+        }
+    }
+}
+
+/* As many strands as fill the device */
+static mpt_result mptc__norm_map(mpt_context *ctx, const mpt_norm_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t lines = op->shape.N * mptc__divide_up(op->shape.C, MPTC__PACK);
+    const size_t full = (size_t)device->processors * MPTC__BLOCKS_EACH * MPTC__THREADS;
+    const size_t strands = mptc__min(mptc__divide_up(full, lines), op->shape.pixels);
+    const unsigned blocks = mptc__blocks(device, lines * strands);
+    if (op->pass == MPT_NORM_FORWARD) MPTC__LAUNCH(mptc__norm_map_k<true>, blocks, MPTC__THREADS, *op, strands);
+    else MPTC__LAUNCH(mptc__norm_map_k<false>, blocks, MPTC__THREADS, *op, strands);
+    return MPT_OK;
+}
+
+static mpt_result mptc__norm_stats(mpt_context *ctx, const mpt_norm_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t sets = op->shape.N * op->shape.groups;
+    const dim3 team = mptc__norm_team(&op->shape);
+    mptc__moment_terms terms;
+    terms.x = op->x;
+    terms.C = op->shape.C;
+    if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms);
+    MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(device, sets * team.x), team, *op);
+    return MPT_OK;
+}
+
+/* dx comes last: it may take the place of dy. */
+static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const size_t sets = op->shape.N * op->shape.groups;
+    const int through = op->dx.data && !op->frozen, by_sets = mptc__norm_by_sets(&op->shape);
+    const dim3 team = mptc__norm_team(&op->shape);
+    mptc__gradient_terms terms;
+    terms.op = *op;
+    MPTC__TRY(mptc__norm_columns(ctx, op, through && !by_sets ? sets : 0, terms));
+    if (!op->dx.data) return MPT_OK;
+    if (!through || !by_sets) return mptc__norm_map(ctx, op);
+    MPTC__LAUNCH(mptc__norm_backward_k, mptc__blocks(device, sets * team.x), team, *op);
+    return MPT_OK;
+}
+
+static __global__ void mptc__norm_running_k(mpt_norm_op op, size_t count) {
+    for (size_t i = mptc__thread(); i < 2 * op.shape.N * op.shape.groups; i += mptc__stride())
+        mpt__norm_average(&op, count, i);
+}
+
+static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_norm_shape *z = &op->shape;
+    MPTC__TRY(mptc__enter(ctx));
+    if (op->pass == MPT_NORM_STATS) return mptc__norm_stats(ctx, op);
+    if (op->pass == MPT_NORM_FORWARD) return mptc__norm_map(ctx, op);
+    if (op->pass == MPT_NORM_BACKWARD) return mptc__norm_backward(ctx, op);
+    MPTC__LAUNCH(mptc__norm_running_k, mptc__blocks(device, 2 * z->N * z->groups), MPTC__THREADS, *op,
+                 z->pixels * (z->C / z->groups));
+    return MPT_OK;
+}
+
+/* ==== REDUCTIONS ==== */
 
 /* -- Scan: the CPU's order, a warp to a chunk -- */
 
@@ -1138,25 +1660,22 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
 /* -- Losses: a warp to a row -- */
 
 typedef struct mptc__row { /* of one sample */
-    float loss;
-    unsigned correct;
+    float loss, weight;
+    unsigned counts, correct;
 } mptc__row;
-
-static __device__ float mptc__warp_sum(float x) { /* the same in all lanes, in a fixed order */
-    for (unsigned width = MPTC__WARP / 2; width; width /= 2) x += __shfl_xor_sync(0xffffffffu, x, width);
-    return x;
-}
 
 /* x(C), dx(C) of this row; see mpt_cross_entropy */
 static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_t row, float scale) {
+    const mpt_cross_entropy_desc *d = &op->cross_entropy;
     const unsigned lane = threadIdx.x % MPTC__WARP, C = (unsigned)op->C;
     const int32_t label = ((const int32_t *)op->target)[row];
-    const bool valid = label >= 0 && (unsigned)label < C;
+    const bool valid = label >= 0 && (unsigned)label < C, ignored = mpt__row_ignored(d, label);
     const size_t at = row * op->C;
-    const float all = op->label_smoothing / (float)op->C, one = 1 - op->label_smoothing;
-    float largest = mptc__get(op->x, at), sum = 0, aimed = 0;
+    float largest = mptc__get(op->x, at), sum = 0, aimed = 0, targets = 0;
     unsigned best = 0;
-    mptc__row out;
+    mptc__row out = {0, 0, 0, 0};
+    for (unsigned c = lane; c < C && op->dx.data && ignored; c += MPTC__WARP) mptc__put(op->dx, at + c, 0);
+    if (ignored) return out;
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
         const float x = mptc__get(op->x, at + c);
         if (x > largest) largest = x, best = c;
@@ -1167,77 +1686,99 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
         if (x > largest || (x == largest && c < best)) largest = x, best = c;
     }
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
-        const float x = mptc__get(op->x, at + c) - largest;
+        const float x = mptc__get(op->x, at + c) - largest, t = mpt__class_target(d, C, label, c);
         sum += expf(x);
-        if (all > 0) aimed += all * x;
-        if (valid && c == (unsigned)label) aimed += one * x;
+        if (t > 0) aimed += t * x; /* an x of -inf has no part in a target of 0 */
+        targets += t;
     }
     sum = mptc__warp_sum(sum);
     aimed = mptc__warp_sum(aimed);
+    targets = d->class_weights ? mptc__warp_sum(targets) : 1;
     for (unsigned c = lane; c < C && op->dx.data; c += MPTC__WARP) {
         const float softmax = expf(mptc__get(op->x, at + c) - largest) / sum;
-        const float d = (softmax - (all + (c == (unsigned)label ? one : 0))) * scale;
-        mptc__put(op->dx, at + c, valid ? d : mpt__float(0x7fc00000u));
+        const float dx = (softmax * targets - mpt__class_target(d, C, label, c)) * scale;
+        mptc__put(op->dx, at + c, valid ? dx : mpt__float(0x7fc00000u));
     }
-    out.loss = valid ? logf(sum) - aimed : mpt__float(0x7fc00000u);
+    out.loss = valid ? targets * logf(sum) - aimed : mpt__float(0x7fc00000u);
+    out.weight = mpt__row_weight(d, C, label);
+    out.counts = 1;
     out.correct = valid && best == (unsigned)label;
     return out;
 }
 
-/* x(C), target(C), dx(C) of this row; see mpt_squared_error */
-static __device__ mptc__row mptc__squared_error_row(const mpt_loss_op *op, size_t row, float scale) {
+/* x(C), target(C), dx(C) of this row; see mpt_elementwise_loss */
+static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
     const float each = 1.0f / (float)op->C;
-    float sum = 0;
-    mptc__row out;
+    float sum = 0, slope;
+    mptc__row out = {0, 1, 1, 0};
     for (size_t c = threadIdx.x % MPTC__WARP; c < op->C; c += MPTC__WARP) {
-        const float difference = mptc__get(op->x, row * op->C + c) - target[c];
-        sum += difference * difference;
-        if (op->dx.data) mptc__put(op->dx, row * op->C + c, 2 * difference * each * scale);
+        sum += mpt__loss_element(op->kind, mptc__get(op->x, row * op->C + c), target[c], &slope);
+        if (op->dx.data) mptc__put(op->dx, row * op->C + c, slope * (each * scale));
     }
     out.loss = mptc__warp_sum(sum) * each;
-    out.correct = 0;
     return out;
 }
 
-/* rows(N) first; then, in the last block, their sum: a thread adds every 256th, and the threads are added pairwise. */
-static __global__ void mptc__loss_k(mpt_loss_op op, mptc__row *rows, unsigned *ticket) {
-    __shared__ double losses[MPTC__THREADS];
-    __shared__ unsigned corrects[MPTC__THREADS];
-    const float scale = op.grad_scale * (op.loss_scale ? *op.loss_scale : 1.0f);
+/* Sum of the weights of all rows: a block to a chunk of labels, and in the last block every 256th chunk a thread */
+static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double *parts, double *weight,
+                                           unsigned *ticket) {
+    double sum = 0;
+    for (size_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        const size_t begin = chunk * MPTC__CHUNK, end = begin + MPTC__CHUNK < op.N ? begin + MPTC__CHUNK : op.N;
+        double part = 0;
+        for (size_t row = begin + threadIdx.x; row < end; row += MPTC__THREADS)
+            part += (double)mpt__row_weight(&op.cross_entropy, op.C, ((const int32_t *)op.target)[row]);
+        part = mptc__team_sum(part);
+        if (threadIdx.x == 0) parts[chunk] = part;
+    }
+    if (!mptc__last_block(ticket)) return;
+    for (size_t chunk = threadIdx.x; chunk < chunks; chunk += MPTC__THREADS) sum += __ldcg(&parts[chunk]);
+    sum = mptc__team_sum(sum);
+    if (threadIdx.x == 0) *weight = sum;
+}
+
+/* rows(N) first; then, in the last block, their sums, every 256th row a thread. weight: of all rows; NULL: N */
+static __global__ void mptc__loss_k(mpt_loss_op op, const double *weight, mptc__row *rows, unsigned *ticket) {
+    const float scale = mpt__loss_factor(&op, weight ? *weight : (double)op.N);
+    double loss = 0, weights = 0, counts = 0, correct = 0; /* whole numbers are exact */
     for (size_t row = mptc__thread() / MPTC__WARP; row < op.N; row += mptc__stride() / MPTC__WARP) {
         const mptc__row r = op.kind == MPT_LOSS_CROSS_ENTROPY ? mptc__cross_entropy_row(&op, row, scale)
-                                                              : mptc__squared_error_row(&op, row, scale);
+                                                              : mptc__elementwise_row(&op, row, scale);
         if (threadIdx.x % MPTC__WARP == 0) rows[row] = r;
     }
     if (!mptc__last_block(ticket)) return;
-    double loss = 0;
-    unsigned correct = 0;
     for (size_t row = threadIdx.x; row < op.N; row += MPTC__THREADS) {
         loss += (double)__ldcg(&rows[row].loss);
+        weights += (double)__ldcg(&rows[row].weight);
+        counts += __ldcg(&rows[row].counts);
         correct += __ldcg(&rows[row].correct);
     }
-    losses[threadIdx.x] = loss, corrects[threadIdx.x] = correct;
-    for (unsigned width = MPTC__THREADS / 2; width; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x >= width) continue;
-        losses[threadIdx.x] += losses[threadIdx.x + width];
-        corrects[threadIdx.x] += corrects[threadIdx.x + width];
-    }
+    loss = mptc__team_sum(loss), weights = mptc__team_sum(weights);
+    counts = mptc__team_sum(counts), correct = mptc__team_sum(correct);
     if (threadIdx.x) return;
-    op.sum->loss += losses[0];
-    op.sum->correct += corrects[0];
-    op.sum->rows += op.N;
+    op.sum->loss += loss;
+    op.sum->weight += weights;
+    op.sum->rows += (uint64_t)counts;
+    op.sum->correct += (uint64_t)correct;
 }
 
 static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *op) {
     mptc__device *device = mptc__of(ctx);
+    const mpt_cross_entropy_desc *d = &op->cross_entropy;
+    const int weighted = op->kind == MPT_LOSS_CROSS_ENTROPY && op->dx.data && (d->class_weights || d->ignore);
+    const size_t chunks = mptc__divide_up(op->N, MPTC__CHUNK);
     if (!op->N) return MPT_OK;
     MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op->C));
-    MPTC__TRY(mptc__scratch(ctx, op->N * sizeof(mptc__row)));
-    MPTC__LAUNCH(mptc__loss_k, mptc__blocks(device, op->N * MPTC__WARP), MPTC__THREADS, *op,
-                 (mptc__row *)(void *)device->scratch, device->ticket);
+    MPTC__TRY(mptc__scratch(ctx, op->N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
+    mptc__row *rows = (mptc__row *)(void *)device->scratch;
+    double *weight = weighted ? (double *)(void *)(rows + op->N) : NULL;
+    if (weighted)
+        MPTC__LAUNCH(mptc__loss_weight_k, mptc__blocks(device, chunks * MPTC__THREADS), MPTC__THREADS, *op, chunks,
+                     weight + 1, weight, device->ticket);
+    MPTC__LAUNCH(mptc__loss_k, mptc__blocks(device, op->N * MPTC__WARP), MPTC__THREADS, *op, weight, rows,
+                 device->ticket);
     return MPT_OK;
 }
 
@@ -1427,9 +1968,9 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
 }
 
 /* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor,
-   and then updates a pack a thread. The last block counts the step, when nobody reads the state any more. Over 64
-   registers: up to six arrays of eight values are under way in a thread, which hides more latency than more threads
-   would. */
+   and then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
+   nobody reads the state any more. Over 64 registers: up to six arrays of eight values are under way in a thread, which
+   hides more latency than more threads would. */
 static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
     const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
@@ -1444,6 +1985,10 @@ static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsi
         const size_t start = op.slices[t].offset, end = start + op.slices[t].count; /* padding follows it */
         if (i < end) mptc__update_pack(&op, &rates[t - first], i, mptc__left(end, i), t, i - start, &meter);
         __syncthreads();
+    }
+    for (size_t i = mptc__thread(); i < op.commits; i += mptc__stride()) {
+        if (op.state->found) op.pending[i] = op.committed[i];
+        else op.committed[i] = op.pending[i];
     }
     if (meter.moved) {
         atomicAdd(&total->moved, meter.moved);
@@ -1535,8 +2080,8 @@ static void mptc__close(mpt_context *ctx) {
 static const mpt_backend *mptc__backend(void) {
     static const mpt_backend table = {
         "cuda", 0, mptc__close, mptc__alloc, mptc__release, mptc__upload, mptc__download, mptc__zero, mptc__scan,
-        mptc__histogram, mptc__map, mptc__gemm, mptc__conv2d, mptc__column_sums, mptc__pool2d, mptc__loss, mptc__check,
-        mptc__clip, mptc__update, mptc__scale};
+        mptc__histogram, mptc__map, mptc__gemm, mptc__conv2d, mptc__column_sums, mptc__copy_columns, mptc__pool2d,
+        mptc__norm, mptc__loss, mptc__check, mptc__clip, mptc__update, mptc__scale};
     return &table;
 }
 

@@ -145,6 +145,7 @@ static inline uint32_t reference_step_pattern(const reference_stairs *s, uint32_
 static inline void reference_conv2d(mpt_pass pass, const mpt_conv2d_shape *s, size_t P, size_t Q, double *x, double *w,
                                     double *y) {
     const size_t stride = s->stride ? s->stride : 1, dilation = s->dilation ? s->dilation : 1;
+    const size_t groups = s->groups ? s->groups : 1, width = s->C / groups, filters = s->K / groups;
     size_t n, p, q, k, r, c, t;
     for (n = 0; n < s->N; n++)
         for (p = 0; p < P; p++)
@@ -156,9 +157,10 @@ static inline void reference_conv2d(mpt_pass pass, const mpt_conv2d_shape *s, si
                             continue;
                         for (k = 0; k < s->K; k++) {
                             double *xi = x + ((n * s->H + h - s->padding) * s->W + v - s->padding) * s->C;
-                            double *wi = w + ((k * s->R + r) * s->S + t) * s->C;
+                            double *wi = w + ((k * s->R + r) * s->S + t) * width;
                             double *yi = y + ((n * P + p) * Q + q) * s->K + k;
-                            for (c = 0; c < s->C; c++) {
+                            xi += k / filters * width;
+                            for (c = 0; c < width; c++) {
                                 if (pass == MPT_FORWARD) *yi += xi[c] * wi[c];
                                 else if (pass == MPT_BACKWARD_DATA) xi[c] += *yi * wi[c];
                                 else wi[c] += *yi * xi[c];
@@ -217,19 +219,164 @@ static inline void reference_pool2d(mpt_pool kind, const mpt_pool2d_shape *s, si
     reference_windows(s, P, Q, reference_pool_visit, &pool);
 }
 
-/* Loss of one row of logits. */
-static inline double reference_cross_entropy(const double *x, size_t C, size_t label) {
-    double largest = x[0], sum = 0;
-    size_t j;
-    for (j = 1; j < C; j++) largest = x[j] > largest ? x[j] : largest;
-    for (j = 0; j < C; j++) sum += exp(x[j] - largest);
-    return log(sum) - (x[label] - largest);
+/* -- Normalisations -- */
+
+/* Values that a statistic is taken over. */
+static inline double reference_norm_count(const mpt_norm_shape *s) { return (double)(s->pixels * (s->C / s->groups)); }
+
+/* Which statistic of stats(N groups) the element i of x(N,pixels,C) belongs to. */
+static inline size_t reference_norm_group(const mpt_norm_shape *s, size_t i) {
+    return i / (s->pixels * s->C) * s->groups + i % s->C / (s->C / s->groups);
 }
 
-static inline double reference_squared_error(const double *x, const double *target, size_t C) {
+/* Means over the groups of an array. */
+static inline void reference_norm_means(const mpt_norm_shape *s, const double *x, double *means) {
+    size_t i;
+    memset(means, 0, s->N * s->groups * sizeof *means);
+    for (i = 0; i < s->N * s->pixels * s->C; i++) means[reference_norm_group(s, i)] += x[i] / reference_norm_count(s);
+}
+
+/* stats(2, N groups): means and variances. */
+static inline void reference_norm_stats(const mpt_norm_shape *s, const double *x, double *stats) {
+    double *variance = stats + s->N * s->groups;
+    size_t i;
+    reference_norm_means(s, x, stats);
+    memset(variance, 0, s->N * s->groups * sizeof *variance);
+    for (i = 0; i < s->N * s->pixels * s->C; i++) {
+        const size_t g = reference_norm_group(s, i);
+        variance[g] += (x[i] - stats[g]) * (x[i] - stats[g]) / reference_norm_count(s);
+    }
+}
+
+/* 1 / sqrt(variance + eps) of group g. */
+static inline double reference_norm_inverse(const mpt_norm_shape *s, const double *stats, size_t g) {
+    return 1 / sqrt(stats[s->N * s->groups + g] + (s->eps > 0 ? (double)s->eps : 1e-5));
+}
+
+static inline void reference_norm(const mpt_norm_shape *s, const double *x, const double *stats, const double *gamma,
+                                  const double *beta, double *y) {
+    size_t i;
+    for (i = 0; i < s->N * s->pixels * s->C; i++) {
+        const size_t g = reference_norm_group(s, i);
+        y[i] = (x[i] - stats[g]) * reference_norm_inverse(s, stats, g) * gamma[i % s->C] + beta[i % s->C];
+    }
+}
+
+/* Adds to dgamma(C) and dbeta(C) what dy makes of them. */
+static inline void reference_norm_parameters(const mpt_norm_shape *s, const double *x, const double *stats,
+                                             const double *dy, double *dgamma, double *dbeta) {
+    size_t i;
+    for (i = 0; i < s->N * s->pixels * s->C; i++) {
+        const size_t g = reference_norm_group(s, i);
+        dgamma[i % s->C] += dy[i] * (x[i] - stats[g]) * reference_norm_inverse(s, stats, g);
+        dbeta[i % s->C] += dy[i];
+    }
+}
+
+/* Adds to dx what dy makes of it; stats are constants. */
+static inline void reference_norm_frozen(const mpt_norm_shape *s, const double *stats, const double *gamma,
+                                         const double *dy, double *dx) {
+    size_t i;
+    for (i = 0; i < s->N * s->pixels * s->C; i++)
+        dx[i] += dy[i] * gamma[i % s->C] * reference_norm_inverse(s, stats, reference_norm_group(s, i));
+}
+
+/* The same where stats are those of x. With n the normalised x and g = dy gamma, whose means over a group are m1 of g
+   and m2 of g n: dx = (g - m1 - n m2) / deviation. scratch: 2 (N pixels C) + 2 (N groups) numbers. */
+static inline void reference_norm_backward(const mpt_norm_shape *s, const double *x, const double *stats,
+                                           const double *gamma, const double *dy, double *dx, double *scratch) {
+    const size_t count = s->N * s->pixels * s->C;
+    double *slope = scratch, *product = slope + count, *m1 = product + count, *m2 = m1 + s->N * s->groups;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        const size_t g = reference_norm_group(s, i);
+        slope[i] = dy[i] * gamma[i % s->C];
+        product[i] = slope[i] * (x[i] - stats[g]) * reference_norm_inverse(s, stats, g);
+    }
+    reference_norm_means(s, slope, m1);
+    reference_norm_means(s, product, m2);
+    for (i = 0; i < count; i++) {
+        const size_t g = reference_norm_group(s, i);
+        const double inverse = reference_norm_inverse(s, stats, g);
+        dx[i] += (slope[i] - m1[g] - (x[i] - stats[g]) * inverse * m2[g]) * inverse;
+    }
+}
+
+/* New running(2, N groups) statistics. */
+static inline void reference_norm_running(const mpt_norm_shape *s, double momentum, const double *stats,
+                                          double *running) {
+    const size_t groups = s->N * s->groups;
+    const double count = reference_norm_count(s);
+    size_t g;
+    for (g = 0; g < 2 * groups; g++)
+        running[g] = (1 - momentum) * running[g] + momentum * stats[g] * (g < groups ? 1 : count / (count - 1));
+}
+
+/* -- Dropout and losses -- */
+
+/* What the element with this hash is multiplied by. */
+static inline double reference_dropout(double p, uint32_t hash) {
+    return (double)hash < p * 4294967296.0 ? 0 : 1 / (1 - p);
+}
+
+/* Weight of class j in the target of a row. weights(C); NULL: all 1. */
+static inline double reference_target(size_t C, size_t label, double smoothing, const double *weights, size_t j) {
+    const double t = (j == label ? 1 - smoothing : 0) + smoothing / (double)C;
+    return weights ? weights[j] * t : t;
+}
+
+/* log(sum of exp x) - largest x */
+static inline double reference_log_sum(const double *x, size_t C, double *largest) {
     double sum = 0;
     size_t j;
-    for (j = 0; j < C; j++) sum += (x[j] - target[j]) * (x[j] - target[j]);
+    *largest = x[0];
+    for (j = 1; j < C; j++) *largest = x[j] > *largest ? x[j] : *largest;
+    for (j = 0; j < C; j++) sum += exp(x[j] - *largest);
+    return log(sum);
+}
+
+/* Loss of one row of logits. */
+static inline double reference_cross_entropy(const double *x, size_t C, size_t label, double smoothing,
+                                             const double *weights) {
+    double largest, loss = 0;
+    const double log_sum = reference_log_sum(x, C, &largest);
+    size_t j;
+    for (j = 0; j < C; j++) loss += reference_target(C, label, smoothing, weights, j) * (log_sum - (x[j] - largest));
+    return loss;
+}
+
+/* Its slope at x[j]. */
+static inline double reference_cross_entropy_slope(const double *x, size_t C, size_t label, double smoothing,
+                                                   const double *weights, size_t j) {
+    double largest, total = 0;
+    const double log_sum = reference_log_sum(x, C, &largest);
+    size_t i;
+    for (i = 0; i < C; i++) total += reference_target(C, label, smoothing, weights, i);
+    return total * exp(x[j] - largest - log_sum) - reference_target(C, label, smoothing, weights, j);
+}
+
+/* One element of the other losses. */
+static inline double reference_loss(mpt_loss_kind kind, double x, double t) {
+    const double d = fabs(x - t);
+    if (kind == MPT_LOSS_BCE_WITH_LOGITS) return (x > 0 ? x : 0) - x * t + log(1 + exp(-fabs(x)));
+    if (kind == MPT_LOSS_ABSOLUTE_ERROR) return d;
+    if (kind == MPT_LOSS_HUBER) return d <= 1 ? d * d / 2 : d - 0.5;
+    return d * d;
+}
+
+static inline double reference_loss_slope(mpt_loss_kind kind, double x, double t) {
+    const double d = x - t, sign = d > 0 ? 1 : d < 0 ? -1 : 0;
+    if (kind == MPT_LOSS_BCE_WITH_LOGITS) return 1 / (1 + exp(-x)) - t;
+    if (kind == MPT_LOSS_ABSOLUTE_ERROR) return sign;
+    if (kind == MPT_LOSS_HUBER) return fabs(d) <= 1 ? d : sign;
+    return 2 * d;
+}
+
+/* Loss of a row: the mean over its elements. */
+static inline double reference_row_loss(mpt_loss_kind kind, const double *x, const double *target, size_t C) {
+    double sum = 0;
+    size_t j;
+    for (j = 0; j < C; j++) sum += reference_loss(kind, x[j], target[j]);
     return sum / (double)C;
 }
 

@@ -1,5 +1,5 @@
-/* parity.c - the same calls on the CPU and on CUDA, side by side: casts, scans, elementwise operations, pooling, scaler
-   and optimizers give the same bits; sums in another order stay within the bound of check.h on either side. */
+/* parity.c - the same calls on the CPU and on CUDA, side by side: casts, scans, elementwise operations, dropout, pooling,
+   scaler and optimizers give the same bits; sums in another order stay within the bound of check.h on either side. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
@@ -30,6 +30,20 @@ static void pair_put(pair *p, const void *host) {
         CHECK_OK(sides[side], mpt_upload(sides[side], p->array[side].data, host, p->bytes));
 }
 
+/* Uniform in -1 .. 1 */
+static pair pair_uniform(mpt_dtype type, size_t count, uint64_t seed) {
+    pair p = pair_new(type, count);
+    const size_t size = mpt_dtype_size(type);
+    unsigned char *host = (unsigned char *)test_memory(p.bytes);
+    size_t i;
+    for (i = 0; i < count; i++)
+        test_store(host + i * size,
+                   mpt_narrow((float)test_uniform(-1, 1, seed, i), type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0), type);
+    pair_put(&p, host);
+    free(host);
+    return p;
+}
+
 /* Finite values of many sizes; `strange`: every pattern there is, inf and NaN as well. */
 static pair pair_random(mpt_dtype type, size_t count, uint64_t seed, int strange) {
     pair p = pair_new(type, count);
@@ -38,8 +52,8 @@ static pair pair_random(mpt_dtype type, size_t count, uint64_t seed, int strange
     size_t i;
     for (i = 0; i < count; i++) {
         const double value = test_uniform(-1, 1, seed, 2 * i) * ldexp(1, -(int)(mpt_hash(seed, 0, 0, 2 * i + 1) % 12));
-        const uint32_t bits = strange ? mpt_hash(seed, 1, 0, i)
-                                      : mpt_narrow((float)value, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+        const uint32_t bits =
+            strange ? mpt_hash(seed, 1, 0, i) : mpt_narrow((float)value, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
         test_store(host + i * size, bits, type);
     }
     pair_put(&p, host);
@@ -77,12 +91,12 @@ static double *pair_values(const pair *p, int side) {
     return value;
 }
 
-/* Element i of the sides is within twice the bound of a sum of `terms` products of factors of magnitude at most 1. */
-static void pair_near(const pair *p, double terms, const char *what) {
+/* Element i of the sides is within twice the bound of a sum of `terms` products, of this magnitude together. */
+static void pair_near(const pair *p, double terms, double magnitude, const char *what) {
     double *cpu = pair_values(p, 0), *cuda = pair_values(p, 1);
     const size_t count = pair_count(p);
     size_t i = 0;
-    while (i < count && test_near(cuda[i], cpu[i], 2 * test_bound(terms, terms, cpu[i], p->array[0].type))) i++;
+    while (i < count && test_near(cuda[i], cpu[i], 2 * test_bound(terms, magnitude, cpu[i], p->array[0].type))) i++;
     if (!test_count(i == count, __FILE__, __LINE__, what))
         printf(": [%lu] is %g, on the CPU %g\n", (unsigned long)i, cuda[i], cpu[i]);
     free(cpu);
@@ -154,6 +168,42 @@ static void test_maps(mpt_dtype type, mpt_dtype out) {
     pair_free(&a), pair_free(&b), pair_free(&y);
 }
 
+/* To another array, added to what is there; then in place. */
+static void test_dropout(mpt_dtype type, mpt_dtype out) {
+    const size_t n = 1037;
+    const uint64_t number = 12345678901u;
+    pair x = pair_random(type, n, 14, 0), y = pair_random(out, n, 15, 0), step = pair_new(MPT_F32, 2);
+    int side;
+    pair_put(&step, &number);
+    for (side = 0; side < 2; side++) {
+        mpt_mask mask = {0.3f, 7, 8, NULL};
+        CHECK_OK(sides[side], mpt_dropout_array(sides[side], n, &mask, x.array[side], 0.5f, y.array[side]));
+        mask.step = (const uint64_t *)step.array[side].data;
+        CHECK_OK(sides[side], mpt_dropout_array(sides[side], n, &mask, y.array[side], 0, y.array[side]));
+    }
+    CHECK(pair_same(&y));
+    pair_free(&x), pair_free(&y), pair_free(&step);
+}
+
+/* Rows that 16-byte packs fit into, and others */
+static void test_copy_columns(mpt_dtype type, mpt_dtype out) {
+    static const size_t shapes[][4] = {{50, 24, 32, 40}, {33, 13, 13, 29}, {7, 1, 3, 2}, {2000, 8, 8, 16}};
+    size_t i;
+    int side;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const size_t rows = shapes[i][0], C = shapes[i][1], from = shapes[i][2], to = shapes[i][3];
+        pair x = pair_random(type, rows * from, 16, 0), y = pair_random(out, rows * to, 17, 0);
+        for (side = 0; side < 2; side++) {
+            mpt_context *ctx = sides[side];
+            const mpt_array second = mpt_typed_array((char *)y.array[side].data + mpt_dtype_size(out) * (to - C), out);
+            CHECK_OK(ctx, mpt_copy_columns(ctx, rows, C, x.array[side], from, 0.3f, y.array[side], to));
+            CHECK_OK(ctx, mpt_copy_columns(ctx, rows, C, x.array[side], from, 0, second, to));
+        }
+        CHECK(pair_same(&y));
+        pair_free(&x), pair_free(&y);
+    }
+}
+
 static void test_pool(mpt_pool kind, mpt_dtype type) {
     const mpt_pool2d_shape s = {3, 9, 7, 13, 3, 2, 2, 1};
     const size_t inputs = 3 * 9 * 7 * 13;
@@ -175,13 +225,14 @@ static void test_pool(mpt_pool kind, mpt_dtype type) {
 /* With bias and without, as they take different ways to a 16-bit y. */
 static void test_conv2d_forward(const mpt_conv2d_shape *s, pair *x, pair *w, pair *y) {
     pair b = pair_random(MPT_F32, s->K, 10, 0);
+    const double terms = (double)(s->R * s->S * s->C / s->groups + 1);
     mpt_array none = MPT_ZERO;
     int side, bias;
     for (bias = 0; bias < 2; bias++) {
         for (side = 0; side < 2; side++)
             CHECK_OK(sides[side], mpt_conv2d_forward(sides[side], s, x->array[side], w->array[side],
                                                      bias ? b.array[side] : none, MPT_RELU, y->array[side]));
-        pair_near(y, (double)(s->R * s->S * s->C + 1), "conv2d forward");
+        pair_near(y, terms, terms, "conv2d forward");
     }
     pair_free(&b);
 }
@@ -189,6 +240,7 @@ static void test_conv2d_forward(const mpt_conv2d_shape *s, pair *x, pair *w, pai
 /* The gradients of a convolution and of its bias, with beta 0.5. */
 static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pair *dy) {
     const size_t rows = pair_count(dy) / s->K;
+    const double taps = (double)(s->R * s->S * s->K / s->groups + 1), sum = (double)(rows + 1);
     pair dw = pair_random(MPT_F32, pair_count(w), 11, 0), db = pair_random(MPT_F32, s->K, 12, 0);
     int side;
     for (side = 0; side < 2; side++) {
@@ -197,15 +249,15 @@ static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pa
         CHECK_OK(ctx, mpt_conv2d_backward_data(ctx, s, dy->array[side], w->array[side], 0.5f, x->array[side]));
         CHECK_OK(ctx, mpt_bias_backward(ctx, rows, s->K, dy->array[side], 0.5f, db.array[side]));
     }
-    pair_near(&dw, (double)(rows + 1), "conv2d weight gradient");
-    pair_near(x, (double)(s->R * s->S * s->K + 1), "conv2d data gradient");
-    pair_near(&db, (double)(rows + 1), "conv2d bias gradient");
+    pair_near(&dw, sum, sum, "conv2d weight gradient");
+    pair_near(x, taps, taps, "conv2d data gradient");
+    pair_near(&db, sum, sum, "conv2d bias gradient");
     pair_free(&dw), pair_free(&db);
 }
 
 static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type) {
-    pair x = pair_random(type, s->N * s->H * s->W * s->C, 8, 0), w = pair_random(type, s->K * s->R * s->S * s->C, 9, 0);
-    pair y, dy;
+    pair x = pair_random(type, s->N * s->H * s->W * s->C, 8, 0);
+    pair w = pair_random(type, s->K * s->R * s->S * s->C / s->groups, 9, 0), y, dy;
     size_t P = 0, Q = 0;
     CHECK_OK(NULL, mpt_conv2d_output(NULL, s, &P, &Q));
     y = pair_new(type, s->N * P * Q * s->K), dy = pair_random(type, s->N * P * Q * s->K, 13, 0);
@@ -214,28 +266,256 @@ static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type) {
     pair_free(&x), pair_free(&w), pair_free(&y), pair_free(&dy);
 }
 
+/* -- Normalisation -- */
+
+/* CUDA gets the CPU's bytes: what follows starts from the same numbers. */
+static void pair_level(pair *p) {
+    unsigned char *host = (unsigned char *)test_memory(p->bytes);
+    CHECK_OK(sides[0], mpt_download(sides[0], host, p->array[0].data, p->bytes));
+    CHECK_OK(sides[1], mpt_upload(sides[1], p->array[1].data, host, p->bytes));
+    free(host);
+}
+
+/* Means and variances are double sums rounded once. Returns the largest 1 / sqrt(variance + eps). */
+static double test_norm_stats(const mpt_norm_shape *s, pair *x, pair *stats) {
+    const size_t sets = s->N * s->groups;
+    double *value, largest = 0;
+    size_t i;
+    int side;
+    for (side = 0; side < 2; side++)
+        CHECK_OK(sides[side], mpt_norm_stats(sides[side], s, x->array[side], (float *)stats->array[side].data));
+    pair_near(stats, 1, 1, "norm statistics");
+    pair_level(stats);
+    value = pair_values(stats, 0);
+    for (i = 0; i < sets; i++) largest = fmax(largest, 1 / sqrt(value[sets + i] + 1e-5));
+    free(value);
+    return largest;
+}
+
+/* Statistics to running ones; y from three products of at most `inverse` */
+static void test_norm_forward(const mpt_norm_shape *s, mpt_dtype scale, pair *x, pair *stats, double inverse) {
+    pair gamma = pair_uniform(scale, s->C, 22), beta = pair_uniform(scale, s->C, 23);
+    pair running = pair_uniform(MPT_F32, 2 * s->N * s->groups, 24);
+    pair y = pair_new(x->array[0].type, pair_count(x));
+    int side;
+    for (side = 0; side < 2; side++) {
+        mpt_context *ctx = sides[side];
+        const float *at = (const float *)stats->array[side].data;
+        CHECK_OK(ctx, mpt_norm_forward(ctx, s, x->array[side], at, gamma.array[side], beta.array[side], MPT_RELU,
+                                       y.array[side]));
+        CHECK_OK(ctx, mpt_norm_running(ctx, s, 0.3f, at, (float *)running.array[side].data));
+    }
+    pair_near(&y, 3, 2 * inverse + 1, "norm forward");
+    pair_near(&running, 2, 3, "norm running statistics");
+    pair_free(&gamma), pair_free(&beta), pair_free(&running), pair_free(&y);
+}
+
+/* dx = inverse (gamma dy - a - xhat b) + 0.5 dx, where a, b are means of at most 1 and xhat is at most 2 inverse */
+static void test_norm_backward(const mpt_norm_shape *s, mpt_dtype scale, pair *x, pair *stats, double inverse,
+                               int frozen, int wanted) {
+    const mpt_dtype type = x->array[0].type;
+    pair gamma = pair_uniform(scale, s->C, 25), dy = pair_uniform(type, pair_count(x), 26);
+    pair dx = pair_uniform(type, pair_count(x), 27), dgamma = pair_uniform(MPT_F32, s->C, 28);
+    pair dbeta = pair_uniform(MPT_F32, s->C, 29);
+    const mpt_array none = MPT_ZERO;
+    int side;
+    for (side = 0; side < 2; side++)
+        CHECK_OK(sides[side],
+                 mpt_norm_backward(sides[side], s, x->array[side], (float *)stats->array[side].data, frozen,
+                                   gamma.array[side], dy.array[side], 0.5f, wanted ? dx.array[side] : none, 0.7f,
+                                   dgamma.array[side], dbeta.array[side]));
+    pair_near(&dx, 6, inverse * (2 + 2 * inverse) + 1, "norm data gradient");
+    pair_near(&dgamma, 1, 1, "norm gamma gradient"); /* double sums, rounded once */
+    pair_near(&dbeta, 1, 1, "norm beta gradient");
+    pair_free(&gamma), pair_free(&dy), pair_free(&dx), pair_free(&dgamma), pair_free(&dbeta);
+}
+
+static void test_norm(mpt_dtype type) {
+    static const mpt_norm_shape shapes[] = {
+        {1, 9000, 24, 24, 0}, {1, 5, 13, 13, 0},  {1, 70, 72, 72, 0},                     /* batch norm */
+        {37, 1, 50, 1, 0},    {300, 1, 64, 1, 0}, {5, 1, 2100, 1, 0},                     /* layer norm */
+        {40, 49, 64, 8, 0},   {3, 100, 12, 3, 0}, {2, 1500, 40, 1, 0}, {3, 90, 60, 2, 0}, /* group norm */
+        {5, 60, 12, 12, 0},                                                               /* instance norm */
+    };
+    size_t i;
+    int mode;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        const mpt_norm_shape *s = &shapes[i];
+        pair x = pair_uniform(type, s->N * s->pixels * s->C, 21), stats = pair_new(MPT_F32, 4 * s->N * s->groups);
+        const double inverse = test_norm_stats(s, &x, &stats);
+        const mpt_dtype scale = i % 2 ? type : MPT_F32;
+        test_norm_forward(s, scale, &x, &stats, inverse);
+        for (mode = 0; mode < 4; mode++) test_norm_backward(s, scale, &x, &stats, inverse, mode / 2, mode % 2);
+        pair_free(&x), pair_free(&stats);
+    }
+}
+
+/* -- Losses -- */
+
+typedef struct losses { /* what a loss call reads and writes */
+    size_t N, C;
+    pair x, dx, sum, scale, target;
+} losses;
+
+static losses losses_new(mpt_dtype type, size_t N, size_t C, const void *target, size_t target_bytes) {
+    const float scale = 8;
+    losses l;
+    l.N = N, l.C = C;
+    l.x = pair_uniform(type, N * C, 31), l.dx = pair_uniform(type, N * C, 32);
+    l.sum = pair_new(MPT_F32, sizeof(mpt_loss_sum) / 4), l.scale = pair_new(MPT_F32, 1);
+    l.target = pair_new(MPT_F32, target_bytes / 4);
+    pair_put(&l.scale, &scale);
+    pair_put(&l.target, target);
+    return l;
+}
+
+static void losses_free(losses *l) {
+    pair_free(&l->x), pair_free(&l->dx), pair_free(&l->sum), pair_free(&l->scale), pair_free(&l->target);
+}
+
+/* magnitude: of what a row's loss and the slope of an element are summed from, at most */
+static void check_losses(losses *l, double magnitude, double slope, const char *what) {
+    const double terms = (double)l->C + 8; /* elementary functions within 4 ulp */
+    mpt_loss_sum sum[2];
+    int side;
+    for (side = 0; side < 2; side++)
+        CHECK_OK(sides[side], mpt_download(sides[side], &sum[side], l->sum.array[side].data, sizeof *sum));
+    CHECK_NEAR(sum[1].loss, sum[0].loss, 2 * (double)l->N * test_bound(terms, magnitude, magnitude, MPT_F32));
+    CHECK_NEAR(sum[1].weight, sum[0].weight, 1e-12 * sum[0].weight);
+    CHECK(sum[1].rows == sum[0].rows && sum[1].correct == sum[0].correct);
+    pair_near(&l->dx, terms, slope, what);
+}
+
+/* desc->class_weights: on the host */
+static void test_cross_entropy(mpt_dtype type, size_t N, size_t C, mpt_cross_entropy_desc desc) {
+    const float *weights = desc.class_weights;
+    int32_t *label = (int32_t *)test_memory(N * sizeof *label);
+    pair w = pair_new(MPT_F32, C);
+    double mean = 0;
+    losses l;
+    size_t i;
+    int side;
+    for (i = 0; i < N; i++) label[i] = (int32_t)(mpt_hash(33, 0, 0, i) % C);
+    for (i = 0; i < N && weights; i++) mean += (double)weights[label[i]] / (double)N;
+    l = losses_new(type, N, C, label, N * sizeof *label);
+    if (weights) pair_put(&w, weights);
+    for (side = 0; side < 2; side++) {
+        mpt_context *ctx = sides[side];
+        mpt_loss_sum *sum = (mpt_loss_sum *)l.sum.array[side].data;
+        const int32_t *target = (const int32_t *)l.target.array[side].data;
+        const mpt_array none = MPT_ZERO;
+        if (weights) desc.class_weights = (const float *)w.array[side].data;
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, &desc, N, C, l.x.array[side], target, 2,
+                                        (const float *)l.scale.array[side].data, l.dx.array[side], sum));
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, &desc, N / 2, C, l.x.array[side], target, 2, NULL, none, sum));
+    }
+    check_losses(&l, 3 * (2 + log((double)C)), 3 * 3 * 16 / ((double)N * (weights ? mean : 1)), "cross entropy");
+    losses_free(&l);
+    pair_free(&w);
+    free(label);
+}
+
+static void test_elementwise_loss(mpt_loss_kind kind, mpt_dtype type, size_t N, size_t C) {
+    float *target = (float *)test_memory(N * C * sizeof *target);
+    losses l;
+    int side;
+    test_floats(target, N * C, -1, 1, 34);
+    l = losses_new(type, N, C, target, N * C * sizeof *target);
+    for (side = 0; side < 2; side++)
+        CHECK_OK(sides[side], mpt_elementwise_loss(sides[side], kind, N, C, l.x.array[side],
+                                                   (const float *)l.target.array[side].data, 2,
+                                                   (const float *)l.scale.array[side].data, l.dx.array[side],
+                                                   (mpt_loss_sum *)l.sum.array[side].data));
+    check_losses(&l, 4, 4 * 16 / (double)(N * C), "elementwise loss");
+    losses_free(&l);
+    free(target);
+}
+
+/* A row without a class is NaN and leaves the others alone; where all are ignored the gradient is 0. */
+static void test_labels(void) {
+    static const int32_t label[4] = {1, -1, 2, 3};
+    mpt_cross_entropy_desc desc = MPT_ZERO;
+    losses l = losses_new(MPT_F32, 4, 3, label, sizeof label);
+    mpt_loss_sum sum[2];
+    double *dx;
+    size_t i;
+    int side;
+    desc.ignore = 1, desc.ignore_index = 3;
+    for (side = 0; side < 2; side++) {
+        mpt_context *ctx = sides[side];
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, &desc, 4, 3, l.x.array[side], (const int32_t *)l.target.array[side].data,
+                                        1, NULL, l.dx.array[side], (mpt_loss_sum *)l.sum.array[side].data));
+        CHECK_OK(ctx, mpt_download(ctx, &sum[side], l.sum.array[side].data, sizeof *sum));
+        dx = pair_values(&l.dx, side);
+        for (i = 0; i < 12; i++) CHECK(test_is_finite(dx[i]) == (i / 3 != 1) && (i / 3 != 3 || dx[i] == 0));
+        free(dx);
+        CHECK_OK(ctx,
+                 mpt_cross_entropy(ctx, &desc, 1, 3, l.x.array[side], (const int32_t *)l.target.array[side].data + 3, 1,
+                                   NULL, l.dx.array[side], (mpt_loss_sum *)l.sum.array[side].data));
+        dx = pair_values(&l.dx, side);
+        for (i = 0; i < 3; i++) CHECK_EQUAL(dx[i], 0);
+        free(dx);
+        CHECK(!test_is_finite(sum[side].loss));
+        CHECK_EQUAL(sum[side].weight, 3);
+        CHECK_EQUAL(sum[side].rows, 3);
+    }
+    CHECK(sum[0].correct == sum[1].correct);
+    losses_free(&l);
+}
+
+static void test_losses(mpt_dtype type) {
+    float weights[40];
+    mpt_cross_entropy_desc desc = MPT_ZERO;
+    int kind;
+    test_floats(weights, 40, 0, 3, 35);
+    test_cross_entropy(type, 65, 10, desc);
+    desc.ignore = 1, desc.ignore_index = 4;
+    test_cross_entropy(type, 9000, 7, desc); /* several blocks for the weights */
+    desc.class_weights = weights, desc.label_smoothing = 0.2f;
+    test_cross_entropy(type, 300, 40, desc);
+    desc.ignore = 0;
+    test_cross_entropy(type, 33, 5, desc);
+    for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++) {
+        test_elementwise_loss((mpt_loss_kind)kind, type, 50, 37);
+        test_elementwise_loss((mpt_loss_kind)kind, type, 300, 1);
+    }
+}
+
 static void test_operations(void) {
-    static const mpt_conv2d_shape shapes[] = {{2, 9, 8, 16, 8, 3, 3, 1, 1, 1}, {3, 11, 7, 5, 6, 3, 2, 2, 1, 2},
-                                              {2, 6, 6, 8, 16, 1, 1, 1, 0, 1}, {40, 8, 8, 3, 4, 3, 3, 1, 1, 1}};
+    static const mpt_conv2d_shape shapes[] = {
+        {2, 9, 8, 16, 8, 3, 3, 1, 1, 1, 1},      {3, 11, 7, 5, 6, 3, 2, 2, 1, 2, 1},
+        {2, 6, 6, 8, 16, 1, 1, 1, 0, 1, 1},      {40, 8, 8, 3, 4, 3, 3, 1, 1, 1, 1},
+        {2, 9, 8, 16, 8, 3, 3, 1, 1, 1, 2},      {3, 7, 7, 6, 9, 3, 3, 2, 1, 1, 3}, /* groups */
+        {2, 6, 6, 16, 32, 1, 1, 1, 0, 1, 4},     {2, 7, 7, 4, 8, 3, 3, 1, 1, 1, 4},
+        {12, 14, 14, 16, 16, 3, 3, 1, 1, 1, 16}, {2, 9, 11, 13, 13, 3, 2, 2, 1, 1, 13}, /* depthwise */
+        {1, 12, 12, 72, 72, 5, 5, 1, 2, 2, 72},  {50, 7, 7, 2, 2, 1, 1, 1, 0, 1, 2}};
     size_t i;
     int type, out;
+    test_labels();
     for (type = MPT_F32; type <= MPT_BF16; type++) {
-        for (out = MPT_F32; out <= MPT_BF16; out++) test_maps((mpt_dtype)type, (mpt_dtype)out);
+        for (out = MPT_F32; out <= MPT_BF16; out++) {
+            test_maps((mpt_dtype)type, (mpt_dtype)out);
+            test_dropout((mpt_dtype)type, (mpt_dtype)out);
+            test_copy_columns((mpt_dtype)type, (mpt_dtype)out);
+        }
         test_pool(MPT_POOL_MAX, (mpt_dtype)type);
         test_pool(MPT_POOL_AVERAGE, (mpt_dtype)type);
         for (i = 0; i < sizeof shapes / sizeof *shapes; i++) test_conv2d(&shapes[i], (mpt_dtype)type);
+        test_norm((mpt_dtype)type);
+        test_losses((mpt_dtype)type);
     }
 }
 
 /* ==== OPTIMIZERS ==== */
 
-enum { TENSORS = 5, STEPS = 6 };
+enum { TENSORS = 5, STEPS = 6, COMMITS = 700 };
 static const size_t counts[TENSORS] = {3000, 1, 17, 64, 5003};
 
 typedef struct trainer {
     mpt_params *params;
     mpt_scaler *scaler;
     mpt_optimizer *opt;
+    float *pending, *committed; /* (COMMITS) */
 } trainer;
 
 static trainer trainer_new(mpt_context *ctx, const mpt_params_desc *block, const mpt_optimizer_desc *desc) {
@@ -256,16 +536,21 @@ static trainer trainer_new(mpt_context *ctx, const mpt_params_desc *block, const
     t.scaler = mpt_scaler_new(ctx, &scaler);
     t.opt = mpt_optimizer_new(t.params, t.scaler, desc);
     CHECK_OK(ctx, mpt_optimizer_group(t.opt, MPT_GROUP_BIAS, 2, 0));
+    t.pending = (float *)mpt_alloc(ctx, 2 * COMMITS * sizeof *t.pending);
+    t.committed = t.pending + COMMITS;
+    CHECK_OK(ctx, mpt_optimizer_commit(t.opt, COMMITS, t.pending, t.committed));
     return t;
 }
 
-static void trainer_free(trainer *t) {
+static void trainer_free(mpt_context *ctx, trainer *t) {
+    mpt_free(ctx, t->pending);
     mpt_optimizer_free(t->opt);
     mpt_scaler_free(t->scaler);
     mpt_params_free(t->params);
 }
 
-/* Gradients of step number `step`, 65536 times too large; the fourth step has an inf and a NaN. */
+/* Gradients of step number `step`, 65536 times too large; the fourth step has an inf and a NaN. What is to be committed
+   is new in each step. */
 static void trainer_step(mpt_context *ctx, trainer *t, int step) {
     float grad[5003];
     int i;
@@ -275,6 +560,8 @@ static void trainer_step(mpt_context *ctx, trainer *t, int step) {
         if (step == 3 && i == 4) grad[7] = test_float(0x7fc00000u);
         CHECK_OK(ctx, mpt_upload(ctx, mpt_params_grad(t->params, i + 1), grad, counts[i] * sizeof *grad));
     }
+    test_floats(grad, COMMITS, -1, 1, (uint64_t)step);
+    CHECK_OK(ctx, mpt_upload(ctx, t->pending, grad, COMMITS * sizeof *grad));
     CHECK_OK(ctx, mpt_unscale(t->opt));
     if (step % 2) CHECK_OK(ctx, mpt_clip_norm(t->opt, 1.5));
     if (step == 4) CHECK_OK(ctx, mpt_clip_value(t->opt, 0.01));
@@ -304,6 +591,7 @@ static void check_trainers(trainer *t, const char *what) {
     same &= memcmp(&scaler[0], &scaler[1], sizeof scaler[0]) == 0;
     same &= same_arrays(weight.data, mpt_params_weight(t[1].params, 0).data, count * mpt_dtype_size(weight.type));
     same &= same_arrays(mpt_params_master(t[0].params, 0), mpt_params_master(t[1].params, 0), count * sizeof *host);
+    same &= same_bytes(t[0].pending, t[1].pending, 2 * COMMITS * sizeof *host);
     for (m = 1; m <= 3; m++)
         same &= same_arrays(mpt_optimizer_moment(t[0].opt, m, 0), mpt_optimizer_moment(t[1].opt, m, 0),
                             count * sizeof *host);
@@ -320,13 +608,13 @@ static void test_optimizer(const mpt_params_desc *block, const mpt_optimizer_des
         for (side = 0; side < 2; side++) trainer_step(sides[side], &t[side], step);
         check_trainers(t, what);
     }
-    for (side = 0; side < 2; side++) trainer_free(&t[side]);
+    for (side = 0; side < 2; side++) trainer_free(sides[side], &t[side]);
 }
 
 static void test_optimizers(void) {
-    static const mpt_params_desc blocks[] = {{MPT_F32, MPT_MASTER_F32, 0}, {MPT_F16, MPT_MASTER_F32, 0},
-                                             {MPT_BF16, MPT_MASTER_F32, 0}, {MPT_F16, MPT_MASTER_NONE, 0},
-                                             {MPT_BF16, MPT_MASTER_SPLIT, 0}, {MPT_F16, MPT_MASTER_KAHAN, 0},
+    static const mpt_params_desc blocks[] = {{MPT_F32, MPT_MASTER_F32, 0},         {MPT_F16, MPT_MASTER_F32, 0},
+                                             {MPT_BF16, MPT_MASTER_F32, 0},        {MPT_F16, MPT_MASTER_NONE, 0},
+                                             {MPT_BF16, MPT_MASTER_SPLIT, 0},      {MPT_F16, MPT_MASTER_KAHAN, 0},
                                              {MPT_BF16, MPT_MASTER_STOCHASTIC, 77}};
     mpt_optimizer_desc kinds[5];
     size_t b, k;

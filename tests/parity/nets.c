@@ -27,7 +27,7 @@
 #include "../check.h"
 #include "golden.h"
 
-enum { SEED = 1, CLASSES = 10, TENSORS = 8, CELL = 4 };
+enum { SEED = 1, CLASSES = 10, TENSORS = 20, CELL = 4 };
 
 /* ==== NETS ==== */
 
@@ -46,6 +46,27 @@ static int lenet(mpt_model *net, int h) {
     h = mpt_max_pool2d(net, filters(net, h, 64), 2, NULL);
     h = dense(net, h, 128);
     return mpt_linear(net, h, CLASSES, NULL);
+}
+
+/* Batch norm behind it, so no bias. */
+static int conv_norm(mpt_model *net, int h, int count, int kernel, int stride) {
+    mpt_conv2d_desc desc = MPT_ZERO;
+    desc.stride = stride;
+    desc.no_bias = 1;
+    return mpt_batch_norm(net, mpt_conv2d(net, h, count, kernel, &desc), NULL);
+}
+
+static int block(mpt_model *net, int x, int count, int stride) {
+    int h = mpt_relu(net, conv_norm(net, x, count, 3, stride));
+    h = conv_norm(net, h, count, 3, 1);
+    return mpt_relu(net, mpt_add(net, h, stride > 1 ? conv_norm(net, x, count, 1, stride) : x));
+}
+
+static int resnet(mpt_model *net, int h) {
+    h = mpt_relu(net, conv_norm(net, h, 16, 3, 1));
+    h = block(net, h, 16, 1);
+    h = block(net, h, 32, 2);
+    return mpt_linear(net, mpt_global_avg_pool2d(net, h), CLASSES, NULL);
 }
 
 /* Roundings on the way through a net, by the mode that is compared with. */
@@ -76,6 +97,13 @@ static const network networks[] = {
      {9 + 288 + 3136 + 128, 4 + 3, 4 + 3 + 4 + 1},
      {10 + 128 + 9 * 64 + 32 * 28 * 28, 4, 4 + 9 + 32 + 1},
      {9, 9, 288, 288, 3136, 3136, 128, 128}},
+    /* Statistics are sums over 4096 or 1024 pixels, one of them forward and two backward. Kept are what convolutions,
+       norms and sums compute, 5 + 5 + 2 on the way, the pooled values, 7 copies; 2 gradients have two parts. */
+    {"net_resnet",
+     resnet,
+     {27 + 144 + 144 + 144 + 288 + 3 * 4096 + 2 * 1024 + 64 + 32, 7 + 12 + 1, 7 + 12 + 1 + 1 + 1},
+     {10 + 288 + 288 + 144 + 144 + 6 * 4096 + 4 * 1024 + 4096, 12 + 2 + 2, 12 + 2 + 2 + 4 * 9 + 16 + 1},
+     {27, 0, 0, 144, 0, 0, 144, 0, 0, 144, 0, 0, 288, 0, 0, 16, 0, 0, 32, 32}},
 };
 
 /* ==== WEIGHTS AND SAMPLES ==== as make_golden_nets.py draws them */

@@ -124,6 +124,7 @@ static mpt_conv2d_shape conv2d_shape(const run *r) {
     s.N = size(r, "N"), s.H = size(r, "H"), s.W = size(r, "W"), s.C = size(r, "C");
     s.K = size(r, "K"), s.R = size(r, "R"), s.S = size(r, "S");
     s.stride = size(r, "stride"), s.padding = size(r, "padding"), s.dilation = size(r, "dilation");
+    s.groups = size(r, "groups");
     return s;
 }
 
@@ -167,24 +168,71 @@ static void run_activation(run *r) {
     CHECK_OK(r->ctx, mpt_activation_backward(r->ctx, act, n, act >= MPT_GELU ? x : y, dy, 0, output(r, "dx")));
 }
 
-/* PyTorch's y is the mean: of the rows, whose loss a squared error takes as the mean of its elements. */
+typedef enum norm_kind { BATCH_NORM_TRAIN, BATCH_NORM_EVAL, LAYER_NORM, GROUP_NORM } norm_kind;
+
+/* How a norm takes its statistics from x(N,H,W,C), a layer norm from x(N,C). */
+static mpt_norm_shape norm_shape(const run *r) {
+    const size_t C = size(r, "C"), rows = golden_need(r->g, "", "input", "x")->count / C;
+    mpt_norm_shape s = MPT_ZERO;
+    s.C = C, s.eps = (float)golden_number(r->g, "eps");
+    s.N = r->option == LAYER_NORM ? rows : r->option == GROUP_NORM ? size(r, "N") : 1;
+    s.pixels = rows / s.N;
+    s.groups = r->option == LAYER_NORM ? 1 : r->option == GROUP_NORM ? size(r, "groups") : C;
+    return s;
+}
+
+/* Copies n floats from place to place in device memory. */
+static void copy(run *r, float *to, const void *from, size_t n) {
+    CHECK_OK(r->ctx, mpt_cast(r->ctx, n, mpt_typed_array(from, MPT_F32), mpt_f32_array(to), NULL));
+}
+
+/* The running statistics (2,C) of batch norm, which PyTorch keeps in two arrays, after this batch. */
+static void run_running(run *r, const mpt_norm_shape *s, const float *stats, mpt_array mean, mpt_array var) {
+    float *running = (float *)mpt_alloc(r->ctx, 2 * s->C * sizeof *running);
+    copy(r, running, mean.data, s->C), copy(r, running + s->C, var.data, s->C);
+    CHECK_OK(r->ctx, mpt_norm_running(r->ctx, s, (float)golden_number(r->g, "momentum"), stats, running));
+    copy(r, (float *)output(r, "mean_after").data, running, s->C);
+    copy(r, (float *)output(r, "var_after").data, running + s->C, s->C);
+    mpt_free(r->ctx, running);
+}
+
+static void run_norm(run *r) {
+    const mpt_norm_shape s = norm_shape(r);
+    const size_t sets = s.N * s.groups;
+    const int batch = r->option <= BATCH_NORM_EVAL, frozen = r->option == BATCH_NORM_EVAL;
+    const mpt_array none = MPT_ZERO, x = input(r, "x"), dy = input(r, "dy");
+    const mpt_array gamma = input(r, "gamma"), beta = input(r, "beta"), y = output(r, "y"), dx = output(r, "dx");
+    const mpt_array mean = batch ? input(r, "running_mean") : none, var = batch ? input(r, "running_var") : none;
+    float *stats = (float *)scratch(r, 4 * sets * sizeof *stats);
+    if (frozen) copy(r, stats, mean.data, s.C), copy(r, stats + s.C, var.data, s.C);
+    else CHECK_OK(r->ctx, mpt_norm_stats(r->ctx, &s, x, stats));
+    if (r->option == BATCH_NORM_TRAIN) run_running(r, &s, stats, mean, var);
+    CHECK_OK(r->ctx, mpt_norm_forward(r->ctx, &s, x, stats, gamma, beta, MPT_IDENTITY, y));
+    CHECK_OK(r->ctx, mpt_norm_backward(r->ctx, &s, x, stats, frozen, gamma, dy, 0, dx, 0, output(r, "dgamma"),
+                                       output(r, "dbeta")));
+}
+
+/* PyTorch's y is the mean. */
 static void run_loss(run *r) {
     const size_t N = size(r, "N"), C = size(r, "C");
-    const float scale = 1.0f / (float)N;
+    const mpt_loss_kind kind = (mpt_loss_kind)r->option;
     const mpt_array x = input(r, "x"), dx = output(r, "dx"), y = output(r, "y");
     mpt_loss_sum host = MPT_ZERO, *sum = (mpt_loss_sum *)mpt_alloc(r->ctx, sizeof *sum);
     float mean;
-    if ((mpt_loss_kind)r->option == MPT_LOSS_CROSS_ENTROPY) {
+    CHECK_OK(r->ctx, mpt_upload(r->ctx, sum, &host, sizeof host));
+    if (kind == MPT_LOSS_CROSS_ENTROPY) {
         mpt_cross_entropy_desc desc = MPT_ZERO;
         desc.label_smoothing = (float)golden_number(r->g, "label_smoothing");
-        CHECK_OK(r->ctx, mpt_cross_entropy(r->ctx, &desc, N, C, x, labels(r), scale, NULL, dx, sum));
+        desc.ignore = 1, desc.ignore_index = (int32_t)golden_number(r->g, "ignore_index");
+        if (golden_find(r->g, "", "input", "class_weights"))
+            desc.class_weights = (const float *)input(r, "class_weights").data;
+        CHECK_OK(r->ctx, mpt_cross_entropy(r->ctx, &desc, N, C, x, labels(r), 1, NULL, dx, sum));
     } else {
         const float *target = (const float *)input(r, "target").data;
-        CHECK_OK(r->ctx, mpt_squared_error(r->ctx, N, C, x, target, scale, NULL, dx, sum));
+        CHECK_OK(r->ctx, mpt_elementwise_loss(r->ctx, kind, N, C, x, target, 1, NULL, dx, sum));
     }
     CHECK_OK(r->ctx, mpt_download(r->ctx, &host, sum, sizeof host));
-    CHECK_EQUAL(host.rows, N);
-    mean = (float)(host.loss / (double)host.rows);
+    mean = (float)(host.loss / host.weight);
     CHECK_OK(r->ctx, mpt_upload(r->ctx, y.data, &mean, sizeof mean));
     mpt_free(r->ctx, sum);
 }
@@ -204,6 +252,8 @@ static const operation operations[] = {
     {"op_conv2d_stride", run_conv2d, 0},
     {"op_conv2d_projection", run_conv2d, 0},
     {"op_conv2d_dilation", run_conv2d, 0},
+    {"op_conv2d_groups", run_conv2d, 0},
+    {"op_conv2d_depthwise", run_conv2d, 0},
     {"op_max_pool", run_pool2d, MPT_POOL_MAX},
     {"op_max_pool_overlap", run_pool2d, MPT_POOL_MAX},
     {"op_avg_pool", run_pool2d, MPT_POOL_AVERAGE},
@@ -217,9 +267,19 @@ static const operation operations[] = {
     {"op_gelu_erf", run_activation, MPT_GELU},
     {"op_gelu_tanh", run_activation, MPT_GELU_TANH},
     {"op_silu", run_activation, MPT_SILU},
+    {"op_batch_norm_train", run_norm, BATCH_NORM_TRAIN},
+    {"op_batch_norm_eval", run_norm, BATCH_NORM_EVAL},
+    {"op_layer_norm", run_norm, LAYER_NORM},
+    {"op_group_norm", run_norm, GROUP_NORM},
     {"op_cross_entropy", run_loss, MPT_LOSS_CROSS_ENTROPY},
     {"op_cross_entropy_smoothing", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_weights", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_ignore", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_all", run_loss, MPT_LOSS_CROSS_ENTROPY},
     {"op_mse", run_loss, MPT_LOSS_SQUARED_ERROR},
+    {"op_bce_with_logits", run_loss, MPT_LOSS_BCE_WITH_LOGITS},
+    {"op_l1", run_loss, MPT_LOSS_ABSOLUTE_ERROR},
+    {"op_huber", run_loss, MPT_LOSS_HUBER},
 };
 
 static void test_operation(mpt_context *ctx, const operation *op) {

@@ -71,9 +71,7 @@ static void check_op(const char *what, op_call call, const void *args, const tes
     free(old);
 }
 
-static float nan_value(void) {
-    return test_float(0x7fc00000u);
-}
+static float nan_value(void) { return test_float(0x7fc00000u); }
 
 /* ==== GEMM ==== */
 
@@ -119,8 +117,8 @@ static void expect_product(const product *p, const test_tensor *t, double *expec
                 magnitude += fabs(a * b);
             }
             expected[i * ldc + j] = alpha * sum + old;
-            tolerance[i * ldc + j] = test_bound((double)p->k, fabs(alpha) * magnitude + fabs(old),
-                                                expected[i * ldc + j], t[C].array.type);
+            tolerance[i * ldc + j] =
+                test_bound((double)p->k, fabs(alpha) * magnitude + fabs(old), expected[i * ldc + j], t[C].array.type);
         }
 }
 
@@ -144,8 +142,8 @@ static void test_gemm(const product *p, mpt_dtype type_a, mpt_dtype type_b, mpt_
 }
 
 static void test_gemms(void) {
-    static const size_t shapes[][3] = {{1, 1, 1},    {3, 5, 7},      {2, 3, 1},    {1, 33, 5},    {29, 1, 31},
-                                       {17, 31, 13}, {64, 64, 64},   {5, 4, 300},  {129, 127, 257}, {200, 10, 784}};
+    static const size_t shapes[][3] = {{1, 1, 1},    {3, 5, 7},    {2, 3, 1},   {1, 33, 5},      {29, 1, 31},
+                                       {17, 31, 13}, {64, 64, 64}, {5, 4, 300}, {129, 127, 257}, {200, 10, 784}};
     static const float factors[][2] = {{1, 0}, {-1.5f, 1}, {0.75f, -0.5f}, {1, 1}};
     size_t i;
     int trans, mix;
@@ -245,8 +243,8 @@ static void layer_sums(const layer *l, int pass, double *x, double *w, double *b
 /* Most products that one element of the pass adds up. */
 static double layer_terms(const layer *l, int pass) {
     const mpt_conv2d_shape *s = &l->s;
-    if (pass == MPT_FORWARD) return (double)(s->R * s->S * s->C + 1);
-    if (pass == MPT_BACKWARD_DATA) return (double)(s->R * s->S * s->K);
+    if (pass == MPT_FORWARD) return (double)(s->R * s->S * s->C / s->groups + 1);
+    if (pass == MPT_BACKWARD_DATA) return (double)(s->R * s->S * s->K / s->groups);
     return (double)(s->N * l->P * l->Q);
 }
 
@@ -271,11 +269,11 @@ static void test_layer_pass(const layer *l, int pass, test_tensor *t) {
         if (pass == MPT_FORWARD && l->act == MPT_RELU && expected[i] < 0) expected[i] = 0;
         magnitude[i] = test_bound(layer_terms(l, pass), magnitude[i], expected[i], out->array.type);
     }
-    snprintf(what, sizeof what, "%s %s of %s %s %s, N %lu H %lu W %lu C %lu K %lu R %lu S %lu",
+    snprintf(what, sizeof what, "%s %s of %s %s %s, N %lu H %lu W %lu C %lu K %lu R %lu S %lu groups %lu",
              l->linear ? "linear" : "conv2d", layer_names[pass], mpt_dtype_name(t[X].array.type),
              mpt_dtype_name(t[W].array.type), mpt_dtype_name(t[Y].array.type), (unsigned long)l->s.N,
              (unsigned long)l->s.H, (unsigned long)l->s.W, (unsigned long)l->s.C, (unsigned long)l->s.K,
-             (unsigned long)l->s.R, (unsigned long)l->s.S);
+             (unsigned long)l->s.R, (unsigned long)l->s.S, (unsigned long)l->s.groups);
     if (!keeps) test_tensor_poison(out);
     check_op(what, layer_calls[pass], l, t, out, expected, magnitude);
     if (!keeps) test_tensor_fill(out, -1, 1, 77);
@@ -289,7 +287,7 @@ static void test_layer(layer l, mpt_dtype type_x, mpt_dtype type_w, mpt_dtype ty
     if (l.linear) l.P = l.Q = 1;
     else CHECK_OK(context, mpt_conv2d_output(context, &l.s, &l.P, &l.Q));
     t[X] = test_tensor_random(context, type_x, l.s.N * l.s.H * l.s.W * l.s.C, 1);
-    t[W] = test_tensor_random(context, type_w, l.s.K * l.s.R * l.s.S * l.s.C, 2);
+    t[W] = test_tensor_random(context, type_w, l.s.K * l.s.R * l.s.S * l.s.C / l.s.groups, 2);
     t[BIAS] = test_tensor_random(context, type_w, l.s.K, 3);
     t[Y] = test_tensor_random(context, type_y, outputs(&l), 4);
     for (pass = MPT_FORWARD; pass <= BACKWARD_BIAS; pass++) {
@@ -304,20 +302,28 @@ static layer make_layer(int linear, const size_t *s) {
     layer l = MPT_ZERO;
     l.linear = linear, l.biased = 1;
     l.s.N = s[0], l.s.H = s[1], l.s.W = s[2], l.s.C = s[3], l.s.K = s[4], l.s.R = s[5], l.s.S = s[6];
-    l.s.stride = s[7], l.s.padding = s[8], l.s.dilation = s[9];
+    l.s.stride = s[7], l.s.padding = s[8], l.s.dilation = s[9], l.s.groups = s[10];
     return l;
 }
 
-/* N H W C K R S stride padding dilation */
-static const size_t conv_shapes[][10] = {
-    {1, 1, 1, 1, 1, 1, 1, 1, 0, 1},    {2, 5, 7, 3, 4, 3, 3, 1, 1, 1},    {1, 8, 8, 1, 16, 3, 3, 1, 1, 1},
-    {2, 9, 6, 5, 7, 3, 2, 2, 1, 1},    {1, 7, 7, 2, 3, 1, 1, 1, 0, 1},    {2, 6, 5, 4, 5, 1, 1, 2, 0, 1},
-    {1, 11, 9, 3, 2, 3, 3, 1, 2, 2},   {1, 10, 10, 2, 3, 5, 5, 3, 2, 1},  {3, 4, 4, 17, 19, 3, 3, 1, 1, 1},
-    {1, 3, 3, 2, 2, 3, 3, 1, 0, 1},    {1, 2, 2, 3, 2, 3, 3, 1, 1, 1},    {1, 12, 5, 3, 4, 7, 1, 1, 3, 1},
-    {1, 5, 5, 2, 3, 3, 3, 0, 1, 0},    {2, 13, 11, 3, 9, 4, 3, 2, 3, 3},  {1, 1, 17, 5, 3, 1, 5, 2, 0, 2},
-    {4, 14, 14, 16, 32, 3, 3, 1, 1, 1},
+/* N H W C K R S stride padding dilation groups: few, as many as channels (depthwise), with several filters each */
+static const size_t conv_shapes[][11] = {
+    {1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1},        {2, 5, 7, 3, 4, 3, 3, 1, 1, 1, 1},
+    {1, 8, 8, 1, 16, 3, 3, 1, 1, 1, 1},       {2, 9, 6, 5, 7, 3, 2, 2, 1, 1, 1},
+    {1, 7, 7, 2, 3, 1, 1, 1, 0, 1, 1},        {2, 6, 5, 4, 5, 1, 1, 2, 0, 1, 1},
+    {1, 11, 9, 3, 2, 3, 3, 1, 2, 2, 1},       {1, 10, 10, 2, 3, 5, 5, 3, 2, 1, 1},
+    {3, 4, 4, 17, 19, 3, 3, 1, 1, 1, 1},      {1, 3, 3, 2, 2, 3, 3, 1, 0, 1, 1},
+    {1, 2, 2, 3, 2, 3, 3, 1, 1, 1, 1},        {1, 12, 5, 3, 4, 7, 1, 1, 3, 1, 1},
+    {1, 5, 5, 2, 3, 3, 3, 0, 1, 0, 1},        {2, 13, 11, 3, 9, 4, 3, 2, 3, 3, 1},
+    {1, 1, 17, 5, 3, 1, 5, 2, 0, 2, 1},       {2, 6, 5, 4, 6, 3, 3, 1, 1, 1, 2},
+    {1, 7, 9, 9, 15, 3, 2, 2, 1, 1, 3},       {2, 5, 4, 7, 7, 1, 1, 1, 0, 1, 7},
+    {1, 8, 8, 5, 10, 3, 3, 1, 1, 1, 5},       {1, 6, 6, 8, 4, 3, 3, 1, 1, 1, 4},
+    {1, 11, 11, 3, 3, 5, 5, 2, 2, 2, 3},      {2, 9, 7, 37, 37, 3, 3, 1, 1, 1, 37},
+    {1, 21, 21, 34, 34, 17, 17, 3, 0, 1, 34}, {1, 2, 2, 2, 2, 3, 3, 1, 1, 1, 2},
+    {2, 13, 11, 66, 44, 3, 3, 1, 1, 1, 11},   {4, 14, 14, 100, 100, 3, 3, 2, 1, 1, 100},
+    {4, 14, 14, 16, 32, 3, 3, 1, 1, 1, 1},
 };
-enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes };
+enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes, LARGE_SHAPES = 3, GROUPED = 15, DEPTHWISE = 20 };
 
 /* N I O of linear layers */
 static const size_t linear_shapes[][3] = {{1, 1, 1},   {3, 5, 7},     {31, 17, 13},
@@ -327,7 +333,7 @@ enum { LINEAR_SHAPES = sizeof linear_shapes / sizeof *linear_shapes };
 static void test_layers(void) {
     int i, mix;
     for (i = 0; i < CONV_SHAPES + LINEAR_SHAPES; i++) {
-        size_t s[10] = {0, 1, 1, 0, 0, 1, 1, 1, 0, 1};
+        size_t s[11] = {0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1};
         layer l;
         if (i < CONV_SHAPES) l = make_layer(0, conv_shapes[i]);
         else {
@@ -339,9 +345,10 @@ static void test_layers(void) {
         test_layer(l, MPT_F16, MPT_F16, i % 2 ? MPT_F16 : MPT_F32);
         test_layer(l, MPT_BF16, MPT_BF16, i % 2 ? MPT_F32 : MPT_BF16);
     }
-    for (mix = 0; mix < 27; mix++) {
-        const layer l = make_layer(0, conv_shapes[1]);
-        test_layer(l, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3 % 3), (mpt_dtype)(mix / 9));
+    for (mix = 0; mix < 3 * 27; mix++) {
+        static const int shapes[] = {1, GROUPED, DEPTHWISE};
+        const layer l = make_layer(0, conv_shapes[shapes[mix / 27]]);
+        test_layer(l, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3 % 3), (mpt_dtype)(mix / 9 % 3));
     }
 }
 
@@ -369,7 +376,8 @@ static void test_reference_layer(layer l) {
     int j;
     l.act = MPT_IDENTITY;
     CHECK_OK(context, mpt_conv2d_output(context, &l.s, &l.P, &l.Q));
-    counts[X] = l.s.N * l.s.H * l.s.W * l.s.C, counts[W] = l.s.K * l.s.R * l.s.S * l.s.C, counts[BIAS] = l.s.K;
+    counts[X] = l.s.N * l.s.H * l.s.W * l.s.C, counts[BIAS] = l.s.K;
+    counts[W] = l.s.K * l.s.R * l.s.S * l.s.C / l.s.groups;
     counts[Y] = outputs(&l);
     o.l = &l, o.y = test_doubles(counts[Y]);
     for (j = 0; j < 4; j++) {
@@ -504,8 +512,7 @@ static void test_pool_backward(const pooling *p, test_tensor *t, const long *pla
     }
     reference_windows(&p->s, p->P, p->Q, pool_gradient_visit, &g);
     if (!(p->beta != 0) && t[0].array.type == MPT_F32) test_reference_pool(p, t, g.dx); /* fp32: no two are equal */
-    for (i = 0; i < t[0].count; i++)
-        g.magnitude[i] = test_bound(windows, g.magnitude[i], g.dx[i], t[0].array.type);
+    for (i = 0; i < t[0].count; i++) g.magnitude[i] = test_bound(windows, g.magnitude[i], g.dx[i], t[0].array.type);
     if (!(p->beta != 0)) test_tensor_poison(&t[0]);
     check_op("pool backward", call_pool_backward, p, t, &t[0], g.dx, g.magnitude);
     free(g.dx), free(g.magnitude);
@@ -530,8 +537,8 @@ static void test_pool(pooling p, mpt_dtype type) {
 }
 
 static void test_pools(void) {
-    static const size_t shapes[][8] = {{1, 4, 4, 1, 2, 2, 0, 0}, {2, 7, 5, 3, 3, 2, 2, 1}, {1, 6, 6, 5, 3, 3, 1, 1},
-                                       {2, 5, 4, 7, 5, 4, 0, 0}, {1, 9, 9, 2, 2, 2, 3, 0}, {1, 5, 5, 3, 1, 1, 1, 0},
+    static const size_t shapes[][8] = {{1, 4, 4, 1, 2, 2, 0, 0}, {2, 7, 5, 3, 3, 2, 2, 1},   {1, 6, 6, 5, 3, 3, 1, 1},
+                                       {2, 5, 4, 7, 5, 4, 0, 0}, {1, 9, 9, 2, 2, 2, 3, 0},   {1, 5, 5, 3, 1, 1, 1, 0},
                                        {3, 7, 8, 2, 2, 3, 0, 1}, {8, 32, 32, 17, 3, 3, 2, 1}};
     size_t i;
     int type, kind;
@@ -641,8 +648,8 @@ static void test_elements(elementwise e, mpt_dtype type_a, mpt_dtype type_b, mpt
     for (i = 0; i < e.n; i++) {
         const double slope = e.act == MPT_RELU && !(t[0].value[i] > 0) ? 0 : 1;
         expected[i] = slope * t[1].value[i] + (e.beta != 0 ? (double)e.beta * t[2].value[i] : 0);
-        tolerance[i] = test_bound(1, fabs(slope * t[1].value[i]) + fabs((double)e.beta * t[2].value[i]), expected[i],
-                                  type_out);
+        tolerance[i] =
+            test_bound(1, fabs(slope * t[1].value[i]) + fabs((double)e.beta * t[2].value[i]), expected[i], type_out);
     }
     if (!(e.beta != 0)) test_tensor_poison(&t[2]);
     check_op("activation backward", call_activation_backward, &e, t, &t[2], expected, tolerance);
@@ -721,18 +728,669 @@ static void test_elementwise_errors(void) {
     test_tensor_free(&t);
 }
 
+/* ==== COLUMNS ==== */
+
+typedef struct columns {
+    size_t rows, C, x_stride, y_stride;
+    float beta;
+} columns;
+
+static mpt_result call_copy_columns(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const columns *c = (const columns *)args;
+    return mpt_copy_columns(ctx, c->rows, c->C, t[0].array, c->x_stride, c->beta, t[1].array, c->y_stride);
+}
+
+/* What lies between the rows is not read in x, and not written in y. */
+static void test_copy_columns(const columns *c, mpt_dtype type_x, mpt_dtype type_y) {
+    const size_t count = (c->rows - 1) * c->y_stride + c->C;
+    double *expected = test_doubles(count), *tolerance = test_doubles(count);
+    test_tensor t[2];
+    size_t i;
+    t[0] = test_tensor_random(context, type_x, (c->rows - 1) * c->x_stride + c->C, 1);
+    t[1] = test_tensor_random(context, type_y, count, 2);
+    poison_columns(&t[0], c->C, c->x_stride, c->x_stride);
+    if (!(c->beta != 0)) poison_columns(&t[1], 0, c->C, c->y_stride);
+    for (i = 0; i < count; i++) {
+        const size_t row = i / c->y_stride, column = i % c->y_stride;
+        double x, old;
+        expected[i] = t[1].value[i];
+        if (column >= c->C) continue;
+        x = t[0].value[row * c->x_stride + column];
+        old = c->beta != 0 ? (double)c->beta * t[1].value[i] : 0;
+        expected[i] = x + old;
+        tolerance[i] = test_bound(1, c->beta != 0 ? fabs(x) + fabs(old) : 0, expected[i], type_y);
+    }
+    check_op("copy columns", call_copy_columns, c, t, &t[1], expected, tolerance);
+    free(expected), free(tolerance);
+    test_tensor_free(&t[0]), test_tensor_free(&t[1]);
+}
+
+static void test_columns(void) {
+    static const size_t shapes[][4] = {{1, 1, 1, 1},     {3, 5, 5, 7},       {7, 31, 64, 31},
+                                       {101, 3, 17, 11}, {4099, 33, 67, 45}, {2, 1000, 1000, 2003}};
+    size_t i;
+    int mix;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (mix = 0; mix < 9; mix++) {
+            columns c;
+            c.rows = shapes[i][0], c.C = shapes[i][1], c.x_stride = shapes[i][2], c.y_stride = shapes[i][3];
+            c.beta = (i + (size_t)mix) % 2 ? -0.5f : 0;
+            test_copy_columns(&c, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3));
+        }
+}
+
+static void test_columns_errors(void) {
+    test_tensor t = test_tensor_random(context, MPT_F32, 16, 1), y = test_tensor_new(context, MPT_BF16, 16);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    const size_t huge = (size_t)-1 / 2;
+    t.value[3] = (double)nan_value();
+    test_tensor_upload(&t);
+    CHECK_OK(context, mpt_copy_columns(context, 2, 4, x, 8, 0, y.array, 8));
+    test_tensor_download(&y);
+    CHECK(!test_is_finite(y.value[3]));
+    CHECK_EQUAL(y.value[4], 0);
+    CHECK(mpt_copy_columns(NULL, 2, 3, x, 3, 0, x, 3) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, null, 3, 0, x, 3), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, x, 3, 0, null, 3), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, fp8, 3, 0, x, 3), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, x, 3, 0, fp8, 3), MPT_ERROR_TYPE, "y");
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, x, 2, 0, x, 3), MPT_ERROR_SHAPE, "x_stride");
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, x, 3, 0, x, 2), MPT_ERROR_SHAPE, "y_stride");
+    CHECK_ERROR(context, mpt_copy_columns(context, huge, 3, x, 3, 0, x, 3), MPT_ERROR_SHAPE, "overflow");
+    CHECK_ERROR(context, mpt_copy_columns(context, 2, 3, x, 3, 0, x, huge), MPT_ERROR_SHAPE, "overflow");
+    CHECK_OK(context, mpt_copy_columns(context, 0, 3, null, 3, 0, null, 3));
+    CHECK_OK(context, mpt_copy_columns(context, 2, 0, null, 3, 0, null, 3));
+    test_tensor_free(&t), test_tensor_free(&y);
+}
+
+/* ==== DROPOUT ==== */
+
+typedef struct dropout {
+    size_t n;
+    mpt_mask mask;
+    float beta;
+} dropout;
+
+static mpt_result call_dropout(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const dropout *d = (const dropout *)args;
+    return mpt_dropout_array(ctx, d->n, &d->mask, t[0].array, d->beta, t[1].array);
+}
+
+/* The mask is what its description says: mpt_hash tells of every element whether it is dropped. step: the value behind
+   d->mask.step. */
+static void test_dropout(const dropout *d, uint64_t step, mpt_dtype type_x, mpt_dtype type_y) {
+    double *expected = test_doubles(d->n), *tolerance = test_doubles(d->n);
+    test_tensor t[2];
+    size_t i;
+    t[0] = test_tensor_random(context, type_x, d->n, 1);
+    t[1] = test_tensor_random(context, type_y, d->n, 2);
+    if (!(d->beta != 0)) test_tensor_poison(&t[1]);
+    for (i = 0; i < d->n; i++) {
+        const double factor = reference_dropout((double)d->mask.p, mpt_hash(d->mask.seed, step, d->mask.tensor, i));
+        const double x = factor * t[0].value[i], old = d->beta != 0 ? (double)d->beta * t[1].value[i] : 0;
+        expected[i] = x + old;
+        tolerance[i] = test_bound(1, fabs(x) + fabs(old), expected[i], type_y);
+    }
+    check_op("dropout", call_dropout, d, t, &t[1], expected, tolerance);
+    free(expected), free(tolerance);
+    test_tensor_free(&t[0]), test_tensor_free(&t[1]);
+}
+
+static void test_dropouts(void) {
+    static const size_t sizes[] = {0, 1, 7, 65, 1001, 200003};
+    static const float shares[] = {0, 0.1f, 0.5f, 0.9375f, 0.99f};
+    const uint64_t step = 7;
+    uint64_t *device = (uint64_t *)mpt_alloc(context, sizeof *device);
+    size_t i;
+    int mix;
+    CHECK_OK(context, mpt_upload(context, device, &step, sizeof step));
+    for (i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (mix = 0; mix < 9; mix++) {
+            dropout d = MPT_ZERO;
+            d.n = sizes[i], d.beta = mix % 2 ? 0 : -0.5f;
+            d.mask.p = shares[(i + (size_t)mix) % 5], d.mask.seed = 3 + i, d.mask.tensor = (uint64_t)mix;
+            d.mask.step = mix % 4 ? device : NULL;
+            test_dropout(&d, mix % 4 ? step : 0, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3));
+        }
+    mpt_free(context, device);
+}
+
+/* Which of n ones a mask keeps; in place. */
+static test_tensor kept_by(const mpt_mask *mask, size_t n) {
+    test_tensor t = test_tensor_new(context, MPT_F32, n);
+    test_tensor_fill(&t, 1, 1, 0);
+    CHECK_OK(context, mpt_dropout_array(context, n, mask, t.array, 0, t.array));
+    test_tensor_download(&t);
+    return t;
+}
+
+/* How many elements of two masks of different names differ: as of independent ones, to 5 standard deviations. */
+static void check_independent(const test_tensor *a, const mpt_mask *other, double p) {
+    test_tensor b = kept_by(other, a->count);
+    const double n = (double)a->count, share = 2 * p * (1 - p);
+    double different = 0;
+    size_t i;
+    for (i = 0; i < a->count; i++) different += (a->value[i] > 0) != (b.value[i] > 0);
+    CHECK_NEAR(different, n * share, 5 * sqrt(n * share * (1 - share)));
+    test_tensor_free(&b);
+}
+
+static void test_dropout_shares(void) {
+    static const float shares[] = {0.01f, 0.25f, 0.5f, 0.9f};
+    const uint64_t one = 1;
+    uint64_t *step = (uint64_t *)mpt_alloc(context, sizeof *step);
+    size_t i, j;
+    CHECK_OK(context, mpt_upload(context, step, &one, sizeof one));
+    for (i = 0; i < sizeof shares / sizeof *shares; i++) {
+        const double p = (double)shares[i], n = 300007;
+        mpt_mask mask = MPT_ZERO, other;
+        test_tensor t;
+        double kept = 0;
+        mask.p = shares[i], mask.seed = 11, mask.tensor = 5;
+        t = kept_by(&mask, (size_t)n);
+        for (j = 0; j < t.count; j++) kept += t.value[j] > 0;
+        CHECK_NEAR(kept, n * (1 - p), 5 * sqrt(n * p * (1 - p)));
+        other = mask, other.seed = 12, check_independent(&t, &other, p);
+        other = mask, other.tensor = 6, check_independent(&t, &other, p);
+        other = mask, other.step = step, check_independent(&t, &other, p);
+        test_tensor_free(&t);
+    }
+    mpt_free(context, step);
+}
+
+static void test_dropout_errors(void) {
+    test_tensor t = test_tensor_new(context, MPT_F32, 64);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    static const float bad[] = {1, -0.25f, 1.5f};
+    mpt_mask mask = MPT_ZERO;
+    size_t i;
+    CHECK(mpt_dropout_array(NULL, 4, &mask, x, 0, x) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(context, mpt_dropout_array(context, 4, NULL, x, 0, x), MPT_ERROR_ARGUMENT, "mask");
+    CHECK_ERROR(context, mpt_dropout_array(context, 4, &mask, null, 0, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(context, mpt_dropout_array(context, 4, &mask, x, 0, null), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(context, mpt_dropout_array(context, 4, &mask, fp8, 0, x), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(context, mpt_dropout_array(context, 4, &mask, x, 0, fp8), MPT_ERROR_TYPE, "y");
+    CHECK_ERROR(context, mpt_dropout_array(context, (size_t)-1 / 2, &mask, x, 0, x), MPT_ERROR_SHAPE, "overflow");
+    for (i = 0; i < 3; i++) {
+        mask.p = bad[i];
+        CHECK_ERROR(context, mpt_dropout_array(context, 4, &mask, x, 0, x), MPT_ERROR_ARGUMENT, "p");
+    }
+    mask.p = nan_value();
+    CHECK_ERROR(context, mpt_dropout_array(context, 4, &mask, x, 0, x), MPT_ERROR_ARGUMENT, "p");
+    mask.p = 0.5f; /* NaN that is kept stays NaN */
+    test_tensor_poison(&t);
+    CHECK_OK(context, mpt_dropout_array(context, 64, &mask, x, 0, x));
+    test_tensor_download(&t);
+    for (i = 0; i < 64; i++)
+        if (reference_dropout(0.5, mpt_hash(0, 0, 0, i)) > 0) CHECK(!test_is_finite(t.value[i]));
+    test_tensor_free(&t);
+}
+
+/* ==== NORMALISATION ==== */
+
+typedef struct norm {
+    mpt_norm_shape s;
+    mpt_activation act;
+    int frozen;
+    float scale_x, scale, momentum;
+} norm;
+
+enum { INPUT, GAMMA, SHIFT, OUTPUT, SLOPE, DX, DGAMMA, DSHIFT, STATS, RUNNING, NORM_TENSORS }; /* SLOPE: dy */
+
+static size_t norm_sets(const norm *n) { return n->s.N * n->s.groups; }
+
+static float *floats_of(const test_tensor *t) { return (float *)t->array.data; }
+
+static mpt_result call_norm_stats(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const norm *n = (const norm *)args;
+    return mpt_norm_stats(ctx, &n->s, t[INPUT].array, floats_of(&t[STATS]));
+}
+
+static mpt_result call_norm_forward(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const norm *n = (const norm *)args;
+    return mpt_norm_forward(ctx, &n->s, t[INPUT].array, floats_of(&t[STATS]), t[GAMMA].array, t[SHIFT].array, n->act,
+                            t[OUTPUT].array);
+}
+
+static mpt_result call_norm_backward(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const norm *n = (const norm *)args;
+    return mpt_norm_backward(ctx, &n->s, t[INPUT].array, floats_of(&t[STATS]), n->frozen, t[GAMMA].array,
+                             t[SLOPE].array, n->scale_x, t[DX].array, n->scale, t[DGAMMA].array, t[DSHIFT].array);
+}
+
+static mpt_result call_norm_running(mpt_context *ctx, const void *args, const test_tensor *t) {
+    const norm *n = (const norm *)args;
+    return mpt_norm_running(ctx, &n->s, n->momentum, floats_of(&t[STATS]), floats_of(&t[RUNNING]));
+}
+
+static void norm_tensors(const norm *n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype type_p, test_tensor *t) {
+    const size_t count = n->s.N * n->s.pixels * n->s.C, channels = n->s.C, sets = norm_sets(n);
+    t[INPUT] = test_tensor_random(context, type_x, count, 1);
+    t[GAMMA] = test_tensor_random(context, type_p, channels, 2);
+    t[SHIFT] = test_tensor_random(context, type_p, channels, 3);
+    t[OUTPUT] = test_tensor_new(context, type_y, count);
+    t[SLOPE] = test_tensor_random(context, type_y, count, 4);
+    t[DX] = test_tensor_random(context, type_x, count, 5);
+    t[DGAMMA] = test_tensor_random(context, type_p, channels, 6);
+    t[DSHIFT] = test_tensor_random(context, type_p, channels, 7);
+    t[STATS] = test_tensor_new(context, MPT_F32, 4 * sets);
+    t[RUNNING] = test_tensor_random(context, MPT_F32, 2 * sets, 8);
+}
+
+/* The sums are double and rounded once; that of the squares may be E x^2 - (E x)^2, which passes 2 count + 10 roundings
+   of the size of E x^2. */
+static void check_norm_stats(const norm *n, test_tensor *t) {
+    const size_t sets = norm_sets(n);
+    const double count = reference_norm_count(&n->s), d = ldexp(1, -53);
+    double *expected = test_doubles(2 * sets), *tolerance = test_doubles(2 * sets);
+    double *square = test_doubles(t[INPUT].count), *squares = test_doubles(sets);
+    test_tensor rows = t[STATS];
+    size_t i;
+    for (i = 0; i < t[INPUT].count; i++) square[i] = t[INPUT].value[i] * t[INPUT].value[i];
+    reference_norm_means(&n->s, square, squares);
+    reference_norm_stats(&n->s, t[INPUT].value, expected);
+    for (i = 0; i < 2 * sets; i++)
+        tolerance[i] = test_unit(MPT_F32) * fabs(expected[i]) + test_tiny(MPT_F32) +
+                       (2 * count + 10) * d * (i < sets ? sqrt(squares[i]) : squares[i - sets]);
+    test_tensor_poison(&t[STATS]);
+    rows.count = 2 * sets; /* the others may stay NaN */
+    check_op("norm stats", call_norm_stats, n, t, &rows, expected, tolerance);
+    CHECK_OK(context, call_norm_stats(context, n, t));
+    test_tensor_download(&t[STATS]);
+    free(expected), free(tolerance), free(square), free(squares);
+}
+
+/* Deviation, root and inverse, two products and two sums; tanh itself is taken to be good to 8 ulp. */
+static void check_norm_forward(const norm *n, test_tensor *t) {
+    double *expected = test_doubles(t[OUTPUT].count), *tolerance = test_doubles(t[OUTPUT].count);
+    size_t i;
+    reference_norm(&n->s, t[INPUT].value, t[STATS].value, t[GAMMA].value, t[SHIFT].value, expected);
+    for (i = 0; i < t[OUTPUT].count; i++) {
+        const size_t g = reference_norm_group(&n->s, i), c = i % n->s.C;
+        const double normal =
+            (fabs(t[INPUT].value[i]) + fabs(t[STATS].value[g])) * reference_norm_inverse(&n->s, t[STATS].value, g);
+        if (n->act == MPT_RELU && expected[i] < 0) expected[i] = 0;
+        if (n->act == MPT_TANH) expected[i] = tanh(expected[i]);
+        tolerance[i] = test_bound(3, normal * fabs(t[GAMMA].value[c]) + fabs(t[SHIFT].value[c]), expected[i],
+                                  t[OUTPUT].array.type);
+        if (n->act == MPT_TANH) tolerance[i] += 16 * test_unit(MPT_F32);
+    }
+    test_tensor_poison(&t[OUTPUT]);
+    check_op("norm forward", call_norm_forward, n, t, &t[OUTPUT], expected, tolerance);
+    free(expected), free(tolerance);
+}
+
+/* The old content that a gradient keeps, and its size. */
+static void start_gradient(const test_tensor *t, float scale, double *expected, double *magnitude) {
+    size_t i;
+    for (i = 0; i < t->count; i++) {
+        expected[i] = scale != 0 ? (double)scale * t->value[i] : 0;
+        magnitude[i] = fabs(expected[i]);
+    }
+}
+
+/* Checks what the backward pass leaves in one of its results. */
+static void check_gradient(const char *what, const norm *n, test_tensor *t, test_tensor *out, float scale,
+                           const double *expected, double *magnitude, double terms) {
+    size_t i;
+    for (i = 0; i < out->count; i++) magnitude[i] = test_bound(terms, magnitude[i], expected[i], out->array.type);
+    if (scale != 0) test_tensor_upload(out); /* the other checks have added to it */
+    else test_tensor_poison(out);
+    check_op(what, call_norm_backward, n, t, out, expected, magnitude);
+}
+
+static void check_norm_parameters(const norm *n, test_tensor *t) {
+    const size_t channels = n->s.C;
+    const double rows = (double)(n->s.N * n->s.pixels);
+    double *gamma = test_doubles(channels), *shift = test_doubles(channels), *gamma_size = test_doubles(channels);
+    double *shift_size = test_doubles(channels);
+    size_t i;
+    start_gradient(&t[DGAMMA], n->scale, gamma, gamma_size);
+    start_gradient(&t[DSHIFT], n->scale, shift, shift_size);
+    reference_norm_parameters(&n->s, t[INPUT].value, t[STATS].value, t[SLOPE].value, gamma, shift);
+    for (i = 0; i < t[INPUT].count; i++) {
+        const size_t g = reference_norm_group(&n->s, i);
+        gamma_size[i % channels] += fabs(t[SLOPE].value[i]) * (fabs(t[INPUT].value[i]) + fabs(t[STATS].value[g])) *
+                                    reference_norm_inverse(&n->s, t[STATS].value, g);
+        shift_size[i % channels] += fabs(t[SLOPE].value[i]);
+    }
+    check_gradient("norm dgamma", n, t, &t[DGAMMA], n->scale, gamma, gamma_size, rows + 4);
+    check_gradient("norm dbeta", n, t, &t[DSHIFT], n->scale, shift, shift_size, rows);
+    free(gamma), free(shift), free(gamma_size), free(shift_size);
+}
+
+/* Errors to first order, in units of the largest number of roundings that a term passes: its own, the sum over the group,
+   and 11 more. */
+static void check_norm_dx(const norm *n, test_tensor *t) {
+    const size_t count = t[INPUT].count, sets = norm_sets(n);
+    double *expected = test_doubles(count), *magnitude = test_doubles(count);
+    double *scratch = test_doubles(2 * count + 2 * sets), *slope_size = scratch, *product_size = slope_size + count;
+    double *m1 = product_size + count, *m2 = m1 + sets;
+    size_t i;
+    start_gradient(&t[DX], n->scale_x, expected, magnitude);
+    if (n->frozen) reference_norm_frozen(&n->s, t[STATS].value, t[GAMMA].value, t[SLOPE].value, expected);
+    else
+        reference_norm_backward(&n->s, t[INPUT].value, t[STATS].value, t[GAMMA].value, t[SLOPE].value, expected,
+                                scratch);
+    for (i = 0; i < count; i++) {
+        const size_t g = reference_norm_group(&n->s, i);
+        slope_size[i] = fabs(t[SLOPE].value[i] * t[GAMMA].value[i % n->s.C]);
+        product_size[i] = slope_size[i] * (fabs(t[INPUT].value[i]) + fabs(t[STATS].value[g])) *
+                          reference_norm_inverse(&n->s, t[STATS].value, g);
+    }
+    reference_norm_means(&n->s, slope_size, m1);
+    reference_norm_means(&n->s, product_size, m2);
+    for (i = 0; i < count; i++) {
+        const size_t g = reference_norm_group(&n->s, i);
+        const double inverse = reference_norm_inverse(&n->s, t[STATS].value, g);
+        const double normal = (fabs(t[INPUT].value[i]) + fabs(t[STATS].value[g])) * inverse;
+        magnitude[i] += (slope_size[i] + (n->frozen ? 0 : m1[g] + normal * m2[g])) * inverse;
+    }
+    check_gradient("norm dx", n, t, &t[DX], n->scale_x, expected, magnitude,
+                   n->frozen ? 4 : reference_norm_count(&n->s) + 11);
+    free(expected), free(magnitude), free(scratch);
+}
+
+/* Without dx the other two are the same; statistics are only read. */
+static void check_norm_optional(const norm *n, test_tensor *t) {
+    const size_t bytes = n->s.C * sizeof(double);
+    double *with = test_doubles(2 * n->s.C);
+    norm fresh = *n;
+    test_tensor dx = t[DX], stats = t[STATS];
+    fresh.scale = 0;
+    CHECK_OK(context, call_norm_backward(context, &fresh, t));
+    test_tensor_download(&t[DGAMMA]), test_tensor_download(&t[DSHIFT]);
+    memcpy(with, t[DGAMMA].value, bytes), memcpy(with + n->s.C, t[DSHIFT].value, bytes);
+    test_tensor_poison(&t[DGAMMA]), test_tensor_poison(&t[DSHIFT]);
+    t[DX].array.data = NULL;
+    CHECK_OK(context, call_norm_backward(context, &fresh, t));
+    t[DX] = dx;
+    test_tensor_download(&t[DGAMMA]), test_tensor_download(&t[DSHIFT]);
+    CHECK(memcmp(t[DGAMMA].value, with, bytes) == 0);
+    CHECK(memcmp(t[DSHIFT].value, with + n->s.C, bytes) == 0);
+    stats.value = test_doubles(stats.count);
+    test_tensor_download(&stats);
+    CHECK(memcmp(stats.value, t[STATS].value, 2 * norm_sets(n) * sizeof(double)) == 0);
+    free(stats.value), free(with);
+}
+
+static void check_norm_backward(norm n, test_tensor *t) {
+    int i;
+    for (i = 0; i < 2; i++) {
+        check_norm_parameters(&n, t);
+        check_norm_dx(&n, t);
+        test_tensor_fill(&t[DX], -1, 1, 5), test_tensor_fill(&t[DGAMMA], -1, 1, 6),
+            test_tensor_fill(&t[DSHIFT], -1, 1, 7);
+        n.scale = n.scale != 0 ? 0 : -0.75f, n.scale_x = n.scale_x != 0 ? 0 : 0.5f;
+    }
+    check_norm_optional(&n, t);
+}
+
+static void check_norm_running(const norm *n, test_tensor *t) {
+    const size_t sets = norm_sets(n);
+    double *expected = test_doubles(2 * sets), *size = test_doubles(2 * sets);
+    size_t i;
+    memcpy(expected, t[RUNNING].value, 2 * sets * sizeof *expected);
+    for (i = 0; i < 2 * sets; i++) size[i] = fabs(t[RUNNING].value[i]);
+    reference_norm_running(&n->s, (double)n->momentum, t[STATS].value, expected);
+    for (i = 0; i < 2 * sets; i++)
+        size[i] = test_bound(2, size[i] + fabs(expected[i]), expected[i], MPT_F32); /* of the sum's two parts */
+    check_op("norm running", call_norm_running, n, t, &t[RUNNING], expected, size);
+    free(expected), free(size);
+}
+
+/* y in place of x is the same as elsewhere, bit for bit. */
+static void check_norm_in_place(const norm *n, test_tensor *t) {
+    test_tensor x = test_tensor_new(context, t[OUTPUT].array.type, t[INPUT].count), kept = t[INPUT];
+    memcpy(x.value, t[INPUT].value, x.count * sizeof *x.value);
+    test_tensor_upload(&x);
+    t[INPUT] = x;
+    CHECK_OK(context, call_norm_forward(context, n, t));
+    test_tensor_download(&t[OUTPUT]);
+    CHECK_OK(context, mpt_norm_forward(context, &n->s, x.array, floats_of(&t[STATS]), t[GAMMA].array, t[SHIFT].array,
+                                       n->act, x.array));
+    t[INPUT] = kept;
+    test_tensor_download(&x);
+    CHECK(memcmp(x.value, t[OUTPUT].value, x.count * sizeof *x.value) == 0);
+    test_tensor_free(&x);
+}
+
+static void test_norm(norm n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype type_p) {
+    test_tensor t[NORM_TENSORS];
+    size_t i;
+    norm_tensors(&n, type_x, type_y, type_p, t);
+    check_norm_stats(&n, t);
+    check_norm_forward(&n, t);
+    check_norm_in_place(&n, t);
+    check_norm_backward(n, t);
+    if (reference_norm_count(&n.s) > 1) check_norm_running(&n, t);
+    for (i = 0; i < 2 * norm_sets(&n); i++) t[STATS].value[i] = test_uniform(0.5, 1.5, 9, i); /* those of no batch */
+    test_tensor_upload(&t[STATS]);
+    n.frozen = 1, n.act = n.act ? MPT_IDENTITY : MPT_TANH;
+    check_norm_forward(&n, t);
+    check_norm_backward(n, t);
+    for (i = 0; i < NORM_TENSORS; i++) test_tensor_free(&t[i]);
+}
+
+/* N pixels C groups: batch, layer, group and instance norm. Odd, prime, one value only, and more than is done at once. */
+static const size_t norm_shapes[][4] = {
+    {1, 60, 4, 4},  {1, 2, 1, 1},   {1, 7, 37, 37},   {1, 257, 130, 130}, {1, 4099, 3, 3}, {1, 5, 2003, 2003},
+    {7, 1, 33, 1},  {3, 1, 1, 1},   {101, 1, 257, 1}, {1000, 1, 64, 1},   {2, 1, 2003, 1}, {2, 30, 6, 3},
+    {3, 35, 12, 4}, {2, 49, 66, 2}, {1, 16, 8, 1},    {3, 25, 5, 5},      {2, 121, 7, 7},  {4, 256, 96, 8},
+};
+
+static norm make_norm(const size_t *s) {
+    norm n = MPT_ZERO;
+    n.s.N = s[0], n.s.pixels = s[1], n.s.C = s[2], n.s.groups = s[3];
+    n.momentum = 0.1f;
+    return n;
+}
+
+static void test_norms(void) {
+    size_t i;
+    int mix;
+    for (i = 0; i < sizeof norm_shapes / sizeof *norm_shapes; i++)
+        for (mix = 0; mix < 9; mix++) {
+            norm n = make_norm(norm_shapes[i]);
+            if (mix && n.s.N * n.s.pixels * n.s.C > 20000 && mix != 4 && mix != 8) continue; /* one type is enough */
+            n.s.eps = mix % 2 ? 0 : 0.001f;
+            n.act = mix % 2 ? MPT_RELU : MPT_IDENTITY;
+            n.scale = mix % 2 ? 0 : 1, n.scale_x = mix % 3 ? 0 : 1;
+            test_norm(n, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3), (mpt_dtype)((i + (size_t)mix) % 3));
+        }
+}
+
+/* A mean that is 100000 deviations: sums of squares in fp32 would leave nothing of the variance. */
+static void test_norm_cancellation(void) {
+    static const size_t shapes[][4] = {{1, 997, 3, 3}, {2, 1, 1009, 1}, {2, 61, 12, 2}};
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        const norm n = make_norm(shapes[i]);
+        test_tensor t[NORM_TENSORS];
+        size_t j;
+        norm_tensors(&n, MPT_F32, MPT_F32, MPT_F32, t);
+        test_tensor_fill(&t[INPUT], 1000 - 0.02, 1000 + 0.02, 3);
+        check_norm_stats(&n, t);
+        for (j = 0; j < NORM_TENSORS; j++) test_tensor_free(&t[j]);
+    }
+}
+
+/* The reference itself: its gradients are the slopes of sum(dy y), a function <a, v> / |v| of v = x - mean, |v|^2 being
+   the group's count / inverse^2. Its third derivative is at most 36 |a| / |v|^3, so that a step h is off by
+   6 h^2 |a| count inverse^3 / count; a double sum of so many terms, through h, by (count + 20) 2^-53 / h of the terms'
+   sizes. h = 2^-17. */
+typedef struct norm_objective {
+    const norm *n;
+    double *x, *gamma, *shift, *dy, *y, *stats;
+    size_t count;
+} norm_objective;
+
+static double norm_value(void *user) {
+    const norm_objective *o = (const norm_objective *)user;
+    double sum = 0;
+    size_t i;
+    if (!o->n->frozen) reference_norm_stats(&o->n->s, o->x, o->stats);
+    reference_norm(&o->n->s, o->x, o->stats, o->gamma, o->shift, o->y);
+    for (i = 0; i < o->count; i++) sum += o->y[i] * o->dy[i];
+    return sum;
+}
+
+static void check_slope(norm_objective *o, const char *what, double *variable, size_t n, const double *gradient) {
+    const mpt_norm_shape *s = &o->n->s;
+    double sizes = 0, steepest = 1, tolerance;
+    size_t i;
+    for (i = 0; i < s->N * s->groups; i++) {
+        const double inverse = reference_norm_inverse(s, o->stats, i);
+        if (inverse > steepest) steepest = inverse;
+    }
+    for (i = 0; i < o->count; i++) sizes += fabs(o->dy[i]) * (2 * steepest + 1);
+    tolerance = sizes * (ldexp(6, -34) * steepest * steepest + ldexp((double)o->count + 20, -36));
+    for (i = 0; i < n; i += 1 + n / 17)
+        if (!CHECK_NEAR(gradient[i], reference_slope(norm_value, o, &variable[i], ldexp(1, -17)), tolerance))
+            printf("    in %s[%lu]\n", what, (unsigned long)i);
+}
+
+static void test_reference_norm(const size_t *shape, int frozen) {
+    norm n = make_norm(shape);
+    const size_t count = n.s.N * n.s.pixels * n.s.C, channels = n.s.C, sets = norm_sets(&n);
+    double *all = test_doubles(6 * count + 6 * channels + 4 * sets), *dx, *dgamma, *dshift, *scratch;
+    norm_objective o;
+    size_t i;
+    for (i = 0; i < 3 * count + 4 * channels + 2 * sets; i++) all[i] = test_uniform(-1, 1, 3, i);
+    n.frozen = frozen;
+    o.n = &n, o.count = count;
+    o.x = all, o.dy = o.x + count, o.y = o.dy + count, o.gamma = o.y + count, o.shift = o.gamma + channels;
+    o.stats = o.shift + channels;
+    dx = o.stats + 2 * sets, dgamma = dx + count, dshift = dgamma + channels, scratch = dshift + channels;
+    memset(dx, 0, (count + 2 * channels) * sizeof *dx);
+    for (i = 0; i < sets; i++) o.stats[sets + i] = fabs(o.stats[sets + i]) + 0.5;
+    norm_value(&o);
+    reference_norm_parameters(&n.s, o.x, o.stats, o.dy, dgamma, dshift);
+    if (frozen) reference_norm_frozen(&n.s, o.stats, o.gamma, o.dy, dx);
+    else reference_norm_backward(&n.s, o.x, o.stats, o.gamma, o.dy, dx, scratch);
+    check_slope(&o, "dx", o.x, count, dx);
+    check_slope(&o, "dgamma", o.gamma, channels, dgamma);
+    check_slope(&o, "dbeta", o.shift, channels, dshift);
+    free(all);
+}
+
+static void test_reference_norms(void) {
+    static const size_t shapes[][4] = {{1, 12, 3, 3}, {5, 1, 11, 1}, {2, 9, 6, 2}, {3, 7, 4, 4}, {2, 6, 12, 3}};
+    size_t i;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        test_reference_norm(shapes[i], 0);
+        test_reference_norm(shapes[i], 1);
+    }
+}
+
+/* A NaN in x or dy is one in all of its group that depends on it, and nowhere else. */
+static void test_norm_specials(void) {
+    static const size_t shapes[][4] = {{1, 10, 6, 6}, {5, 1, 6, 1}, {2, 5, 6, 3}};
+    size_t i, j, wrong = 0;
+    for (i = 0; i < 3; i++) {
+        norm n = make_norm(shapes[i]);
+        const size_t bad = 20, channels = n.s.C;
+        test_tensor t[NORM_TENSORS];
+        norm_tensors(&n, MPT_F16, MPT_F16, MPT_F32, t);
+        CHECK_OK(context, call_norm_stats(context, &n, t));
+        t[SLOPE].value[bad] = (double)nan_value(), test_tensor_upload(&t[SLOPE]);
+        CHECK_OK(context, call_norm_backward(context, &n, t));
+        for (j = DX; j <= DSHIFT; j++) test_tensor_download(&t[j]);
+        for (j = 0; j < t[DX].count; j++)
+            wrong +=
+                test_is_finite(t[DX].value[j]) == (reference_norm_group(&n.s, j) == reference_norm_group(&n.s, bad));
+        for (j = 0; j < channels; j++)
+            wrong += test_is_finite(t[DGAMMA].value[j]) == (j == bad % channels) ||
+                     test_is_finite(t[DSHIFT].value[j]) == (j == bad % channels);
+        t[INPUT].value[bad] = (double)nan_value(), test_tensor_upload(&t[INPUT]);
+        n.act = MPT_RELU;
+        CHECK_OK(context, call_norm_stats(context, &n, t));
+        CHECK_OK(context, call_norm_forward(context, &n, t));
+        test_tensor_download(&t[OUTPUT]);
+        for (j = 0; j < t[OUTPUT].count; j++)
+            wrong += test_is_finite(t[OUTPUT].value[j]) ==
+                     (reference_norm_group(&n.s, j) == reference_norm_group(&n.s, bad));
+        for (j = 0; j < NORM_TENSORS; j++) test_tensor_free(&t[j]);
+    }
+    CHECK_EQUAL(wrong, 0);
+}
+
+static void test_norm_shape_errors(void) {
+    static const size_t bad[][4] = {{0, 4, 6, 3}, {2, 0, 6, 3}, {2, 4, 0, 3}, {2, 4, 6, 0}, {2, 4, 6, 4}, {2, 4, 6, 7}};
+    test_tensor t = test_tensor_random(context, MPT_F32, 64, 1);
+    const mpt_array x = t.array;
+    float *f = floats_of(&t);
+    mpt_context *c = context;
+    norm n;
+    size_t i;
+    for (i = 0; i < sizeof bad / sizeof *bad; i++) {
+        n = make_norm(bad[i]);
+        CHECK_ERROR(c, mpt_norm_stats(c, &n.s, x, f), MPT_ERROR_SHAPE, "groups");
+        CHECK_ERROR(c, mpt_norm_forward(c, &n.s, x, f, x, x, MPT_RELU, x), MPT_ERROR_SHAPE, "groups");
+        CHECK_ERROR(c, mpt_norm_backward(c, &n.s, x, f, 0, x, x, 0, x, 0, x, x), MPT_ERROR_SHAPE, "groups");
+        CHECK_ERROR(c, mpt_norm_running(c, &n.s, 0.1f, f, f), MPT_ERROR_SHAPE, "groups");
+    }
+    n = make_norm(norm_shapes[0]);
+    n.s.N = (size_t)-1 / 2;
+    CHECK_ERROR(c, mpt_norm_stats(c, &n.s, x, f), MPT_ERROR_SHAPE, "overflow");
+    n = make_norm(norm_shapes[7]);
+    CHECK_ERROR(c, mpt_norm_running(c, &n.s, 0.1f, f, f), MPT_ERROR_SHAPE, "variance"); /* of one value */
+    n = make_norm(norm_shapes[0]);
+    n.s.eps = -1e-5f;
+    CHECK_ERROR(c, mpt_norm_stats(c, &n.s, x, f), MPT_ERROR_ARGUMENT, "eps");
+    n.s.eps = nan_value();
+    CHECK_ERROR(c, mpt_norm_forward(c, &n.s, x, f, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "eps");
+    test_tensor_free(&t);
+}
+
+static void test_norm_errors(void) {
+    test_tensor t = test_tensor_random(context, MPT_F32, 240, 1);
+    const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
+    const norm n = make_norm(norm_shapes[0]);
+    const mpt_norm_shape *s = &n.s;
+    float *f = floats_of(&t);
+    mpt_context *c = context;
+    CHECK(mpt_norm_stats(NULL, s, x, f) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(c, mpt_norm_stats(c, NULL, x, f), MPT_ERROR_ARGUMENT, "shape");
+    CHECK_ERROR(c, mpt_norm_stats(c, s, null, f), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_norm_stats(c, s, x, NULL), MPT_ERROR_ARGUMENT, "stats");
+    CHECK_ERROR(c, mpt_norm_stats(c, s, fp8, f), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, null, f, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, x, NULL, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "stats");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, x, f, null, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "gamma");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, x, f, x, null, MPT_RELU, x), MPT_ERROR_ARGUMENT, "beta");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, x, f, x, x, MPT_RELU, null), MPT_ERROR_ARGUMENT, "y");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, x, f, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "activation");
+    CHECK_ERROR(c, mpt_norm_forward(c, s, x, f, fp8, x, MPT_RELU, x), MPT_ERROR_TYPE, "gamma");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, null, f, 0, x, x, 0, x, 0, x, x), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, x, NULL, 0, x, x, 0, x, 0, x, x), MPT_ERROR_ARGUMENT, "stats");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, x, f, 0, null, x, 0, x, 0, x, x), MPT_ERROR_ARGUMENT, "gamma");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, x, f, 0, x, null, 0, x, 0, x, x), MPT_ERROR_ARGUMENT, "dy");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, x, f, 0, x, x, 0, x, 0, null, x), MPT_ERROR_ARGUMENT, "dgamma");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, x, f, 0, x, x, 0, x, 0, x, null), MPT_ERROR_ARGUMENT, "dbeta");
+    CHECK_ERROR(c, mpt_norm_backward(c, s, x, f, 0, x, x, 0, fp8, 0, x, x), MPT_ERROR_TYPE, "dx");
+    CHECK_ERROR(c, mpt_norm_running(c, s, 0.1f, NULL, f), MPT_ERROR_ARGUMENT, "stats");
+    CHECK_ERROR(c, mpt_norm_running(c, s, 0.1f, f, NULL), MPT_ERROR_ARGUMENT, "running");
+    CHECK_ERROR(c, mpt_norm_running(c, s, 1.25f, f, f), MPT_ERROR_ARGUMENT, "momentum");
+    CHECK_ERROR(c, mpt_norm_running(c, s, nan_value(), f, f), MPT_ERROR_ARGUMENT, "momentum");
+    test_tensor_free(&t);
+}
+
 /* ==== LOSSES ==== */
 
 typedef struct loss_case {
-    int squared;
+    mpt_loss_kind kind;
     size_t N, C;
     double width; /* logits lie in +-width */
     mpt_dtype type_x, type_dx;
     float grad_scale, loss_scale;
+    float smoothing; /* this and the rest: of cross-entropy */
+    int weighted, ignore;
+    int32_t ignore_index; /* if it is no class, every third row has it */
 } loss_case;
 
-typedef struct loss_data { /* device memory, but for label and target */
-    test_tensor x, dx, target;
+typedef struct loss_data { /* device memory, but for label */
+    test_tensor x, dx, target, weights;
     int32_t *labels, *label;
     float *scale;
     mpt_loss_sum *sum;
@@ -744,9 +1402,15 @@ static loss_data loss_new(const loss_case *c) {
     d.x = test_tensor_new(context, c->type_x, c->N * c->C);
     test_tensor_fill(&d.x, -c->width, c->width, 1);
     d.dx = test_tensor_new(context, c->type_dx, c->N * c->C);
-    d.target = test_tensor_random(context, MPT_F32, c->N * c->C, 2);
+    d.target = test_tensor_new(context, MPT_F32, c->N * c->C);
+    test_tensor_fill(&d.target, c->kind == MPT_LOSS_BCE_WITH_LOGITS ? 0 : -1, 1, 2);
+    d.weights = test_tensor_new(context, MPT_F32, c->C);
+    test_tensor_fill(&d.weights, 0.25, 2, 4);
     d.label = (int32_t *)test_memory(c->N * sizeof *d.label);
-    for (i = 0; i < c->N; i++) d.label[i] = (int32_t)(mpt_hash(3, 0, 0, i) % c->C);
+    for (i = 0; i < c->N; i++) {
+        d.label[i] = (int32_t)(mpt_hash(3, 0, 0, i) % c->C);
+        if (c->ignore && c->ignore_index < 0 && i % 3 == 1) d.label[i] = c->ignore_index;
+    }
     d.labels = (int32_t *)mpt_alloc(context, c->N * sizeof *d.labels);
     d.scale = (float *)mpt_alloc(context, sizeof *d.scale);
     d.sum = (mpt_loss_sum *)mpt_alloc(context, sizeof *d.sum);
@@ -756,7 +1420,7 @@ static loss_data loss_new(const loss_case *c) {
 }
 
 static void loss_free(loss_data *d) {
-    test_tensor_free(&d->x), test_tensor_free(&d->dx), test_tensor_free(&d->target);
+    test_tensor_free(&d->x), test_tensor_free(&d->dx), test_tensor_free(&d->target), test_tensor_free(&d->weights);
     mpt_free(context, d->labels), mpt_free(context, d->scale), mpt_free(context, d->sum);
     free(d->label);
 }
@@ -764,54 +1428,107 @@ static void loss_free(loss_data *d) {
 /* Adds to a sum that already holds 10 rows. loss_scale 0 stands for a NULL pointer. */
 static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_data *d, mpt_array dx) {
     const float *scale = c->loss_scale != 0 ? d->scale : NULL;
+    mpt_cross_entropy_desc desc = MPT_ZERO;
     mpt_loss_sum sum;
+    const int plain = !c->weighted && !c->ignore && !(c->smoothing > 0);
     memset(&sum, 0, sizeof sum);
-    sum.loss = 1, sum.rows = 10, sum.correct = 5;
+    sum.loss = 1, sum.weight = 20, sum.rows = 10, sum.correct = 5;
+    desc.label_smoothing = c->smoothing;
+    desc.class_weights = c->weighted ? floats_of(&d->weights) : NULL;
+    desc.ignore = c->ignore, desc.ignore_index = c->ignore_index;
     CHECK_OK(context, mpt_upload(context, d->sum, &sum, sizeof sum));
-    if (c->squared) {
-        CHECK_OK(ctx, mpt_squared_error(ctx, c->N, c->C, d->x.array, (const float *)d->target.array.data, c->grad_scale,
-                                        scale, dx, d->sum));
+    if (c->kind != MPT_LOSS_CROSS_ENTROPY) {
+        CHECK_OK(ctx, mpt_elementwise_loss(ctx, c->kind, c->N, c->C, d->x.array, floats_of(&d->target), c->grad_scale,
+                                           scale, dx, d->sum));
     } else {
-        CHECK_OK(ctx, mpt_cross_entropy(ctx, NULL, c->N, c->C, d->x.array, d->labels, c->grad_scale, scale, dx,
-                                        d->sum));
+        CHECK_OK(ctx, mpt_cross_entropy(ctx, plain ? NULL : &desc, c->N, c->C, d->x.array, d->labels, c->grad_scale,
+                                        scale, dx, d->sum));
     }
     CHECK_OK(context, mpt_download(context, &sum, d->sum, sizeof sum));
     return sum;
 }
 
-/* Row loss and gradient in double, with how far fp32 arithmetic may be off. u is the unit roundoff, expf and logf are
-   taken to be good to 2 ulp = 4 u.
-   Cross-entropy: d = x - max has error u |d|, so exp d has relative error (|d| + 4) u; as e^d |d| < 0.4 the sum of C
-   of them, at least 1, has relative error under (2 C + 4) u; its log that absolute error and 4 u of itself, which is at
-   most |loss| + |d_label|; the subtraction adds u (|loss| + |d_label|). A probability has relative error
-   (2 C + 9 + |d|) u, its difference to the onehot and the two scalings 3 u more.
-   Squared error: x - t, its square, C - 1 additions, the division: (C + 4) u of a sum of positive terms. */
-static double loss_row(const loss_case *c, const loss_data *d, size_t row, double *dx, double *tolerance,
-                       double *error) {
-    const double u = test_unit(MPT_F32), count = (double)c->C, *x = d->x.value + row * c->C;
-    const double scale = (double)c->grad_scale * (c->loss_scale != 0 ? (double)c->loss_scale : 1);
+static int is_ignored(const loss_case *c, const loss_data *d, size_t row) {
+    return c->ignore && d->label[row] == c->ignore_index;
+}
+
+/* What a row weighs in the mean. */
+static double row_weight(const loss_case *c, const loss_data *d, size_t row) {
+    if (is_ignored(c, d, row)) return 0;
+    return c->weighted ? d->weights.value[d->label[row]] : 1;
+}
+
+/* Loss of a row, its slopes, and how far fp32 arithmetic may take both off. u is the unit roundoff; expf, logf and
+   log1pf are taken to be good to 2 ulp = 4 u.
+
+   With d = x - max, the loss is sum_j t_j (L + |d_j|), L the logarithm of a sum of C exponentials of which one is 1. d
+   has error u |d|, so exp d has relative error (|d| + 4) u; as e^d |d| < 0.4 the sum has relative error under
+   (2 C + 4) u, which is L's absolute error, with 4 u of itself. A t_j passes 4 roundings; `terms` of them are not 0. The
+   loss, all terms of which are positive, passes terms + 10 roundings on top. A probability has relative error
+   (2 C + 9 + |d|) u, and times the sum of t terms + 5 more; a slope that of t, and its own. */
+static double cross_entropy_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
+                                double *error) {
+    const double u = test_unit(MPT_F32), classes = (double)c->C, *x = d->x.value + row * c->C, s = (double)c->smoothing;
+    const double *weights = c->weighted ? d->weights.value : NULL, terms = s > 0 ? classes : 1;
     const size_t label = (size_t)d->label[row];
-    double largest = x[0], total = 0, loss;
+    const double loss = reference_cross_entropy(x, c->C, label, s, weights);
+    double largest, total = 0;
     size_t j;
-    for (j = 0; j < c->C; j++) largest = x[j] > largest ? x[j] : largest;
-    for (j = 0; j < c->C; j++) total += exp(x[j] - largest);
+    reference_log_sum(x, c->C, &largest);
+    for (j = 0; j < c->C; j++) total += reference_target(c->C, label, s, weights, j);
     for (j = 0; j < c->C; j++) {
-        const double t = d->target.value[row * c->C + j], p = exp(x[j] - largest) / total;
-        const double gradient = c->squared ? 2 * (x[j] - t) / count : p - (j == label);
-        const double relative = c->squared ? 5 * u * fabs(gradient)
-                                           : (2 * count + 9 + largest - x[j]) * u * p + 3 * u * fabs(gradient);
-        dx[j] = gradient * scale;
-        tolerance[j] = fabs(scale) * relative;
-        tolerance[j] += test_unit(c->type_dx) * (fabs(dx[j]) + tolerance[j]) + test_tiny(c->type_dx);
+        const double t = reference_target(c->C, label, s, weights, j);
+        slope[j] = reference_cross_entropy_slope(x, c->C, label, s, weights, j);
+        slope_error[j] = u * ((slope[j] + t) * (2 * classes + 14 + terms + largest - x[j]) + 4 * t + fabs(slope[j]));
+        slope_error[j] += total * test_tiny(MPT_F32);
     }
-    if (c->squared) {
-        loss = reference_squared_error(x, d->target.value + row * c->C, c->C);
-        *error = (count + 4) * u * loss;
-    } else {
-        loss = reference_cross_entropy(x, c->C, label);
-        *error = (2 * count + 4 + 5 * (loss + largest - x[label])) * u;
-    }
+    *error = u * (total * (2 * classes + 4) + (terms + 10) * loss);
     return loss;
+}
+
+/* An element passes 3 roundings of its own size, that of BCE, max(x, 0) - x t + log(1 + exp(-|x|)), 3 of |x| (1 + |t|)
+   and 10 of the logarithm; the row C additions and a product more. Slopes: 1 rounding, of BCE 6 of the sigmoid and 1. */
+static double elementwise_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
+                              double *error) {
+    const double u = test_unit(MPT_F32), classes = (double)c->C;
+    const double *x = d->x.value + row * c->C, *t = d->target.value + row * c->C;
+    const double loss = reference_row_loss(c->kind, x, t, c->C);
+    double own = 3 * loss;
+    size_t j;
+    for (j = 0; j < c->C; j++) {
+        slope[j] = reference_loss_slope(c->kind, x[j], t[j]) / classes;
+        slope_error[j] = u * fabs(slope[j]);
+        if (c->kind != MPT_LOSS_BCE_WITH_LOGITS) continue;
+        slope_error[j] += 6 * u * (slope[j] + t[j] / classes);
+        own += (3 * fabs(x[j]) * (1 + t[j]) + 10 * log(1 + exp(-fabs(x[j])))) / classes;
+    }
+    *error = u * (own + (classes + 2) * loss);
+    return loss;
+}
+
+/* Sum of the losses, and what each dx shall be: slope * scale / weight, 5 roundings. Returns how far it may be off. */
+static double expect_loss(const loss_case *c, const loss_data *d, double *dx, double *tolerance, mpt_loss_sum *sum) {
+    const double scale = (double)c->grad_scale * (c->loss_scale != 0 ? (double)c->loss_scale : 1);
+    double bound = 0, factor;
+    size_t row, i;
+    memset(sum, 0, sizeof *sum);
+    for (row = 0; row < c->N; row++) {
+        double *slope = dx + row * c->C, *slope_error = tolerance + row * c->C, error = 0;
+        if (is_ignored(c, d, row)) continue;
+        sum->loss += (c->kind == MPT_LOSS_CROSS_ENTROPY ? cross_entropy_row : elementwise_row)(c, d, row, slope,
+                                                                                               slope_error, &error);
+        sum->weight += row_weight(c, d, row);
+        sum->rows++;
+        bound += error;
+    }
+    factor = sum->weight > 0 ? scale / sum->weight : 0;
+    for (i = 0; i < c->N * c->C; i++) {
+        if (is_ignored(c, d, i / c->C)) continue; /* both are 0 */
+        dx[i] *= factor;
+        tolerance[i] = fabs(factor) * tolerance[i] + 5 * test_unit(MPT_F32) * fabs(dx[i]);
+        tolerance[i] += test_unit(c->type_dx) * (fabs(dx[i]) + tolerance[i]) + test_tiny(c->type_dx);
+    }
+    return bound + 1e-12 * sum->loss;
 }
 
 static size_t first_largest(const double *x, size_t n) {
@@ -823,31 +1540,32 @@ static size_t first_largest(const double *x, size_t n) {
 static void test_loss(const loss_case *c) {
     loss_data d = loss_new(c);
     const size_t bytes = test_tensor_bytes(&d.dx);
-    double *expected = test_doubles(d.dx.count), *tolerance = test_doubles(d.dx.count), loss = 0, bound = 0;
+    double *expected = test_doubles(d.dx.count), *tolerance = test_doubles(d.dx.count), bound;
     unsigned char *first = (unsigned char *)test_memory(2 * bytes), *again = first + bytes;
-    mpt_loss_sum sums[THREADS], plain;
+    mpt_loss_sum sums[THREADS], plain, sum;
     size_t row, correct = 0;
-    int i;
-    for (row = 0; row < c->N; row++) {
-        double error;
-        loss += loss_row(c, &d, row, expected + row * c->C, tolerance + row * c->C, &error);
-        bound += error;
-        correct += first_largest(d.x.value + row * c->C, c->C) == (size_t)d.label[row];
-    }
+    int i, ok = 1;
+    bound = expect_loss(c, &d, expected, tolerance, &sum);
+    for (row = 0; row < c->N; row++)
+        correct += !is_ignored(c, &d, row) && first_largest(d.x.value + row * c->C, c->C) == (size_t)d.label[row];
     for (i = 0; i < THREADS; i++) {
         test_tensor_poison(&d.dx);
         sums[i] = call_loss(contexts[DEFAULT][i], c, &d, d.dx.array);
         CHECK_OK(context, mpt_download(context, i ? again : first, d.dx.array.data, bytes));
-        if (i) CHECK(memcmp(first, again, bytes) == 0);
-        CHECK(memcmp(&sums[i], &sums[0], sizeof *sums) == 0);
+        if (i) ok &= CHECK(memcmp(first, again, bytes) == 0);
+        ok &= CHECK(memcmp(&sums[i], &sums[0], sizeof *sums) == 0);
     }
     test_tensor_download(&d.dx);
-    CHECK_ALL(d.dx.value, d.dx.count, expected, tolerance);
-    CHECK_NEAR(sums[0].loss, 1 + loss, bound + 1e-12 * loss);
-    CHECK_EQUAL(sums[0].rows, 10 + c->N);
-    CHECK_EQUAL(sums[0].correct, 5 + (c->squared ? 0 : correct));
+    ok &= CHECK_ALL(d.dx.value, d.dx.count, expected, tolerance);
+    ok &= CHECK_NEAR(sums[0].loss, 1 + sum.loss, bound);
+    ok &= CHECK_NEAR(sums[0].weight, 20 + sum.weight, 1e-12 * sum.weight);
+    ok &= CHECK_EQUAL(sums[0].rows, 10 + sum.rows);
+    ok &= CHECK_EQUAL(sums[0].correct, 5 + (c->kind == MPT_LOSS_CROSS_ENTROPY ? correct : 0));
     plain = call_loss(context, c, &d, mpt_f32_array(NULL)); /* dx is optional */
-    CHECK(memcmp(&plain, &sums[0], sizeof plain) == 0);
+    ok &= CHECK(memcmp(&plain, &sums[0], sizeof plain) == 0);
+    if (!ok)
+        printf("    in loss %d of N %lu C %lu, width %g, smoothing %g, weighted %d, ignore %d\n", (int)c->kind,
+               (unsigned long)c->N, (unsigned long)c->C, c->width, (double)c->smoothing, c->weighted, c->ignore);
     free(expected), free(tolerance), free(first);
     loss_free(&d);
 }
@@ -856,92 +1574,168 @@ static void test_losses(void) {
     static const size_t shapes[][2] = {{1, 1}, {1, 2}, {7, 10}, {33, 3}, {5, 1000}, {20011, 10}};
     static const double widths[] = {1, 30, 10000}; /* exp(10000) overflows if the largest is not taken out */
     size_t i;
-    int mix;
+    int mix, kind;
     for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (mix = 0; mix < 9; mix++) {
             loss_case c = MPT_ZERO;
+            if (shapes[i][0] > 10000 && mix % 4) continue; /* each type once is enough */
             c.N = shapes[i][0], c.C = shapes[i][1], c.width = widths[mix % 3];
             c.type_x = (mpt_dtype)(mix % 3), c.type_dx = (mpt_dtype)(mix / 3);
-            c.grad_scale = 1 / (float)c.N, c.loss_scale = mix % 2 ? 1024.0f : 0;
+            c.grad_scale = mix % 4 ? 1 : 0.25f, c.loss_scale = mix % 2 ? 1024.0f : 0;
             test_loss(&c);
-            c.squared = 1, c.width = 2;
+            c.smoothing = mix % 2 ? 0.1f : 0, c.weighted = mix % 3 != 1, c.ignore = mix != 2;
+            c.ignore_index = mix % 2 ? -100 : 1;
             test_loss(&c);
+            c.smoothing = 0, c.weighted = c.ignore = 0;
+            for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++) {
+                c.kind = (mpt_loss_kind)kind;
+                c.width = kind == MPT_LOSS_BCE_WITH_LOGITS ? widths[mix % 3] : 2;
+                test_loss(&c);
+            }
         }
 }
 
-/* The gradients in loss_row are the slopes of the losses: step 2^-13, third derivatives at most 1 (softmax) and 0, so
-   the truncation error is at most h^2 / 6 < 3e-9; rounding, 2^-53 |loss| C / h, is far below. */
+/* The slopes of the reference: step 2^-13, third derivatives at most 2 (softmax and sigmoid, weighted) or 0, so the
+   truncation error is at most h^2 / 3 < 6e-9; rounding, 2^-53 |loss| C / h, is far below. No value is near a kink. */
 typedef struct loss_objective {
     const loss_case *c;
-    double *x, *target;
+    double *x, *target, *weights;
     size_t label;
 } loss_objective;
 
 static double loss_value(void *user) {
     const loss_objective *o = (const loss_objective *)user;
-    if (o->c->squared) return reference_squared_error(o->x, o->target, o->c->C);
-    return reference_cross_entropy(o->x, o->c->C, o->label);
+    if (o->c->kind != MPT_LOSS_CROSS_ENTROPY) return reference_row_loss(o->c->kind, o->x, o->target, o->c->C);
+    return reference_cross_entropy(o->x, o->c->C, o->label, (double)o->c->smoothing, o->weights);
 }
 
 static void test_reference_losses(void) {
-    loss_case c = MPT_ZERO;
-    c.C = 10, c.width = 3, c.grad_scale = 1;
-    for (c.squared = 0; c.squared < 2; c.squared++) {
-        double dx[10], tolerance[10], error;
+    int kind;
+    for (kind = -1; kind < MPT_LOSS_KIND_COUNT; kind++) {
+        double slope[10], slope_error[10], error;
+        loss_case c = MPT_ZERO;
         loss_objective o;
         loss_data d;
         size_t j;
-        c.N = 1;
+        c.N = 1, c.C = 10, c.width = 3;
+        c.kind = kind > 0 ? (mpt_loss_kind)kind : MPT_LOSS_CROSS_ENTROPY;
+        if (kind < 0) c.weighted = 1, c.smoothing = 0.25f;
         d = loss_new(&c);
-        loss_row(&c, &d, 0, dx, tolerance, &error);
+        (c.kind == MPT_LOSS_CROSS_ENTROPY ? cross_entropy_row : elementwise_row)(&c, &d, 0, slope, slope_error, &error);
         o.c = &c, o.x = d.x.value, o.target = d.target.value, o.label = (size_t)d.label[0];
-        for (j = 0; j < c.C; j++) CHECK_NEAR(dx[j], reference_slope(loss_value, &o, &o.x[j], ldexp(1, -13)), 3e-9);
+        o.weights = c.weighted ? d.weights.value : NULL;
+        for (j = 0; j < c.C; j++) {
+            const double distance = fabs(o.x[j] - o.target[j]);
+            CHECK(kind <= MPT_LOSS_BCE_WITH_LOGITS || (distance > 0.001 && fabs(distance - 1) > 0.001));
+            CHECK_NEAR(slope[j], reference_slope(loss_value, &o, &o.x[j], ldexp(1, -13)), 6e-9);
+        }
         loss_free(&d);
     }
 }
 
-/* A label outside 0..C-1 makes its row NaN and no other. */
+/* A label outside 0..C-1 makes its row NaN and no other, unless it is the one to be ignored. */
 static void test_bad_labels(void) {
     static const int32_t bad[] = {-1, 4, 2147483647, -2147483647};
     loss_case c = MPT_ZERO;
     size_t i, j;
     c.N = 3, c.C = 4, c.width = 1, c.grad_scale = 1;
-    for (i = 0; i < 4; i++) {
-        loss_data d = loss_new(&c);
+    for (i = 0; i < 12; i++) {
+        loss_data d;
         mpt_loss_sum sum;
-        CHECK_OK(context, mpt_upload(context, d.labels + 1, &bad[i], sizeof *bad));
+        const int ignored = i >= 8;
+        c.weighted = i >= 4, c.ignore = ignored, c.ignore_index = bad[i % 4];
+        d = loss_new(&c);
+        d.label[0] = d.label[2] = 1, d.label[1] = bad[i % 4];
+        CHECK_OK(context, mpt_upload(context, d.labels, d.label, 3 * sizeof *bad));
+        test_tensor_poison(&d.dx);
         sum = call_loss(context, &c, &d, d.dx.array);
         test_tensor_download(&d.dx);
-        CHECK(!test_is_finite(sum.loss));
-        CHECK_EQUAL(sum.rows, 13);
-        for (j = 0; j < 12; j++) CHECK(test_is_finite(d.dx.value[j]) == (j / 4 != 1));
+        CHECK(test_is_finite(sum.loss) == ignored);
+        CHECK_EQUAL(sum.rows, ignored ? 12 : 13);
+        for (j = 0; j < 12; j++) CHECK(test_is_finite(d.dx.value[j]) == (ignored || j / 4 != 1));
         loss_free(&d);
+    }
+}
+
+/* Nothing counts: the sum stays as it was, and there is no gradient. */
+static void test_all_ignored(void) {
+    loss_case c = MPT_ZERO;
+    int weighted;
+    c.N = 5, c.C = 3, c.width = 1, c.grad_scale = 1, c.loss_scale = 65536, c.ignore = 1, c.ignore_index = -100;
+    for (weighted = 0; weighted < 2; weighted++) {
+        loss_data d;
+        mpt_loss_sum sum;
+        size_t i;
+        c.weighted = weighted;
+        d = loss_new(&c);
+        for (i = 0; i < c.N; i++) d.label[i] = -100;
+        CHECK_OK(context, mpt_upload(context, d.labels, d.label, c.N * sizeof *d.label));
+        test_tensor_poison(&d.dx);
+        sum = call_loss(context, &c, &d, d.dx.array);
+        test_tensor_download(&d.dx);
+        CHECK(sum.rows == 10 && sum.correct == 5);
+        CHECK_EQUAL(sum.loss, 1);
+        CHECK_EQUAL(sum.weight, 20);
+        for (i = 0; i < d.dx.count; i++) CHECK_EQUAL(d.dx.value[i], 0);
+        loss_free(&d);
+    }
+}
+
+/* A NaN in x is one in the loss, and in the gradient of what it went into: its row's, or its own. */
+static void test_loss_nan(void) {
+    int kind;
+    for (kind = 0; kind < MPT_LOSS_KIND_COUNT; kind++) {
+        loss_case c = MPT_ZERO;
+        loss_data d;
+        mpt_loss_sum sum;
+        size_t i, bad;
+        c.kind = (mpt_loss_kind)kind, c.N = 3, c.C = 4, c.width = 1, c.grad_scale = 1;
+        for (bad = 4; bad < 8; bad++) {
+            d = loss_new(&c);
+            d.x.value[bad] = (double)nan_value(), test_tensor_upload(&d.x);
+            sum = call_loss(context, &c, &d, d.dx.array);
+            test_tensor_download(&d.dx);
+            CHECK(!test_is_finite(sum.loss));
+            for (i = 0; i < 12; i++) CHECK(test_is_finite(d.dx.value[i]) == (kind ? i != bad : i / 4 != 1));
+            loss_free(&d);
+        }
     }
 }
 
 static void test_loss_errors(void) {
     const mpt_array null = mpt_f32_array(NULL);
+    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_context *ctx = context;
     loss_case c = MPT_ZERO;
     loss_data d;
     mpt_array x, fp8;
     const float *target;
+    int kind;
     c.N = 2, c.C = 3, c.width = 1;
     d = loss_new(&c);
-    x = d.x.array, fp8 = mpt_typed_array(d.x.array.data, MPT_E5M2), target = (const float *)d.target.array.data;
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT,
-                "x");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT,
-                "labels");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT,
-                "sum");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, fp8, d.labels, 1, NULL, x, d.sum), MPT_ERROR_TYPE, "x");
-    CHECK_ERROR(context, mpt_cross_entropy(context, NULL, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE,
-                "dx");
-    CHECK(mpt_cross_entropy(context, NULL, (size_t)-1 / 3, 4, x, d.labels, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
-    CHECK_ERROR(context, mpt_squared_error(context, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "target");
-    CHECK_ERROR(context, mpt_squared_error(context, 2, 3, null, target, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
-    CHECK(mpt_squared_error(context, (size_t)-1 / 3, 4, x, target, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
-    CHECK_OK(context, mpt_cross_entropy(context, NULL, 0, 3, x, d.labels, 1, NULL, x, d.sum));
+    x = d.x.array, fp8 = mpt_typed_array(d.x.array.data, MPT_E5M2), target = floats_of(&d.target);
+    CHECK_ERROR(ctx, mpt_cross_entropy(ctx, NULL, 2, 3, null, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
+    CHECK_ERROR(ctx, mpt_cross_entropy(ctx, NULL, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "labels");
+    CHECK_ERROR(ctx, mpt_cross_entropy(ctx, NULL, 2, 3, x, d.labels, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT, "sum");
+    CHECK_ERROR(ctx, mpt_cross_entropy(ctx, NULL, 2, 3, fp8, d.labels, 1, NULL, x, d.sum), MPT_ERROR_TYPE, "x");
+    CHECK_ERROR(ctx, mpt_cross_entropy(ctx, NULL, 2, 3, x, d.labels, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE, "dx");
+    CHECK(mpt_cross_entropy(ctx, NULL, (size_t)-1 / 3, 4, x, d.labels, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
+    CHECK_OK(ctx, mpt_cross_entropy(ctx, NULL, 0, 3, x, d.labels, 1, NULL, x, d.sum));
+    desc.label_smoothing = 1.5f;
+    CHECK_ERROR(ctx, mpt_cross_entropy(ctx, &desc, 2, 3, x, d.labels, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT,
+                "label_smoothing");
+    for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++) {
+        const mpt_loss_kind k = (mpt_loss_kind)kind;
+        CHECK_ERROR(ctx, mpt_elementwise_loss(ctx, k, 2, 3, x, NULL, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "target");
+        CHECK_ERROR(ctx, mpt_elementwise_loss(ctx, k, 2, 3, null, target, 1, NULL, x, d.sum), MPT_ERROR_ARGUMENT, "x");
+        CHECK_ERROR(ctx, mpt_elementwise_loss(ctx, k, 2, 3, x, target, 1, NULL, x, NULL), MPT_ERROR_ARGUMENT, "sum");
+        CHECK_ERROR(ctx, mpt_elementwise_loss(ctx, k, 2, 3, x, target, 1, NULL, fp8, d.sum), MPT_ERROR_TYPE, "dx");
+        CHECK(mpt_elementwise_loss(ctx, k, (size_t)-1 / 3, 4, x, target, 1, NULL, x, d.sum) == MPT_ERROR_SHAPE);
+    }
+    CHECK_ERROR(ctx, mpt_elementwise_loss(ctx, MPT_LOSS_CROSS_ENTROPY, 2, 3, x, target, 1, NULL, x, d.sum),
+                MPT_ERROR_ARGUMENT, "kind");
+    CHECK_ERROR(ctx, mpt_elementwise_loss(ctx, MPT_LOSS_KIND_COUNT, 2, 3, x, target, 1, NULL, x, d.sum),
+                MPT_ERROR_ARGUMENT, "kind");
     loss_free(&d);
 }
 
@@ -993,6 +1787,7 @@ static void test_linear_errors(void) {
     CHECK_ERROR(c, mpt_bias_backward(c, 2, 3, x, 0, null), MPT_ERROR_ARGUMENT, "db");
     CHECK_ERROR(c, mpt_bias_backward(c, 2, 3, fp8, 0, x), MPT_ERROR_TYPE, "dy");
     CHECK(mpt_bias_backward(c, huge, 3, x, 0, x) == MPT_ERROR_SHAPE);
+    CHECK_OK(c, mpt_bias_backward(c, 2, 0, x, 0, x)); /* nothing to do */
     test_tensor_free(&t);
 }
 
@@ -1015,6 +1810,11 @@ static void test_conv2d_errors(void) {
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_RELU, x), MPT_ERROR_SHAPE, "kernel");
     CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, x, x, 0, x), MPT_ERROR_SHAPE, "kernel");
     CHECK_ERROR(c, mpt_conv2d_backward_weight(c, &s, x, x, 0, x), MPT_ERROR_SHAPE, "kernel");
+    s.R = 3, s.groups = 3; /* of 2 channels */
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_RELU, x), MPT_ERROR_SHAPE, "groups");
+    CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, x, x, 0, x), MPT_ERROR_SHAPE, "groups");
+    s.C = 3; /* and 2 filters */
+    CHECK_ERROR(c, mpt_conv2d_backward_weight(c, &s, x, x, 0, x), MPT_ERROR_SHAPE, "groups");
     large.N = (size_t)-1 / 4;
     CHECK(mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
     large.N = 1, large.padding = (size_t)-1 / 2;
@@ -1031,7 +1831,7 @@ int main(void) {
     test_gemm_empty();
     test_gemm_errors();
     test_layers();
-    for (i = 0; i + 1 < CONV_SHAPES; i++) test_reference_layer(make_layer(0, conv_shapes[i]));
+    for (i = 0; i + LARGE_SHAPES < CONV_SHAPES; i++) test_reference_layer(make_layer(0, conv_shapes[i]));
     test_conv2d_output();
     test_linear_errors();
     test_conv2d_errors();
@@ -1041,9 +1841,22 @@ int main(void) {
     test_elementwise();
     test_elementwise_specials();
     test_elementwise_errors();
+    test_columns();
+    test_columns_errors();
+    test_dropouts();
+    test_dropout_shares();
+    test_dropout_errors();
+    test_norms();
+    test_norm_cancellation();
+    test_reference_norms();
+    test_norm_specials();
+    test_norm_shape_errors();
+    test_norm_errors();
     test_losses();
     test_reference_losses();
     test_bad_labels();
+    test_all_ignored();
+    test_loss_nan();
     test_loss_errors();
     close_all();
     return test_finish("operations");
