@@ -23,8 +23,7 @@
      CORE              errors, memory, threads
      SIMD              bulk loops for each instruction set, chosen once by cpuid; the context
      CHECKS            arrays and operations: arguments are checked, the backend does the work
-     REFERENCE         gemm and conv2d as plain loops: the meaning of each operation
-     ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
+      ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
      TRAINING PARTS    scaler, parameter block, optimizer
      MODEL PARTS       graph, plan, forward, backward, step
      LICENCE
@@ -212,9 +211,8 @@ typedef struct mpt_context_desc {
     void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent */
     void *user;                                                     /* handed to the three calls above */
 
-    int threads;   /* 0: one per processor; 1: none but the caller's */
-    int reference; /* 1: products and convolutions as the loops of REFERENCE, for tests and for reading */
-    mpt_isa isa;   /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
+    int threads; /* 0: one per processor; 1: none but the caller's */
+    mpt_isa isa; /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
 } mpt_context_desc;
 
 /* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
@@ -461,8 +459,7 @@ MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask 
 /* Shape of a normalisation: x(N,pixels,C), whose C channels fall into equal groups. Each group of each sample has a
    mean and a variance over its pixels and channels:
      group norm      N samples, pixels H W           layer norm over the channels    N = all rows, pixels 1, groups 1
-     instance norm   the same with groups = C        batch norm                      N 1, pixels = all rows, groups =
-     C */
+     instance norm   the same with groups = C        batch norm    N 1, pixels = all rows, groups = C */
 typedef struct mpt_norm_shape {
     size_t N, pixels, C, groups;
     float eps; /* 0: 1e-5 */
@@ -1759,8 +1756,9 @@ static void mpt__put_unsigned(mpt__text *t, uint64_t u) {
 /* Six significant digits, as %g; by hand because printf's decimal point depends on the locale. */
 static void mpt__put_double(mpt__text *t, double x) {
     const float f = (float)x;
-    int exponent = 0, digits, point, i;
+    int exponent = 0, shown, digits, i;
     uint64_t mantissa;
+    char text[6];
     if (mpt__is_nan(f)) {
         mpt__put_string(t, "nan");
         return;
@@ -1785,26 +1783,16 @@ static void mpt__put_double(mpt__text *t, double x) {
         exponent++;
     }
     for (digits = 6; digits > 1 && mantissa % 10 == 0; digits--) mantissa /= 10;
-    if (exponent >= -4 && exponent < 6) { /* plain: move the point */
-        char text[6];
-        for (i = digits; i-- > 0; mantissa /= 10) text[i] = (char)('0' + (int)(mantissa % 10));
-        if (exponent < 0) mpt__put_string(t, "0.");
-        for (i = exponent; i < -1; i++) mpt__put_char(t, '0');
-        for (i = 0; i < digits || i <= exponent; i++) {
-            mpt__put_char(t, i < digits ? text[i] : '0');
-            if (i == exponent && i + 1 < digits) mpt__put_char(t, '.');
-        }
-        return;
+    for (i = digits; i-- > 0; mantissa /= 10) text[i] = (char)('0' + (int)(mantissa % 10));
+    shown = exponent >= -4 && exponent < 6 ? exponent : 0; /* the rest goes behind the e */
+    if (shown < 0) mpt__put_string(t, "0.");
+    for (i = shown; i < -1; i++) mpt__put_char(t, '0');
+    for (i = 0; i < digits || i <= shown; i++) {
+        mpt__put_char(t, i < digits ? text[i] : '0');
+        if (i == shown && i + 1 < digits) mpt__put_char(t, '.');
     }
-    for (point = 1, i = 1; i < digits; i++) point *= 10;
-    mpt__put_unsigned(t, mantissa / (uint64_t)point);
-    if (digits > 1) {
-        mpt__put_char(t, '.');
-        for (mantissa %= (uint64_t)point, point /= 10; point; point /= 10)
-            mpt__put_char(t, (char)('0' + (int)(mantissa / (uint64_t)point % 10)));
-    }
-    mpt__put_char(t, 'e');
-    if (exponent < 0) mpt__put_char(t, '-');
+    if (shown == exponent) return;
+    mpt__put_string(t, exponent < 0 ? "e-" : "e");
     mpt__put_unsigned(t, (uint64_t)(exponent < 0 ? -exponent : exponent));
 }
 
@@ -2250,30 +2238,24 @@ static int mpt__lanes_bad(const double *lanes) {
 
 /* lanes 4 i .. 4 i + 3 are in sum<i>; the products are exact, so fused or not is the same. Prefetched, for the
    arithmetic leaves the CPU little room to look ahead. FOUR: four elements of x from i as floats */
-#define MPT__SQUARES(name, type, FOUR)                                                     \
-    MPT__AVX2 static int name(const void *array, size_t n, double *lanes) {                \
-        const type *x = (const type *)array;                                               \
-        __m256d v, sum0 = _mm256_loadu_pd(lanes), sum1 = _mm256_loadu_pd(lanes + 4),       \
-                   sum2 = _mm256_loadu_pd(lanes + 8), sum3 = _mm256_loadu_pd(lanes + 12),  \
-                   sum4 = _mm256_loadu_pd(lanes + 16), sum5 = _mm256_loadu_pd(lanes + 20), \
-                   sum6 = _mm256_loadu_pd(lanes + 24), sum7 = _mm256_loadu_pd(lanes + 28); \
-        for (; n; n -= MPT__LANES, x += MPT__LANES) {                                      \
-            _mm_prefetch((const char *)x + 1024, _MM_HINT_T0);                             \
-            _mm_prefetch((const char *)x + 1088, _MM_HINT_T0);                             \
-            v = _mm256_cvtps_pd(FOUR(x)), sum0 = _mm256_fmadd_pd(v, v, sum0);              \
-            v = _mm256_cvtps_pd(FOUR(x + 4)), sum1 = _mm256_fmadd_pd(v, v, sum1);          \
-            v = _mm256_cvtps_pd(FOUR(x + 8)), sum2 = _mm256_fmadd_pd(v, v, sum2);          \
-            v = _mm256_cvtps_pd(FOUR(x + 12)), sum3 = _mm256_fmadd_pd(v, v, sum3);         \
-            v = _mm256_cvtps_pd(FOUR(x + 16)), sum4 = _mm256_fmadd_pd(v, v, sum4);         \
-            v = _mm256_cvtps_pd(FOUR(x + 20)), sum5 = _mm256_fmadd_pd(v, v, sum5);         \
-            v = _mm256_cvtps_pd(FOUR(x + 24)), sum6 = _mm256_fmadd_pd(v, v, sum6);         \
-            v = _mm256_cvtps_pd(FOUR(x + 28)), sum7 = _mm256_fmadd_pd(v, v, sum7);         \
-        }                                                                                  \
-        _mm256_storeu_pd(lanes, sum0), _mm256_storeu_pd(lanes + 4, sum1);                  \
-        _mm256_storeu_pd(lanes + 8, sum2), _mm256_storeu_pd(lanes + 12, sum3);             \
-        _mm256_storeu_pd(lanes + 16, sum4), _mm256_storeu_pd(lanes + 20, sum5);            \
-        _mm256_storeu_pd(lanes + 24, sum6), _mm256_storeu_pd(lanes + 28, sum7);            \
-        return mpt__lanes_bad(lanes);                                                      \
+#define MPT__SUM(i) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
+#define MPT__KEEP_SUM(i) _mm256_storeu_pd(lanes + 4 * i, sum##i);
+#define MPT__SQUARE(i, FOUR) v = _mm256_cvtps_pd(FOUR(x + 4 * i)), sum##i = _mm256_fmadd_pd(v, v, sum##i);
+#define MPT__SQUARES(name, type, FOUR)                                                                               \
+    MPT__AVX2 static int name(const void *array, size_t n, double *lanes) {                                          \
+        const type *x = (const type *)array;                                                                         \
+        __m256d v;                                                                                                   \
+        MPT__EACH_8(MPT__SUM)                                                                                        \
+        for (; n; n -= MPT__LANES, x += MPT__LANES) {                                                                \
+            _mm_prefetch((const char *)x + 1024, _MM_HINT_T0);                                                       \
+            _mm_prefetch((const char *)x + 1088, _MM_HINT_T0);                                                       \
+            MPT__SQUARE(0, FOUR)                                                                                     \
+            MPT__SQUARE(1, FOUR)                                                                                     \
+            MPT__SQUARE(2, FOUR)                                                                                     \
+            MPT__SQUARE(3, FOUR) MPT__SQUARE(4, FOUR) MPT__SQUARE(5, FOUR) MPT__SQUARE(6, FOUR) MPT__SQUARE(7, FOUR) \
+        }                                                                                                            \
+        MPT__EACH_8(MPT__KEEP_SUM)                                                                                   \
+        return mpt__lanes_bad(lanes);                                                                                \
     }
 #define MPT__FOUR_16(x) _mm_loadl_epi64((const __m128i *)(const void *)(x))
 #define MPT__FOUR_BF16(x) _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(MPT__FOUR_16(x)), 16))
@@ -2381,37 +2363,20 @@ MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, size_t row, s
 #undef MPT__X
 }
 
-/* Eight rows of eight: pairs, then fours of one column lie together, then both halves of a register. */
-MPT__AVX2 static inline void mpt__transpose8(const float *x, size_t stride, float *to, size_t to_stride) {
-#define MPT__X(i) const __m256 x##i = _mm256_loadu_ps(x + i * stride);
-    MPT__EACH_8(MPT__X)
-#undef MPT__X
-    const __m256 a0 = _mm256_unpacklo_ps(x0, x1), a1 = _mm256_unpackhi_ps(x0, x1);
-    const __m256 a2 = _mm256_unpacklo_ps(x2, x3), a3 = _mm256_unpackhi_ps(x2, x3);
-    const __m256 a4 = _mm256_unpacklo_ps(x4, x5), a5 = _mm256_unpackhi_ps(x4, x5);
-    const __m256 a6 = _mm256_unpacklo_ps(x6, x7), a7 = _mm256_unpackhi_ps(x6, x7);
-    const __m256 b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xee);
-    const __m256 b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xee);
-    const __m256 b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xee);
-    const __m256 b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xee);
-    _mm256_storeu_ps(to + 0 * to_stride, _mm256_permute2f128_ps(b0, b4, 0x20));
-    _mm256_storeu_ps(to + 1 * to_stride, _mm256_permute2f128_ps(b1, b5, 0x20));
-    _mm256_storeu_ps(to + 2 * to_stride, _mm256_permute2f128_ps(b2, b6, 0x20));
-    _mm256_storeu_ps(to + 3 * to_stride, _mm256_permute2f128_ps(b3, b7, 0x20));
-    _mm256_storeu_ps(to + 4 * to_stride, _mm256_permute2f128_ps(b0, b4, 0x31));
-    _mm256_storeu_ps(to + 5 * to_stride, _mm256_permute2f128_ps(b1, b5, 0x31));
-    _mm256_storeu_ps(to + 6 * to_stride, _mm256_permute2f128_ps(b2, b6, 0x31));
-    _mm256_storeu_ps(to + 7 * to_stride, _mm256_permute2f128_ps(b3, b7, 0x31));
-}
-
 MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, float *panel) {
-    size_t d, r;
-    for (d = 0; d + 8 <= depth; d += 8) {
-        mpt__transpose8(x + d, stride, panel + d * 16, 16);
-        mpt__transpose8(x + 8 * stride + d, stride, panel + d * 16 + 8, 16);
+    size_t d, r, e;
+    for (r = 0; r < 16; r += 4) {
+        const float *rows = x + r * stride;
+        for (d = 0; d + 4 <= depth; d += 4) {
+            __m128 x0 = _mm_loadu_ps(rows + d), x1 = _mm_loadu_ps(rows + stride + d);
+            __m128 x2 = _mm_loadu_ps(rows + 2 * stride + d), x3 = _mm_loadu_ps(rows + 3 * stride + d);
+            _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+            _mm_storeu_ps(panel + d * 16 + r, x0), _mm_storeu_ps(panel + d * 16 + 16 + r, x1);
+            _mm_storeu_ps(panel + d * 16 + 32 + r, x2), _mm_storeu_ps(panel + d * 16 + 48 + r, x3);
+        }
+        for (; d < depth; d++)
+            for (e = 0; e < 4; e++) panel[d * 16 + r + e] = rows[e * stride + d];
     }
-    for (; d < depth; d++)
-        for (r = 0; r < 16; r++) panel[d * 16 + r] = x[r * stride + d];
 }
 
 static mpt__simd mpt__simd_avx2(void) {
@@ -2675,7 +2640,7 @@ static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
 
 /* -- Opening -- */
 
-static mpt_backend mpt__cpu_backend(int reference);
+static mpt_backend mpt__cpu_backend(void);
 static mpt_result mpt__cpu_workspace(mpt_context *ctx);
 
 MPT_DEF void mpt_close(mpt_context *ctx) {
@@ -2716,7 +2681,7 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
 }
 
 MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
-    const mpt_backend backend = mpt__cpu_backend(desc && desc->reference);
+    const mpt_backend backend = mpt__cpu_backend();
     mpt_context *ctx = mpt_open_backend(desc, &backend, NULL);
     char text[64];
     if (!ctx) return NULL;
@@ -2980,16 +2945,12 @@ MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d
 }
 
 static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_map_op *op) {
+    const int gradient = op->map == MPT_MAP_ACTIVATION_GRADIENT, add = op->map == MPT_MAP_ADD;
     MPT__TRY(mpt__need_context(ctx));
     if (!op->n) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, call,
-                       op->map == MPT_MAP_ACTIVATION_GRADIENT ? "saved"
-                       : op->map == MPT_MAP_ADD               ? "a"
-                                                              : "x",
-                       op->a));
-    if (op->map == MPT_MAP_ADD) MPT__TRY(mpt__need(ctx, call, "b", op->b));
-    if (op->map == MPT_MAP_ACTIVATION_GRADIENT) MPT__TRY(mpt__need(ctx, call, "dy", op->b));
-    MPT__TRY(mpt__need(ctx, call, op->map == MPT_MAP_ACTIVATION_GRADIENT ? "dx" : "y", op->out));
+    MPT__TRY(mpt__need(ctx, call, gradient ? "saved" : add ? "a" : "x", op->a));
+    if (gradient || add) MPT__TRY(mpt__need(ctx, call, add ? "b" : "dy", op->b));
+    MPT__TRY(mpt__need(ctx, call, gradient ? "dx" : "y", op->out));
     MPT__TRY(mpt__need_act(ctx, call, op->act));
     MPT__TRY(mpt__need_size(ctx, call, "n", op->n, 1, 1, 1));
     return ctx->backend.map(ctx, op);
@@ -3069,14 +3030,15 @@ MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask 
     return mpt__map_check(ctx, "dropout_array", &op);
 }
 
-/* Fills in the defaults of user's shape and checks what all passes have. */
-static mpt_result mpt__norm_plan(mpt_context *ctx, const char *call, const mpt_norm_shape *user, const float *stats,
+static mpt_result mpt__norm_call(mpt_context *ctx, const char *call, const mpt_norm_shape *user, const float *stats,
                                  mpt_norm_op *op) {
+    const int forward = op->pass == MPT_NORM_FORWARD, backward = op->pass == MPT_NORM_BACKWARD;
     mpt_norm_shape *s = &op->shape;
     MPT__TRY(mpt__need_context(ctx));
     if (!user || !stats) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: shape or stats is NULL", call);
+    memcpy(&op->stats, &stats, sizeof stats); /* written only where the caller's is not const */
     *s = *user;
-    if (!mpt__is_nan(s->eps) && !(mpt__bits(s->eps) << 1)) s->eps = 1e-5f;
+    if (!(mpt__bits(s->eps) << 1)) s->eps = 1e-5f;
     if (!mpt__finite(s->eps) || s->eps < 0)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", call, (double)s->eps);
     if (!s->N || !s->pixels || !s->C || !s->groups || s->C % s->groups)
@@ -3084,67 +3046,59 @@ static mpt_result mpt__norm_plan(mpt_context *ctx, const char *call, const mpt_n
                         "%s: a size is 0, or groups does not divide C (N %z, pixels %z, C %z, groups %z)", call, s->N,
                         s->pixels, s->C, s->groups);
     MPT__TRY(mpt__need_size(ctx, call, "x", s->N, s->pixels, s->C, 1));
-    memcpy(&op->stats, &stats, sizeof stats); /* written only where the caller's is not const */
-    return MPT_OK;
+    if (op->pass == MPT_NORM_RUNNING && s->pixels * (s->C / s->groups) < 2)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: one value has no variance", call);
+    if (op->pass != MPT_NORM_RUNNING) MPT__TRY(mpt__need(ctx, call, "x", op->x));
+    if (forward || backward) MPT__TRY(mpt__need(ctx, call, "gamma", op->gamma));
+    if (forward || backward) MPT__TRY(mpt__need(ctx, call, forward ? "y" : "dy", op->y));
+    if (forward) MPT__TRY(mpt__need(ctx, call, "beta", op->beta));
+    if (forward) MPT__TRY(mpt__need_act(ctx, call, op->act));
+    if (op->dx.data) MPT__TRY(mpt__need(ctx, call, "dx", op->dx));
+    if (backward) MPT__TRY(mpt__need(ctx, call, "dgamma", op->dgamma));
+    if (backward) MPT__TRY(mpt__need(ctx, call, "dbeta", op->dbeta));
+    return ctx->backend.norm(ctx, op);
 }
 
 MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats) {
     mpt_norm_op op = MPT_ZERO;
-    MPT__TRY(mpt__norm_plan(ctx, "norm_stats", shape, stats, &op));
-    MPT__TRY(mpt__need(ctx, "norm_stats", "x", x));
     op.pass = MPT_NORM_STATS;
     op.x = x;
-    return ctx->backend.norm(ctx, &op);
+    return mpt__norm_call(ctx, "norm_stats", shape, stats, &op);
 }
 
 MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
                                     mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y) {
     mpt_norm_op op = MPT_ZERO;
-    MPT__TRY(mpt__norm_plan(ctx, "norm_forward", shape, stats, &op));
-    MPT__TRY(mpt__need(ctx, "norm_forward", "x", x));
-    MPT__TRY(mpt__need(ctx, "norm_forward", "gamma", gamma));
-    MPT__TRY(mpt__need(ctx, "norm_forward", "beta", beta));
-    MPT__TRY(mpt__need(ctx, "norm_forward", "y", y));
-    MPT__TRY(mpt__need_act(ctx, "norm_forward", act));
     op.pass = MPT_NORM_FORWARD;
     op.x = x, op.y = y;
     op.gamma = gamma, op.beta = beta;
     op.act = act;
-    return ctx->backend.norm(ctx, &op);
+    return mpt__norm_call(ctx, "norm_forward", shape, stats, &op);
 }
 
 MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats,
                                      int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
                                      float scale, mpt_array dgamma, mpt_array dbeta) {
     mpt_norm_op op = MPT_ZERO;
-    MPT__TRY(mpt__norm_plan(ctx, "norm_backward", shape, stats, &op));
-    MPT__TRY(mpt__need(ctx, "norm_backward", "x", x));
-    MPT__TRY(mpt__need(ctx, "norm_backward", "gamma", gamma));
-    MPT__TRY(mpt__need(ctx, "norm_backward", "dy", dy));
-    if (dx.data) MPT__TRY(mpt__need(ctx, "norm_backward", "dx", dx));
-    MPT__TRY(mpt__need(ctx, "norm_backward", "dgamma", dgamma));
-    MPT__TRY(mpt__need(ctx, "norm_backward", "dbeta", dbeta));
     op.pass = MPT_NORM_BACKWARD;
     op.x = x, op.y = dy;
     op.frozen = frozen;
     op.gamma = gamma;
     op.dx = dx, op.scale_x = scale_x;
     op.dgamma = dgamma, op.dbeta = dbeta, op.scale = scale;
-    return ctx->backend.norm(ctx, &op);
+    return mpt__norm_call(ctx, "norm_backward", shape, stats, &op);
 }
 
 MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shape, float momentum, const float *stats,
                                     float *running) {
     mpt_norm_op op = MPT_ZERO;
-    MPT__TRY(mpt__norm_plan(ctx, "norm_running", shape, stats, &op));
+    MPT__TRY(mpt__need_context(ctx));
     MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 1));
     if (!running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm_running: running is NULL");
-    if (shape->pixels * (shape->C / shape->groups) < 2)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "norm_running: one value has no variance");
     op.pass = MPT_NORM_RUNNING;
     op.momentum = momentum;
     op.running = running;
-    return ctx->backend.norm(ctx, &op);
+    return mpt__norm_call(ctx, "norm_running", shape, stats, &op);
 }
 
 static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *user, mpt_pool2d_op *op) {
@@ -3256,124 +3210,14 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
     return mpt__loss_run(ctx, "elementwise_loss", &op);
 }
 
-/* ==== REFERENCE ====
-
-   Products and convolutions as plain loops: what each operation means. The engine below computes the same sums, in
-   another order; tests hold the two together. One output element at a time, summed in fp32, rounded once. */
-
-static void mpt__reference_put(const mpt_context *ctx, mpt_array out, size_t i, float sum, float beta, mpt_array bias,
-                               size_t column, mpt_activation act) {
-    if (beta != 0) sum += beta * mpt__get(ctx, out, i);
-    if (bias.data) sum += mpt__get(ctx, bias, column);
-    sum = mpt__activate(act, sum);
-    mpt__store(ctx, out, i, 1, &sum);
-}
-
-/* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bias(n)) */
-static mpt_result mpt__reference_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
-    size_t i, j, l;
-    for (i = 0; i < op->m; i++)
-        for (j = 0; j < op->n; j++) {
-            float sum = 0;
-            for (l = 0; l < op->k; l++)
-                sum += mpt__get(ctx, op->a, op->trans_a ? l * op->lda + i : i * op->lda + l) *
-                       mpt__get(ctx, op->b, op->trans_b ? j * op->ldb + l : l * op->ldb + j);
-            mpt__reference_put(ctx, op->c, i * op->ldc + j, op->alpha * sum, op->beta, op->bias, j, op->act);
-        }
-    return MPT_OK;
-}
-
-/* Where output position p and kernel row r of a convolution read the input: a row of 0..H-1, or H or more for
-   padding. */
-static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
-    return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
-}
-
-/* y(n,p,q,k) = act(sum over r,s,c of x(n, tap(p,r), tap(q,s), c) w(k,r,s,c) + bias(k)), c from 0 to C / groups, counted
-   in x from the first channel of k's group */
-static void mpt__reference_conv2d_forward(const mpt_context *ctx, const mpt_conv2d_op *op) {
-    const mpt_conv2d_shape z = op->shape;
-    const size_t some = z.C / z.groups, each = z.K / z.groups;
-    size_t n, p, q, k, r, s, c;
-    for (n = 0; n < z.N; n++)
-        for (p = 0; p < op->P; p++)
-            for (q = 0; q < op->Q; q++)
-                for (k = 0; k < z.K; k++) {
-                    float sum = 0;
-                    for (r = 0; r < z.R; r++)
-                        for (s = 0; s < z.S; s++) {
-                            const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
-                            for (c = 0; c < some && h < z.H && w < z.W; c++)
-                                sum += mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + k / each * some + c) *
-                                       mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * some + c);
-                        }
-                    mpt__reference_put(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k, sum, 0, op->bias, k,
-                                       op->act);
-                }
-}
-
-/* dx(n,h,w,c) = sum of dy(n,p,q,k) w(k,r,s,c) over all k of c's group and all p,q,r,s with tap(p,r) = h and
-   tap(q,s) = w, + beta dx */
-static void mpt__reference_conv2d_backward_data(const mpt_context *ctx, const mpt_conv2d_op *op) {
-    const mpt_conv2d_shape z = op->shape;
-    const size_t some = z.C / z.groups, each = z.K / z.groups;
-    const mpt_array none = MPT_ZERO;
-    size_t n, h, w, c, p, q, k, r, s;
-    for (n = 0; n < z.N; n++)
-        for (h = 0; h < z.H; h++)
-            for (w = 0; w < z.W; w++)
-                for (c = 0; c < z.C; c++) {
-                    float sum = 0;
-                    for (r = 0; r < z.R; r++)
-                        for (p = 0; p < op->P; p++)
-                            for (s = 0; s < z.S && mpt__tap(&z, p, r) == h; s++)
-                                for (q = 0; q < op->Q; q++)
-                                    for (k = c / some * each; k < (c / some + 1) * each && mpt__tap(&z, q, s) == w; k++)
-                                        sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
-                                               mpt__get(ctx, op->w, ((k * z.R + r) * z.S + s) * some + c % some);
-                    mpt__reference_put(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + c, sum, op->beta, none, 0,
-                                       MPT_IDENTITY);
-                }
-}
-
-/* dw(k,r,s,c) = sum over n,p,q of dy(n,p,q,k) x(n, tap(p,r), tap(q,s), c) + beta dw, c as in forward */
-static void mpt__reference_conv2d_backward_weight(const mpt_context *ctx, const mpt_conv2d_op *op) {
-    const mpt_conv2d_shape z = op->shape;
-    const size_t some = z.C / z.groups, each = z.K / z.groups;
-    const mpt_array none = MPT_ZERO;
-    size_t n, p, q, k, r, s, c;
-    for (k = 0; k < z.K; k++)
-        for (r = 0; r < z.R; r++)
-            for (s = 0; s < z.S; s++)
-                for (c = 0; c < some; c++) {
-                    float sum = 0;
-                    for (n = 0; n < z.N; n++)
-                        for (p = 0; p < op->P; p++)
-                            for (q = 0; q < op->Q; q++) {
-                                const size_t h = mpt__tap(&z, p, r), w = mpt__tap(&z, q, s);
-                                if (h < z.H && w < z.W)
-                                    sum += mpt__get(ctx, op->y, ((n * op->P + p) * op->Q + q) * z.K + k) *
-                                           mpt__get(ctx, op->x, ((n * z.H + h) * z.W + w) * z.C + k / each * some + c);
-                            }
-                    mpt__reference_put(ctx, op->w, ((k * z.R + r) * z.S + s) * some + c, sum, op->beta, none, 0,
-                                       MPT_IDENTITY);
-                }
-}
-
-static mpt_result mpt__reference_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
-    if (op->pass == MPT_FORWARD) mpt__reference_conv2d_forward(ctx, op);
-    else if (op->pass == MPT_BACKWARD_DATA) mpt__reference_conv2d_backward_data(ctx, op);
-    else mpt__reference_conv2d_backward_weight(ctx, op);
-    return MPT_OK;
-}
-
 /* ==== ENGINE ====
 
    The CPU backend. One driver computes every matrix product, convolutions included: it cuts the result into blocks,
    copies the parts of both operands that a block needs into fp32 (the right one in panels as wide as a tile),
    multiplies them with a small kernel that keeps its tile in registers, and finishes the block: scale, add, bias,
    activation, round, store. Operands are read through views, so a convolution is the same product with another way
-   to read an image; no patch matrix is ever stored. Blocks do not depend on the number of threads. */
+   to read an image; no patch matrix is ever stored. Blocks do not depend on the number of threads.
+   tests/reference.h has all operations as plain loops: what they mean. */
 
 enum {
     MPT__BLOCK_M = 96, /* rows and columns of a block of the result: multiples of every kernel's tile */
@@ -3399,6 +3243,12 @@ static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
 }
 
 /* -- Views -- */
+
+/* Where output position p and kernel row r of a convolution read the input: a row of 0..H-1, or H or more for
+   padding. */
+static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
+    return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
+}
 
 typedef enum mpt__view_kind {
     MPT__MATRIX,  /* (u, v) = data[u * stride + v] */
@@ -3772,36 +3622,17 @@ typedef struct mpt__work {
     const void *op;
 } mpt__work;
 
-/* out[i..i+n) = x(n), for a type and a rounding that the compiler knows and folds into the loop. */
-MPT__INLINE void mpt__store_as(mpt_dtype type, mpt_round round, const mpt_map_op *op, size_t i, size_t n,
-                               const float *x) {
+/* out[i..i+n) = x(n) with any rounding, to a type narrower than fp32 */
+static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const float *x) {
     const mpt_rounding r = op->rounding;
     uint8_t *byte = (uint8_t *)op->out.data + i;
     uint16_t *half = (uint16_t *)op->out.data + i;
     size_t e;
     for (e = 0; e < n; e++) {
-        const uint32_t random = round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i + e) : 0;
-        const uint32_t bits = mpt_narrow(x[e], type, round, r.overflow, random);
-        if (type == MPT_F16 || type == MPT_BF16) half[e] = (uint16_t)bits;
+        const uint32_t random = r.round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i + e) : 0;
+        const uint32_t bits = mpt_narrow(x[e], op->out.type, r.round, r.overflow, random);
+        if (op->out.type <= MPT_BF16) half[e] = (uint16_t)bits;
         else byte[e] = (uint8_t)bits;
-    }
-}
-
-MPT__INLINE void mpt__store_type(mpt_dtype type, const mpt_map_op *op, size_t i, size_t n, const float *x) {
-    switch (op->rounding.round) {
-    case MPT_ROUND_NEAREST: mpt__store_as(type, MPT_ROUND_NEAREST, op, i, n, x); break;
-    case MPT_ROUND_ZERO: mpt__store_as(type, MPT_ROUND_ZERO, op, i, n, x); break;
-    default: mpt__store_as(type, MPT_ROUND_STOCHASTIC, op, i, n, x);
-    }
-}
-
-/* out[i..i+n) = x(n) with any rounding, to a type narrower than fp32 */
-static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const float *x) {
-    switch (op->out.type) {
-    case MPT_F16: mpt__store_type(MPT_F16, op, i, n, x); break;
-    case MPT_BF16: mpt__store_type(MPT_BF16, op, i, n, x); break;
-    case MPT_E4M3: mpt__store_type(MPT_E4M3, op, i, n, x); break;
-    default: mpt__store_type(MPT_E5M2, op, i, n, x);
     }
 }
 
@@ -4571,7 +4402,7 @@ static mpt_result mpt__cpu_zero(mpt_context *ctx, void *p, size_t bytes) {
     return MPT_OK;
 }
 
-static mpt_backend mpt__cpu_backend(int reference) {
+static mpt_backend mpt__cpu_backend(void) {
     mpt_backend b = MPT_ZERO;
     b.name = "cpu";
     b.overhead = MPT__OVERHEAD;
@@ -4583,8 +4414,8 @@ static mpt_backend mpt__cpu_backend(int reference) {
     b.scan = mpt__cpu_scan;
     b.histogram = mpt__cpu_histogram;
     b.map = mpt__cpu_map;
-    b.gemm = reference ? mpt__reference_gemm : mpt__cpu_gemm;
-    b.conv2d = reference ? mpt__reference_conv2d : mpt__cpu_conv2d;
+    b.gemm = mpt__cpu_gemm;
+    b.conv2d = mpt__cpu_conv2d;
     b.column_sums = mpt__cpu_column_sums;
     b.copy_columns = mpt__cpu_copy_columns;
     b.pool2d = mpt__cpu_pool2d;
@@ -5567,13 +5398,12 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
     s->stride = (size_t)(d->stride ? d->stride : 1);
     s->dilation = (size_t)dilation;
     s->groups = (size_t)(d->groups ? d->groups : 1);
-    if (s->C % s->groups || s->K % s->groups)
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels and %d filters", node->name,
-                        d->groups, node->C, filters);
     s->padding = d->padding ? (size_t)d->padding : d->no_padding ? 0 : (s->R - 1) / 2 * s->dilation;
     if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: kernel %dx%d, dilation %d, on a %dx%d input with padding %z",
-                        node->name, kernel, kernel, dilation, node->H, node->W, s->padding);
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE,
+                        "%s: kernel %dx%d, dilation %d, %d filters, %z groups, on a %dx%dx%d input with padding %z",
+                        node->name, kernel, kernel, dilation, filters, s->groups, node->H, node->W, node->C,
+                        s->padding);
     return mpt__layer_size(net, node, P, Q, s->K);
 }
 
@@ -6041,48 +5871,39 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     return MPT_OK;
 }
 
-/* Device memory of `bytes`, kept in *p; 0 bytes: none. */
-static mpt_result mpt__build_alloc(mpt_model *net, void **p, size_t bytes) {
-    if (bytes) *p = mpt_alloc(net->ctx, bytes);
-    return *p || !bytes ? MPT_OK : MPT_ERROR_NO_MEMORY;
-}
-
-/* Running statistics of all batch norms: mean(C) and variance(C) of one after the other. */
-static mpt_result mpt__build_statistics(mpt_model *net) {
-    void *running = NULL, *pending = NULL;
-    mpt_result r;
-    int i;
-    net->statistics = 0;
-    for (i = 0; i < net->count; i++) {
-        mpt__node *node = &net->nodes[i];
-        if (node->kind != MPT__NORM || node->norm != MPT__NORM_BATCH) continue;
-        node->running = net->statistics;
-        net->statistics += 2 * (size_t)node->C;
-    }
-    r = mpt__build_alloc(net, &running, net->statistics * sizeof(float));
-    if (r == MPT_OK) r = mpt__build_alloc(net, &pending, net->statistics * sizeof(float));
-    net->running = (float *)running, net->pending = (float *)pending;
-    return r == MPT_OK ? mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running) : r;
+/* Device memory of `bytes`; NULL for 0 bytes. Remembers in *failed if there was none. */
+static void *mpt__build_alloc(mpt_model *net, size_t bytes, int *failed) {
+    void *p = mpt_alloc(net->ctx, bytes);
+    *failed |= bytes && !p;
+    return p;
 }
 
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
     const size_t batch = (size_t)net->train.batch, features = mpt__node_count(input), outputs = mpt__node_count(loss);
     const size_t widest = features > outputs ? features : outputs; /* inputs on the way in, outputs on the way out */
-    const float *weights = loss->loss == MPT_LOSS_CROSS_ENTROPY ? loss->cross_entropy.class_weights : NULL;
-    net->staging_bytes =
-        input->type == MPT_F32 && mpt__node_of(net, loss->in[0])->type == MPT_F32 ? 0 : batch * widest * sizeof(float);
-    net->target_bytes = batch * (loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : outputs) * sizeof(float);
-    net->block = (char *)mpt_alloc(net->ctx, net->block_bytes);
-    net->target = mpt_alloc(net->ctx, net->target_bytes);
-    net->sums = (mpt_loss_sum *)mpt_alloc(net->ctx, MPT__SUMS * sizeof *net->sums);
-    if (net->staging_bytes) net->staging = (float *)mpt_alloc(net->ctx, net->staging_bytes);
-    if (weights) net->class_weights = (float *)mpt_alloc(net->ctx, outputs * sizeof *weights);
-    if (!net->block || !net->target || !net->sums || (net->staging_bytes && !net->staging) ||
-        (weights && !net->class_weights))
-        return MPT_ERROR_NO_MEMORY;
+    const int classes = loss->loss == MPT_LOSS_CROSS_ENTROPY, direct = mpt__node_of(net, loss->in[0])->type == MPT_F32;
+    const float *weights = classes ? loss->cross_entropy.class_weights : NULL;
+    int i, failed = 0;
+    net->statistics = 0; /* of all batch norms: mean(C) and variance(C) of one after the other */
+    for (i = 0; i < net->count; i++) {
+        mpt__node *node = &net->nodes[i];
+        if (node->kind != MPT__NORM || node->norm != MPT__NORM_BATCH) continue;
+        node->running = net->statistics;
+        net->statistics += 2 * (size_t)node->C;
+    }
+    net->staging_bytes = input->type == MPT_F32 && direct ? 0 : batch * widest * sizeof(float);
+    net->target_bytes = batch * (classes ? 1 : outputs) * sizeof(float);
+    net->block = (char *)mpt__build_alloc(net, net->block_bytes, &failed);
+    net->target = mpt__build_alloc(net, net->target_bytes, &failed);
+    net->sums = (mpt_loss_sum *)mpt__build_alloc(net, MPT__SUMS * sizeof *net->sums, &failed);
+    net->staging = (float *)mpt__build_alloc(net, net->staging_bytes, &failed);
+    net->class_weights = (float *)mpt__build_alloc(net, weights ? outputs * sizeof *weights : 0, &failed);
+    net->running = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
+    net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
+    if (failed) return MPT_ERROR_NO_MEMORY;
     if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
-    return mpt__build_statistics(net);
+    return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
 }
 
 static mpt_result mpt__build_training(mpt_model *net) {

@@ -82,7 +82,7 @@ extern "C" {
 /* ==== API ==== */
 
 typedef struct mpt_cuda_desc {
-    mpt_context_desc context; /* allocator of the host side, log; threads and reference mean nothing here */
+    mpt_context_desc context; /* allocator of the host side, log; threads mean nothing here */
     int device;               /* number of the device, from 0 */
     void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own */
     void *cublas;             /* a cublasHandle_t; NULL: its own. In use by the context alone until mpt_close */

@@ -1,15 +1,15 @@
 /* operations.c - floor 2: every operation, forward and backward, against the double loops of reference.h.
 
-   Each runs on every instruction set of this machine and as the library's own plain loops, on 1, 2 and 4 threads; the
-   bits must be the same for any number of threads. The gradients of the reference itself are checked against central
+   Each runs on every instruction set of this machine, on 1, 2 and 4 threads; the bits must be the same for any number of
+   threads. The gradients of the reference itself are checked against central
    differences. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
 #include "../reference.h"
 
-/* An engine is the default one, the reference loops, or an instruction set. */
-enum { DEFAULT, REFERENCE, PLAIN, ENGINES = PLAIN + MPT_ISA_COUNT - MPT_ISA_PLAIN, THREADS = 3 };
+/* An engine is the default one or an instruction set. */
+enum { DEFAULT, PLAIN, ENGINES = PLAIN + MPT_ISA_COUNT - MPT_ISA_PLAIN, THREADS = 3 };
 
 static mpt_context *contexts[ENGINES][THREADS]; /* on 1, 4 and 2 threads; NULL: not on this machine, or not needed */
 static mpt_context *context;                    /* the first of them; all tensors live in it */
@@ -21,7 +21,6 @@ static void open_all(void) {
         for (i = 0; i < (engine == DEFAULT ? THREADS : 2); i++) {
             mpt_context_desc desc = MPT_ZERO;
             desc.threads = threads[i];
-            desc.reference = engine == REFERENCE;
             desc.isa = engine >= PLAIN ? (mpt_isa)(MPT_ISA_PLAIN + engine - PLAIN) : MPT_ISA_BEST;
             contexts[engine][i] = test_open(&desc);
         }
