@@ -2565,7 +2565,6 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
    back from two halves just stored waits for them. */
 
 static const float mpt__zeros[MPT__RUN] = {0};
-
 /* Elements i .. i+n of a as fp32; of a short run the rest is 0. */
 MPT__INLINE const float *mpt__read_run(const mpt_context *ctx, mpt_array a, size_t i, size_t n, float *room) {
     if (a.type == MPT_F32 && n == MPT__RUN) return (const float *)a.data + i;
@@ -3006,14 +3005,10 @@ MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt
     return ctx->backend.copy_columns(ctx, &op);
 }
 
-static mpt_result mpt__need_share(mpt_context *ctx, const char *call, const char *name, float p, float most) {
-    if (mpt__finite(p) && p >= 0 && p <= most) return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not in 0..1%s", call, name, (double)p,
-                    most < 1 ? ", 1 excluded" : "");
-}
-
-static mpt_result mpt__need_drop(mpt_context *ctx, const char *call, float p) {
-    return mpt__need_share(ctx, call, "p", p, 0.99999994f); /* the float below 1 */
+static mpt_result mpt__need_share(mpt_context *ctx, const char *call, const char *name, float x, int below_1) {
+    if (mpt__finite(x) && x >= 0 && x <= 1 && !(below_1 && x >= 1)) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not in 0..1%s", call, name, (double)x,
+                    below_1 ? ", 1 excluded" : "");
 }
 
 MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
@@ -3021,7 +3016,7 @@ MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask 
     mpt_map_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
     if (!mask) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "dropout_array: mask is NULL");
-    MPT__TRY(mpt__need_drop(ctx, "dropout_array", mask->p));
+    MPT__TRY(mpt__need_share(ctx, "dropout_array", "p", mask->p, 1));
     op.map = MPT_MAP_DROPOUT;
     op.n = n;
     op.a = x, op.out = y;
@@ -3093,7 +3088,7 @@ MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shap
                                     float *running) {
     mpt_norm_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 1));
+    MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 0));
     if (!running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm_running: running is NULL");
     op.pass = MPT_NORM_RUNNING;
     op.momentum = momentum;
@@ -3175,7 +3170,7 @@ static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_lo
                         : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels"
                                                              : "target");
     if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
-    MPT__TRY(mpt__need_share(ctx, call, "label_smoothing", op->cross_entropy.label_smoothing, 1));
+    MPT__TRY(mpt__need_share(ctx, call, "label_smoothing", op->cross_entropy.label_smoothing, 0));
     MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
     return ctx->backend.loss(ctx, op);
 }
@@ -3244,8 +3239,7 @@ static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
 
 /* -- Views -- */
 
-/* Where output position p and kernel row r of a convolution read the input: a row of 0..H-1, or H or more for
-   padding. */
+/* The input row that output position p reads through kernel row r; past the end for padding. */
 static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
     return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
 }
@@ -3381,7 +3375,7 @@ MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, 
                                  size_t depth, float *panels, float *lines) {
     const size_t tile = ctx->simd.tile_n, padded = (columns + tile - 1) / tile * tile;
     const int direct = view->kind == MPT__MATRIX && view->data.type == MPT_F32;
-    size_t c, r, d;
+    size_t c, r, d, some;
     for (c = 0; c < padded && view->v_is_depth; c += tile) {
         if (direct && c + tile <= columns) {
             ctx->simd.transpose((const float *)view->data.data + (j + c) * view->stride + l, view->stride, depth,
@@ -3393,11 +3387,18 @@ MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, 
             else memset(lines + r * depth, 0, depth * sizeof *lines);
         ctx->simd.transpose(lines, depth, depth, panels + c * depth);
     }
-    for (d = 0; d < depth && !view->v_is_depth; d++) {
-        mpt__view_run(ctx, view, l + d, j, columns, lines);
-        memset(lines + columns, 0, (padded - columns) * sizeof *lines);
-        for (c = 0; c < padded; c += tile)
-            for (r = 0; r < tile; r += 8) memcpy(panels + c * depth + d * tile + r, lines + c + r, 8 * sizeof *lines);
+    for (d = 0; d < depth && !view->v_is_depth; d += some) { /* a few rows at a time: panels lie too far apart */
+        const int whole = direct && columns == padded;
+        const float *from = whole ? (const float *)view->data.data + (l + d) * view->stride + j : lines;
+        some = mpt__min(depth - d, 16);
+        for (r = 0; r < some && !whole; r++) {
+            mpt__view_run(ctx, view, l + d + r, j, columns, lines + r * padded);
+            memset(lines + r * padded + columns, 0, (padded - columns) * sizeof *lines);
+        }
+        for (c = 0; c < padded; c += 8)
+            for (r = 0; r < some; r++)
+                memcpy(panels + c / tile * tile * depth + (d + r) * tile + c % tile,
+                       from + r * (whole ? view->stride : padded) + c, 8 * sizeof *lines);
     }
 }
 
@@ -5442,7 +5443,7 @@ static int mpt__norm_node(mpt_model *net, int in, mpt__norm_kind kind, int group
                      (double)s->eps);
     else if (kind == MPT__NORM_GROUP && (groups < 1 || node->C % groups))
         r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels", node->name, groups, node->C);
-    else r = mpt__need_share(net->ctx, node->name, "momentum", node->momentum, 1);
+    else r = mpt__need_share(net->ctx, node->name, "momentum", node->momentum, 0);
     return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
 }
 
@@ -5461,7 +5462,7 @@ MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
     mpt_result r;
     if (!node) return 0;
     node->p = p;
-    r = mpt__need_drop(net->ctx, node->name, p);
+    r = mpt__need_share(net->ctx, node->name, "p", p, 1);
     return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
 }
 
@@ -5565,7 +5566,7 @@ static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node
     const mpt_cross_entropy_desc *d = &node->cross_entropy;
     const int classes = node->H * node->W * node->C;
     int c;
-    MPT__TRY(mpt__need_share(net->ctx, node->name, "label_smoothing", d->label_smoothing, 1));
+    MPT__TRY(mpt__need_share(net->ctx, node->name, "label_smoothing", d->label_smoothing, 0));
     for (c = 0; c < classes && d->class_weights; c++)
         if (!mpt__finite(d->class_weights[c]) || d->class_weights[c] < 0)
             return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: class weight %d is %g, not a finite number from 0 on",

@@ -927,42 +927,42 @@ static void test_dropout_errors(void) {
 
 /* ==== NORMALISATION ==== */
 
-typedef struct norm {
+typedef struct norm_case {
     mpt_norm_shape s;
     mpt_activation act;
     int frozen;
     float scale_x, scale, momentum;
-} norm;
+} norm_case;
 
 enum { INPUT, GAMMA, SHIFT, OUTPUT, SLOPE, DX, DGAMMA, DSHIFT, STATS, RUNNING, NORM_TENSORS }; /* SLOPE: dy */
 
-static size_t norm_sets(const norm *n) { return n->s.N * n->s.groups; }
+static size_t norm_sets(const norm_case *n) { return n->s.N * n->s.groups; }
 
 static float *floats_of(const test_tensor *t) { return (float *)t->array.data; }
 
 static mpt_result call_norm_stats(mpt_context *ctx, const void *args, const test_tensor *t) {
-    const norm *n = (const norm *)args;
+    const norm_case *n = (const norm_case *)args;
     return mpt_norm_stats(ctx, &n->s, t[INPUT].array, floats_of(&t[STATS]));
 }
 
 static mpt_result call_norm_forward(mpt_context *ctx, const void *args, const test_tensor *t) {
-    const norm *n = (const norm *)args;
+    const norm_case *n = (const norm_case *)args;
     return mpt_norm_forward(ctx, &n->s, t[INPUT].array, floats_of(&t[STATS]), t[GAMMA].array, t[SHIFT].array, n->act,
                             t[OUTPUT].array);
 }
 
 static mpt_result call_norm_backward(mpt_context *ctx, const void *args, const test_tensor *t) {
-    const norm *n = (const norm *)args;
+    const norm_case *n = (const norm_case *)args;
     return mpt_norm_backward(ctx, &n->s, t[INPUT].array, floats_of(&t[STATS]), n->frozen, t[GAMMA].array,
                              t[SLOPE].array, n->scale_x, t[DX].array, n->scale, t[DGAMMA].array, t[DSHIFT].array);
 }
 
 static mpt_result call_norm_running(mpt_context *ctx, const void *args, const test_tensor *t) {
-    const norm *n = (const norm *)args;
+    const norm_case *n = (const norm_case *)args;
     return mpt_norm_running(ctx, &n->s, n->momentum, floats_of(&t[STATS]), floats_of(&t[RUNNING]));
 }
 
-static void norm_tensors(const norm *n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype type_p, test_tensor *t) {
+static void norm_tensors(const norm_case *n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype type_p, test_tensor *t) {
     const size_t count = n->s.N * n->s.pixels * n->s.C, channels = n->s.C, sets = norm_sets(n);
     t[INPUT] = test_tensor_random(context, type_x, count, 1);
     t[GAMMA] = test_tensor_random(context, type_p, channels, 2);
@@ -978,7 +978,7 @@ static void norm_tensors(const norm *n, mpt_dtype type_x, mpt_dtype type_y, mpt_
 
 /* The sums are double and rounded once; that of the squares may be E x^2 - (E x)^2, which passes 2 count + 10 roundings
    of the size of E x^2. */
-static void check_norm_stats(const norm *n, test_tensor *t) {
+static void check_norm_stats(const norm_case *n, test_tensor *t) {
     const size_t sets = norm_sets(n);
     const double count = reference_norm_count(&n->s), d = ldexp(1, -53);
     double *expected = test_doubles(2 * sets), *tolerance = test_doubles(2 * sets);
@@ -1000,7 +1000,7 @@ static void check_norm_stats(const norm *n, test_tensor *t) {
 }
 
 /* Deviation, root and inverse, two products and two sums; tanh itself is taken to be good to 8 ulp. */
-static void check_norm_forward(const norm *n, test_tensor *t) {
+static void check_norm_forward(const norm_case *n, test_tensor *t) {
     double *expected = test_doubles(t[OUTPUT].count), *tolerance = test_doubles(t[OUTPUT].count);
     size_t i;
     reference_norm(&n->s, t[INPUT].value, t[STATS].value, t[GAMMA].value, t[SHIFT].value, expected);
@@ -1029,7 +1029,7 @@ static void start_gradient(const test_tensor *t, float scale, double *expected, 
 }
 
 /* Checks what the backward pass leaves in one of its results. */
-static void check_gradient(const char *what, const norm *n, test_tensor *t, test_tensor *out, float scale,
+static void check_gradient(const char *what, const norm_case *n, test_tensor *t, test_tensor *out, float scale,
                            const double *expected, double *magnitude, double terms) {
     size_t i;
     for (i = 0; i < out->count; i++) magnitude[i] = test_bound(terms, magnitude[i], expected[i], out->array.type);
@@ -1038,7 +1038,7 @@ static void check_gradient(const char *what, const norm *n, test_tensor *t, test
     check_op(what, call_norm_backward, n, t, out, expected, magnitude);
 }
 
-static void check_norm_parameters(const norm *n, test_tensor *t) {
+static void check_norm_parameters(const norm_case *n, test_tensor *t) {
     const size_t channels = n->s.C;
     const double rows = (double)(n->s.N * n->s.pixels);
     double *gamma = test_doubles(channels), *shift = test_doubles(channels), *gamma_size = test_doubles(channels);
@@ -1060,7 +1060,7 @@ static void check_norm_parameters(const norm *n, test_tensor *t) {
 
 /* Errors to first order, in units of the largest number of roundings that a term passes: its own, the sum over the group,
    and 11 more. */
-static void check_norm_dx(const norm *n, test_tensor *t) {
+static void check_norm_dx(const norm_case *n, test_tensor *t) {
     const size_t count = t[INPUT].count, sets = norm_sets(n);
     double *expected = test_doubles(count), *magnitude = test_doubles(count);
     double *scratch = test_doubles(2 * count + 2 * sets), *slope_size = scratch, *product_size = slope_size + count;
@@ -1091,10 +1091,10 @@ static void check_norm_dx(const norm *n, test_tensor *t) {
 }
 
 /* Without dx the other two are the same; statistics are only read. */
-static void check_norm_optional(const norm *n, test_tensor *t) {
+static void check_norm_optional(const norm_case *n, test_tensor *t) {
     const size_t bytes = n->s.C * sizeof(double);
     double *with = test_doubles(2 * n->s.C);
-    norm fresh = *n;
+    norm_case fresh = *n;
     test_tensor dx = t[DX], stats = t[STATS];
     fresh.scale = 0;
     CHECK_OK(context, call_norm_backward(context, &fresh, t));
@@ -1113,7 +1113,7 @@ static void check_norm_optional(const norm *n, test_tensor *t) {
     free(stats.value), free(with);
 }
 
-static void check_norm_backward(norm n, test_tensor *t) {
+static void check_norm_backward(norm_case n, test_tensor *t) {
     int i;
     for (i = 0; i < 2; i++) {
         check_norm_parameters(&n, t);
@@ -1125,7 +1125,7 @@ static void check_norm_backward(norm n, test_tensor *t) {
     check_norm_optional(&n, t);
 }
 
-static void check_norm_running(const norm *n, test_tensor *t) {
+static void check_norm_running(const norm_case *n, test_tensor *t) {
     const size_t sets = norm_sets(n);
     double *expected = test_doubles(2 * sets), *size = test_doubles(2 * sets);
     size_t i;
@@ -1139,7 +1139,7 @@ static void check_norm_running(const norm *n, test_tensor *t) {
 }
 
 /* y in place of x is the same as elsewhere, bit for bit. */
-static void check_norm_in_place(const norm *n, test_tensor *t) {
+static void check_norm_in_place(const norm_case *n, test_tensor *t) {
     test_tensor x = test_tensor_new(context, t[OUTPUT].array.type, t[INPUT].count), kept = t[INPUT];
     memcpy(x.value, t[INPUT].value, x.count * sizeof *x.value);
     test_tensor_upload(&x);
@@ -1154,7 +1154,7 @@ static void check_norm_in_place(const norm *n, test_tensor *t) {
     test_tensor_free(&x);
 }
 
-static void test_norm(norm n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype type_p) {
+static void test_norm(norm_case n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype type_p) {
     test_tensor t[NORM_TENSORS];
     size_t i;
     norm_tensors(&n, type_x, type_y, type_p, t);
@@ -1178,8 +1178,8 @@ static const size_t norm_shapes[][4] = {
     {3, 35, 12, 4}, {2, 49, 66, 2}, {1, 16, 8, 1},    {3, 25, 5, 5},      {2, 121, 7, 7},  {4, 256, 96, 8},
 };
 
-static norm make_norm(const size_t *s) {
-    norm n = MPT_ZERO;
+static norm_case make_norm(const size_t *s) {
+    norm_case n = MPT_ZERO;
     n.s.N = s[0], n.s.pixels = s[1], n.s.C = s[2], n.s.groups = s[3];
     n.momentum = 0.1f;
     return n;
@@ -1190,7 +1190,7 @@ static void test_norms(void) {
     int mix;
     for (i = 0; i < sizeof norm_shapes / sizeof *norm_shapes; i++)
         for (mix = 0; mix < 9; mix++) {
-            norm n = make_norm(norm_shapes[i]);
+            norm_case n = make_norm(norm_shapes[i]);
             if (mix && n.s.N * n.s.pixels * n.s.C > 20000 && mix != 4 && mix != 8) continue; /* one type is enough */
             n.s.eps = mix % 2 ? 0 : 0.001f;
             n.act = mix % 2 ? MPT_RELU : MPT_IDENTITY;
@@ -1204,7 +1204,7 @@ static void test_norm_cancellation(void) {
     static const size_t shapes[][4] = {{1, 997, 3, 3}, {2, 1, 1009, 1}, {2, 61, 12, 2}};
     size_t i;
     for (i = 0; i < 3; i++) {
-        const norm n = make_norm(shapes[i]);
+        const norm_case n = make_norm(shapes[i]);
         test_tensor t[NORM_TENSORS];
         size_t j;
         norm_tensors(&n, MPT_F32, MPT_F32, MPT_F32, t);
@@ -1219,7 +1219,7 @@ static void test_norm_cancellation(void) {
    6 h^2 |a| count inverse^3 / count; a double sum of so many terms, through h, by (count + 20) 2^-53 / h of the terms'
    sizes. h = 2^-17. */
 typedef struct norm_objective {
-    const norm *n;
+    const norm_case *n;
     double *x, *gamma, *shift, *dy, *y, *stats;
     size_t count;
 } norm_objective;
@@ -1250,7 +1250,7 @@ static void check_slope(norm_objective *o, const char *what, double *variable, s
 }
 
 static void test_reference_norm(const size_t *shape, int frozen) {
-    norm n = make_norm(shape);
+    norm_case n = make_norm(shape);
     const size_t count = n.s.N * n.s.pixels * n.s.C, channels = n.s.C, sets = norm_sets(&n);
     double *all = test_doubles(6 * count + 6 * channels + 4 * sets), *dx, *dgamma, *dshift, *scratch;
     norm_objective o;
@@ -1287,7 +1287,7 @@ static void test_norm_specials(void) {
     static const size_t shapes[][4] = {{1, 10, 6, 6}, {5, 1, 6, 1}, {2, 5, 6, 3}};
     size_t i, j, wrong = 0;
     for (i = 0; i < 3; i++) {
-        norm n = make_norm(shapes[i]);
+        norm_case n = make_norm(shapes[i]);
         const size_t bad = 20, channels = n.s.C;
         test_tensor t[NORM_TENSORS];
         norm_tensors(&n, MPT_F16, MPT_F16, MPT_F32, t);
@@ -1320,7 +1320,7 @@ static void test_norm_shape_errors(void) {
     const mpt_array x = t.array;
     float *f = floats_of(&t);
     mpt_context *c = context;
-    norm n;
+    norm_case n;
     size_t i;
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
         n = make_norm(bad[i]);
@@ -1345,7 +1345,7 @@ static void test_norm_shape_errors(void) {
 static void test_norm_errors(void) {
     test_tensor t = test_tensor_random(context, MPT_F32, 240, 1);
     const mpt_array null = mpt_f32_array(NULL), fp8 = mpt_typed_array(t.array.data, MPT_E4M3), x = t.array;
-    const norm n = make_norm(norm_shapes[0]);
+    const norm_case n = make_norm(norm_shapes[0]);
     const mpt_norm_shape *s = &n.s;
     float *f = floats_of(&t);
     mpt_context *c = context;
