@@ -21,6 +21,11 @@ LONG     := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/long/*.c))
 SCRIPTS  := $(shell for f in $(filter-out tests/long/%,$(wildcard tests/*/*.sh)); do test -x $$f && echo $$f; done)
 RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) sh tests/run.sh
 
+# zlib is optional: with it examples/fashion reads .gz files as they are.
+ZLIB := $(shell echo '\#include <zlib.h>' | $(CC) -E -x c - >/dev/null 2>&1 && echo yes)
+$(BUILD)/examples/fashion: private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
+$(BUILD)/examples/fashion: private LIBS += $(if $(ZLIB),-lz)
+
 .PHONY: all run test test-long test-cuda bench clean help detect FORCE
 
 all: detect $(EXAMPLES)

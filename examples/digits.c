@@ -17,21 +17,21 @@
 #define TRAINER_ABOUT "Trains small nets on handwritten digits of 8x8 pixels in fp32, bf16 and fp16."
 #define TRAINER_DATA "examples/data/digits"
 #define TRAINER_MODELS "mlp|cnn|all"
+#define TRAINER_BATCH 32
+#define TRAINER_WITHIN 1.5 /* five of the 359 test digits */
 #include "trainer.h"
 
 #include <math.h>
 
 enum { SIDE = 8, PIXELS = SIDE * SIDE, INK = 16, CLASSES = 10 }; /* pixels are 0..INK */
 
-static void mlp_layers(mpt_model *net) {
-    int h = mpt_input(net, SIDE, SIDE, 1);
+static void mlp_layers(mpt_model *net, int h) {
     h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 64, NULL));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }
 
-static void cnn_layers(mpt_model *net) {
-    int h = mpt_input(net, SIDE, SIDE, 1);
+static void cnn_layers(mpt_model *net, int h) {
     h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));
     h = mpt_max_pool2d(net, h, 2, NULL);
     h = mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL));
@@ -44,31 +44,32 @@ static const trainer_model models[MODELS] = {{"mlp", mlp_layers, 30, 0.008}, {"c
 
 /* Every fifth digit tests, the others train. */
 static trainer_data load(const char *folder) {
-    trainer_idx idx = trainer_idx_read(folder, "images.idx3-ubyte", "labels.idx1-ubyte", CLASSES);
+    uint32_t shape[3];
+    const trainer_file images = trainer_file_read(folder, "images.idx3-ubyte");
+    const trainer_file labels = trainer_file_read(folder, "labels.idx1-ubyte");
+    trainer_set all = trainer_idx_set(images, labels, CLASSES, shape);
     trainer_data data = MPT_ZERO;
-    if (idx.height != SIDE || idx.width != SIDE || idx.count < 5)
-        TRAINER_FAIL(TRAINER_BAD_USE, "%s: %zu images of %zux%zu, want 5 or more of 8x8", folder, idx.count, idx.height,
-                     idx.width);
-    data.sample = PIXELS;
-    data.train_x = (float *)trainer_alloc(idx.count * PIXELS, sizeof(float));
-    data.test_x = (float *)trainer_alloc(idx.count * PIXELS, sizeof(float));
-    data.train_y = (int32_t *)trainer_alloc(idx.count, sizeof(int32_t));
-    data.test_y = (int32_t *)trainer_alloc(idx.count, sizeof(int32_t));
-    for (size_t i = 0; i < idx.count; i++) {
-        const int test = i % 5 == 4;
-        const size_t to = test ? data.test_count++ : data.train_count++;
-        float *x = (test ? data.test_x : data.train_x) + to * PIXELS;
-        (test ? data.test_y : data.train_y)[to] = idx.labels[i];
-        for (size_t p = 0; p < PIXELS; p++) {
-            const int pixel = idx.images[i * PIXELS + p];
-            if (pixel > INK)
-                TRAINER_FAIL(TRAINER_BAD_USE, "%s: pixel %zu of image %zu is %d, want 0 to %d", folder, p, i, pixel,
-                             INK);
-            x[p] = (float)pixel / (float)INK;
-        }
+    if (shape[1] != SIDE || shape[2] != SIDE || all.count < 5)
+        TRAINER_FAIL(TRAINER_BAD_USE, "%s: %zu images of %" PRIu32 "x%" PRIu32 ", want 5 or more of 8x8", folder,
+                     all.count, shape[1], shape[2]);
+    for (size_t p = 0; p < all.count * PIXELS; p++)
+        if (all.x[p] > INK)
+            TRAINER_FAIL(TRAINER_BAD_USE, "%s: pixel %zu of image %zu is %d, want 0 to %d", folder, p % PIXELS,
+                         p / PIXELS, all.x[p], INK);
+    for (int p = 0; p <= INK; p++) data.value[p] = (float)p / (float)INK;
+    data.height = data.width = SIDE;
+    data.channels = 1;
+    data.train.x = (unsigned char *)trainer_alloc(all.count, PIXELS);
+    data.train.y = (unsigned char *)trainer_alloc(all.count, 1);
+    data.test.x = (unsigned char *)trainer_alloc(all.count, PIXELS);
+    data.test.y = (unsigned char *)trainer_alloc(all.count, 1);
+    for (size_t i = 0; i < all.count; i++) {
+        trainer_set *set = i % 5 == 4 ? &data.test : &data.train;
+        memcpy(set->x + set->count * PIXELS, all.x + i * PIXELS, PIXELS);
+        set->y[set->count++] = all.y[i];
     }
-    free(idx.images);
-    free(idx.labels);
+    free(all.x);
+    free(all.y);
     return data;
 }
 
@@ -127,6 +128,7 @@ static int compare_scaling(mpt_context *ctx, const trainer_options *o, const tra
         runs[i].model = &models[MLP];
         runs[i].level = i == 0 ? MPT_O0 : MPT_O2;
         runs[i].type = i == 0 ? MPT_F32 : MPT_F16;
+        runs[i].seed = o->seed;
         runs[i].epochs = o->epochs ? o->epochs : models[MLP].epochs;
         runs[i].number = i + 1;
         runs[i].of = 3;
@@ -134,8 +136,12 @@ static int compare_scaling(mpt_context *ctx, const trainer_options *o, const tra
     plain->gradients = h;
     bare->scaler = MPT_SCALER_OFF;
     printf("\nDoes fp16 need its loss scale here?\n");
-    for (int i = 0; i < 3; i++) trainer_train(ctx, o, data, &runs[i]);
+    for (int i = 0; i < 3 && !trainer_interrupted; i++) trainer_train(ctx, o, data, &runs[i]);
     trainer_wipe();
+    if (trainer_interrupted) {
+        free(h);
+        return 0;
+    }
     log2_scale = (int)lround(log2((double)scaled->scale));
     without = mpt_histogram_fit(h, MPT_F16, 0);
     with = mpt_histogram_fit(h, MPT_F16, log2_scale);
@@ -148,7 +154,7 @@ static int compare_scaling(mpt_context *ctx, const trainer_options *o, const tra
            "fp16 on the way are the gradients of activations.)\n",
            100 * without.flushed, 100 * without.subnormal, log2_scale, 100 * with.flushed, 100 * with.subnormal,
            100 * with.overflowed);
-    print_verdict(scaled, bare, without.flushed, data->test_count);
+    print_verdict(scaled, bare, without.flushed, data->test.count);
     free(h);
     return plain->diverged || scaled->diverged || bare->diverged ? TRAINER_BAD_RUN : 0;
 }
@@ -161,7 +167,7 @@ int main(int argc, char **argv) {
     trainer_data data = load(o.data);
     status = trainer_run_all(ctx, &o, &data, runs, count);
     for (int i = 0; i < count; i++) half |= runs[i].type == MPT_F16;
-    if (half) status |= compare_scaling(ctx, &o, &data);
+    if (half && !trainer_interrupted) status |= compare_scaling(ctx, &o, &data);
     free(runs);
     trainer_data_free(&data);
     mpt_close(ctx);

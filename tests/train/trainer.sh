@@ -34,12 +34,17 @@ images=$t/data/images.idx3-ubyte labels=$t/data/labels.idx1-ubyte
 
 refused 2 "unknown option '--epoch'" --epoch 3
 refused 2 "'mlp' is no option" mlp
-for option in data model policy type epochs batch lr seed threads device csv; do refused 2 "--$option" --$option; done
+for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save; do
+    refused 2 "--$option" --$option
+done
 refused 2 "want mlp|cnn|all" --model resnet
 refused 2 "want mlp|cnn|all" --model ml
 refused 2 "want O0|O1|O2|O3|all" --policy O4
 refused 2 "want f32|bf16|f16|all" --type fp16
 refused 2 "want cpu|cuda" --device gpu
+refused 2 "want no|yes" --flip 1
+refused 2 "want a whole number from 0 to 64" --shift 65
+refused 2 "want a whole number from 1 to 1000" --seeds 0
 refused 2 "no CUDA" --device cuda
 refused 2 "f32 goes with O0" --policy O0 --type f16
 refused 2 "f32 goes with O0" --policy O2 --type f32
@@ -48,6 +53,8 @@ for n in 0 -1 3x nan inf 1e999 1e-999; do refused 2 "want a number above 0" --lr
 refused 2 "1438 training samples" --batch 1439
 refused 2 "No such file" --data "$t/none"
 refused 2 "/none/digits.csv: No such file" --csv "$t/none/digits.csv"
+refused 2 "/none/weights.part: No such file" --model mlp --policy O0 --save "$t/none/weights"
+refused 2 "--save is for one run, and 14 are selected" --save "$t/weights"
 [ ! -c /dev/full ] || refused 2 "/dev/full: No space left" --csv /dev/full
 
 mkdir "$t/data"
@@ -78,7 +85,7 @@ damaged "1797 images of 16x4, want 5 or more of 8x8"
 
 "$digits" --help >"$t/out" 2>"$t/err"
 check $? "--help fails"
-for option in data model policy type epochs batch lr seed threads device csv help; do
+for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save help; do
     grep -q -- "--$option" "$t/out"
     check $? "--help does not tell --$option"
 done
@@ -88,7 +95,7 @@ done
 check $? "--model mlp: $(cat "$t/err")"
 [ "$(wc -l <"$t/all.csv")" -eq 8 ]
 check $? "--model mlp gives $(wc -l <"$t/all.csv") lines of CSV, not 8"
-[ "$(grep -c '^\[ 7/7\] mlp' "$t/out")" -ge 1 ] && ! grep -q "$(printf '\r')" "$t/out"
+[ "$(grep -c '^\[7/7\] mlp' "$t/out")" -ge 1 ] && ! grep -q "$(printf '\r')" "$t/out"
 check $? "no plain progress lines"
 awk -f tests/train/rows.awk "$t/all.csv"
 check $? "a row of the MLP is off"
