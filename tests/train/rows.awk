@@ -1,11 +1,16 @@
 # awk -f rows.awk digits.csv: does every row but O3's reach what the digits allow (MLP 96 %, CNN 97 %), and stay within
-# 1.5 points of fp32 with the same seed?
+# 1.5 points of fp32 with the same seed? With -v data=fashion: 88.5 %, 91.5 % and the ResNet's 92.5 %.
 function check(good, what) {
     if (good) { passed++; return }
     failed++
     print "rows: " what
 }
-BEGIN { FS = ","; passed = failed = 0; goal["mlp"] = 0.96; goal["cnn"] = 0.97 }
+BEGIN {
+    FS = ","
+    passed = failed = 0
+    if (data == "fashion") { goal["mlp"] = 0.885; goal["cnn"] = 0.915; goal["resnet"] = 0.925 }
+    else { goal["mlp"] = 0.96; goal["cnn"] = 0.97 }
+}
 NR == 1 {
     check($0 == "model,policy,type,seed,epochs,test_accuracy,loss_scale,skipped_steps,weight_bytes,master_bytes," \
                 "gradient_bytes,moment_bytes,activation_bytes,samples_per_s", "header: " $0)
