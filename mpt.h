@@ -4283,13 +4283,13 @@ typedef struct mpt__update_work {
 } mpt__update_work;
 
 /* The fp32 values of n weights from element i of the flat arrays */
-static void mpt__weights_load(const mpt_update_op *op, size_t i, size_t n, float *p) {
+static void mpt__weights_load(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, float *p) {
     const uint16_t *copy = (const uint16_t *)op->copy.data;
     size_t e;
     if (op->master) memcpy(p, op->master + i, n * sizeof *p);
+    else if (!op->low) mpt__load(ctx, op->copy, i, n, p);
     else
-        for (e = 0; e < n; e++)
-            p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low ? op->low[i + e] : 0);
+        for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low[i + e]);
 }
 
 /* first: index of element i within its tensor, which names its random number */
@@ -4297,8 +4297,8 @@ static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, 
                                int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
     size_t e;
-    if (op->master) {
-        memcpy(op->master + i, p, n * sizeof *p);
+    if (op->master) memcpy(op->master + i, p, n * sizeof *p);
+    if (op->mode == MPT_MASTER_F32 || op->mode == MPT_MASTER_NONE) {
         if (copy) mpt__store(ctx, op->copy, i, n, p);
         return;
     }
@@ -4339,7 +4339,7 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
         const size_t first = begin * MPT__RUN, i = slice->offset + first, n = mpt__min(slice->count - first, MPT__RUN);
         float *const *moment = op->moment;
         size_t e;
-        mpt__weights_load(op, i, n, p);
+        mpt__weights_load(w->ctx, op, i, n, p);
         memcpy(before, p, n * sizeof *p);
         w->ctx->simd.update(&w->rates, n, p, op->grad + i, moment[0] ? moment[0] + i : NULL,
                             moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);

@@ -400,13 +400,13 @@ static __device__ __forceinline__ void mptc__load_bits(const uint16_t *p, unsign
     }
 }
 
-/* p(n) = bits(n) */
+/* p(n) = bits(n). An assignment of four words may be taken apart again by the compiler; the intrinsic may not. */
 static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n, const uint16_t *bits) {
     if (mptc__whole(p, n)) {
         uint32_t words[4];
 #pragma unroll
         for (unsigned e = 0; e < 4; e++) words[e] = bits[2 * e] | (uint32_t)bits[2 * e + 1] << 16;
-        *(uint4 *)p = make_uint4(words[0], words[1], words[2], words[3]);
+        __stwb((uint4 *)p, make_uint4(words[0], words[1], words[2], words[3]));
     } else {
 #pragma unroll
         for (unsigned e = 0; e < MPTC__PACK; e++)
@@ -436,8 +436,8 @@ static __device__ __forceinline__ void mptc__load(mpt_array a, size_t i, unsigne
 static __device__ __forceinline__ void mptc__store(mpt_array a, size_t i, unsigned n, const float *x) {
     if (a.type == MPT_F32 && mptc__whole((const float *)a.data + i, n)) {
         float4 *p = (float4 *)((float *)a.data + i);
-        p[0] = make_float4(x[0], x[1], x[2], x[3]);
-        p[1] = make_float4(x[4], x[5], x[6], x[7]);
+        __stwb(p, make_float4(x[0], x[1], x[2], x[3]));
+        __stwb(p + 1, make_float4(x[4], x[5], x[6], x[7]));
     } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
         uint16_t bits[MPTC__PACK];
 #pragma unroll
@@ -478,16 +478,18 @@ static __device__ bool mptc__last_block(unsigned *ticket) {
 
 /* ==== ELEMENTWISE ==== */
 
-/* Bits of x in op->out's type as the rounding says. */
-static __device__ uint32_t mptc__cast_bits(const mpt_map_op *op, size_t i, float x) {
-    const mpt_rounding *r = &op->rounding;
-    const uint32_t random = r->round == MPT_ROUND_STOCHASTIC ? mpt_hash(r->seed, r->step, r->tensor, i) : 0;
-    return mpt_narrow(x, op->out.type, r->round, r->overflow, random);
+/* Bits of element i, x, in `type` as the rounding says. */
+static __device__ uint32_t mptc__cast_bits(mpt_rounding r, mpt_dtype type, size_t i, float x) {
+    const uint32_t random = r.round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i) : 0;
+    return mpt_narrow(x, type, r.round, r.overflow, random);
 }
 
-/* out(n) from a(n), b(n): see mpt_map_op. A thread takes a pack at a time. */
+/* out(n) from a(n), b(n): see mpt_map_op. A thread takes a pack at a time. Only of its own copies does the compiler see
+   that what the hash makes of them is the same for all elements. */
 static __global__ void mptc__map_k(mpt_map_op op) {
-    const bool plain = op.rounding.round == MPT_ROUND_NEAREST && op.rounding.overflow == MPT_OVERFLOW_INF;
+    const mpt_rounding rounding = op.rounding;
+    const mpt_mask mask = op.mask;
+    const bool plain = rounding.round == MPT_ROUND_NEAREST && rounding.overflow == MPT_OVERFLOW_INF;
     for (size_t i = mptc__thread() * MPTC__PACK; i < op.n; i += mptc__stride() * MPTC__PACK) {
         const unsigned n = mptc__left(op.n, i);
         float a[MPTC__PACK], b[MPTC__PACK];
@@ -495,7 +497,7 @@ static __global__ void mptc__map_k(mpt_map_op op) {
         if (op.map == MPT_MAP_CAST && !plain) {
 #pragma unroll
             for (unsigned e = 0; e < MPTC__PACK; e++)
-                if (e < n) mptc__put_bits(op.out, i + e, mptc__cast_bits(&op, i + e, a[e]));
+                if (e < n) mptc__put_bits(op.out, i + e, mptc__cast_bits(rounding, op.out.type, i + e, a[e]));
             continue;
         }
         if (op.map == MPT_MAP_ACTIVATION) {
@@ -515,11 +517,11 @@ static __global__ void mptc__map_k(mpt_map_op op) {
             for (unsigned e = 0; e < MPTC__PACK; e++)
                 if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
         } else if (op.map == MPT_MAP_DROPOUT) {
-            const uint64_t step = op.mask.step ? *op.mask.step : 0;
+            const uint64_t step = mask.step ? *mask.step : 0;
             if (op.beta != 0) mptc__load(op.out, i, n, b);
 #pragma unroll
             for (unsigned e = 0; e < MPTC__PACK; e++) {
-                a[e] = mpt__mul(a[e], mpt__mask_factor(&op.mask, step, i + e));
+                a[e] = mpt__mul(a[e], mpt__mask_factor(&mask, step, i + e));
                 if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
             }
         }
@@ -571,8 +573,8 @@ static mpt_result mptc__copy_columns(mpt_context *ctx, const mpt_columns_op *op)
    three sums of eight columns under way. */
 
 enum {
-    MPTC__SUM_ACROSS = 8, /* threads of a row of a tile, a pack each, at most */
-    MPTC__SUM_ROWS = 8,   /* that a thread has at least, where the rows are split into parts... */
+    MPTC__SUM_ACROSS = 8,  /* threads of a row of a tile, a pack each, at most */
+    MPTC__SUM_ROWS = 8,    /* that a thread has at least, where the rows are split into parts... */
     MPTC__SUM_BLOCKS = 512 /* ...of which there are no more than make so many blocks */
 };
 
@@ -1074,9 +1076,8 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
 
 /* -- Depthwise convolution: one filter a channel makes no product -- */
 
-/* Forward and data: out(rows,C) from what the taps of each row read and w(taps,C); a thread takes a pack of channels */
+/* Forward and data: y(rows,C) from the rows of x that the taps read, and w(taps,C). A thread takes a pack of a row. */
 static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_t rows) {
-    const mpt_array from = g.spread ? op.y : op.x, out = g.spread ? op.x : op.y;
     const unsigned R = (unsigned)op.shape.R, S = (unsigned)op.shape.S;
     const size_t C = op.shape.C, packs = (C + MPTC__PACK - 1) / MPTC__PACK;
     for (size_t i = mptc__thread(); i < rows * packs; i += mptc__stride()) {
@@ -1087,12 +1088,12 @@ static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_
             for (unsigned s = 0; s < S; s++) {
                 const int position = mptc__tap(&g, (unsigned)row, r, s);
                 if (position < 0) continue;
-                mptc__load(from, (size_t)position * C + c, n, x);
+                mptc__load(op.x, (size_t)position * C + c, n, x);
                 mptc__load(op.w, (r * S + s) * C + c, n, w);
 #pragma unroll
                 for (unsigned e = 0; e < MPTC__PACK; e++) sum[e] += x[e] * w[e];
             }
-        if (op.beta != 0) mptc__load(out, row * C + c, n, x);
+        if (op.beta != 0) mptc__load(op.y, row * C + c, n, x);
         if (op.bias.data) mptc__load(op.bias, c, n, w);
 #pragma unroll
         for (unsigned e = 0; e < MPTC__PACK; e++) {
@@ -1100,7 +1101,7 @@ static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_
             if (op.bias.data) sum[e] += w[e];
             sum[e] = mpt__activate(op.act, sum[e]);
         }
-        mptc__store(out, row * C + c, n, sum);
+        mptc__store(op.y, row * C + c, n, sum);
     }
 }
 
@@ -1149,6 +1150,7 @@ static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
     mpt_conv2d_op op = *user;
     if (op.pass == MPT_BACKWARD_WEIGHT) return mptc__depthwise_weights(ctx, user);
     if (!rows) return MPT_OK;
+    if (op.pass == MPT_BACKWARD_DATA) op.x = user->y, op.y = user->x;
     MPTC__TRY(mptc__scratch(ctx, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
     op.w.data = device->scratch;
     MPTC__TRY(mptc__filters(ctx, z->C, z->R * z->S, 1, user->w, op.w.data));
@@ -1396,8 +1398,8 @@ static dim3 mptc__norm_team(const mpt_norm_shape *z) {
 
 /* -- Elementwise: y, or dx from the sums -- */
 
-/* A thread takes a pack of channels of every `strands`-th pixel of a sample, and works out the constants of the pack once:
-   three a channel, so dx takes over 64 registers. */
+/* A thread takes a pack of channels of every `strands`-th pixel of a sample, and works out their constants once. Those
+   of dx are three a channel, so that takes over 64 registers. */
 template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, size_t strands) {
     const mpt_norm_shape z = op.shape;
     const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, each = z.C / z.groups, sets = z.N * z.groups;

@@ -43,10 +43,11 @@ static void mlp_layers(mpt_model *net, int h) {
 }
 
 static void cnn_layers(mpt_model *net, int h) {
+    h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));
+    h = mpt_max_pool2d(net, h, 2, NULL);
     h = mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL));
     h = mpt_max_pool2d(net, h, 2, NULL);
     h = mpt_relu(net, mpt_conv2d(net, h, 64, 3, NULL));
-    h = mpt_max_pool2d(net, h, 2, NULL);
     h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
     h = mpt_dropout(net, h, 0.25f);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
@@ -69,16 +70,17 @@ static int residual(mpt_model *net, int h, int filters, int stride) {
 }
 
 static void resnet_layers(mpt_model *net, int h) {
-    h = mpt_relu(net, conv_norm(net, h, 16, 3, 1));
-    h = residual(net, h, 16, 1);
-    h = residual(net, h, 32, 2);
-    h = residual(net, h, 64, 2);
+    h = mpt_relu(net, conv_norm(net, h, 24, 3, 1));
+    h = mpt_max_pool2d(net, h, 2, NULL);
+    h = residual(net, h, 24, 1);
+    h = residual(net, h, 48, 2);
+    h = residual(net, h, 96, 2);
     mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_global_avg_pool2d(net, h), CLASSES, NULL), NULL);
 }
 
 enum { MODELS = 3 };
 static const trainer_model models[MODELS] = {
-    {"mlp", mlp_layers, 5, 0.002}, {"cnn", cnn_layers, 4, 0.002}, {"resnet", resnet_layers, 5, 0.01}};
+    {"mlp", mlp_layers, 6, 0.002}, {"cnn", cnn_layers, 5, 0.002}, {"resnet", resnet_layers, 5, 0.005}};
 
 /* ---- Files ---- */
 

@@ -30,30 +30,19 @@ static void pair_put(pair *p, const void *host) {
         CHECK_OK(sides[side], mpt_upload(sides[side], p->array[side].data, host, p->bytes));
 }
 
-/* Uniform in -1 .. 1 */
-static pair pair_uniform(mpt_dtype type, size_t count, uint64_t seed) {
-    pair p = pair_new(type, count);
-    const size_t size = mpt_dtype_size(type);
-    unsigned char *host = (unsigned char *)test_memory(p.bytes);
-    size_t i;
-    for (i = 0; i < count; i++)
-        test_store(host + i * size,
-                   mpt_narrow((float)test_uniform(-1, 1, seed, i), type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0), type);
-    pair_put(&p, host);
-    free(host);
-    return p;
-}
+/* Uniform in -1 .. 1; finite values of many sizes; or every pattern there is, inf and NaN as well */
+typedef enum values { UNIFORM, SIZES, PATTERNS } values;
 
-/* Finite values of many sizes; `strange`: every pattern there is, inf and NaN as well. */
-static pair pair_random(mpt_dtype type, size_t count, uint64_t seed, int strange) {
+static pair pair_random(mpt_dtype type, size_t count, uint64_t seed, values kind) {
     pair p = pair_new(type, count);
     const size_t size = mpt_dtype_size(type);
     unsigned char *host = (unsigned char *)test_memory(p.bytes);
     size_t i;
     for (i = 0; i < count; i++) {
-        const double value = test_uniform(-1, 1, seed, 2 * i) * ldexp(1, -(int)(mpt_hash(seed, 0, 0, 2 * i + 1) % 12));
-        const uint32_t bits =
-            strange ? mpt_hash(seed, 1, 0, i) : mpt_narrow((float)value, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+        const int shrink = kind == UNIFORM ? 0 : (int)(mpt_hash(seed, 0, 0, 2 * i + 1) % 12);
+        const double value = ldexp(test_uniform(-1, 1, seed, 2 * i), -shrink);
+        const uint32_t bits = kind == PATTERNS ? mpt_hash(seed, 1, 0, i)
+                                               : mpt_narrow((float)value, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
         test_store(host + i * size, bits, type);
     }
     pair_put(&p, host);
@@ -110,7 +99,7 @@ enum { LENGTHS = sizeof lengths / sizeof *lengths };
 
 static void test_cast(mpt_dtype from, mpt_dtype to) {
     const size_t n = 4099;
-    pair x = pair_random(from, n, 1, 1), y = pair_new(to, n);
+    pair x = pair_random(from, n, 1, PATTERNS), y = pair_new(to, n);
     mpt_rounding rounding = MPT_ZERO;
     int i, side;
     rounding.seed = 3, rounding.step = 4, rounding.tensor = 5;
@@ -125,7 +114,7 @@ static void test_cast(mpt_dtype from, mpt_dtype to) {
 }
 
 static void test_scan(mpt_dtype type, size_t n, int strange) {
-    pair x = pair_random(type, n ? n : 1, 2, strange);
+    pair x = pair_random(type, n ? n : 1, 2, strange ? PATTERNS : SIZES);
     mpt_histogram h[2];
     mpt_scan scan[2];
     int side;
@@ -156,7 +145,7 @@ static void test_arrays(void) {
 
 static void test_maps(mpt_dtype type, mpt_dtype out) {
     const size_t n = 1037;
-    pair a = pair_random(type, n, 3, 0), b = pair_random(out, n, 4, 0), y = pair_random(out, n, 5, 0);
+    pair a = pair_random(type, n, 3, SIZES), b = pair_random(out, n, 4, SIZES), y = pair_random(out, n, 5, SIZES);
     int side;
     for (side = 0; side < 2; side++) {
         mpt_context *ctx = sides[side];
@@ -172,7 +161,7 @@ static void test_maps(mpt_dtype type, mpt_dtype out) {
 static void test_dropout(mpt_dtype type, mpt_dtype out) {
     const size_t n = 1037;
     const uint64_t number = 12345678901u;
-    pair x = pair_random(type, n, 14, 0), y = pair_random(out, n, 15, 0), step = pair_new(MPT_F32, 2);
+    pair x = pair_random(type, n, 14, SIZES), y = pair_random(out, n, 15, SIZES), step = pair_new(MPT_F32, 2);
     int side;
     pair_put(&step, &number);
     for (side = 0; side < 2; side++) {
@@ -192,7 +181,7 @@ static void test_copy_columns(mpt_dtype type, mpt_dtype out) {
     int side;
     for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const size_t rows = shapes[i][0], C = shapes[i][1], from = shapes[i][2], to = shapes[i][3];
-        pair x = pair_random(type, rows * from, 16, 0), y = pair_random(out, rows * to, 17, 0);
+        pair x = pair_random(type, rows * from, 16, SIZES), y = pair_random(out, rows * to, 17, SIZES);
         for (side = 0; side < 2; side++) {
             mpt_context *ctx = sides[side];
             const mpt_array second = mpt_typed_array((char *)y.array[side].data + mpt_dtype_size(out) * (to - C), out);
@@ -208,11 +197,11 @@ static void test_pool(mpt_pool kind, mpt_dtype type) {
     const mpt_pool2d_shape s = {3, 9, 7, 13, 3, 2, 2, 1};
     const size_t inputs = 3 * 9 * 7 * 13;
     size_t P = 0, Q = 0, outputs;
-    pair x = pair_random(type, inputs, 6, 0), y, dy, index;
+    pair x = pair_random(type, inputs, 6, SIZES), y, dy, index;
     int side;
     CHECK_OK(NULL, mpt_pool2d_output(NULL, &s, &P, &Q));
     outputs = 3 * P * Q * 13;
-    y = pair_new(type, outputs), dy = pair_random(type, outputs, 7, 0), index = pair_new(MPT_F16, outputs);
+    y = pair_new(type, outputs), dy = pair_random(type, outputs, 7, SIZES), index = pair_new(MPT_F16, outputs);
     for (side = 0; side < 2; side++) {
         uint16_t *at = (uint16_t *)index.array[side].data;
         CHECK_OK(sides[side], mpt_pool2d_forward(sides[side], kind, &s, x.array[side], y.array[side], at));
@@ -224,7 +213,7 @@ static void test_pool(mpt_pool kind, mpt_dtype type) {
 
 /* With bias and without, as they take different ways to a 16-bit y. */
 static void test_conv2d_forward(const mpt_conv2d_shape *s, pair *x, pair *w, pair *y) {
-    pair b = pair_random(MPT_F32, s->K, 10, 0);
+    pair b = pair_random(MPT_F32, s->K, 10, SIZES);
     const double terms = (double)(s->R * s->S * s->C / s->groups + 1);
     mpt_array none = MPT_ZERO;
     int side, bias;
@@ -241,7 +230,7 @@ static void test_conv2d_forward(const mpt_conv2d_shape *s, pair *x, pair *w, pai
 static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pair *dy) {
     const size_t rows = pair_count(dy) / s->K;
     const double taps = (double)(s->R * s->S * s->K / s->groups + 1), sum = (double)(rows + 1);
-    pair dw = pair_random(MPT_F32, pair_count(w), 11, 0), db = pair_random(MPT_F32, s->K, 12, 0);
+    pair dw = pair_random(MPT_F32, pair_count(w), 11, SIZES), db = pair_random(MPT_F32, s->K, 12, SIZES);
     int side;
     for (side = 0; side < 2; side++) {
         mpt_context *ctx = sides[side];
@@ -255,12 +244,12 @@ static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pa
     pair_free(&dw), pair_free(&db);
 }
 
-static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type) {
-    pair x = pair_random(type, s->N * s->H * s->W * s->C, 8, 0);
-    pair w = pair_random(type, s->K * s->R * s->S * s->C / s->groups, 9, 0), y, dy;
+static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type, mpt_dtype weights) {
+    pair x = pair_random(type, s->N * s->H * s->W * s->C, 8, SIZES);
+    pair w = pair_random(weights, s->K * s->R * s->S * s->C / s->groups, 9, SIZES), y, dy;
     size_t P = 0, Q = 0;
     CHECK_OK(NULL, mpt_conv2d_output(NULL, s, &P, &Q));
-    y = pair_new(type, s->N * P * Q * s->K), dy = pair_random(type, s->N * P * Q * s->K, 13, 0);
+    y = pair_new(type, s->N * P * Q * s->K), dy = pair_random(type, s->N * P * Q * s->K, 13, SIZES);
     test_conv2d_forward(s, &x, &w, &y);
     test_conv2d_backward(s, &x, &w, &dy);
     pair_free(&x), pair_free(&w), pair_free(&y), pair_free(&dy);
@@ -294,8 +283,8 @@ static double test_norm_stats(const mpt_norm_shape *s, pair *x, pair *stats) {
 
 /* Statistics to running ones; y from three products of at most `inverse` */
 static void test_norm_forward(const mpt_norm_shape *s, mpt_dtype scale, pair *x, pair *stats, double inverse) {
-    pair gamma = pair_uniform(scale, s->C, 22), beta = pair_uniform(scale, s->C, 23);
-    pair running = pair_uniform(MPT_F32, 2 * s->N * s->groups, 24);
+    pair gamma = pair_random(scale, s->C, 22, UNIFORM), beta = pair_random(scale, s->C, 23, UNIFORM);
+    pair running = pair_random(MPT_F32, 2 * s->N * s->groups, 24, UNIFORM);
     pair y = pair_new(x->array[0].type, pair_count(x));
     int side;
     for (side = 0; side < 2; side++) {
@@ -314,9 +303,9 @@ static void test_norm_forward(const mpt_norm_shape *s, mpt_dtype scale, pair *x,
 static void test_norm_backward(const mpt_norm_shape *s, mpt_dtype scale, pair *x, pair *stats, double inverse,
                                int frozen, int wanted) {
     const mpt_dtype type = x->array[0].type;
-    pair gamma = pair_uniform(scale, s->C, 25), dy = pair_uniform(type, pair_count(x), 26);
-    pair dx = pair_uniform(type, pair_count(x), 27), dgamma = pair_uniform(MPT_F32, s->C, 28);
-    pair dbeta = pair_uniform(MPT_F32, s->C, 29);
+    pair gamma = pair_random(scale, s->C, 25, UNIFORM), dy = pair_random(type, pair_count(x), 26, UNIFORM);
+    pair dx = pair_random(type, pair_count(x), 27, UNIFORM), dgamma = pair_random(MPT_F32, s->C, 28, UNIFORM);
+    pair dbeta = pair_random(MPT_F32, s->C, 29, UNIFORM);
     const mpt_array none = MPT_ZERO;
     int side;
     for (side = 0; side < 2; side++)
@@ -341,7 +330,8 @@ static void test_norm(mpt_dtype type) {
     int mode;
     for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         const mpt_norm_shape *s = &shapes[i];
-        pair x = pair_uniform(type, s->N * s->pixels * s->C, 21), stats = pair_new(MPT_F32, 4 * s->N * s->groups);
+        pair x = pair_random(type, s->N * s->pixels * s->C, 21, UNIFORM),
+             stats = pair_new(MPT_F32, 4 * s->N * s->groups);
         const double inverse = test_norm_stats(s, &x, &stats);
         const mpt_dtype scale = i % 2 ? type : MPT_F32;
         test_norm_forward(s, scale, &x, &stats, inverse);
@@ -361,7 +351,7 @@ static losses losses_new(mpt_dtype type, size_t N, size_t C, const void *target,
     const float scale = 8;
     losses l;
     l.N = N, l.C = C;
-    l.x = pair_uniform(type, N * C, 31), l.dx = pair_uniform(type, N * C, 32);
+    l.x = pair_random(type, N * C, 31, UNIFORM), l.dx = pair_random(type, N * C, 32, UNIFORM);
     l.sum = pair_new(MPT_F32, sizeof(mpt_loss_sum) / 4), l.scale = pair_new(MPT_F32, 1);
     l.target = pair_new(MPT_F32, target_bytes / 4);
     pair_put(&l.scale, &scale);
@@ -500,7 +490,10 @@ static void test_operations(void) {
         }
         test_pool(MPT_POOL_MAX, (mpt_dtype)type);
         test_pool(MPT_POOL_AVERAGE, (mpt_dtype)type);
-        for (i = 0; i < sizeof shapes / sizeof *shapes; i++) test_conv2d(&shapes[i], (mpt_dtype)type);
+        for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+            test_conv2d(&shapes[i], (mpt_dtype)type, (mpt_dtype)type);
+            if (i % 2) test_conv2d(&shapes[i], (mpt_dtype)type, MPT_BF16);
+        }
         test_norm((mpt_dtype)type);
         test_losses((mpt_dtype)type);
     }

@@ -405,9 +405,9 @@ static double loss64(void *user) {
     return sum / weights;
 }
 
-/* Operations that a value passes, one rounding each: at every layer the terms of its sum forward and backward, at a norm
-   those of its statistics and 20 more each way, at the loss those of the classes, and at the weight those of its own
-   gradient's sum. */
+/* Operations that a value passes, one rounding each: at every layer the terms of its sum forward and backward, at a
+   norm those of its statistics and 20 more each way, at the loss those of the classes, and at the weight those of its
+   own gradient's sum. */
 static double roundings(const net64 *net) {
     double count = 4 * CLASSES + 20, largest = 0;
     int i;
@@ -832,8 +832,8 @@ static void finish_step(mpt_context *ctx, mpt_model *model) {
     CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
 }
 
-/* A step from letters, each with the next 5 samples: F a forward pass and its backward pass, f a forward pass alone, e an
-   evaluation, . nothing; s, at the end, a whole training step. */
+/* A step from letters, each with the next 5 samples: F a forward pass and its backward pass, f a forward pass alone, e
+   an evaluation, . nothing; s, at the end, a whole training step. */
 static void play(mpt_context *ctx, mpt_model *model, const samples *s, const char *passes) {
     size_t i;
     for (i = 0; passes[i]; i++) {
@@ -962,8 +962,8 @@ static void check_share(const double *mask, double p) {
     CHECK_NEAR(zeros, n * p, 5 * sqrt(n * p * (1 - p)));
 }
 
-/* Forward and backward have the same mask: with it, loss and slopes are those of the net in double. Without it, those of
-   an evaluation. */
+/* Forward and backward have the same mask: with it, loss and slopes are those of the net in double. Without it, those
+   of an evaluation. */
 static void test_dropout(mpt_context *ctx) {
     mpt_train_desc train = MPT_ZERO;
     samples s = one_hot();

@@ -1,8 +1,7 @@
 /* operations.c - floor 2: every operation, forward and backward, against the double loops of reference.h.
 
-   Each runs on every instruction set of this machine, on 1, 2 and 4 threads; the bits must be the same for any number of
-   threads. The gradients of the reference itself are checked against central
-   differences. */
+   Each runs on every instruction set of this machine, on 1, 2 and 4 threads; the bits must be the same for any number
+   of threads. The gradients of the reference itself are checked against central differences. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
@@ -1058,8 +1057,8 @@ static void check_norm_parameters(const norm_case *n, test_tensor *t) {
     free(gamma), free(shift), free(gamma_size), free(shift_size);
 }
 
-/* Errors to first order, in units of the largest number of roundings that a term passes: its own, the sum over the group,
-   and 11 more. */
+/* Errors to first order, in units of the largest number of roundings that a term passes: its own, the sum over the
+   group, and 11 more. */
 static void check_norm_dx(const norm_case *n, test_tensor *t) {
     const size_t count = t[INPUT].count, sets = norm_sets(n);
     double *expected = test_doubles(count), *magnitude = test_doubles(count);
@@ -1171,7 +1170,7 @@ static void test_norm(norm_case n, mpt_dtype type_x, mpt_dtype type_y, mpt_dtype
     for (i = 0; i < NORM_TENSORS; i++) test_tensor_free(&t[i]);
 }
 
-/* N pixels C groups: batch, layer, group and instance norm. Odd, prime, one value only, and more than is done at once. */
+/* N pixels C groups: batch, layer, group and instance norm. Odd, prime, one value only, more than is done at once. */
 static const size_t norm_shapes[][4] = {
     {1, 60, 4, 4},  {1, 2, 1, 1},   {1, 7, 37, 37},   {1, 257, 130, 130}, {1, 4099, 3, 3}, {1, 5, 2003, 2003},
     {7, 1, 33, 1},  {3, 1, 1, 1},   {101, 1, 257, 1}, {1000, 1, 64, 1},   {2, 1, 2003, 1}, {2, 30, 6, 3},
@@ -1214,10 +1213,10 @@ static void test_norm_cancellation(void) {
     }
 }
 
-/* The reference itself: its gradients are the slopes of sum(dy y), a function <a, v> / |v| of v = x - mean, |v|^2 being
-   the group's count / inverse^2. Its third derivative is at most 36 |a| / |v|^3, so that a step h is off by
-   6 h^2 |a| count inverse^3 / count; a double sum of so many terms, through h, by (count + 20) 2^-53 / h of the terms'
-   sizes. h = 2^-17. */
+/* The reference itself: its gradients are the slopes of sum(dy y). With v = x - mean and a = dy gamma that is a
+   constant and <a, v> sqrt(count) / |v|, where |v|^2 is count / inverse^2 and eps only makes it smoother. Its third
+   derivative is at most 36 |a| inverse^3 / count, so a step h is off by less than 6 h^2 |a| inverse^3; the rounding of
+   a double sum of so many terms comes to (count + 20) 2^-53 / h of the terms' sizes. h = 2^-17. */
 typedef struct norm_objective {
     const norm_case *n;
     double *x, *gamma, *shift, *dy, *y, *stats;
@@ -1461,10 +1460,10 @@ static double row_weight(const loss_case *c, const loss_data *d, size_t row) {
    log1pf are taken to be good to 2 ulp = 4 u.
 
    With d = x - max, the loss is sum_j t_j (L + |d_j|), L the logarithm of a sum of C exponentials of which one is 1. d
-   has error u |d|, so exp d has relative error (|d| + 4) u; as e^d |d| < 0.4 the sum has relative error under
-   (2 C + 4) u, which is L's absolute error, with 4 u of itself. A t_j passes 4 roundings; `terms` of them are not 0. The
-   loss, all terms of which are positive, passes terms + 10 roundings on top. A probability has relative error
-   (2 C + 9 + |d|) u, and times the sum of t terms + 5 more; a slope that of t, and its own. */
+   has error u |d|, so exp d has relative error (|d| + 4) u; as e^d |d| < 0.4 the sum has relative error under (2 C + 4)
+   u, which is L's absolute error, with 4 u of itself. A t_j passes 4 roundings; `terms` of them are not 0. The loss,
+   all terms of which are positive, passes terms + 10 roundings on top. A probability has relative error (2 C + 9 + |d|)
+   u, and times the sum of t terms + 5 more; a slope that of t, and its own. */
 static double cross_entropy_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
                                 double *error) {
     const double u = test_unit(MPT_F32), classes = (double)c->C, *x = d->x.value + row * c->C, s = (double)c->smoothing;
@@ -1486,7 +1485,7 @@ static double cross_entropy_row(const loss_case *c, const loss_data *d, size_t r
 }
 
 /* An element passes 3 roundings of its own size, that of BCE, max(x, 0) - x t + log(1 + exp(-|x|)), 3 of |x| (1 + |t|)
-   and 10 of the logarithm; the row C additions and a product more. Slopes: 1 rounding, of BCE 6 of the sigmoid and 1. */
+   and 10 of the logarithm; the row C additions and a product. Slopes: 1 rounding, of BCE 6 of the sigmoid and 1. */
 static double elementwise_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
                               double *error) {
     const double u = test_unit(MPT_F32), classes = (double)c->C;
