@@ -451,7 +451,7 @@ typedef struct mpt_mask {
     const uint64_t *step; /* device memory; NULL: 0 */
 } mpt_mask;
 
-/* y = x / (1 - p) where it is kept, 0 where it is dropped, + beta * y; n elements; y may be x. The gradient is the same
+/* y = x / (1 - p) where it is kept, 0 x where it is dropped, + beta * y; n elements; y may be x. The gradient is the same
    call on dy. (Srivastava et al. 2014; torch.nn.functional.dropout) */
 MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
                                      mpt_array y);
@@ -2854,6 +2854,7 @@ MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t
 
 MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
     MPT__TRY(mpt__need_context(ctx));
+    if (!C) return MPT_OK;
     MPT__TRY(mpt__need(ctx, "bias_backward", "dy", dy));
     MPT__TRY(mpt__need(ctx, "bias_backward", "db", db));
     MPT__TRY(mpt__need_size(ctx, "bias_backward", "dy", rows, C, 1, 1));
@@ -5713,9 +5714,6 @@ static mpt_result mpt__build_params(mpt_model *net) {
         const int norm = node->kind == MPT__NORM;
         size_t in, count;
         if (!mpt__has_parameters(node)) continue;
-        if (node->policy.compute == MPT_F32 && net->half != MPT_F32 && desc.master != MPT_MASTER_F32 && !norm)
-            return mpt_fail(net->ctx, MPT_ERROR_TYPE, "%s: an fp32 layer among %s ones needs fp32 masters", node->name,
-                            mpt_dtype_name(net->half));
         in = norm                        ? 1
              : node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0]))
                                          : node->conv.R * node->conv.S * (node->conv.C / node->conv.groups);
