@@ -451,8 +451,8 @@ typedef struct mpt_mask {
     const uint64_t *step; /* device memory; NULL: 0 */
 } mpt_mask;
 
-/* y = x / (1 - p) where it is kept, 0 x where it is dropped, + beta * y; n elements; y may be x. The gradient is the same
-   call on dy. (Srivastava et al. 2014; torch.nn.functional.dropout) */
+/* y = x / (1 - p) where it is kept, 0 x where it is dropped, + beta * y; n elements; y may be x. The gradient is the
+   same call on dy. (Srivastava et al. 2014; torch.nn.functional.dropout) */
 MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
                                      mpt_array y);
 
@@ -3572,7 +3572,7 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
     const mpt__product *p = (const mpt__product *)arg;
     const mpt_conv2d_op *op = p->b.op;
     const size_t C = op->shape.C, S = op->shape.S, taps = op->shape.R * S;
-    float *sums = mpt__worker_space(p->ctx, worker), *line = sums + MPT__DEPTHWISE_TAPS * MPT__RUN;
+    float *sums = mpt__worker_space(p->ctx, worker), *line = sums + (size_t)MPT__DEPTHWISE_TAPS * MPT__RUN;
     float room[2][MPT__RUN];
     size_t c, u, t, e;
     for (c = begin * MPT__RUN; c < mpt__min(end * MPT__RUN, C); c += MPT__RUN) {

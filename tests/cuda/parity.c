@@ -1,4 +1,4 @@
-/* parity.c - the same calls on the CPU and on CUDA, side by side: casts, scans, elementwise operations, dropout, pooling,
+/* parity.c - the same calls on the CPU and on CUDA, side by side: casts, scans, elementwise operations, dropout, pools,
    scaler and optimizers give the same bits; sums in another order stay within the bound of check.h on either side. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
