@@ -85,51 +85,57 @@ static const trainer_model models[MODELS] = {
 /* ---- Files ---- */
 
 static int is_there(const char *folder, const char *name) {
-    const size_t room = strlen(folder) + strlen(name) + 2;
-    char *path = (char *)trainer_alloc(room, 1);
+    char *path = trainer_join(folder, "/", name);
     struct stat info;
-    int there;
-    snprintf(path, room, "%s/%s", folder, name);
-    there = stat(path, &info) == 0;
+    const int there = stat(path, &info) == 0;
     free(path);
     return there;
 }
 
 #ifdef MPT_TRAINER_ZLIB
-/* What a gzip file unpacks to, to be freed. The limit holds back one that would fill the memory. */
-static int gzip_unpack(const unsigned char *bytes, size_t size, unsigned char **out, size_t *out_size, char *why) {
+/* Unpacks till the end, an error or 2^30 bytes, so that a small file cannot fill the memory. Z_OK: not at the end. */
+static int gzip_inflate(z_stream *z, unsigned char **out, size_t *used) {
     const size_t most = (size_t)1 << 30, piece = (size_t)1 << 20;
-    size_t room = 0, used = 0;
-    unsigned char *unpacked = NULL;
+    size_t room = 0;
     int status = Z_OK;
-    z_stream z;
-    memset(&z, 0, sizeof z);
-    if (size > most) return trainer_refuse(why, "%zu bytes, want %zu at most", size, most);
-    if (inflateInit2(&z, 15 + 16) != Z_OK) return trainer_refuse(why, "no memory to unpack it"); /* + 16: gzip */
-    z.next_in = (Bytef *)bytes;                                                                  /* never written */
-    z.avail_in = (uInt)size;
-    while (status == Z_OK && used < most) {
-        if (room - used < piece) {
-            unsigned char *larger = (unsigned char *)realloc(unpacked, 2 * room + piece);
+    while (status == Z_OK && *used < most) {
+        if (room - *used < piece) {
+            unsigned char *larger = (unsigned char *)realloc(*out, 2 * room + piece);
             if (!larger) break;
-            unpacked = larger;
+            *out = larger;
             room = 2 * room + piece;
         }
-        z.next_out = unpacked + used;
-        z.avail_out = (uInt)piece;
-        status = inflate(&z, Z_NO_FLUSH);
-        used += piece - z.avail_out;
+        z->next_out = *out + *used;
+        z->avail_out = (uInt)piece;
+        status = inflate(z, Z_NO_FLUSH);
+        *used += piece - z->avail_out;
     }
+    return status;
+}
+
+/* What a gzip file unpacks to, to be freed. */
+static int gzip_unpack(const unsigned char *bytes, size_t size, unsigned char **out, size_t *out_size, char *why) {
+    unsigned char *unpacked = NULL;
+    size_t used = 0;
+    int status;
+    z_stream z;
+    memset(&z, 0, sizeof z);
+    z.next_in = (Bytef *)bytes; /* never written */
+    z.avail_in = (uInt)size;
+    if (z.avail_in != size) return trainer_refuse(why, "%zu bytes are too many for zlib", size);
+    if (inflateInit2(&z, 15 + 16) != Z_OK) return trainer_refuse(why, "no memory to unpack it"); /* + 16: gzip */
+    status = gzip_inflate(&z, &unpacked, &used);
     inflateEnd(&z);
-    *out = unpacked;
-    *out_size = used;
-    if (status == Z_STREAM_END && z.avail_in == 0) return 1;
+    if (status == Z_STREAM_END && z.avail_in == 0) {
+        *out = unpacked;
+        *out_size = used;
+        return 1;
+    }
     free(unpacked);
     if (status == Z_STREAM_END) return trainer_refuse(why, "%u bytes too many behind the data", z.avail_in);
     if (status == Z_BUF_ERROR)
         return trainer_refuse(why, "truncated: its %zu bytes unpack to %zu, then end", size, used);
-    if (status == Z_OK)
-        return trainer_refuse(why, "no memory for the %zu bytes it unpacks to, or more than 2^30", used);
+    if (status == Z_OK) return trainer_refuse(why, "unpacks to more than %zu bytes, too many or no memory left", used);
     return trainer_refuse(why, "gzip: %s", z.msg ? z.msg : zError(status));
 }
 
@@ -151,12 +157,11 @@ static void unpack(trainer_file *file) {
 
 /* A file, or what its .gz unpacks to. */
 static trainer_file read_packed(const char *folder, const char *name) {
-    char packed[64];
-    trainer_file file;
-    snprintf(packed, sizeof packed, "%s.gz", name);
-    if (is_there(folder, name) || !is_there(folder, packed)) return trainer_file_read(folder, name);
-    file = trainer_file_read(folder, packed);
-    unpack(&file);
+    char *packed = trainer_join(name, ".gz", "");
+    const int plain = is_there(folder, name) || !is_there(folder, packed);
+    trainer_file file = trainer_file_read(folder, plain ? name : packed);
+    if (!plain) unpack(&file);
+    free(packed);
     return file;
 }
 

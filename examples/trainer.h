@@ -59,6 +59,14 @@ static void *trainer_alloc(size_t count, size_t size) {
     return p;
 }
 
+/* Three texts as one, to be freed: trainer_join(folder, "/", name). */
+static char *trainer_join(const char *a, const char *b, const char *c) {
+    const size_t room = strlen(a) + strlen(b) + strlen(c) + 1;
+    char *text = (char *)trainer_alloc(room, 1);
+    snprintf(text, room, "%s%s%s", a, b, c);
+    return text;
+}
+
 /* ---- Options ---- */
 
 static const mpt_dtype TRAINER_TYPES[] = {MPT_F32, MPT_BF16, MPT_F16}; /* the choices of --type */
@@ -219,12 +227,10 @@ static void trainer_file_free(trainer_file *file) {
 }
 
 static trainer_file trainer_file_read(const char *folder, const char *name) {
-    const size_t room = strlen(folder) + strlen(name) + 2;
     trainer_file file = MPT_ZERO;
     struct stat info;
     FILE *stream;
-    file.path = (char *)trainer_alloc(room, 1);
-    snprintf(file.path, room, "%s/%s", folder, name);
+    file.path = trainer_join(folder, "/", name);
     if (stat(file.path, &info) != 0) TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", file.path, strerror(errno));
     if (!S_ISREG(info.st_mode)) TRAINER_FAIL(TRAINER_BAD_USE, "%s: not a file", file.path);
     stream = fopen(file.path, "rb");
@@ -289,10 +295,10 @@ static int trainer_labels_check(const unsigned char *labels, size_t count, int c
 
 /* A set from its two IDX files, which are freed. Every label is under `classes`. shape: count, height, width. */
 static trainer_set trainer_idx_set(trainer_file images, trainer_file labels, int classes, uint32_t shape[3]) {
-    const unsigned char *x, *y;
+    const unsigned char *x = NULL, *y = NULL;
     char why[TRAINER_WHY];
     trainer_set set;
-    uint32_t count;
+    uint32_t count = 0;
     size_t pixels;
     if (!trainer_idx_parse(images.bytes, images.size, 3, shape, &x, why))
         TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", images.path, why);
@@ -601,17 +607,9 @@ static mpt_result trainer_save_to(FILE *file, const trainer_loop *t, float *valu
     return result;
 }
 
-/* Where the file of --save is written, to be freed; renamed when it is complete, so that no half of one ever stands. */
-static char *trainer_save_path(const char *save) {
-    const size_t room = strlen(save) + sizeof ".part";
-    char *path = (char *)trainer_alloc(room, 1);
-    snprintf(path, room, "%s.part", save);
-    return path;
-}
-
 /* Before the first run, so that a wrong name costs no training. */
 static void trainer_save_check(const char *save) {
-    char *path = trainer_save_path(save);
+    char *path = trainer_join(save, ".part", "");
     FILE *file = fopen(path, "w");
     if (!file) TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", path, strerror(errno));
     fclose(file);
@@ -619,8 +617,9 @@ static void trainer_save_check(const char *save) {
     free(path);
 }
 
+/* Written beside the file and renamed when it is complete, so that no half of one ever stands. */
 static void trainer_save(const trainer_loop *t) {
-    char *path = trainer_save_path(t->run->save);
+    char *path = trainer_join(t->run->save, ".part", "");
     /* the flat arrays are as long as all tensors together, and no running statistics are longer than gamma and beta */
     float *values = (float *)trainer_alloc(mpt_params_count(mpt_model_params(t->net), 0), sizeof *values);
     FILE *file = fopen(path, "w");

@@ -163,7 +163,7 @@ check $? "--seeds 2: the mean of O2 bf16 is not $(cat "$t/mean"): $(cat "$t/out"
 
 # ---- Ctrl-C: what was learnt is saved, no row is written, the status tells ----
 
-"$fashion" --data "$t/idx" --model cnn --policy O2 --type f16 --epochs 1000000 --csv "$t/stopped.csv" \
+"$fashion" --data "$t/idx" --model cnn --policy O2 --type f16 --epochs 200 --csv "$t/stopped.csv" \
     --save "$t/stopped" >"$t/out" 2>"$t/err" &
 pid=$!
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
@@ -174,7 +174,7 @@ kill -INT $pid
 wait $pid
 status=$?
 [ "$status" -eq 130 ] && [ "$(wc -l <"$t/err")" -eq 1 ] && [ "$(wc -l <"$t/stopped.csv")" -eq 1 ] &&
-    grep -q "^fashion: cnn O2 f16: interrupted in epoch [0-9]* of 1000000, saved to $t/stopped" "$t/err"
+    grep -q "^fashion: cnn O2 f16: interrupted in epoch [0-9]* of 200, saved to $t/stopped" "$t/err"
 check $? "Ctrl-C: exit status $status: $(cat "$t/err" "$t/stopped.csv")"
 saved "$t/stopped" "conv1.weight conv2.bias linear2.weight"
 
