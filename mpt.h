@@ -1439,6 +1439,9 @@ MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
     return (float)((double)op->grad_scale / weight) * (op->loss_scale ? *op->loss_scale : 1.0f);
 }
 
+/* -1, 0, 1, or NaN, told by the bits. */
+MPT_HD float mpt__sign(float x) { return mpt__is_nan(x) ? x : (float)((x > 0) - (x < 0)); }
+
 /* One element of an elementwise loss, and its slope. */
 
 MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slope) {
@@ -1447,10 +1450,8 @@ MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slop
     case MPT_LOSS_BCE_WITH_LOGITS: /* log(1 + exp(-|x|)) cannot overflow */
         *slope = mpt__sigmoid(x) - t;
         return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
-    case MPT_LOSS_ABSOLUTE_ERROR: *slope = d > 0 ? 1.0f : d < 0 ? -1.0f : d; return size;
-    case MPT_LOSS_HUBER:
-        *slope = size <= 1 ? d : d > 0 ? 1.0f : d < 0 ? -1.0f : d;
-        return size <= 1 ? 0.5f * d * d : size - 0.5f;
+    case MPT_LOSS_ABSOLUTE_ERROR: *slope = mpt__sign(d); return size;
+    case MPT_LOSS_HUBER: *slope = size <= 1 ? d : mpt__sign(d); return size <= 1 ? 0.5f * d * d : size - 0.5f;
     default: *slope = 2 * d; return d * d;
     }
 }
