@@ -23,8 +23,10 @@ RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) sh tests/run.sh
 
 # zlib is optional: with it examples/fashion reads .gz files as they are.
 ZLIB := $(shell echo '\#include <zlib.h>' | $(CC) -E -x c - >/dev/null 2>&1 && echo yes)
-$(BUILD)/examples/fashion: private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
-$(BUILD)/examples/fashion: private LIBS += $(if $(ZLIB),-lz)
+PACKED := $(BUILD)/examples/fashion $(BUILD)/tests/train/readers
+$(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
+$(PACKED): private LIBS += $(if $(ZLIB),-lz)
+$(BUILD)/tests/train/readers: examples/fashion.c
 
 .PHONY: all run test test-long test-cuda bench clean help detect FORCE
 
