@@ -3220,7 +3220,7 @@ enum {
     MPT__BLOCK_M = 96, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 128,
     MPT__BLOCK_K = 256,       /* depth: what a block needs of both operands stays within L2 (96 + 128 KiB) */
-    MPT__TILE_N = 32,         /* the widest tile */
+    MPT__TILE_N = 16,         /* the widest tile */
     MPT__ROOM = 8 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
     MPT__WORKSPACE =
         (MPT__BLOCK_M + MPT__BLOCK_N + MPT__TILE_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
@@ -5439,7 +5439,7 @@ static int mpt__norm_node(mpt_model *net, int in, mpt__norm_kind kind, int group
     s->pixels = kind == MPT__NORM_LAYER ? 1 : (size_t)node->H * (size_t)node->W;
     s->C = (size_t)node->C;
     s->groups = kind == MPT__NORM_BATCH ? s->C : kind == MPT__NORM_LAYER ? 1 : (size_t)groups;
-    s->eps = mpt__bits(d.eps) ? d.eps : 1e-5f;
+    s->eps = d.eps; /* 0: the operation knows its default */
     if (!mpt__finite(s->eps) || s->eps < 0)
         r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", node->name,
                      (double)s->eps);
