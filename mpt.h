@@ -6,7 +6,7 @@
        #include "mpt.h"
 
    and compile it with   cc -O2 program.c -lm   (C99 or later, or C++11 or later; nothing else to install).
-   GPU: mpt_cuda.cuh beside this file opens the same API on CUDA.
+   GPU: mpt_cuda.cuh beside this file opens the same API on CUDA. mpt_tools.h has floor 5: instruments, checkpoints.
 
    CONTENTS   search for "==== NAME"
      MANUAL            what mixed precision is, the training loop, rules for errors, memory, threads and numbers
@@ -23,7 +23,7 @@
      CORE              errors, memory, threads
      SIMD              bulk loops for each instruction set, chosen once by cpuid; the context
      CHECKS            arrays and operations: arguments are checked, the backend does the work
-      ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
+     ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
      TRAINING PARTS    scaler, parameter block, optimizer
      MODEL PARTS       graph, plan, forward, backward, step
      LICENCE
@@ -340,15 +340,6 @@ typedef struct mpt_histogram {
 /* Adds the n elements of x to *h, by their binary exponent. Zero *h first. Waits for the device. */
 MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h);
 
-typedef struct mpt_fit {
-    double flushed, subnormal, overflowed; /* shares of the nonzero finite values; 0 if there are none */
-} mpt_fit;
-
-/* What would become of the values of *h in `type` if all were multiplied by 2^log2_scale first: share that rounds to
-   zero, that lands in the subnormals, that overflows. By exponent only, so values at a bin's edge count with their
-   bin. */
-MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale);
-
 /* ==== OPERATIONS ==== floor 2
 
    Raw arrays in the memory of the context's device, sizes, and no state. Storage F32, F16 or BF16 each; arithmetic and
@@ -641,6 +632,8 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params);
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor);
 MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);
+/* The 16 bits beside each copy: low bits of a split master, Kahan's compensation in the copy's type; else NULL. */
+MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor);
 /* Number of tensors. Elements and name of a tensor; tensor 0: of the flat arrays with their padding, and "". */
 MPT_DEF int mpt_params_tensors(const mpt_params *params);
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
@@ -715,6 +708,8 @@ typedef struct mpt_optimizer mpt_optimizer;
    before both. */
 MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc);
 MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt);
+/* As given, with the lr that was set last. */
+MPT_DEF mpt_optimizer_desc mpt_optimizer_get_desc(const mpt_optimizer *opt);
 /* Changes lr for the steps to come. */
 MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr);
 /* Tensors whose group is in the mask `groups` use lr * lr_factor and weight_decay from now on. Biases and norms without
@@ -934,6 +929,9 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 /* What the build made of a node. Texts are constant, the name is the model's. */
 typedef struct mpt_node_info {
     const char *name, *kernel, *reason; /* how it is computed; why its value has its type */
+    int in[2];                          /* nodes that it reads; 0: none */
+    int weight, bias;                   /* tensors of mpt_model_params; 0: none */
+    int window, groups;                 /* convolution: R = S, and its groups; else 0 */
     int H, W, C;                        /* of a sample */
     mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
     mpt_dtype weight_type;              /* its product reads weights of this type; MPT_DTYPE_COUNT: it has none */
@@ -945,11 +943,13 @@ typedef struct mpt_node_info {
 
 /* node 1.. of a built model */
 MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int node, mpt_node_info *out);
-/* The plan as text, a line for each node under a header: name, shape, types and why, kernel, fused into, parameters,
-   bytes, multiply-adds. `write` is given one line at a time, with its end. */
-MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user);
-/* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. */
-MPT_DEF float *mpt_model_running(mpt_model *net, int node);
+/* Number of nodes, and the descriptor that the model was built with, its defaults filled in. */
+MPT_DEF int mpt_model_nodes(const mpt_model *net);
+MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
+/* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. Set them
+   from the host by mpt_model_set_running, between steps. */
+MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
+MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *host);
 
 /* Bytes by role. On the CPU the sum is exactly what the model holds from the allocator; on a device the arrays are its
    own memory. */
@@ -1075,8 +1075,16 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     float *pending, *committed;
 } mpt_update_op;
 
+/* What runs now: for a table that stands before another and looks on. */
+typedef struct mpt_place {
+    int node;      /* of a model; 0: no pass of a model */
+    mpt_pass pass; /* of a loss: MPT_BACKWARD_DATA */
+    int output;    /* node whose value, gradient (backward data) or weight gradient is written */
+} mpt_place;
+
 typedef struct mpt_backend {
     const char *name;
+    void *user;      /* of a table that stands before another */
     size_t overhead; /* bytes that one alloc takes from the host's allocator beyond what was asked */
     void (*close)(mpt_context *ctx);
     void *(*alloc)(mpt_context *ctx, size_t bytes); /* zeroed, 64-byte aligned; NULL and a reason if it fails */
@@ -1109,6 +1117,9 @@ typedef struct mpt_backend {
 MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *desc, const mpt_backend *backend, void *device);
 /* What mpt_open_backend was given. */
 MPT_DEF void *mpt_context_device(const mpt_context *ctx);
+/* The context's own copy of the table. To stand before it: keep a copy, write functions that call those of the copy. */
+MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx);
+MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx);
 /* Keeps a reason, tells the log, returns `result`. format knows %s (text), %d (int), %z (size_t) and %g (double). */
 MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...);
 
@@ -1721,6 +1732,7 @@ struct mpt_context {
     mpt_context_desc desc;
     mpt_backend backend;
     void *device; /* the backend's own state */
+    mpt_place place;
     mpt__simd simd;
     int threads;
     mpt__pool *pool;                     /* NULL with one thread */
@@ -2695,6 +2707,8 @@ MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
 }
 
 MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx->device; }
+MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx) { return &ctx->backend; }
+MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx) { return ctx->place; }
 MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx->simd.name; }
 MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx->backend.name; }
 MPT_DEF int mpt_thread_count(const mpt_context *ctx) { return ctx->threads ? ctx->threads : 1; }
@@ -2770,30 +2784,6 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
     MPT__TRY(mpt__need_size(ctx, "histogram", "x", n, 1, 1, 1));
     if (!h) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "histogram: h is NULL");
     return ctx->backend.histogram(ctx, n, x, h);
-}
-
-MPT_DEF mpt_fit mpt_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale) {
-    const mpt__format f = mpt__format_of(type);
-    const int bias = (1 << (f.exponent - 1)) - 1;
-    const int normal = 1 - bias, smallest = normal - f.fraction; /* exponents of the smallest normal and subnormal */
-    const int largest = (int)(f.largest >> f.fraction) - bias;   /* exponent of the largest value */
-    uint64_t total = 0, flushed = 0, subnormal = 0, overflowed = 0;
-    mpt_fit fit = MPT_ZERO;
-    int e;
-    for (e = 0; e < 255; e++) {
-        const int exponent = e - 127 + log2_scale;
-        const uint64_t count = h->exponent[e];
-        total += count;
-        if (exponent < smallest - 1) flushed += count; /* under half the smallest subnormal, which rounds up to it */
-        else if (exponent < normal) subnormal += count;
-        else if (exponent > largest) overflowed += count;
-    }
-    if (total) {
-        fit.flushed = (double)flushed / (double)total;
-        fit.subnormal = (double)subnormal / (double)total;
-        fit.overflowed = (double)overflowed / (double)total;
-    }
-    return fit;
 }
 
 /* Checks a product whose operands the caller knows as a, b and c. */
@@ -2905,87 +2895,75 @@ MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *s
     return r;
 }
 
-static mpt_result mpt__conv2d_run(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_conv2d_op *op,
-                                  const char *names) {
+static mpt_result mpt__conv2d_run(mpt_context *ctx, const char *call, mpt_pass pass, const mpt_conv2d_shape *shape,
+                                  mpt_array x, mpt_array w, mpt_array y, float beta, mpt_array bias,
+                                  mpt_activation act) {
+    mpt_conv2d_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__conv2d_plan(ctx, shape, op));
-    MPT__TRY(mpt__need(ctx, names, op->pass == MPT_BACKWARD_DATA ? "dx" : "x", op->x));
-    MPT__TRY(mpt__need(ctx, names, op->pass == MPT_BACKWARD_WEIGHT ? "dw" : "w", op->w));
-    MPT__TRY(mpt__need(ctx, names, op->pass == MPT_FORWARD ? "y" : "dy", op->y));
-    if (op->bias.data) MPT__TRY(mpt__need(ctx, names, "b", op->bias));
-    MPT__TRY(mpt__need_act(ctx, names, op->act));
-    return ctx->backend.conv2d(ctx, op);
+    MPT__TRY(mpt__conv2d_plan(ctx, shape, &op));
+    MPT__TRY(mpt__need(ctx, call, pass == MPT_BACKWARD_DATA ? "dx" : "x", x));
+    MPT__TRY(mpt__need(ctx, call, pass == MPT_BACKWARD_WEIGHT ? "dw" : "w", w));
+    MPT__TRY(mpt__need(ctx, call, pass == MPT_FORWARD ? "y" : "dy", y));
+    if (bias.data) MPT__TRY(mpt__need(ctx, call, "b", bias));
+    MPT__TRY(mpt__need_act(ctx, call, act));
+    op.pass = pass;
+    op.x = x, op.w = w, op.y = y;
+    op.beta = beta;
+    op.bias = bias;
+    op.act = act;
+    return ctx->backend.conv2d(ctx, &op);
 }
 
 MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array x, mpt_array w,
                                       mpt_array b, mpt_activation act, mpt_array y) {
-    mpt_conv2d_op op = MPT_ZERO;
-    op.pass = MPT_FORWARD;
-    op.x = x, op.w = w, op.y = y;
-    op.bias = b;
-    op.act = act;
-    return mpt__conv2d_run(ctx, shape, &op, "conv2d_forward");
+    return mpt__conv2d_run(ctx, "conv2d_forward", MPT_FORWARD, shape, x, w, y, 0, b, act);
 }
 
 MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array w,
                                             float beta, mpt_array dx) {
-    mpt_conv2d_op op = MPT_ZERO;
-    op.pass = MPT_BACKWARD_DATA;
-    op.x = dx, op.w = w, op.y = dy;
-    op.beta = beta;
-    return mpt__conv2d_run(ctx, shape, &op, "conv2d_backward_data");
+    const mpt_array none = MPT_ZERO;
+    return mpt__conv2d_run(ctx, "conv2d_backward_data", MPT_BACKWARD_DATA, shape, dx, w, dy, beta, none, MPT_IDENTITY);
 }
 
 MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy,
                                               mpt_array x, float beta, mpt_array dw) {
-    mpt_conv2d_op op = MPT_ZERO;
-    op.pass = MPT_BACKWARD_WEIGHT;
-    op.x = x, op.w = dw, op.y = dy;
-    op.beta = beta;
-    return mpt__conv2d_run(ctx, shape, &op, "conv2d_backward_weight");
+    const mpt_array none = MPT_ZERO;
+    return mpt__conv2d_run(ctx, "conv2d_backward_weight", MPT_BACKWARD_WEIGHT, shape, x, dw, dy, beta, none,
+                           MPT_IDENTITY);
 }
 
-static mpt_result mpt__map_check(mpt_context *ctx, const char *call, const mpt_map_op *op) {
-    const int gradient = op->map == MPT_MAP_ACTIVATION_GRADIENT, add = op->map == MPT_MAP_ADD;
+static mpt_result mpt__map_call(mpt_context *ctx, const char *call, mpt_map map, size_t n, mpt_array a, mpt_array b,
+                                float beta, mpt_array out, mpt_activation act, const mpt_mask *mask) {
+    const int gradient = map == MPT_MAP_ACTIVATION_GRADIENT, add = map == MPT_MAP_ADD;
+    mpt_map_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
-    if (!op->n) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, call, gradient ? "saved" : add ? "a" : "x", op->a));
-    if (gradient || add) MPT__TRY(mpt__need(ctx, call, add ? "b" : "dy", op->b));
-    MPT__TRY(mpt__need(ctx, call, gradient ? "dx" : "y", op->out));
-    MPT__TRY(mpt__need_act(ctx, call, op->act));
-    MPT__TRY(mpt__need_size(ctx, call, "n", op->n, 1, 1, 1));
-    return ctx->backend.map(ctx, op);
+    if (!n) return MPT_OK;
+    MPT__TRY(mpt__need(ctx, call, gradient ? "saved" : add ? "a" : "x", a));
+    if (gradient || add) MPT__TRY(mpt__need(ctx, call, add ? "b" : "dy", b));
+    MPT__TRY(mpt__need(ctx, call, gradient ? "dx" : "y", out));
+    MPT__TRY(mpt__need_act(ctx, call, act));
+    MPT__TRY(mpt__need_size(ctx, call, "n", n, 1, 1, 1));
+    op.map = map;
+    op.n = n;
+    op.a = a, op.b = b, op.out = out;
+    op.beta = beta;
+    op.act = act;
+    if (mask) op.mask = *mask;
+    return ctx->backend.map(ctx, &op);
 }
 
 MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y) {
-    mpt_map_op op = MPT_ZERO;
-    op.map = MPT_MAP_ACTIVATION;
-    op.n = n;
-    op.a = x, op.out = y;
-    op.act = act;
-    return mpt__map_check(ctx, "activation_forward", &op);
+    return mpt__map_call(ctx, "activation_forward", MPT_MAP_ACTIVATION, n, x, x, 0, y, act, NULL);
 }
 
 MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array saved,
                                            mpt_array dy, float beta, mpt_array dx) {
-    mpt_map_op op = MPT_ZERO;
-    op.map = MPT_MAP_ACTIVATION_GRADIENT;
-    op.n = n;
-    op.a = saved, op.b = dy, op.out = dx;
-    op.beta = beta;
-    op.act = act;
-    return mpt__map_check(ctx, "activation_backward", &op);
+    return mpt__map_call(ctx, "activation_backward", MPT_MAP_ACTIVATION_GRADIENT, n, saved, dy, beta, dx, act, NULL);
 }
 
 MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
                                   mpt_array y) {
-    mpt_map_op op = MPT_ZERO;
-    op.map = MPT_MAP_ADD;
-    op.n = n;
-    op.a = a, op.b = b, op.out = y;
-    op.beta = beta;
-    op.act = act;
-    return mpt__map_check(ctx, "add_arrays", &op);
+    return mpt__map_call(ctx, "add_arrays", MPT_MAP_ADD, n, a, b, beta, y, act, NULL);
 }
 
 MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt_array x, size_t x_stride, float beta,
@@ -3015,16 +2993,10 @@ static mpt_result mpt__need_share(mpt_context *ctx, const char *call, const char
 
 MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
                                      mpt_array y) {
-    mpt_map_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
     if (!mask) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "dropout_array: mask is NULL");
     MPT__TRY(mpt__need_share(ctx, "dropout_array", "p", mask->p, 1));
-    op.map = MPT_MAP_DROPOUT;
-    op.n = n;
-    op.a = x, op.out = y;
-    op.beta = beta;
-    op.mask = *mask;
-    return mpt__map_check(ctx, "dropout_array", &op);
+    return mpt__map_call(ctx, "dropout_array", MPT_MAP_DROPOUT, n, x, x, beta, y, MPT_IDENTITY, mask);
 }
 
 static mpt_result mpt__norm_call(mpt_context *ctx, const char *call, const mpt_norm_shape *user, const float *stats,
@@ -3133,33 +3105,29 @@ MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *s
     return r;
 }
 
-static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_pool2d_op *op) {
-    const int forward = op->pass == MPT_FORWARD;
+static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pass pass, mpt_pool kind, const mpt_pool2d_shape *shape,
+                                  mpt_array x, float beta, mpt_array y, const uint16_t *index) {
+    mpt_pool2d_op op = MPT_ZERO;
     MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__pool2d_plan(ctx, kind, shape, op));
-    MPT__TRY(mpt__need(ctx, "pool2d", forward ? "x" : "dx", op->x));
-    MPT__TRY(mpt__need(ctx, "pool2d", forward ? "y" : "dy", op->y));
-    if (kind == MPT_POOL_MAX && !op->index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
-    return ctx->backend.pool2d(ctx, op);
+    MPT__TRY(mpt__pool2d_plan(ctx, kind, shape, &op));
+    MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "x" : "dx", x));
+    MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "y" : "dy", y));
+    if (kind == MPT_POOL_MAX && !index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
+    op.pass = pass;
+    op.x = x, op.y = y;
+    memcpy(&op.index, &index, sizeof index); /* written only in the forward pass, where the caller's is not const */
+    op.beta = beta;
+    return ctx->backend.pool2d(ctx, &op);
 }
 
 MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
                                       mpt_array y, uint16_t *index) {
-    mpt_pool2d_op op = MPT_ZERO;
-    op.pass = MPT_FORWARD;
-    op.x = x, op.y = y;
-    op.index = index;
-    return mpt__pool2d_run(ctx, kind, shape, &op);
+    return mpt__pool2d_run(ctx, MPT_FORWARD, kind, shape, x, 0, y, index);
 }
 
 MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array dy,
                                        const uint16_t *index, float beta, mpt_array dx) {
-    mpt_pool2d_op op = MPT_ZERO;
-    op.pass = MPT_BACKWARD_DATA;
-    op.x = dx, op.y = dy;
-    memcpy(&op.index, &index, sizeof index); /* only read in this pass */
-    op.beta = beta;
-    return mpt__pool2d_run(ctx, kind, shape, &op);
+    return mpt__pool2d_run(ctx, MPT_BACKWARD_DATA, kind, shape, dx, beta, dy, index);
 }
 
 static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_loss_op *op) {
@@ -4783,6 +4751,10 @@ MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
     return params ? mpt__params_slice(params, params->grad, tensor) : NULL;
 }
 
+MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor) {
+    return mpt__params_has(params, tensor) && params->low ? params->low + mpt__params_offset(params, tensor) : NULL;
+}
+
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor) {
     mpt_array a = MPT_ZERO;
     if (!mpt__params_has(params, tensor)) return a;
@@ -5042,6 +5014,11 @@ MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt) {
     for (i = 0; i < 3; i++) mpt_free(opt->ctx, opt->op.moment[i]);
     mpt__host_free(opt->ctx, opt->slices);
     mpt__host_free(opt->ctx, opt);
+}
+
+MPT_DEF mpt_optimizer_desc mpt_optimizer_get_desc(const mpt_optimizer *opt) {
+    const mpt_optimizer_desc none = MPT_ZERO;
+    return opt ? opt->op.desc : none;
 }
 
 MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr) {
@@ -5938,6 +5915,11 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) 
 
 /* -- Running nodes -- */
 
+static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
+    mpt_place *p = &net->ctx->place;
+    p->node = node, p->pass = pass, p->output = output;
+}
+
 static mpt_array mpt__buffer_array(const mpt_model *net, int buffer, mpt_dtype type) {
     return mpt_typed_array(buffer ? net->block + net->buffers[buffer - 1].offset : NULL, type);
 }
@@ -6027,6 +6009,7 @@ static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows, int tra
     mpt_conv2d_shape conv = node->conv;
     mpt_pool2d_shape pool = node->pool;
     conv.N = pool.N = rows;
+    mpt__enter(net, id, MPT_FORWARD, id);
     if (node->cast) MPT__TRY(mpt_cast(net->ctx, rows * inputs, x, mpt__product_input(net, node), NULL));
     switch (node->kind) {
     case MPT__LINEAR:
@@ -6123,11 +6106,16 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
     const mpt_array y = mpt__value(net, id), dy = mpt__grad(net, id);
     int side;
     if (!node->needs_gradient || node->fused) return MPT_OK;
+    mpt__enter(net, id, MPT_BACKWARD_DATA, id);
     if (node->act && node->kind != MPT__ACTIVATION)
         MPT__TRY(mpt_activation_backward(net->ctx, node->act, rows * mpt__node_count(node), y, dy, 0, dy));
+    mpt__enter(net, id, MPT_BACKWARD_WEIGHT, id);
     if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
     if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, dy, rows);
-    for (side = 0; side < 2 && node->in[side]; side++) MPT__TRY(mpt__data_backward(net, id, side, dy, y, rows));
+    for (side = 0; side < 2 && node->in[side]; side++) {
+        mpt__enter(net, id, MPT_BACKWARD_DATA, node->in[side]);
+        MPT__TRY(mpt__data_backward(net, id, side, dy, y, rows));
+    }
     return MPT_OK;
 }
 
@@ -6189,11 +6177,16 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
     const mpt_array value = mpt__value(net, 1);
     const size_t count = rows * mpt__node_count(&net->nodes[0]);
     const int direct = value.type == MPT_F32;
+    mpt_result r = MPT_OK;
     int id;
+    mpt__enter(net, 1, MPT_FORWARD, 1);
     MPT__TRY(mpt_upload(net->ctx, direct ? value.data : (void *)net->staging, x, count * sizeof *x));
     if (!direct) MPT__TRY(mpt_cast(net->ctx, count, mpt_f32_array(net->staging), value, NULL));
     for (id = 2; id < net->count; id++) MPT__TRY(mpt__node_forward(net, id, rows, train));
-    return target ? mpt__run_loss(net, target, rows, train) : MPT_OK;
+    mpt__enter(net, net->count, MPT_BACKWARD_DATA, net->nodes[net->count - 1].in[0]);
+    if (target) r = mpt__run_loss(net, target, rows, train);
+    mpt__enter(net, 0, MPT_FORWARD, 0);
+    return r;
 }
 
 /* The first forward pass after a step starts a new sum of losses and new gradients, and forgets the statistics of
@@ -6243,6 +6236,7 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     net->followed = 1;
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
     for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
+    mpt__enter(net, 0, MPT_FORWARD, 0);
     net->forward_rows = 0;
     net->micro++;
     return MPT_OK;
@@ -6347,9 +6341,28 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
 
 /* -- The plan as told -- */
 
-MPT_DEF float *mpt_model_running(mpt_model *net, int id) {
+MPT_DEF int mpt_model_nodes(const mpt_model *net) { return net ? net->count : 0; }
+
+MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net) {
+    const mpt_train_desc none = MPT_ZERO;
+    return net && net->built ? net->train : none;
+}
+
+MPT_DEF const float *mpt_model_running(const mpt_model *net, int id) {
     const mpt__node *node = net && net->built && id > 0 && id <= net->count ? mpt__node_of(net, id) : NULL;
     return node && node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH ? net->running + node->running : NULL;
+}
+
+MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *host) {
+    const float *running = mpt_model_running(net, id);
+    size_t at, bytes;
+    MPT__TRY(mpt__need_built(net, "model_set_running"));
+    if (!running || !host)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_set_running: node %d is no batch norm, or host is NULL",
+                        id);
+    at = (size_t)(running - net->running), bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
+    MPT__TRY(mpt_upload(net->ctx, net->running + at, host, bytes));
+    return mpt_upload(net->ctx, net->pending + at, host, bytes);
 }
 
 static const char *mpt__kernel_name(const mpt__node *node) {
@@ -6380,6 +6393,9 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     memset(out, 0, sizeof *out);
     out->name = node->name, out->kernel = mpt__kernel_name(node);
     out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
+    out->in[0] = node->in[0], out->in[1] = node->in[1];
+    out->weight = node->weight, out->bias = node->bias;
+    out->window = (int)node->conv.R, out->groups = (int)node->conv.groups;
     out->H = node->H, out->W = node->W, out->C = node->C;
     out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type, out->grad_type = node->grad_type;
     out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
@@ -6394,52 +6410,6 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
         const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         if (own[i] && !(in && (own[i] == in->value || own[i] == in->grad)))
             out->bytes += net->buffers[own[i] - 1].bytes;
-    }
-    return MPT_OK;
-}
-
-/* Text, then blanks up to column `end` of the line. */
-static void mpt__put_cell(mpt__text *t, const char *line, int end, const char *format, ...) {
-    char cell[64];
-    va_list args;
-    va_start(args, format);
-    mpt__format_list(cell, sizeof cell, format, args);
-    va_end(args);
-    mpt__put_string(t, cell);
-    do mpt__put_char(t, ' ');
-    while (t->at < line + end && t->at < t->end);
-}
-
-static void mpt__print_node(const mpt_model *net, int id, char *line, size_t size) {
-    mpt_node_info n;
-    mpt__text t;
-    t.at = line, t.end = line + size - 1;
-    if (mpt_model_node(net, id, &n) != MPT_OK) return;
-    mpt__put_cell(&t, line, 4, "%d", id);
-    mpt__put_cell(&t, line, 20, "%s", n.name);
-    mpt__put_cell(&t, line, 34, "%dx%dx%d", n.H, n.W, n.C);
-    mpt__put_cell(&t, line, 40, "%s", mpt_dtype_name(n.type));
-    mpt__put_cell(&t, line, 46, "%s", n.weight_type == MPT_DTYPE_COUNT ? "-" : mpt_dtype_name(n.weight_type));
-    mpt__put_cell(&t, line, 65, "%s", n.kernel);
-    mpt__put_cell(&t, line, 82, "%s", n.fused_into ? mpt__node_of(net, n.fused_into)->name : "-");
-    mpt__put_cell(&t, line, 93, "%z", n.parameters);
-    mpt__put_cell(&t, line, 104, "%z", n.bytes);
-    mpt__put_cell(&t, line, 117, "%z", n.multiply_adds);
-    mpt__put_cell(&t, line, 0, "%s", n.reason);
-    t.at[-1] = '\n';
-}
-
-MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user) {
-    char line[160];
-    int id;
-    MPT__TRY(mpt__need_built(net, "model_print"));
-    if (!write) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_print: write is NULL");
-    write("    node            shape         type  reads kernel             fused into       parameters bytes      "
-          "multiply-adds why the type\n",
-          user);
-    for (id = 1; id <= net->count; id++) {
-        mpt__print_node(net, id, line, sizeof line);
-        write(line, user);
     }
     return MPT_OK;
 }
@@ -6474,9 +6444,6 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
                      (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
     return m;
 }
-
-/* The names below are the implementation's own. */
-#undef MPT__TRY
 
 #endif /* MPT_IMPLEMENTATION */
 

@@ -12,6 +12,7 @@
 #else
 #include "../mpt.h"
 #endif
+#include "../mpt_tools.h"
 
 #define TRAINER_NAME "digits"
 #define TRAINER_ABOUT "Trains small nets on handwritten digits of 8x8 pixels in fp32, bf16 and fp16."

@@ -4,6 +4,7 @@
    pattern beside a rounding boundary; -DTEST_STRIDE=1 compares all 2^32. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
+#include "../../mpt_tools.h"
 #include "../check.h"
 #include "../reference.h"
 
