@@ -558,18 +558,6 @@ typedef struct mpt_scaler_state {
     mpt_scaler_desc desc;    /* with the defaults filled in */
 } mpt_scaler_state;
 
-/* The settings of other systems, quirks included. Ours is an all-zero mpt_scaler_desc. */
-typedef enum mpt_scaler_system {
-    MPT_SCALER_TORCH = 0, /* torch.amp.GradScaler: no smallest scale */
-    MPT_SCALER_APEX,      /* apex.amp: at most 2^24 */
-    MPT_SCALER_JMP,       /* jmp.DynamicLossScale: starts at 2^15, at least 1 */
-    MPT_SCALER_KERAS,     /* keras LossScaleOptimizer: starts at 2^15, no bounds */
-    MPT_SCALER_DEEPSPEED, /* interval 1000, hysteresis 2, late growth; its run ends at the smallest scale: patience 1 */
-    MPT_SCALER_MEGATRON   /* DynamicGradScaler: starts at 2^32, interval 1000, hysteresis 2 */
-} mpt_scaler_system;
-
-MPT_DEF mpt_scaler_desc mpt_scaler_preset(mpt_scaler_system system);
-
 /* The defaults filled in. desc may be NULL. */
 MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc);
 /* The state before the first update. */
@@ -1348,30 +1336,17 @@ MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type) {
     return mpt__float(sign | (uint32_t)exponent << 23 | fraction << (23 - f.fraction));
 }
 
-MPT_HD mpt_f16 mpt_f16_from_f32(float x) {
-    mpt_f16 h;
-    h.bits = (uint16_t)mpt_narrow(x, MPT_F16, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
-    return h;
-}
-MPT_HD mpt_bf16 mpt_bf16_from_f32(float x) {
-    mpt_bf16 h;
-    h.bits = (uint16_t)mpt_narrow(x, MPT_BF16, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
-    return h;
-}
-MPT_HD mpt_e4m3 mpt_e4m3_from_f32(float x) {
-    mpt_e4m3 h;
-    h.bits = (uint8_t)mpt_narrow(x, MPT_E4M3, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
-    return h;
-}
-MPT_HD mpt_e5m2 mpt_e5m2_from_f32(float x) {
-    mpt_e5m2 h;
-    h.bits = (uint8_t)mpt_narrow(x, MPT_E5M2, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
-    return h;
-}
-MPT_HD float mpt_f32_from_f16(mpt_f16 x) { return mpt_widen(x.bits, MPT_F16); }
-MPT_HD float mpt_f32_from_bf16(mpt_bf16 x) { return mpt_widen(x.bits, MPT_BF16); }
-MPT_HD float mpt_f32_from_e4m3(mpt_e4m3 x) { return mpt_widen(x.bits, MPT_E4M3); }
-MPT_HD float mpt_f32_from_e5m2(mpt_e5m2 x) { return mpt_widen(x.bits, MPT_E5M2); }
+#define MPT__SCALAR_CASTS(name, TYPE, bits_type)                                         \
+    MPT_HD mpt_##name mpt_##name##_from_f32(float x) {                                   \
+        mpt_##name h;                                                                    \
+        h.bits = (bits_type)mpt_narrow(x, TYPE, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0); \
+        return h;                                                                        \
+    }                                                                                    \
+    MPT_HD float mpt_f32_from_##name(mpt_##name x) { return mpt_widen(x.bits, TYPE); }
+MPT__SCALAR_CASTS(f16, MPT_F16, uint16_t)
+MPT__SCALAR_CASTS(bf16, MPT_BF16, uint16_t)
+MPT__SCALAR_CASTS(e4m3, MPT_E4M3, uint8_t)
+MPT__SCALAR_CASTS(e5m2, MPT_E5M2, uint8_t)
 
 MPT_HD mpt_array mpt_typed_array(const void *p, mpt_dtype type) {
     mpt_array a;
@@ -1718,6 +1693,9 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
        step]; rows of sums are `stride` apart */
     void (*tile)(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, size_t stride,
                  int add);
+    /* the same where what stands for a float is a pair of bf16: element 2 d low, 2 d + 1 high; or NULL */
+    void (*pairs)(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, size_t stride,
+                  int add);
     /* panel(depth,tile_n) = the transpose of x(tile_n,depth), whose rows are `stride` apart */
     void (*transpose)(const float *x, size_t stride, size_t depth, float *panel);
     size_t tile_m, tile_n;
@@ -1772,20 +1750,12 @@ static void mpt__put_double(mpt__text *t, double x) {
     int exponent = 0, shown, digits, i;
     uint64_t mantissa;
     char text[6];
-    if (mpt__is_nan(f)) {
-        mpt__put_string(t, "nan");
-        return;
-    }
-    if (mpt__bits(f) >> 31) {
+    if (mpt__bits(f) >> 31 && !mpt__is_nan(f)) {
         mpt__put_char(t, '-');
         x = -x;
     }
-    if (!mpt__finite(f)) {
-        mpt__put_string(t, "inf");
-        return;
-    }
-    if (!(x > 0)) {
-        mpt__put_char(t, '0');
+    if (!mpt__finite(f) || !(x > 0)) {
+        mpt__put_string(t, mpt__is_nan(f) ? "nan" : mpt__finite(f) ? "0" : "inf");
         return;
     }
     for (; x >= 10; exponent++) x /= 10;
@@ -2167,20 +2137,14 @@ static void mpt__transpose_plain(const float *x, size_t stride, size_t depth, fl
 }
 
 static mpt__simd mpt__simd_plain(void) {
-    mpt__simd s;
+    mpt__simd s = MPT_ZERO;
     s.name = "plain";
-    s.load_f16 = mpt__load_f16_plain;
-    s.load_bf16 = mpt__load_bf16_plain;
-    s.store_f16 = mpt__store_f16_plain;
-    s.store_bf16 = mpt__store_bf16_plain;
+    s.load_f16 = mpt__load_f16_plain, s.store_f16 = mpt__store_f16_plain;
+    s.load_bf16 = mpt__load_bf16_plain, s.store_bf16 = mpt__store_bf16_plain;
     s.squares[MPT_F32] = mpt__squares_plain;
-    s.squares[MPT_F16] = s.squares[MPT_BF16] = NULL;
     s.update = mpt__update_plain;
-    s.tile = mpt__tile_plain;
+    s.tile = mpt__tile_plain, s.tile_m = MPT__PLAIN_M, s.tile_n = MPT__PLAIN_N;
     s.transpose = mpt__transpose_plain;
-    s.tile_m = MPT__PLAIN_M;
-    s.tile_n = MPT__PLAIN_N;
-    s.avx2 = 0;
     return s;
 }
 
@@ -2235,8 +2199,8 @@ MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float 
 }
 
 /* Loops over registers are written out: at -O2 gcc would keep an array in memory. */
-#define MPT__EACH_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-#define MPT__EACH_6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define MPT__EACH_6(X, with) X(0, with) X(1, with) X(2, with) X(3, with) X(4, with) X(5, with)
+#define MPT__EACH_8(X, with) MPT__EACH_6(X, with) X(6, with) X(7, with)
 
 /* Is a lane inf or NaN? One bad element makes its lane so, and finite ones cannot: their squares are under 2^256. */
 static int mpt__lanes_bad(const double *lanes) {
@@ -2251,24 +2215,21 @@ static int mpt__lanes_bad(const double *lanes) {
 
 /* lanes 4 i .. 4 i + 3 are in sum<i>; the products are exact, so fused or not is the same. Prefetched, for the
    arithmetic leaves the CPU little room to look ahead. FOUR: four elements of x from i as floats */
-#define MPT__SUM(i) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
-#define MPT__KEEP_SUM(i) _mm256_storeu_pd(lanes + 4 * i, sum##i);
+#define MPT__SUM(i, FOUR) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
 #define MPT__SQUARE(i, FOUR) v = _mm256_cvtps_pd(FOUR(x + 4 * i)), sum##i = _mm256_fmadd_pd(v, v, sum##i);
-#define MPT__SQUARES(name, type, FOUR)                                                                               \
-    MPT__AVX2 static int name(const void *array, size_t n, double *lanes) {                                          \
-        const type *x = (const type *)array;                                                                         \
-        __m256d v;                                                                                                   \
-        MPT__EACH_8(MPT__SUM)                                                                                        \
-        for (; n; n -= MPT__LANES, x += MPT__LANES) {                                                                \
-            _mm_prefetch((const char *)x + 1024, _MM_HINT_T0);                                                       \
-            _mm_prefetch((const char *)x + 1088, _MM_HINT_T0);                                                       \
-            MPT__SQUARE(0, FOUR)                                                                                     \
-            MPT__SQUARE(1, FOUR)                                                                                     \
-            MPT__SQUARE(2, FOUR)                                                                                     \
-            MPT__SQUARE(3, FOUR) MPT__SQUARE(4, FOUR) MPT__SQUARE(5, FOUR) MPT__SQUARE(6, FOUR) MPT__SQUARE(7, FOUR) \
-        }                                                                                                            \
-        MPT__EACH_8(MPT__KEEP_SUM)                                                                                   \
-        return mpt__lanes_bad(lanes);                                                                                \
+#define MPT__KEEP_SUM(i, FOUR) _mm256_storeu_pd(lanes + 4 * i, sum##i);
+#define MPT__SQUARES(name, type, FOUR)                                      \
+    MPT__AVX2 static int name(const void *array, size_t n, double *lanes) { \
+        const type *x = (const type *)array;                                \
+        __m256d v;                                                          \
+        MPT__EACH_8(MPT__SUM, FOUR)                                         \
+        for (; n; n -= MPT__LANES, x += MPT__LANES) {                       \
+            _mm_prefetch((const char *)x + 1024, _MM_HINT_T0);              \
+            _mm_prefetch((const char *)x + 1088, _MM_HINT_T0);              \
+            MPT__EACH_8(MPT__SQUARE, FOUR)                                  \
+        }                                                                   \
+        MPT__EACH_8(MPT__KEEP_SUM, FOUR)                                    \
+        return mpt__lanes_bad(lanes);                                       \
     }
 #define MPT__FOUR_16(x) _mm_loadl_epi64((const __m128i *)(const void *)(x))
 #define MPT__FOUR_BF16(x) _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(MPT__FOUR_16(x)), 16))
@@ -2347,73 +2308,86 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, 
     mpt__update_plain(r, n - i, p + i, g + i, m ? m + i : NULL, v ? v + i : NULL, largest ? largest + i : NULL);
 }
 
-/* 6 x 16 sums in twelve registers */
-MPT__AVX2 static void mpt__tile_avx2(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums,
-                                     size_t stride, int add) {
-    const float *a0 = a, *a1 = a + row, *a2 = a1 + row, *a3 = a2 + row, *a4 = a3 + row, *a5 = a4 + row;
-    size_t d;
-#define MPT__X(i) __m256 left##i = _mm256_setzero_ps(), right##i = left##i;
-    MPT__EACH_6(MPT__X)
-#undef MPT__X
-    for (d = 0; d < depth * step; d += step, b += 16) {
-        const __m256 left = _mm256_loadu_ps(b), right = _mm256_loadu_ps(b + 8);
-#define MPT__X(i)                                       \
-    {                                                   \
-        const __m256 x = _mm256_broadcast_ss(a##i + d); \
-        left##i = _mm256_fmadd_ps(x, left, left##i);    \
-        right##i = _mm256_fmadd_ps(x, right, right##i); \
+/* A tile of as many rows as EACH has and two vectors across, its sums in registers. V: _mm256 or _mm512. STEP multiplies
+   one row: floats; or pairs of bf16 into one sum each (vdpbf16ps, which takes subnormals for zeros). */
+typedef __m256 mpt__vector_mm256;
+#define MPT__TILE(name, target, EACH, STEP, V)                                                                  \
+    target static void name(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, \
+                            size_t stride, int add) {                                                           \
+        enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b };                                                    \
+        size_t d;                                                                                               \
+        EACH(MPT__TILE_ROW, V)                                                                                  \
+        for (d = 0; d < depth * step; d += step, b += 2 * WIDTH) {                                              \
+            const mpt__vector##V left = V##_loadu_ps(b), right = V##_loadu_ps(b + WIDTH);                       \
+            EACH(STEP, V)                                                                                       \
+        }                                                                                                       \
+        EACH(MPT__TILE_KEEP, V)                                                                                 \
     }
-        MPT__EACH_6(MPT__X)
-#undef MPT__X
+#define MPT__TILE_ROW(i, V)          \
+    const float *a##i = a + i * row; \
+    mpt__vector##V left##i = V##_setzero_ps(), right##i = left##i;
+#define MPT__TILE_FLOATS(i, V)                         \
+    {                                                  \
+        const mpt__vector##V x = V##_set1_ps(a##i[d]); \
+        left##i = V##_fmadd_ps(x, left, left##i);      \
+        right##i = V##_fmadd_ps(x, right, right##i);   \
     }
-#define MPT__X(i)                                                           \
-    if (add) left##i = _mm256_add_ps(_mm256_loadu_ps(sums), left##i);       \
-    if (add) right##i = _mm256_add_ps(_mm256_loadu_ps(sums + 8), right##i); \
-    _mm256_storeu_ps(sums, left##i);                                        \
-    _mm256_storeu_ps(sums + 8, right##i);                                   \
+#define MPT__TILE_PAIRS(i, V)                                   \
+    {                                                           \
+        const __m512bh x = (__m512bh)V##_set1_ps(a##i[d]);      \
+        left##i = V##_dpbf16_ps(left##i, x, (__m512bh)left);    \
+        right##i = V##_dpbf16_ps(right##i, x, (__m512bh)right); \
+    }
+#define MPT__TILE_KEEP(i, V)                                              \
+    if (add) left##i = V##_add_ps(V##_loadu_ps(sums), left##i);           \
+    if (add) right##i = V##_add_ps(V##_loadu_ps(sums + WIDTH), right##i); \
+    V##_storeu_ps(sums, left##i);                                         \
+    V##_storeu_ps(sums + WIDTH, right##i);                                \
     sums += stride;
-    MPT__EACH_6(MPT__X)
-#undef MPT__X
-}
+MPT__TILE(mpt__tile_avx2, MPT__AVX2, MPT__EACH_6, MPT__TILE_FLOATS, _mm256)
 
-MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, float *panel) {
+MPT__AVX2 static inline void mpt__transpose_wide(const float *x, size_t stride, size_t depth, float *panel, size_t n) {
     size_t d, r, e;
-    for (r = 0; r < 16; r += 4) {
+    for (r = 0; r < n; r += 4) {
         const float *rows = x + r * stride;
         for (d = 0; d + 4 <= depth; d += 4) {
             __m128 x0 = _mm_loadu_ps(rows + d), x1 = _mm_loadu_ps(rows + stride + d);
             __m128 x2 = _mm_loadu_ps(rows + 2 * stride + d), x3 = _mm_loadu_ps(rows + 3 * stride + d);
             _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-            _mm_storeu_ps(panel + d * 16 + r, x0), _mm_storeu_ps(panel + d * 16 + 16 + r, x1);
-            _mm_storeu_ps(panel + d * 16 + 32 + r, x2), _mm_storeu_ps(panel + d * 16 + 48 + r, x3);
+            _mm_storeu_ps(panel + d * n + r, x0), _mm_storeu_ps(panel + (d + 1) * n + r, x1);
+            _mm_storeu_ps(panel + (d + 2) * n + r, x2), _mm_storeu_ps(panel + (d + 3) * n + r, x3);
         }
         for (; d < depth; d++)
-            for (e = 0; e < 4; e++) panel[d * 16 + r + e] = rows[e * stride + d];
+            for (e = 0; e < 4; e++) panel[d * n + r + e] = rows[e * stride + d];
     }
 }
 
+MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, float *panel) {
+    mpt__transpose_wide(x, stride, depth, panel, 16);
+}
+
+MPT__AVX2 static void mpt__transpose_avx512(const float *x, size_t stride, size_t depth, float *panel) {
+    mpt__transpose_wide(x, stride, depth, panel, 32);
+}
+
 static mpt__simd mpt__simd_avx2(void) {
-    mpt__simd s;
+    mpt__simd s = MPT_ZERO;
     s.name = "avx2";
-    s.load_f16 = mpt__load_f16_avx2;
-    s.load_bf16 = mpt__load_bf16_avx2;
-    s.store_f16 = mpt__store_f16_avx2;
-    s.store_bf16 = mpt__store_bf16_avx2;
+    s.load_f16 = mpt__load_f16_avx2, s.store_f16 = mpt__store_f16_avx2;
+    s.load_bf16 = mpt__load_bf16_avx2, s.store_bf16 = mpt__store_bf16_avx2;
     s.squares[MPT_F32] = mpt__squares_f32_avx2;
-    s.squares[MPT_F16] = mpt__squares_f16_avx2;
-    s.squares[MPT_BF16] = mpt__squares_bf16_avx2;
+    s.squares[MPT_F16] = mpt__squares_f16_avx2, s.squares[MPT_BF16] = mpt__squares_bf16_avx2;
     s.update = mpt__update_avx2;
-    s.tile = mpt__tile_avx2;
+    s.tile = mpt__tile_avx2, s.tile_m = 6, s.tile_n = 16;
     s.transpose = mpt__transpose_avx2;
-    s.tile_m = 6;
-    s.tile_n = 16;
     s.avx2 = 1;
     return s;
 }
 
-/* -- AVX-512: wider casts; the rest as with AVX2 -- */
+/* -- AVX-512: wider casts and tiles; the rest as with AVX2 -- */
 
 #define MPT__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define MPT__AVX512_BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 
 MPT__AVX512 static void mpt__load_f16_avx512(const uint16_t *src, size_t n, float *dst) {
     for (; n >= 16; n -= 16, src += 16, dst += 16)
@@ -2442,12 +2416,23 @@ MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const fl
     mpt__store_bf16_plain(dst, n, src);
 }
 
+typedef __m512 mpt__vector_mm512;
+MPT__TILE(mpt__tile_avx512, MPT__AVX512, MPT__EACH_8, MPT__TILE_FLOATS, _mm512)
+MPT__TILE(mpt__pairs_avx512, MPT__AVX512_BF16, MPT__EACH_8, MPT__TILE_PAIRS, _mm512)
+
+static int mpt__cpu_has_bf16(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
 static mpt__simd mpt__simd_avx512(void) {
     mpt__simd s = mpt__simd_avx2();
     s.name = "avx512";
-    s.load_f16 = mpt__load_f16_avx512;
-    s.store_f16 = mpt__store_f16_avx512;
+    s.load_f16 = mpt__load_f16_avx512, s.store_f16 = mpt__store_f16_avx512;
     s.store_bf16 = mpt__store_bf16_avx512;
+    s.tile = mpt__tile_avx512, s.tile_m = 8, s.tile_n = 32;
+    s.pairs = mpt__cpu_has_bf16() ? mpt__pairs_avx512 : NULL;
+    s.transpose = mpt__transpose_avx512;
     return s;
 }
 
@@ -2519,25 +2504,13 @@ static int mpt__simd_of(mpt_isa isa, mpt__simd *out) {
 /* -- Arrays in fp32 -- */
 
 MPT_DEF size_t mpt_dtype_size(mpt_dtype type) {
-    switch (type) {
-    case MPT_F32: return 4;
-    case MPT_F16:
-    case MPT_BF16: return 2;
-    case MPT_E4M3:
-    case MPT_E5M2: return 1;
-    default: return 0;
-    }
+    static const unsigned char sizes[MPT_DTYPE_COUNT] = {4, 2, 2, 1, 1};
+    return (unsigned)type < MPT_DTYPE_COUNT ? sizes[type] : 0;
 }
 
 MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
-    switch (type) {
-    case MPT_F32: return "f32";
-    case MPT_F16: return "f16";
-    case MPT_BF16: return "bf16";
-    case MPT_E4M3: return "e4m3";
-    case MPT_E5M2: return "e5m2";
-    default: return "unknown type";
-    }
+    static const char names[MPT_DTYPE_COUNT][5] = {"f32", "f16", "bf16", "e4m3", "e5m2"};
+    return (unsigned)type < MPT_DTYPE_COUNT ? names[type] : "unknown type";
 }
 
 /* dst(n) = a[i..i+n) as fp32 */
@@ -2548,11 +2521,8 @@ static void mpt__load(const mpt_context *ctx, mpt_array a, size_t i, size_t n, f
     case MPT_F32: memcpy(dst, (const float *)a.data + i, n * sizeof *dst); break;
     case MPT_F16: ctx->simd.load_f16((const uint16_t *)a.data + i, n, dst); break;
     case MPT_BF16: ctx->simd.load_bf16((const uint16_t *)a.data + i, n, dst); break;
-    case MPT_E4M3:
-        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[j], MPT_E4M3);
-        break;
     default:
-        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[j], MPT_E5M2);
+        for (j = 0; j < n; j++) dst[j] = mpt_widen(byte[j], a.type);
     }
 }
 
@@ -2564,11 +2534,8 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
     case MPT_F32: memcpy((float *)a.data + i, src, n * sizeof *src); break;
     case MPT_F16: ctx->simd.store_f16((uint16_t *)a.data + i, n, src); break;
     case MPT_BF16: ctx->simd.store_bf16((uint16_t *)a.data + i, n, src); break;
-    case MPT_E4M3:
-        for (j = 0; j < n; j++) byte[j] = mpt_e4m3_from_f32(src[j]).bits;
-        break;
     default:
-        for (j = 0; j < n; j++) byte[j] = mpt_e5m2_from_f32(src[j]).bits;
+        for (j = 0; j < n; j++) byte[j] = (uint8_t)mpt_narrow(src[j], a.type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
     }
 }
 
@@ -3188,7 +3155,7 @@ enum {
     MPT__BLOCK_M = 96, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 128,
     MPT__BLOCK_K = 256,       /* depth: what a block needs of both operands stays within L2 (96 + 128 KiB) */
-    MPT__TILE_N = 16,         /* the widest tile */
+    MPT__TILE_N = 32,         /* the widest tile */
     MPT__ROOM = 8 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
     MPT__WORKSPACE =
         (MPT__BLOCK_M + MPT__BLOCK_N + MPT__TILE_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
@@ -3226,6 +3193,7 @@ typedef struct mpt__view {
     mpt__view_kind kind;
     int v_is_depth; /* v runs along the summed dimension (else along the result's rows or columns) */
     mpt_array data;
+    size_t size;             /* bytes of a packed element: 4, widened to fp32; 2, bf16 for pairs */
     size_t stride;           /* MATRIX */
     const mpt_conv2d_op *op; /* the others */
     size_t group;            /* of its channels and filters, whose numbers C and K are below */
@@ -3263,87 +3231,123 @@ MPT__INLINE size_t mpt__tap_index(const mpt__view *view, size_t u, size_t r, siz
     return ((at.n * at.H + at.y) * at.W + at.x) * at.C + view->group * (at.C / view->op->shape.groups);
 }
 
+/* dst(n) = elements i .. i+n of the view's array, as packed */
+MPT__INLINE void mpt__fetch(const mpt_context *ctx, const mpt__view *view, size_t i, size_t n, void *dst) {
+    if (view->size == sizeof(uint16_t)) memcpy(dst, (const uint16_t *)view->data.data + i, n * sizeof(uint16_t));
+    else mpt__load(ctx, view->data, i, n, (float *)dst);
+}
+
 /* dst(n) = elements v .. v+n of row u of an image view, one tap after the other */
-MPT__INLINE void mpt__taps_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n,
-                               float *dst) {
+MPT__INLINE void mpt__taps_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, char *dst) {
     const mpt_conv2d_shape *z = &view->op->shape;
     const size_t channels = (view->kind == MPT__PATCHES ? z->C : z->K) / z->groups;
     size_t some;
-    for (; n; dst += some, v += some, n -= some) {
+    for (; n; dst += some * view->size, v += some, n -= some) {
         const size_t tap = v / channels, first = v % channels, at = mpt__tap_index(view, u, tap / z->S, tap % z->S);
         some = mpt__min(n, channels - first);
-        if (at == (size_t)-1) memset(dst, 0, some * sizeof *dst);
-        else mpt__load(ctx, view->data, at + first, some, dst);
+        if (at == (size_t)-1) memset(dst, 0, some * view->size);
+        else mpt__fetch(ctx, view, at + first, some, dst);
     }
 }
 
 /* The same where the taps of a kernel row lie side by side in memory: all those inside the image at once */
-MPT__INLINE void mpt__rows_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n,
-                               float *dst) {
-    const size_t S = view->op->shape.S;
+MPT__INLINE void mpt__rows_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, char *dst) {
+    const size_t S = view->op->shape.S, size = view->size;
     const mpt__place first = mpt__tap_place(view, u, 0, 0);
     const size_t width = S * first.C, image = first.W * first.C, start = first.x * first.C; /* may wrap below 0 */
     size_t y = first.y, step = view->kind == MPT__PATCHES ? 1 : (size_t)-1, some, begin, skip, inside;
     y += v / width * step;
-    for (; n; dst += some, v += some, n -= some, y += step) {
+    for (; n; dst += some * size, v += some, n -= some, y += step) {
         begin = v % width;
         some = mpt__min(n, width - begin);
         begin += start;                                       /* of dst[0] in the image row */
         skip = begin < image ? 0 : mpt__min(some, 0 - begin); /* left of it; all of it, if it is to the right */
         inside = y < first.H && begin + skip < image ? mpt__min(some - skip, image - begin - skip) : 0;
-        memset(dst, 0, (inside ? skip : some) * sizeof *dst);
+        memset(dst, 0, (inside ? skip : some) * size);
         if (!inside) continue;
-        mpt__load(ctx, view->data, (first.n * first.H + y) * image + begin + skip, inside, dst + skip);
-        memset(dst + skip + inside, 0, (some - skip - inside) * sizeof *dst);
+        mpt__fetch(ctx, view, (first.n * first.H + y) * image + begin + skip, inside, dst + skip * size);
+        memset(dst + (skip + inside) * size, 0, (some - skip - inside) * size);
     }
 }
 
-/* dst(n) = elements v .. v+n of row u as fp32 */
-MPT__INLINE void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n,
-                               float *dst) {
+/* dst(n) = elements v .. v+n of row u, as packed */
+MPT__INLINE void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, void *dst) {
     const mpt_conv2d_shape *z = view->op ? &view->op->shape : NULL;
-    if (view->kind == MPT__MATRIX) mpt__load(ctx, view->data, u * view->stride + v, n, dst);
+    if (view->kind == MPT__MATRIX) mpt__fetch(ctx, view, u * view->stride + v, n, dst);
     else if (view->kind == MPT__FILTERS) {
         const size_t each = z->K / z->groups, k = view->group * each + u % each, tap = u / each;
         const size_t turned = tap / z->S * z->S + z->S - 1 - tap % z->S;
-        mpt__load(ctx, view->data, (k * z->R * z->S + turned) * (z->C / z->groups) + v, n, dst);
+        mpt__fetch(ctx, view, (k * z->R * z->S + turned) * (z->C / z->groups) + v, n, dst);
     } else if (z->groups == 1 && z->dilation == 1 && (view->kind == MPT__PATCHES || z->stride == 1))
-        mpt__rows_run(ctx, view, u, v, n, dst);
-    else mpt__taps_run(ctx, view, u, v, n, dst);
+        mpt__rows_run(ctx, view, u, v, n, (char *)dst);
+    else mpt__taps_run(ctx, view, u, v, n, (char *)dst);
 }
 
-/* Where element (i,d) of the left operand is: at[i * row + d * step]. */
+/* -- Packing: into words, a word being a float or a pair of bf16 that are neighbours in depth -- */
+
+static size_t mpt__words(const mpt__view *view, size_t depth) { return (depth * view->size + 3) / sizeof(float); }
+
+/* to(words(depth)) = elements l .. l+depth of row u of a view whose v is depth */
+MPT__INLINE void mpt__pack_along(const mpt_context *ctx, const mpt__view *view, size_t u, size_t l, size_t depth,
+                                 float *to) {
+    mpt__view_run(ctx, view, u, l, depth, to);
+    if (depth * view->size % sizeof *to) memset((uint16_t *)(void *)to + depth, 0, sizeof(uint16_t));
+}
+
+/* out = pairs of the two */
+MPT__INLINE void mpt__pair_run(const uint16_t *MPT__RESTRICT low, const uint16_t *MPT__RESTRICT high,
+                               uint32_t *MPT__RESTRICT out) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) out[e] = low[e] | (uint32_t)high[e] << 16;
+}
+
+/* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to `padded`.
+   `room` holds two such rows in 16 bits, and a run. */
+MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view, size_t l, size_t depth, size_t d,
+                                  size_t v, size_t n, size_t padded, float *to, float *room) {
+    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_N;
+    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_N);
+    size_t i;
+    if (view->size == sizeof *to) mpt__view_run(ctx, view, l + d, v, n, to);
+    else {
+        mpt__view_run(ctx, view, l + 2 * d, v, n, low);
+        if (2 * d + 1 < depth) mpt__view_run(ctx, view, l + 2 * d + 1, v, n, high);
+        else memset(high, 0, n * sizeof *high);
+        for (i = 0; i < n; i += MPT__RUN) {
+            mpt__pair_run(low + i, high + i, words);
+            memcpy(to + i, words, mpt__min(n - i, MPT__RUN) * sizeof *to);
+        }
+    }
+    memset(to + n, 0, (padded - n) * sizeof *to);
+}
+
+/* Where word (i,d) of the left operand is: at[i * row + d * step]. */
 typedef struct mpt__left {
     const float *at;
     size_t row, step;
 } mpt__left;
 
-/* Rows i .. i+rows of the left operand, depth l .. l+depth, in fp32; zeros up to a whole tile of rows. */
+/* Rows i .. i+rows of the left operand, depth l .. l+depth; zeros up to a whole tile of rows. */
 MPT__INLINE mpt__left mpt__pack_left(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l,
-                                     size_t depth, float *to) {
-    const size_t tile = ctx->simd.tile_m, padded = (rows + tile - 1) / tile * tile;
+                                     size_t depth, float *to, float *room) {
+    const size_t tile = ctx->simd.tile_m, padded = (rows + tile - 1) / tile * tile, words = mpt__words(view, depth);
     mpt__left left;
-    size_t r, d;
+    size_t r;
     left.at = to;
-    left.row = view->v_is_depth ? depth : 1;
+    left.row = view->v_is_depth ? words : 1;
     left.step = view->v_is_depth ? 1 : padded;
-    if (view->v_is_depth) {
-        for (r = 0; r < rows; r++) mpt__view_run(ctx, view, i + r, l, depth, to + r * depth);
-        memset(to + rows * depth, 0, (padded - rows) * depth * sizeof *to);
-    } else {
-        for (d = 0; d < depth; d++) {
-            mpt__view_run(ctx, view, l + d, i, rows, to + d * padded);
-            memset(to + d * padded + rows, 0, (padded - rows) * sizeof *to);
-        }
-    }
+    for (r = 0; r < rows && view->v_is_depth; r++) mpt__pack_along(ctx, view, i + r, l, depth, to + r * words);
+    if (view->v_is_depth) memset(to + rows * words, 0, (padded - rows) * words * sizeof *to);
+    for (r = 0; r < words && !view->v_is_depth; r++)
+        mpt__pack_across(ctx, view, l, depth, r, i, rows, padded, to + r * padded, room);
     return left;
 }
 
-/* Columns j .. j+columns of the right operand, depth l .. l+depth, in panels (depth,tile); zeros up to whole panels.
+/* Columns j .. j+columns of the right operand, depth l .. l+depth, in panels (words,tile); zeros up to whole panels.
    `lines` holds a tile of them. */
 MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, size_t j, size_t columns, size_t l,
-                                 size_t depth, float *panels, float *lines) {
-    const size_t tile = ctx->simd.tile_n, padded = (columns + tile - 1) / tile * tile;
+                                 size_t depth, float *panels, float *lines, float *room) {
+    const size_t tile = ctx->simd.tile_n, padded = (columns + tile - 1) / tile * tile, words = mpt__words(view, depth);
     const int direct = view->kind == MPT__MATRIX && view->data.type == MPT_F32;
     size_t c, r, d, some;
     for (c = 0; c < padded && view->v_is_depth; c += tile) {
@@ -3353,21 +3357,19 @@ MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, 
             continue;
         }
         for (r = 0; r < tile; r++)
-            if (c + r < columns) mpt__view_run(ctx, view, j + c + r, l, depth, lines + r * depth);
-            else memset(lines + r * depth, 0, depth * sizeof *lines);
-        ctx->simd.transpose(lines, depth, depth, panels + c * depth);
+            if (c + r < columns) mpt__pack_along(ctx, view, j + c + r, l, depth, lines + r * words);
+            else memset(lines + r * words, 0, words * sizeof *lines);
+        ctx->simd.transpose(lines, words, words, panels + c * words);
     }
-    for (d = 0; d < depth && !view->v_is_depth; d += some) { /* a few rows at a time: panels lie too far apart */
+    for (d = 0; d < words && !view->v_is_depth; d += some) { /* a few rows at a time: panels lie too far apart */
         const int whole = direct && columns == padded;
         const float *from = whole ? (const float *)view->data.data + (l + d) * view->stride + j : lines;
-        some = mpt__min(depth - d, 16);
-        for (r = 0; r < some && !whole; r++) {
-            mpt__view_run(ctx, view, l + d + r, j, columns, lines + r * padded);
-            memset(lines + r * padded + columns, 0, (padded - columns) * sizeof *lines);
-        }
+        some = mpt__min(words - d, 16);
+        for (r = 0; r < some && !whole; r++)
+            mpt__pack_across(ctx, view, l, depth, d + r, j, columns, padded, lines + r * padded, room);
         for (c = 0; c < padded; c += 8)
             for (r = 0; r < some; r++)
-                memcpy(panels + c / tile * tile * depth + (d + r) * tile + c % tile,
+                memcpy(panels + c / tile * tile * words + (d + r) * tile + c % tile,
                        from + r * (whole ? view->stride : padded) + c, 8 * sizeof *lines);
     }
 }
@@ -3405,16 +3407,18 @@ MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, f
     const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
     float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
     float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (BLOCK_M,BLOCK_N), and room to read a run from any */
+    float *room = workspace + MPT__WORKSPACE - MPT__ROOM;
     size_t l, r, c;
     if (!p->k) memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
     for (l = 0; l < p->k; l += MPT__BLOCK_K) {
-        const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K);
-        const mpt__left left = mpt__pack_left(p->ctx, &p->a, i, rows, l, depth, a);
-        mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines);
+        const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K), words = mpt__words(&p->b, depth);
+        const mpt__left left = mpt__pack_left(p->ctx, &p->a, i, rows, l, depth, a, room);
+        mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines, room);
         for (c = 0; c < columns; c += simd->tile_n)
             for (r = 0; r < rows; r += simd->tile_m)
-                simd->tile(depth, left.at + r * left.row, left.row, left.step, b + c * depth,
-                           sums + r * MPT__BLOCK_N + c, MPT__BLOCK_N, l > 0);
+                (p->b.size < sizeof *b ? simd->pairs : simd->tile)(words, left.at + r * left.row, left.row, left.step,
+                                                                   b + c * words, sums + r * MPT__BLOCK_N + c,
+                                                                   MPT__BLOCK_N, l > 0);
     }
     for (r = 0; r < rows; r++) mpt__finish_row(p, i + r, j, columns, sums + r * MPT__BLOCK_N);
 }
@@ -3430,7 +3434,9 @@ MPT__TASKS(mpt__product_task)
 
 static mpt_result mpt__product_run(mpt__product *p) {
     const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
+    const int pairs = p->ctx->simd.pairs && p->a.data.type == MPT_BF16 && p->b.data.type == MPT_BF16;
     size_t work;
+    p->a.size = p->b.size = pairs ? sizeof(uint16_t) : sizeof(float);
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
     mpt__parallel(p->ctx, down * across, work, MPT__TASK(p->ctx, mpt__product_task), p);
     return MPT_OK;
@@ -3514,7 +3520,7 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
     const mpt_conv2d_op *op = p->a.op;
     const size_t C = op->shape.C, S = op->shape.S, taps = op->shape.R * S;
     float *w = mpt__worker_space(p->ctx, worker); /* (taps, RUN): channels side by side */
-    float sums[MPT__RUN], room[MPT__RUN];
+    float *room = mpt__worker_room(p->ctx, worker), sums[MPT__RUN];
     size_t c, u, t, e;
     for (c = 0; c < C; c += MPT__RUN) {
         const size_t run = mpt__min(C - c, MPT__RUN);
@@ -4446,21 +4452,6 @@ MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc) {
     return d;
 }
 
-MPT_DEF mpt_scaler_desc mpt_scaler_preset(mpt_scaler_system system) {
-    const int large = system == MPT_SCALER_DEEPSPEED || system == MPT_SCALER_MEGATRON;
-    mpt_scaler_desc d = MPT_ZERO;
-    if (system == MPT_SCALER_JMP || system == MPT_SCALER_KERAS) d.init_scale = 32768.0f;
-    if (system == MPT_SCALER_MEGATRON) d.init_scale = 4294967296.0f;
-    d.growth_interval = large ? 1000 : 2000;
-    d.hysteresis = large ? 2 : 1;
-    d.unguarded = large || system == MPT_SCALER_KERAS;
-    d.no_min = system == MPT_SCALER_TORCH || system == MPT_SCALER_APEX || system == MPT_SCALER_KERAS;
-    d.no_max = system != MPT_SCALER_APEX;
-    d.late_growth = system == MPT_SCALER_DEEPSPEED;
-    d.patience = system == MPT_SCALER_DEEPSPEED;
-    return mpt_scaler_defaults(&d);
-}
-
 MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc) {
     mpt_scaler_state s = MPT_ZERO;
     s.version = MPT_SCALER_STATE_VERSION;
@@ -4872,26 +4863,20 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
 
 MPT_DEF mpt_optimizer_desc mpt_sgd(double lr, double momentum) {
     mpt_optimizer_desc d = MPT_ZERO;
-    d.kind = MPT_SGD;
-    d.lr = lr;
-    d.momentum = momentum;
+    d.kind = MPT_SGD, d.lr = lr, d.momentum = momentum;
     return d;
 }
 
 MPT_DEF mpt_optimizer_desc mpt_adam(double lr) {
     mpt_optimizer_desc d = MPT_ZERO;
-    d.kind = MPT_ADAM;
-    d.lr = lr;
-    d.beta1 = 0.9;
-    d.beta2 = 0.999;
-    d.eps = 1e-8;
+    d.kind = MPT_ADAM, d.lr = lr;
+    d.beta1 = 0.9, d.beta2 = 0.999, d.eps = 1e-8;
     return d;
 }
 
 MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
     mpt_optimizer_desc d = mpt_adam(lr);
-    d.kind = MPT_ADAMW;
-    d.weight_decay = 0.01;
+    d.kind = MPT_ADAMW, d.weight_decay = 0.01;
     return d;
 }
 

@@ -12,10 +12,12 @@
    CONTENTS   search for "==== NAME"
      CONFIGURATION     every macro that may be defined before the include
      TABLES            the plan of a model, its bytes by role, which products Tensor Cores take
+     PRESETS           loss scalers as other systems have them
      INSTRUMENTS       a lens before a device: exponent histograms, what-if precision, the first bad operation
      CHECKPOINTS       safetensors files: weights as PyTorch names them, and whole training states
      - stop here if you only want the API -
      TABLE PARTS
+     PRESET PARTS
      INSTRUMENT PARTS
      CHECKPOINT PARTS                                                                                                 */
 
@@ -40,6 +42,22 @@ extern "C" {
 /* The plan: a line for each node under a header: name, shape, types and why, kernel, fused into, parameters, bytes,
    multiply-adds. */
 MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user);
+
+/* ==== PRESETS ====
+
+   Loss scalers as other systems have them. */
+
+/* The settings of other systems, quirks included. Ours is an all-zero mpt_scaler_desc. */
+typedef enum mpt_scaler_system {
+    MPT_SCALER_TORCH = 0, /* torch.amp.GradScaler: no smallest scale */
+    MPT_SCALER_APEX,      /* apex.amp: at most 2^24 */
+    MPT_SCALER_JMP,       /* jmp.DynamicLossScale: starts at 2^15, at least 1 */
+    MPT_SCALER_KERAS,     /* keras LossScaleOptimizer: starts at 2^15, no bounds */
+    MPT_SCALER_DEEPSPEED, /* interval 1000, hysteresis 2, late growth; its run ends at the smallest scale: patience 1 */
+    MPT_SCALER_MEGATRON   /* DynamicGradScaler: starts at 2^32, interval 1000, hysteresis 2 */
+} mpt_scaler_system;
+
+MPT_DEF mpt_scaler_desc mpt_scaler_preset(mpt_scaler_system system);
 
 /* ==== INSTRUMENTS ==== */
 
@@ -111,6 +129,23 @@ MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const cha
         write(line, user);
     }
     return MPT_OK;
+}
+
+/* ==== PRESET PARTS ==== */
+
+MPT_DEF mpt_scaler_desc mpt_scaler_preset(mpt_scaler_system system) {
+    const int large = system == MPT_SCALER_DEEPSPEED || system == MPT_SCALER_MEGATRON;
+    mpt_scaler_desc d = MPT_ZERO;
+    if (system == MPT_SCALER_JMP || system == MPT_SCALER_KERAS) d.init_scale = 32768.0f;
+    if (system == MPT_SCALER_MEGATRON) d.init_scale = 4294967296.0f;
+    d.growth_interval = large ? 1000 : 2000;
+    d.hysteresis = large ? 2 : 1;
+    d.unguarded = large || system == MPT_SCALER_KERAS;
+    d.no_min = system == MPT_SCALER_TORCH || system == MPT_SCALER_APEX || system == MPT_SCALER_KERAS;
+    d.no_max = system != MPT_SCALER_APEX;
+    d.late_growth = system == MPT_SCALER_DEEPSPEED;
+    d.patience = system == MPT_SCALER_DEEPSPEED;
+    return mpt_scaler_defaults(&d);
 }
 
 /* ==== INSTRUMENT PARTS ==== */

@@ -2,6 +2,7 @@
    that it stands for, and the step protocol over random calls against a small model. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
+#include "../../mpt_tools.h"
 #include "../check.h"
 
 /* ==== OTHER SYSTEMS ==== their rules, each in its own words, on the exponent of a scale 2^e */
