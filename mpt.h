@@ -2308,8 +2308,8 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, 
     mpt__update_plain(r, n - i, p + i, g + i, m ? m + i : NULL, v ? v + i : NULL, largest ? largest + i : NULL);
 }
 
-/* A tile of as many rows as EACH has and two vectors across, its sums in registers. V: _mm256 or _mm512. STEP multiplies
-   one row: floats; or pairs of bf16 into one sum each (vdpbf16ps, which takes subnormals for zeros). */
+/* A tile of as many rows as EACH has and two vectors across, its sums in registers. V: _mm256 or _mm512. STEP
+   multiplies one row: floats; or pairs of bf16 into one sum each (vdpbf16ps, which takes subnormals for zeros). */
 typedef __m256 mpt__vector_mm256;
 #define MPT__TILE(name, target, EACH, STEP, V)                                                                  \
     target static void name(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, \
@@ -3301,8 +3301,8 @@ MPT__INLINE void mpt__pair_run(const uint16_t *MPT__RESTRICT low, const uint16_t
     for (e = 0; e < MPT__RUN; e++) out[e] = low[e] | (uint32_t)high[e] << 16;
 }
 
-/* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to `padded`.
-   `room` holds two such rows in 16 bits, and a run. */
+/* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to
+   `padded`. `room` holds two such rows in 16 bits, and a run. */
 MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view, size_t l, size_t depth, size_t d,
                                   size_t v, size_t n, size_t padded, float *to, float *room) {
     uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_N;
