@@ -367,14 +367,14 @@ typedef enum mpt_activation {
     MPT_ACTIVATION_COUNT
 } mpt_activation;
 
-/* y(N,O) = act(x(N,I) w(O,I)^T + b(O)); b optional. torch.nn.functional.linear */
-MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array x, mpt_array w,
+/* y(N,O) = act(x(N,D) w(O,D)^T + b(O)); b optional. torch.nn.functional.linear */
+MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array x, mpt_array w,
                                       mpt_array b, mpt_activation act, mpt_array y);
-/* dx(N,I) = dy(N,O) w(O,I) + beta * dx */
-MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array w,
+/* dx(N,D) = dy(N,O) w(O,D) + beta * dx */
+MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array w,
                                             float beta, mpt_array dx);
-/* dw(O,I) = dy(N,O)^T x(N,I) + beta * dw */
-MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array x,
+/* dw(O,D) = dy(N,O)^T x(N,D) + beta * dw */
+MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array x,
                                               float beta, mpt_array dw);
 /* db(C) = column sums of dy(rows,C) + beta * db: the bias gradient of linear (rows = N) and conv2d (rows = N P Q) */
 MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
@@ -2790,23 +2790,23 @@ MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m
     return mpt__gemm_run(ctx, "gemm", "a", "b", "c", &op);
 }
 
-MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array x, mpt_array w,
+MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array x, mpt_array w,
                                       mpt_array b, mpt_activation act, mpt_array y) {
-    mpt_gemm_op op = mpt__gemm_op(0, 1, N, O, I, 1, x, I, w, I, 0, y, O);
+    mpt_gemm_op op = mpt__gemm_op(0, 1, N, O, D, 1, x, D, w, D, 0, y, O);
     op.bias = b;
     op.act = act;
     return mpt__gemm_run(ctx, "linear_forward", "x", "w", "y", &op);
 }
 
-MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array w,
+MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array w,
                                             float beta, mpt_array dx) {
-    const mpt_gemm_op op = mpt__gemm_op(0, 0, N, I, O, 1, dy, O, w, I, beta, dx, I);
+    const mpt_gemm_op op = mpt__gemm_op(0, 0, N, D, O, 1, dy, O, w, D, beta, dx, D);
     return mpt__gemm_run(ctx, "linear_backward_data", "dy", "w", "dx", &op);
 }
 
-MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_array dy, mpt_array x,
+MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array x,
                                               float beta, mpt_array dw) {
-    const mpt_gemm_op op = mpt__gemm_op(1, 0, O, I, N, 1, dy, O, x, I, beta, dw, I);
+    const mpt_gemm_op op = mpt__gemm_op(1, 0, O, D, N, 1, dy, O, x, D, beta, dw, D);
     return mpt__gemm_run(ctx, "linear_backward_weight", "dy", "x", "dw", &op);
 }
 

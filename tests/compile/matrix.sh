@@ -132,6 +132,7 @@ program() {
 }
 
 program "included three times" "$CC" -std=c99 "$dir/twice.c"
+program "after complex.h, whose I is a macro" "$CC" -std=c99 -include complex.h "$dir/twice.c"
 check "the implementation alone" "$CC" -std=c99 -O0 -I. -c "$dir/implementation.c" -o "$dir/implementation.o"
 program "two files" "$CC" -std=c99 "$dir/user.c" "$dir/implementation.o"
 program "C++ user of a C implementation" "$CXX" -std=c++11 -x c++ "$dir/user.c" -x none "$dir/implementation.o"
