@@ -1180,12 +1180,26 @@ MPT_HD float mpt__sqrt(float a) {
     MPT__KEEP(r);
     return r;
 }
+#ifdef __MINGW32__ /* its fmaf is off by a unit one time in four: here an exact product, and a sum in double that is
+                      rounded to odd, so that rounding it again to fp32 is as rounding once */
+MPT_HD float mpt__fma(float a, float b, float c) {
+    const volatile double product = (double)a * (double)b, sum = product + (double)c, part = sum - product;
+    const volatile double rest = (double)c - part + (product - (sum - part));
+    double odd = sum;
+    uint64_t u;
+    memcpy(&u, &odd, sizeof u);
+    if (!(u & 1) && (rest > 0 || rest < 0)) u = (rest > 0) == (sum > 0) ? u + 1 : u - 1;
+    memcpy(&odd, &u, sizeof u);
+    return (float)odd;
+}
+#else
 MPT_HD float mpt__fma(float a, float b, float c) { /* a b + c, rounded once */
     float (*MPT__OPAQUE fused)(float, float, float) = fmaf;
     float r = fused(a, b, c);
     MPT__KEEP(r);
     return r;
 }
+#endif
 MPT_HD double mpt__mul_add(double a, double b, double c) { /* a b + c in double, rounded twice */
     double r = a * b;
     MPT__KEEP(r);
@@ -1662,8 +1676,13 @@ MPT_HD void mpt__state_stepped(mpt_optimizer_state *s, const mpt_optimizer_desc 
 #include <stdarg.h>
 #include <stdlib.h>
 #ifndef MPT_NO_THREADS
-#include <pthread.h>
+#include <pthread.h> /* on Windows: winpthreads, which comes with MinGW */
+#ifdef _WIN32
+#define MPT__PROCESSORS() pthread_num_processors_np()
+#else
 #include <unistd.h>
+#define MPT__PROCESSORS() sysconf(_SC_NPROCESSORS_ONLN)
+#endif
 #endif
 
 enum {
@@ -2011,7 +2030,7 @@ static void mpt__pool_stop(mpt_context *ctx) {
 static mpt_result mpt__pool_start(mpt_context *ctx) {
     mpt__pool *pool;
     if (ctx->threads == 0) {
-        const long online = sysconf(_SC_NPROCESSORS_ONLN);
+        const long online = MPT__PROCESSORS();
         ctx->threads = online < 1 ? 1 : online > MPT__MAX_THREADS ? MPT__MAX_THREADS : (int)online;
     }
     if (ctx->threads == 1) return MPT_OK;
