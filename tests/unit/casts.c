@@ -1,13 +1,17 @@
 /* casts.c - bulk casts, scans and histograms: the same bits on every instruction set of this CPU and any number of
    threads.
 
-   Narrowing is compared with reference.h: one in 256 fp32 patterns, and both sides of every place where the result
-   changes (tests/long takes all of them). numbers.c proves the scalar functions; where bits are compared with theirs,
+   Narrowing is compared with reference.h: one in TEST_STRIDE fp32 patterns, and both sides of every place where the
+   result changes (tests/long takes all of them). numbers.c proves the scalar functions; where bits are compared with theirs,
    that stands for a proof. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
 #include "../reference.h"
+
+#ifndef TEST_STRIDE
+#define TEST_STRIDE 256 /* a power of two up to 65536 */
+#endif
 
 enum { COUNTS = 3 }; /* of threads: 1, 2, 4 */
 
@@ -161,9 +165,9 @@ typedef struct sample { /* how one type rounds one way, and where on the stairca
     uint32_t step[LANES];
 } sample;
 
-/* Sample number i of 2^24: neighbours differ in sign and in their upper exponent bits. */
+/* Sample number i of 2^32 / TEST_STRIDE: neighbours differ in sign and in their upper exponent bits. */
 static uint32_t sample_pattern(uint32_t i) {
-    return (i % LANES) << 29 | (i / LANES) << 8 | (mpt_hash(1, 0, 0, i) & 255);
+    return (i % LANES) << 29 | (i / LANES) * TEST_STRIDE | (mpt_hash(1, 0, 0, i) & (TEST_STRIDE - 1));
 }
 
 static void test_sample_block(sample *s, mpt_round round, mpt_overflow overflow, const buffer *src, buffer *expected,
@@ -191,7 +195,7 @@ static void test_sample(mpt_dtype type) {
     uint32_t block, i;
     int mode;
     for (mode = 0; mode < 2; mode++) reference_build_stairs(&s[mode].stairs, type, (mpt_round)mode);
-    for (block = 0; block < ((uint32_t)1 << 24) / BLOCK; block++) {
+    for (block = 0; block < 0xffffffffu / TEST_STRIDE / BLOCK + 1; block++) {
         for (i = 0; i < BLOCK; i++) buffer_put(&src, i, sample_pattern(block * BLOCK + i));
         buffer_upload(&src);
         for (mode = 0; mode < 4; mode++)
@@ -231,13 +235,15 @@ static void check_pair(mpt_dtype from, mpt_dtype to, size_t n, size_t lead, cons
     buffer_free(&src), buffer_free(&dst), buffer_free(&expected);
 }
 
-/* All sizes about the width of any vector, all offsets from its alignment that are left. */
+/* All sizes about the width of any vector, or a few if numbers are sampled thinly, too; all offsets from its alignment
+   that are left. */
 static void test_pair(mpt_dtype from, mpt_dtype to) {
+    const size_t stride = TEST_STRIDE > 256 ? 9 : 1;
     size_t n, lead;
     int mode;
     for (mode = 0; mode < 6; mode++) {
         const mpt_rounding rounding = rounding_of((mpt_round)(mode % 3), (mpt_overflow)(mode / 3));
-        for (n = 0; n <= 70; n++)
+        for (n = 0; n <= 70; n += stride)
             for (lead = 0; lead <= 3; lead++) check_pair(from, to, n, lead, &rounding);
     }
 }
