@@ -1,0 +1,50 @@
+/* avx512.h - the AVX-512 intrinsics that mpt.h uses, on any CPU with AVX2: SIMDe's, and by two halves or one more step
+   those that SIMDe 0.7 lacks. portable.sh puts it before the implementation. */
+#ifndef AVX512_H
+#define AVX512_H
+
+#include <immintrin.h>
+#include <simde/x86/avx512.h>
+#undef I /* of complex.h */
+
+#define __m512 simde__m512
+#define __m512i simde__m512i
+#define __mmask16 simde__mmask16
+#define _mm512_loadu_ps simde_mm512_loadu_ps
+#define _mm512_storeu_ps simde_mm512_storeu_ps
+#define _mm512_loadu_si512 simde_mm512_loadu_si512
+#define _mm512_set1_epi32 simde_mm512_set1_epi32
+#define _mm512_add_epi32 simde_mm512_add_epi32
+#define _mm512_and_si512 simde_mm512_and_si512
+#define _mm512_cmpgt_epi32_mask simde_mm512_cmpgt_epi32_mask
+#define _mm512_mask_or_epi32 simde_mm512_mask_or_epi32
+#define _mm512_maskz_srli_epi32(k, a, n) simde_mm512_maskz_mov_epi32(k, simde_mm512_srli_epi32(a, n))
+#define _mm512_maskz_cvtps_ph(k, a, rounding) avx512_maskz_cvtps_ph(k, a)
+#define _mm512_maskz_cvtph_ps avx512_maskz_cvtph_ps
+#define _mm512_maskz_cvtepi32_epi16 avx512_maskz_cvtepi32_epi16
+
+static inline __m512 avx512_maskz_cvtph_ps(__mmask16 k, __m256i a) {
+    float out[16];
+    _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(a)));
+    _mm256_storeu_ps(out + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+    return simde_mm512_maskz_mov_ps(k, simde_mm512_loadu_ps(out));
+}
+
+/* rounds to nearest even */
+static inline __m256i avx512_maskz_cvtps_ph(__mmask16 k, __m512 a) {
+    float in[16];
+    simde_mm512_storeu_ps(in, simde_mm512_maskz_mov_ps(k, a));
+    return _mm256_set_m128i(_mm256_cvtps_ph(_mm256_loadu_ps(in + 8), _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline __m256i avx512_maskz_cvtepi32_epi16(__mmask16 k, __m512i a) {
+    uint32_t in[16];
+    uint16_t out[16];
+    int i;
+    simde_mm512_storeu_si512(in, simde_mm512_maskz_mov_epi32(k, a));
+    for (i = 0; i < 16; i++) out[i] = (uint16_t)in[i];
+    return _mm256_loadu_si256((const __m256i *)(const void *)out);
+}
+
+#endif

@@ -1,0 +1,150 @@
+#!/bin/sh
+# Builds every test and example for one target after another, with one set of options each, and runs the tests, foreign
+# ones under an emulator: `make portable`. matrix.sh beside it looks at warnings, symbols and macros, in seconds; this
+# takes minutes. What is not installed is skipped by name. Run from the repository's root.
+# Environment: CELLS, shell patterns of the cells to run ("s390x* gcc-O0"; default all), BUILD.
+#
+# One object holds the implementation and the programs link it, so that mpt.h is compiled once a cell, not twenty times.
+
+BUILD=${BUILD:-build}
+dir=$BUILD/tests/portable
+warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wcast-align -Wundef -Werror"
+define="-DTEST_STRIDE=65536" # loops over all numbers take one in so many
+all_examples=$(ls examples/*.c) all_tests=$(ls tests/unit/*.c tests/parity/*.c tests/train/*.c)
+examples=$all_examples tests=$all_tests
+header=mpt.h
+passed=0 failed=0 skipped=0
+mkdir -p "$dir" || exit 1
+
+has() { command -v "$1" >/dev/null 2>&1; }
+
+skip() {
+    skipped=$((skipped + 1))
+    printf '%-16s skipped: %s\n' "$name" "$1"
+}
+
+wanted() { # wanted NAME: does CELLS ask for it?
+    [ -z "${CELLS:-}" ] && return 0
+    for pattern in $CELLS; do
+        # shellcheck disable=SC2254
+        case $1 in $pattern) return 0 ;; esac
+    done
+    return 1
+}
+
+count() { # count STATUS WHAT: one check more; of a failing one the log is shown
+    if [ "$1" -eq 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf '%s: failed: %s\n' "$name" "$2"
+        tail -n 20 "$dir/log"
+    fi
+}
+
+build() { # build SOURCE OUT OPTIONS...
+    source=$1 out=$2
+    shift 2
+    # shellcheck disable=SC2086
+    $compiler $options $warn $define $language -I. "$@" "$source" -x none $link -o "$out" >"$dir/log" 2>&1
+    count $? "build $source"
+}
+
+# cell NAME RUNNER LEFT_OUT COMPILER OPTIONS...: RUNNER "" runs programs as they are, "none" does not run them. Those
+# that LEFT_OUT names, too slow there, are only built.
+cell() {
+    name=$1 runner=$2 slow=$3 compiler=$4
+    shift 4
+    options=$* language="-x c" before=$failed start=$(date +%s) link=
+    wanted "$name" || return
+    has "$compiler" || { skip "$compiler is not installed"; return; }
+    if [ -n "$runner" ] && [ "$runner" != none ] && ! has "${runner%% *}"; then
+        skip "$runner is not installed: built, not run"
+        runner=none
+    fi
+    case $compiler in *++*) language="-x c++" ;; esac
+    case $options in
+    *MPT_STATIC*) link="-lm -pthread" ;; # a copy in each program
+    *)
+        printf '#define MPT_IMPLEMENTATION\n#include "%s"\n' "$header" >"$dir/mpt.c"
+        rm -f "$dir/mpt.o"
+        build "$dir/mpt.c" "$dir/mpt.o" -c
+        options="$options -DMPT__IMPLEMENTED" link="$dir/mpt.o -lm -pthread"
+        ;;
+    esac
+    for example in $examples; do build "$example" "$dir/program"; done
+    for test in $tests; do
+        rm -f "$dir/program"*
+        build "$test" "$dir/program"
+        [ "$runner" = none ] && continue
+        case " $slow " in *" $(echo "$test" | sed 's,^tests/,,; s,\.c$,,') "*) continue ;; esac
+        began=$(date +%s)
+        # shellcheck disable=SC2086
+        timeout 900 $runner "$dir/program"* >"$dir/log" 2>&1 </dev/null
+        count $? "run $test"
+        [ -n "${TIMES:-}" ] && printf '%-16s %4d s  %s\n' "$name" $(($(date +%s) - began)) "$test"
+    done
+    [ $failed -eq $before ] && result= || result=", FAILED"
+    printf '%-16s %4d s%s\n' "$name" $(($(date +%s) - start)) "$result"
+}
+
+# ---- this processor: every level of optimisation, every standard, every switch, with either compiler ----
+
+for c in gcc clang; do
+    [ $c = gcc ] && cxx=g++ || cxx=clang++
+    cell $c-O0 "" "" $c -O0 -std=c99
+    cell $c-O2 "" "" $c -O2 -std=c11
+    cell $c-O3 "" "" $c -O3 -std=c17
+    cell $c-Os-no-simd "" "" $c -Os -std=c99 -DMPT_NO_SIMD
+    cell $c-no-threads "" "" $c -O1 -std=c99 -DMPT_NO_THREADS
+    cell $c-static "" "" $c -O0 -std=c99 -DMPT_STATIC
+    cell $cxx-O0-11 "" "" $cxx -O0 -std=c++11
+    cell $cxx-O2-17 "" "" $cxx -O2 -std=c++17
+    cell $cxx-O3-20 "" "" $cxx -O3 -std=c++20
+done
+
+# ---- AVX-512 on any CPU with AVX2: a copy of mpt.h that takes avx512.h's functions for the compiler's ----
+
+name=avx512-simde
+if ! grep -qw avx2 /proc/cpuinfo 2>/dev/null; then
+    wanted $name && skip "no AVX2"
+elif ! echo '#include <simde/x86/avx512.h>' | gcc -E -x c - >/dev/null 2>&1; then
+    wanted $name && skip "no libsimde-dev"
+else
+    header=mpt512.h
+    sed -e 's/,avx512f,avx512bw,avx512dq,avx512vl//' \
+        -e 's/(b & avx512) == avx512 && (states & 0xe6) == 0xe6/avx512 != 0/' mpt.h >"$dir/mpt512.h"
+    examples= tests=tests/unit/casts.c
+    cell $name "" "" gcc -O2 -std=c99 -Wno-psabi -mavx2 -mfma -mf16c -I tests/compile -include avx512.h -I "$dir"
+    header=mpt.h examples=$all_examples tests=$all_tests
+    wanted $name && { grep -q 'instruction sets: .*avx512' "$dir/log"; count $? "casts.c with AVX-512"; }
+fi
+
+# ---- other processors: 32 bits, big-endian, other vectors ----
+
+# x87 rounds to 64 bits of fraction, then to 24: a root is not always PyTorch's to the bit, so optimizers.c is not run.
+# Debian's gcc-multilib, which links asm/, cannot be installed beside cross compilers; gcc-12-multilib can.
+asm="-idirafter /usr/include/x86_64-linux-gnu"
+cell i686-sse "" "" gcc -m32 -O2 -std=c99 $asm -msse2 -mfpmath=sse
+cell i686-x87 "" parity/optimizers gcc -m32 -O2 -std=c99 $asm -mfpmath=387
+slow="parity/nets train/digits unit/model unit/operations unit/scaler"
+cell aarch64 qemu-aarch64 "$slow" aarch64-linux-gnu-gcc -static -O2 -std=c99
+cell armhf qemu-arm "$slow" arm-linux-gnueabihf-gcc -static -O2 -std=c99
+cell riscv64 qemu-riscv64 "$slow" riscv64-linux-gnu-gcc -static -O2 -std=c99
+cell s390x qemu-s390x "$slow unit/memory" s390x-linux-gnu-gcc -static -O2 -std=c99
+cell s390x-c++ none "" s390x-linux-gnu-g++ -static -O2 -std=c++11
+
+# ---- Windows: but for the trainers, which need POSIX ----
+
+examples=$(grep -L trainer.h examples/*.c)
+tests=$(ls tests/unit/*.c tests/parity/*.c tests/train/digits.c)
+has /usr/lib/wine/wine64 && wine=/usr/lib/wine/wine64 || wine=wine64 # Debian's wine64 has no command of its own
+WINEDEBUG=-all WINEPREFIX=$(cd "$dir" && pwd)/wine
+export WINEDEBUG WINEPREFIX
+cell windows $wine "" x86_64-w64-mingw32-gcc -static -O2 -D__USE_MINGW_ANSI_STDIO=1 -std=c99
+cell windows-c++ none "" x86_64-w64-mingw32-g++ -static -O2 -D__USE_MINGW_ANSI_STDIO=1 -std=c++11
+
+printf 'portable.sh: %d passed, %d failed' $passed $failed
+[ $skipped -gt 0 ] && printf ', %d skipped' $skipped
+printf '\n'
+[ $failed -eq 0 ]
