@@ -28,7 +28,7 @@ $(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
-.PHONY: all run test test-long test-cuda bench clean help detect FORCE
+.PHONY: all run test test-long test-cuda portable bench clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
@@ -44,6 +44,9 @@ test-long: detect $(LONG)
 test-cuda: detect
 	@BUILD=$(BUILD) sh tests/cuda/run.sh
 
+portable:
+	@BUILD=$(BUILD) sh tests/compile/portable.sh
+
 bench: detect $(BUILD)/tests/bench/bench
 	@$(BUILD)/tests/bench/bench
 
@@ -56,6 +59,7 @@ help: detect
 	@echo 'make test       runs all tests; the last line is their sum'
 	@echo 'make test-long  runs the tests that take minutes'
 	@echo 'make test-cuda  builds the tests with nvcc and runs them on a GPU, or with CUDACPU=folder on that runner'
+	@echo 'make portable   builds and tests it for every target that is installed; CELLS="s390x gcc-O0" for some'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
