@@ -276,10 +276,15 @@ typedef struct stage {
     actor actors[MOST];
     int count;
     uint64_t seed, draws;
+    const unsigned char *script; /* of a fuzzer: drawn first, and then the calls end */
+    size_t length;
     long seen[PHASES][ACTIONS], results[MPT_RESULT_COUNT];
 } stage;
 
-static uint32_t draw(stage *s, uint32_t below) { return mpt_hash(s->seed, 0, 0, s->draws++) % below; }
+static uint32_t draw(stage *s, uint32_t below) {
+    if (s->draws < s->length) return s->script[s->draws++] % below;
+    return mpt_hash(s->seed, 0, 0, s->draws++) % below;
+}
 
 /* New gradients; of the bad ones an element of the actor's own tensor is inf or NaN. */
 static void set_gradients(stage *s, int k) {
@@ -403,7 +408,7 @@ static void run_protocol(stage *s) {
         a->block = test_block_new(s->ctx, &params, 40, 7, s->scaler, &descs[i]);
         set_gradients(s, i);
     }
-    for (i = 0; i < CALLS; i++) {
+    for (i = 0; i < CALLS && !(s->script && s->draws >= s->length); i++) {
         if (i % 4 == 0) set_gradients(s, (int)draw(s, (uint32_t)s->count));
         check_call(s);
     }
