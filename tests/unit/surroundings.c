@@ -1,0 +1,210 @@
+/* surroundings.c - what a program around mpt may do without a change in results, and what mpt leaves as it was: other
+   contexts at work in other threads, errno, the floating-point environment, flushed subnormals.
+
+   matrix.sh has the rest: no symbol that prints, exits or reads a locale, no malloc in a step. */
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../check.h"
+#include <errno.h>
+#include <fenv.h>
+#ifndef MPT_NO_THREADS
+#include <pthread.h>
+#endif
+#if defined(__SSE2__) && defined(__GNUC__)
+#include <xmmintrin.h>
+#define CONTROL_WORD
+#endif
+
+/* ==== A TRAINING ==== its outcome is all that steps change, and the losses */
+
+enum { BATCH = 16, SIDE = 8, CLASSES = 4, STEPS = 12, MOST = 8192 };
+
+typedef struct outcome {
+    float weights[MOST];
+    double loss[STEPS];
+    float scale;
+    int64_t applied, skipped, failed;
+} outcome;
+
+static int layers(mpt_model *net) {
+    int h = mpt_input(net, SIDE, SIDE, 3);
+    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 24, 3, NULL), NULL));
+    h = mpt_dropout(net, mpt_max_pool2d(net, h, 2, NULL), 0.2f);
+    return mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_gelu(net, h), CLASSES, NULL), NULL);
+}
+
+/* From a scale so large that the first steps are skipped. */
+static void train(uint64_t seed, int threads, outcome *out) {
+    mpt_context *ctx = test_open_threads(threads);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    mpt_train_desc desc = MPT_ZERO;
+    float x[BATCH * SIDE * SIDE * 3];
+    int32_t label[BATCH];
+    int i, step;
+    memset(out, 0, sizeof *out);
+    layers(net);
+    desc.batch = BATCH, desc.clip_norm = 1, desc.seed = seed, desc.scaler.init_scale = 16777216;
+    out->failed += mpt_model_build(net, &desc) != MPT_OK || mpt_params_count(mpt_model_params(net), 0) > MOST;
+    for (step = 0; step < STEPS && !out->failed; step++) {
+        test_floats(x, sizeof x / sizeof *x, -1, 1, seed + (uint64_t)step);
+        for (i = 0; i < BATCH; i++) label[i] = (int32_t)(mpt_hash(seed, (uint64_t)step, 0, (uint64_t)i) % CLASSES);
+        out->failed += mpt_train_step(net, x, label) != MPT_OK;
+        out->loss[step] = mpt_loss(net);
+    }
+    if (!out->failed) out->failed += mpt_params_get(mpt_model_params(net), 0, out->weights) != MPT_OK;
+    out->scale = mpt_loss_scale(net);
+    out->applied = (int64_t)mpt_steps_applied(net), out->skipped = (int64_t)mpt_steps_skipped(net);
+    mpt_model_free(net);
+    mpt_close(ctx);
+}
+
+static outcome *trained(uint64_t seed, int threads) {
+    outcome *out = (outcome *)test_memory(sizeof *out);
+    train(seed, threads, out);
+    CHECK(!out->failed && out->applied > 0 && out->skipped > 0);
+    return out;
+}
+
+/* Frees the second. */
+static int same(const outcome *a, outcome *b) {
+    const int equal = memcmp(a, b, sizeof *a) == 0;
+    free(b);
+    return equal;
+}
+
+/* ==== THREADS ==== contexts train at once as they do one after the other */
+
+#ifndef MPT_NO_THREADS
+enum { AT_ONCE = 3 };
+
+typedef struct job {
+    pthread_t thread;
+    uint64_t seed;
+    int threads;
+    outcome *out;
+} job;
+
+static void *run_job(void *arg) {
+    job *j = (job *)arg;
+    train(j->seed, j->threads, j->out);
+    return NULL;
+}
+
+static void test_at_once(void) {
+    job jobs[AT_ONCE];
+    int i, round;
+    for (round = 0; round < 2; round++) {
+        for (i = 0; i < AT_ONCE; i++) {
+            jobs[i].seed = (uint64_t)i, jobs[i].threads = 1 + (i + round) % 2;
+            jobs[i].out = (outcome *)test_memory(sizeof(outcome));
+            CHECK(pthread_create(&jobs[i].thread, NULL, run_job, &jobs[i]) == 0);
+        }
+        for (i = 0; i < AT_ONCE; i++) CHECK(pthread_join(jobs[i].thread, NULL) == 0);
+        for (i = 0; i < AT_ONCE; i++) {
+            outcome *alone = trained(jobs[i].seed, 1);
+            CHECK(same(alone, jobs[i].out));
+            free(alone);
+        }
+    }
+}
+#endif
+
+/* ==== ERRNO AND ENVIRONMENT ==== */
+
+static unsigned control_word(void) {
+#ifdef CONTROL_WORD
+    return _mm_getcsr() & ~0x3fu; /* without the flags */
+#else
+    return 0;
+#endif
+}
+
+static void test_environment(void) {
+    const int rounding = fegetround();
+    const unsigned control = control_word();
+    outcome *first = trained(1, 2);
+    CHECK_EQUAL(fegetround(), rounding);
+    CHECK_EQUAL(control_word(), control);
+    errno = ERANGE;
+    CHECK(same(first, trained(1, 2)));
+    errno = EINTR;
+    CHECK(mpt_upload(NULL, NULL, NULL, 1) == MPT_ERROR_ARGUMENT);
+    CHECK_EQUAL(errno, EINTR);
+    free(first);
+}
+
+/* ==== FLUSHED SUBNORMALS ==== casts, scans and the scale's rule are integers: the processor's flags do not matter */
+
+enum { VALUES = 4096 };
+
+typedef struct findings {
+    unsigned char cast[MPT_DTYPE_COUNT][MPT_DTYPE_COUNT][4 * VALUES];
+    mpt_scan scan[MPT_DTYPE_COUNT];
+    mpt_histogram histogram[MPT_DTYPE_COUNT];
+    uint32_t scales[100];
+} findings;
+
+/* Many of them subnormal in their type. */
+static void fill(unsigned char *bytes, mpt_dtype type) {
+    static const int exponent_bits[MPT_DTYPE_COUNT] = {8, 5, 8, 4, 5};
+    const size_t size = mpt_dtype_size(type);
+    const int fraction = (int)(8 * size) - 1 - exponent_bits[type];
+    size_t i;
+    for (i = 0; i < VALUES; i++) {
+        uint32_t u = mpt_hash(4, 0, (uint64_t)type, i);
+        if (i % 2) u &= (uint32_t)1 << (8 * size - 1) | (((uint32_t)1 << fraction) - 1);
+        test_store(bytes + i * size, u, type);
+    }
+}
+
+static findings *look(mpt_isa isa) {
+    findings *f = (findings *)test_memory(sizeof *f);
+    mpt_context *ctx = test_open_isa(isa, 1);
+    unsigned char source[4 * VALUES];
+    mpt_scaler_desc desc = MPT_ZERO;
+    mpt_scaler_state s;
+    int from, to, i;
+    for (from = 0; ctx && from < MPT_DTYPE_COUNT; from++) {
+        fill(source, (mpt_dtype)from);
+        for (to = 0; to < MPT_DTYPE_COUNT; to++)
+            CHECK_OK(ctx, mpt_cast(ctx, VALUES, mpt_typed_array(source, (mpt_dtype)from),
+                                   mpt_typed_array(f->cast[from][to], (mpt_dtype)to), NULL));
+        CHECK_OK(ctx, mpt_scan_array(ctx, VALUES, mpt_typed_array(source, (mpt_dtype)from), &f->scan[from]));
+        f->scan[from].sum_squares = 0; /* is arithmetic */
+        CHECK_OK(ctx, mpt_histogram_add(ctx, VALUES, mpt_typed_array(source, (mpt_dtype)from), &f->histogram[from]));
+    }
+    desc.growth_interval = 1, desc.init_scale = 1;
+    s = mpt_scaler_start(&desc);
+    for (i = 0; i < 100; i++) {
+        mpt_scaler_rule(&s, i % 3 == 0);
+        f->scales[i] = test_bits(s.scale);
+    }
+    mpt_close(ctx);
+    return f;
+}
+
+static void test_flushed(void) {
+#ifdef CONTROL_WORD
+    int isa;
+    for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT; isa++) {
+        const unsigned control = _mm_getcsr();
+        findings *kept = look((mpt_isa)isa), *flushed;
+        _mm_setcsr(control | 0x8040u); /* flush to zero, denormals are zero */
+        flushed = look((mpt_isa)isa);
+        _mm_setcsr(control);
+        CHECK(memcmp(kept, flushed, sizeof *kept) == 0);
+        free(kept), free(flushed);
+    }
+#else
+    test_counts.skipped++; /* no such flags known here */
+#endif
+}
+
+int main(void) {
+#ifndef MPT_NO_THREADS
+    test_at_once();
+#endif
+    test_environment();
+    test_flushed();
+    return test_finish("surroundings");
+}
