@@ -141,6 +141,43 @@ program "MPT_STATIC in two files" "$CC" -std=c99 "$dir/static_one.c" "$dir/stati
 program "-DMPT_IMPLEMENTATION" "$CC" -std=c99 -DMPT_IMPLEMENTATION -include ./mpt.h "$dir/user.c"
 program "MPT_NO_THREADS" "$CC" -std=c99 -DMPT_NO_THREADS "$dir/twice.c"
 
+# ---- memory: none from malloc in a step, on any thread ----
+
+cat >"$dir/step.c" <<'END'
+#include "mpt.h"
+#include <stddef.h>
+void *__real_malloc(size_t bytes);
+void *__wrap_malloc(size_t bytes);
+static int calls;
+void *__wrap_malloc(size_t bytes) {
+    calls++;
+    return __real_malloc(bytes);
+}
+static const float x[64 * 1024], target[64 * 8];
+int main(void) {
+    mpt_context_desc desc = MPT_ZERO;
+    mpt_train_desc train = MPT_ZERO;
+    mpt_context *ctx;
+    mpt_model *net;
+    int before, step, h;
+    desc.threads = 2;
+    ctx = mpt_open(&desc);
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    h = mpt_batch_norm(net, mpt_conv2d(net, mpt_input(net, 16, 16, 4), 32, 3, NULL), NULL);
+    mpt_mse(net, mpt_linear(net, mpt_max_pool2d(net, mpt_relu(net, h), 2, NULL), 8, NULL));
+    train.batch = 64, train.clip_norm = 1;
+    if (mpt_model_build(net, &train) != MPT_OK) return 1;
+    before = calls;
+    for (step = 0; step < 3; step++)
+        if (mpt_train_step(net, x, target) != MPT_OK) return 1;
+    h = before == 0 || calls != before; /* some were counted, none in a step */
+    mpt_model_free(net);
+    mpt_close(ctx);
+    return h;
+}
+END
+program "no malloc in a step" "$CC" -std=c99 -Wl,--wrap=malloc "$dir/step.c" "$dir/implementation.o"
+
 # ---- symbols: none writable, all named mpt_ ----
 
 if has nm; then
@@ -154,6 +191,11 @@ if has nm; then
     check "only mpt_ names are exported" nothing "$dir/leaked"
     nm -g --defined-only "$dir/symbols.o" | awk '{print $NF}' | grep '^_*mpt__' >"$dir/private"
     check "no private name is exported" nothing "$dir/private"
+    # sprintf and strtod would read the locale
+    nm -u "$dir/symbols.o" | awk '{print $NF}' |
+        grep -E 'print|put[cs]|write|open$|read$|exit|abort|errno|scanf|strto|locale|getenv|time|rand|signal$|^fe' |
+        grep -v '^pthread_' >"$dir/calls"
+    check "nothing is called that prints, exits, reads errno, the locale, clock or environment" nothing "$dir/calls"
 else
     skip "nm is not installed"
 fi
