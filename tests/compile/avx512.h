@@ -10,6 +10,12 @@
 #define __m512 simde__m512
 #define __m512i simde__m512i
 #define __mmask16 simde__mmask16
+#define __m512bh simde__m512
+#define _mm512_setzero_ps simde_mm512_setzero_ps
+#define _mm512_set1_ps simde_mm512_set1_ps
+#define _mm512_add_ps simde_mm512_add_ps
+#define _mm512_fmadd_ps simde_mm512_fmadd_ps
+#define _mm512_dpbf16_ps avx512_dpbf16_ps
 #define _mm512_loadu_ps simde_mm512_loadu_ps
 #define _mm512_storeu_ps simde_mm512_storeu_ps
 #define _mm512_loadu_si512 simde_mm512_loadu_si512
@@ -45,6 +51,16 @@ static inline __m256i avx512_maskz_cvtepi32_epi16(__mmask16 k, __m512i a) {
     simde_mm512_storeu_si512(in, simde_mm512_maskz_mov_epi32(k, a));
     for (i = 0; i < 16; i++) out[i] = (uint16_t)in[i];
     return _mm256_loadu_si256((const __m256i *)(const void *)out);
+}
+
+/* sum[i] += x[2 i] y[2 i] + x[2 i + 1] y[2 i + 1]; the chip takes subnormals for zeros, this does not */
+static inline __m512 avx512_dpbf16_ps(__m512 sum, __m512bh x, __m512bh y) {
+    const __m512i a = simde_mm512_castps_si512(x), b = simde_mm512_castps_si512(y);
+    const __m512i high = simde_mm512_set1_epi32((int)0xffff0000u);
+    sum = simde_mm512_fmadd_ps(simde_mm512_castsi512_ps(simde_mm512_slli_epi32(a, 16)),
+                               simde_mm512_castsi512_ps(simde_mm512_slli_epi32(b, 16)), sum);
+    return simde_mm512_fmadd_ps(simde_mm512_castsi512_ps(simde_mm512_and_si512(a, high)),
+                                simde_mm512_castsi512_ps(simde_mm512_and_si512(b, high)), sum);
 }
 
 #endif

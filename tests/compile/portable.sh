@@ -66,10 +66,10 @@ cell() {
     case $options in
     *MPT_STATIC*) link="-lm -pthread" ;; # a copy in each program
     *)
-        printf '#define MPT_IMPLEMENTATION\n#include "%s"\n' "$header" >"$dir/mpt.c"
+        printf '#define MPT_IMPLEMENTATION\n#include "%s"\n#include "mpt_tools.h"\n' "$header" >"$dir/mpt.c"
         rm -f "$dir/mpt.o"
         build "$dir/mpt.c" "$dir/mpt.o" -c
-        options="$options -DMPT__IMPLEMENTED" link="$dir/mpt.o -lm -pthread"
+        options="$options -DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED" link="$dir/mpt.o -lm -pthread"
         ;;
     esac
     for example in $examples; do build "$example" "$dir/program"; done
@@ -112,9 +112,11 @@ elif ! echo '#include <simde/x86/avx512.h>' | gcc -E -x c - >/dev/null 2>&1; the
     wanted $name && skip "no libsimde-dev"
 else
     header=mpt512.h
-    sed -e 's/,avx512f,avx512bw,avx512dq,avx512vl//' \
-        -e 's/(b & avx512) == avx512 && (states & 0xe6) == 0xe6/avx512 != 0/' mpt.h >"$dir/mpt512.h"
-    examples= tests=tests/unit/casts.c
+    sed -e 's/,avx512f,avx512bw,avx512dq,avx512vl\(,avx512bf16\)*//' \
+        -e 's/(b & avx512) == avx512 && (states & 0xe6) == 0xe6/avx512 != 0/' \
+        -e 's/__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)/__get_cpuid_count(7, 1, \&a, \&b, \&c, \&d) || 1/' \
+        mpt.h >"$dir/mpt512.h"
+    examples= tests="tests/unit/operations.c tests/unit/casts.c"
     cell $name "" "" gcc -O2 -std=c99 -Wno-psabi -mavx2 -mfma -mf16c -I tests/compile -include avx512.h -I "$dir"
     header=mpt.h examples=$all_examples tests=$all_tests
     wanted $name && { grep -q 'instruction sets: .*avx512' "$dir/log"; count $? "casts.c with AVX-512"; }
