@@ -1042,7 +1042,7 @@ typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_elementwise_loss */
 
 typedef struct mpt_slice { /* a tensor in the flat arrays, and how its group is updated */
     size_t offset, count;
-    double lr_factor, weight_decay;
+    double lr, lr_factor, weight_decay; /* lr: the optimizer's times the factor */
 } mpt_slice;
 
 typedef struct mpt_update_op { /* everything a step reads and writes; all pointers are device memory */
@@ -1053,6 +1053,7 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     int tensors;
     size_t count; /* elements of the flat arrays, padding included */
     const float *grad;
+    double max_norm, max_value; /* clip limits of this step; 0: none */
     mpt_master mode;
     uint64_t seed;    /* STOCHASTIC */
     float *master;    /* F32 */
@@ -1085,19 +1086,24 @@ typedef struct mpt_backend {
     mpt_result (*map)(mpt_context *ctx, const mpt_map_op *op);
     mpt_result (*gemm)(mpt_context *ctx, const mpt_gemm_op *op);
     mpt_result (*conv2d)(mpt_context *ctx, const mpt_conv2d_op *op);
-    mpt_result (*column_sums)(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
+    mpt_result (*column_sums)(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
+                              int product); /* 1: the next call makes the gradient of weights from the same dy */
     mpt_result (*copy_columns)(mpt_context *ctx, const mpt_columns_op *op);
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
     mpt_result (*norm)(mpt_context *ctx, const mpt_norm_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
-    /* a limit of 0: not this one */
-    mpt_result (*clip)(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value);
     mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
     /* mpt_scaler_rule with the flags of the `count` optimizers that took part, pointers into device memory, at most
        MPT_OPTIMIZERS. *stuck, on the host: scaler->stuck after this update, or after an earlier one if it runs late. */
     mpt_result (*scale)(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                         int32_t *stuck);
+    /* Both or none. Between them stand the calls of a training step, scale being the last. They and their arguments are
+       the same while the bytes of *op are, but for what uploads bring; so a device may record them and do them when
+       scale comes. What is uploaded to `staging` or as targets is read by the next cast or loss alone. end is told the
+       calls' result and returns it; *again = 1: nothing was done, call all once more. */
+    mpt_result (*begin)(mpt_context *ctx, const mpt_update_op *op, const void *staging);
+    mpt_result (*end)(mpt_context *ctx, mpt_result result, int *again);
 } mpt_backend;
 
 /* A context on another device. *backend is copied. `device` is the backend's own state; backend->close frees it.
@@ -1568,16 +1574,24 @@ typedef struct mpt__rates { /* constants of one step for one tensor, rounded to 
     float step_size, root, eps; /* lr / (1 - beta1^t), sqrt(1 - beta2^t) */
 } mpt__rates;
 
-MPT_HD mpt__rates mpt__rates_of(const mpt_optimizer_desc *d, const mpt_optimizer_state *s, const mpt_slice *slice) {
-    const double lr = d->lr * slice->lr_factor * mpt_schedule_factor(&d->schedule, s->applied);
+/* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first */
+MPT_HD double mpt__clip_factor(const mpt_optimizer_state *s, double max_norm) {
+    const float factor = mpt__mul(mpt__div(1, mpt__add((float)s->grad_norm, 1e-6f)), (float)max_norm);
+    return max_norm > 0 && factor < 1 ? (double)factor : 1;
+}
+
+MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice) {
+    const mpt_optimizer_desc *d = &op->desc;
+    const mpt_optimizer_state *s = op->state;
+    const double lr = slice->lr * mpt_schedule_factor(&d->schedule, s->applied);
     mpt__rates r;
     r.kind = d->kind;
     r.nesterov = d->nesterov;
     r.first = s->applied == 0;
     r.has_momentum = d->momentum != 0;
     r.inv_scale = (float)s->inv_scale;
-    r.clip = (float)s->clip;
-    r.clip_value = (float)s->clip_value;
+    r.clip = (float)mpt__clip_factor(s, op->max_norm);
+    r.clip_value = (float)op->max_value;
     r.amsgrad = d->amsgrad;
     r.maximize = d->maximize;
     r.lr = (float)lr;
@@ -1641,25 +1655,21 @@ MPT_HD void mpt__state_checked(mpt_optimizer_state *s, const mpt_scaler_state *s
     s->scan.first = (uint64_t)t;
 }
 
-/* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first, and clip_grad_value_; 0: not this one */
-MPT_HD void mpt__state_clip(mpt_optimizer_state *s, double max_norm, double max_value) {
-    const float factor = mpt__mul(mpt__div(1, mpt__add((float)s->grad_norm, 1e-6f)), (float)max_norm);
-    if (max_norm > 0) s->clip = factor < 1 ? (double)factor : 1;
-    if (max_value > 0) s->clip_value = max_value;
-}
-
 /* After a step: the counters of an applied one, or the journal of a skipped one. */
-MPT_HD void mpt__state_stepped(mpt_optimizer_state *s, const mpt_optimizer_desc *d, const mpt_scaler_state *scaler) {
+MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
+    mpt_optimizer_state *s = op->state;
     s->attempted++;
+    s->clip = mpt__clip_factor(s, op->max_norm);
+    s->clip_value = op->max_value;
     if (!s->found) {
         s->applied++;
-        s->beta1_power *= d->beta1;
-        s->beta2_power *= d->beta2;
+        s->beta1_power *= op->desc.beta1;
+        s->beta2_power *= op->desc.beta2;
     } else {
         mpt_skip *skip = &s->journal[s->skipped % MPT_JOURNAL];
         s->skipped++;
         skip->step = s->attempted;
-        skip->scale = scaler->scale;
+        skip->scale = op->scaler->scale;
         skip->tensor = (int32_t)s->scan.first;
         skip->inf = s->scan.inf;
         skip->nan = s->scan.nan;
@@ -2835,7 +2845,7 @@ MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mp
     MPT__TRY(mpt__need(ctx, "bias_backward", "dy", dy));
     MPT__TRY(mpt__need(ctx, "bias_backward", "db", db));
     MPT__TRY(mpt__need_size(ctx, "bias_backward", "dy", rows, C, 1, 1));
-    return ctx->backend.column_sums(ctx, rows, C, dy, beta, db);
+    return ctx->backend.column_sums(ctx, rows, C, dy, beta, db, 0);
 }
 
 /* Output positions of a window of `reach` along `size`: 0 if it does not fit even once. */
@@ -3962,8 +3972,8 @@ static mpt_result mpt__cpu_norm(mpt_context *ctx, const mpt_norm_op *op) {
 }
 
 /* db(C) = column sums of dy(rows,C) + beta db: the sums that batch norm takes */
-static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta,
-                                       mpt_array db) {
+static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
+                                       MPT__UNUSED int product) {
     mpt_norm_op op = MPT_ZERO;
     mpt__norm_work w;
     size_t c;
@@ -4264,12 +4274,6 @@ static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
     return MPT_OK;
 }
 
-static mpt_result mpt__cpu_clip(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value) {
-    (void)ctx;
-    mpt__state_clip(op->state, max_norm, max_value);
-    return MPT_OK;
-}
-
 typedef struct mpt__update_work {
     mpt_context *ctx;
     const mpt_update_op *op;
@@ -4358,7 +4362,7 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
         for (t = 0; t < op->tensors; t++) {
             const size_t count = op->slices[t].count;
             w.tensor = t;
-            w.rates = mpt__rates_of(&op->desc, state, &op->slices[t]);
+            w.rates = mpt__rates_of(op, &op->slices[t]);
             mpt__parallel(ctx, (count + MPT__RUN - 1) / MPT__RUN, count * 4, mpt__update_task, &w);
         }
         state->moved = state->lost = 0;
@@ -4370,7 +4374,7 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
     if (op->commits)
         memcpy(state->found ? op->pending : op->committed, state->found ? op->committed : op->pending,
                op->commits * sizeof *op->pending);
-    mpt__state_stepped(state, &op->desc, op->scaler);
+    mpt__state_stepped(op);
     return MPT_OK;
 }
 
@@ -4418,7 +4422,6 @@ static mpt_backend mpt__cpu_backend(void) {
     b.norm = mpt__cpu_norm;
     b.loss = mpt__cpu_loss;
     b.check = mpt__cpu_check;
-    b.clip = mpt__cpu_clip;
     b.update = mpt__cpu_update;
     b.scale = mpt__cpu_scale;
     return b;
@@ -4440,7 +4443,8 @@ struct mpt_optimizer {
     mpt_context *ctx;
     mpt_params *params;
     mpt_scaler *scaler;
-    mpt_update_op op;  /* what the backend is given, pointers into device memory */
+    mpt_update_op op; /* what the backend is given, pointers into device memory */
+    double lr;
     mpt_slice *slices; /* host copy of op.slices */
     mpt__phase phase;
     uint64_t steps;             /* calls of mpt_step that were carried out */
@@ -4941,6 +4945,14 @@ static mpt_result mpt__optimizer_check(mpt_context *ctx, const mpt_optimizer_des
     return MPT_OK;
 }
 
+/* Learning rates live on the device, so that a recorded step reads them anew. */
+static mpt_result mpt__slices_upload(mpt_optimizer *opt) {
+    int t;
+    for (t = 0; t < opt->op.tensors; t++) opt->slices[t].lr = opt->lr * opt->slices[t].lr_factor;
+    return mpt_upload(opt->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data, opt->slices,
+                      (size_t)opt->op.tensors * sizeof *opt->slices);
+}
+
 /* Allocates and fills what a new optimizer holds. */
 static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_context *ctx = opt->ctx;
@@ -4948,12 +4960,11 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     const mpt_params *params = opt->params;
     const size_t table = (size_t)params->count * sizeof(mpt_slice), array = params->elements * sizeof(float);
     const int moments = op->desc.kind == MPT_SGD ? op->desc.momentum != 0 : op->desc.amsgrad ? 3 : 2;
-    mpt_slice *slices;
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
     opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
-    op->slices = slices = (mpt_slice *)mpt_alloc(ctx, table);
-    if (!op->state || !opt->slices || !slices) return MPT_ERROR_NO_MEMORY;
+    op->slices = (mpt_slice *)mpt_alloc(ctx, table);
+    if (!op->state || !opt->slices || !op->slices) return MPT_ERROR_NO_MEMORY;
     for (t = 0; t < moments; t++) {
         op->moment[t] = (float *)mpt_alloc(ctx, array);
         if (!op->moment[t]) return MPT_ERROR_NO_MEMORY;
@@ -4975,7 +4986,7 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     op->low = params->low;
     opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
     opt->mirror.beta1_power = opt->mirror.beta2_power = opt->mirror.clip = 1;
-    MPT__TRY(mpt_upload(ctx, slices, opt->slices, table));
+    MPT__TRY(mpt__slices_upload(opt));
     return mpt_upload(ctx, op->state, &opt->mirror, sizeof opt->mirror);
 }
 
@@ -5001,7 +5012,7 @@ MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler,
     opt->ctx = params->ctx;
     opt->params = params;
     opt->scaler = scaler;
-    opt->op.desc = d;
+    opt->op.desc = d, opt->lr = d.lr;
     scaler->optimizers[place] = opt;
     if (mpt__optimizer_fill(opt) == MPT_OK) return opt;
     mpt_optimizer_free(opt);
@@ -5028,8 +5039,8 @@ MPT_DEF mpt_optimizer_desc mpt_optimizer_get_desc(const mpt_optimizer *opt) {
 MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     if (!mpt__not_negative(lr)) return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_set_lr: %g", lr);
-    opt->op.desc.lr = lr;
-    return MPT_OK;
+    opt->lr = lr;
+    return mpt__slices_upload(opt);
 }
 
 MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, double lr_factor, double weight_decay) {
@@ -5043,8 +5054,7 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
         opt->slices[t].lr_factor = lr_factor;
         opt->slices[t].weight_decay = weight_decay;
     }
-    return mpt_upload(opt->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data, opt->slices,
-                      (size_t)opt->params->count * sizeof *opt->slices);
+    return mpt__slices_upload(opt);
 }
 
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
@@ -5067,7 +5077,8 @@ static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
     if (!mpt__not_negative(limit) || !((float)limit > 0))
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument,
                         limit);
-    return opt->ctx->backend.clip(opt->ctx, &opt->op, by_norm ? limit : 0, by_norm ? 0 : limit);
+    *(by_norm ? &opt->op.max_norm : &opt->op.max_value) = limit;
+    return MPT_OK;
 }
 
 MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) { return mpt__clip(opt, max_norm, 1); }
@@ -5079,6 +5090,7 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "step: already stepped since the last scaler_update");
     if (opt->phase == MPT__READY) MPT__TRY(mpt_unscale(opt));
     MPT__TRY(opt->ctx->backend.update(opt->ctx, &opt->op));
+    opt->op.max_norm = opt->op.max_value = 0;
     opt->phase = MPT__STEPPED;
     opt->steps++;
     return MPT_OK;
@@ -5086,7 +5098,10 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
 
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out) {
     if (!opt) return MPT_ERROR_ARGUMENT;
-    return mpt_download(opt->ctx, out, opt->op.state, sizeof *out);
+    MPT__TRY(mpt_download(opt->ctx, out, opt->op.state, sizeof *out));
+    if (opt->phase == MPT__UNSCALED) /* as the step will have it */
+        out->clip = mpt__clip_factor(out, opt->op.max_norm), out->clip_value = opt->op.max_value;
+    return MPT_OK;
 }
 
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state) {
@@ -6051,8 +6066,8 @@ static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, m
     mpt_conv2d_shape conv = node->conv;
     conv.N = rows;
     if (node->bias)
-        MPT__TRY(mpt_bias_backward(net->ctx, rows * (size_t)node->H * (size_t)node->W, outputs, dy, beta,
-                                   mpt_f32_array(mpt_params_grad(net->params, node->bias))));
+        MPT__TRY(net->ctx->backend.column_sums(net->ctx, rows * (size_t)node->H * (size_t)node->W, outputs, dy, beta,
+                                               mpt_f32_array(mpt_params_grad(net->params, node->bias)), 1));
     if (node->kind == MPT__LINEAR) return mpt_linear_backward_weight(net->ctx, rows, inputs, outputs, dy, x, beta, dw);
     return mpt_conv2d_backward_weight(net->ctx, &conv, dy, x, beta, dw);
 }
@@ -6246,26 +6261,44 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
-    size_t batch, features, width;
+static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *target) {
+    const mpt__node *loss = &net->nodes[net->count - 1];
+    const size_t rows = (size_t)net->train.batch, features = mpt__node_count(&net->nodes[0]);
+    const size_t width = loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss);
     int i;
-    MPT__TRY(mpt__need_built(net, "train_step"));
-    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
-    batch = (size_t)net->train.batch;
-    features = mpt__node_count(&net->nodes[0]);
-    width =
-        net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(&net->nodes[net->count - 1]);
-    MPT__TRY(mpt__check_batch(net, "train_step", x, target, batch * (size_t)net->train.accumulate));
     net->micro = 0;
-    for (i = 0; i < net->train.accumulate; i++) {
-        const size_t sample = (size_t)i * batch;
-        MPT__TRY(mpt__train_forward(net, x + sample * features, (const float *)target + sample * width, batch));
+    for (i = 0; i < net->train.accumulate; i++, x += rows * features, target += rows * width) {
+        MPT__TRY(mpt__train_forward(net, x, target, rows));
         MPT__TRY(mpt_backward(net));
     }
     MPT__TRY(mpt_unscale(net->opt));
     if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
     MPT__TRY(mpt_step(net->opt));
     return mpt_scaler_update(net->scaler);
+}
+
+/* Are the calls those of the last step? Not behind backward passes without a step, nor among other optimizers. */
+static int mpt__step_known(const mpt_model *net) {
+    int i, known = net->ctx->backend.begin && net->opt->phase == MPT__READY &&
+                   !(net->gathered && net->steps_at_backward == net->opt->steps);
+    for (i = 0; i < MPT_OPTIMIZERS; i++) known &= !net->scaler->optimizers[i] || net->scaler->optimizers[i] == net->opt;
+    return known;
+}
+
+MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
+    mpt_result r;
+    int known, again = 0;
+    MPT__TRY(mpt__need_built(net, "train_step"));
+    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
+    MPT__TRY(mpt__check_batch(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate));
+    known = mpt__step_known(net);
+    do {
+        r = known ? net->ctx->backend.begin(net->ctx, &net->opt->op, net->staging) : MPT_OK;
+        if (again) net->opt->phase = MPT__READY;
+        if (r == MPT_OK) r = mpt__train_calls(net, x, (const float *)target);
+        if (known) r = net->ctx->backend.end(net->ctx, r, &again);
+    } while (again);
+    return r;
 }
 
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net) { return net ? net->params : NULL; }

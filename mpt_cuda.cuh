@@ -34,7 +34,8 @@
      NORMALISATION     statistics, forward, backward, running statistics
      REDUCTIONS        scan, histogram, losses
      POOLING           max and average, forward and backward
-     OPTIMIZER         check, clip, update, loss scale
+     OPTIMIZER         check, update with clipping, loss scale
+     STEPS             training steps recorded once and launched as a graph
      TABLE             the backend, opening and closing
 
    ==== MANUAL ====
@@ -88,6 +89,7 @@ typedef struct mpt_cuda_desc {
     void *cublas;             /* a cublasHandle_t; NULL: its own. In use by the context alone until mpt_close */
     size_t workspace;         /* most bytes of temporaries, see manual 5; 0: 64 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
+    int no_graph;             /* 1: training steps are not recorded: every kernel is launched by itself */
 } mpt_cuda_desc;
 
 /* Opens a context on a GPU. desc may be NULL (all defaults); it is copied. Returns NULL where there is no device, the
@@ -125,7 +127,8 @@ enum {
     MPTC__WARPS = MPTC__THREADS / MPTC__WARP,
     MPTC__BLOCKS_EACH = 8,    /* blocks that fill a multiprocessor: 2048 threads */
     MPTC__MIRRORS = 16,       /* scalers whose state is mirrored on the host */
-    MPTC__SLOTS = 2           /* pinned buffers that uploads take in turn */
+    MPTC__SLOTS = 2,          /* buffers that uploads take in turn */
+    MPTC__GRAPHS = 8          /* models whose steps are recorded at a time */
 };
 
 static const size_t mptc__align = 256;                    /* of the parts of the scratch block */
@@ -135,6 +138,42 @@ typedef struct mptc__slot {
     char *host;         /* pinned */
     cudaEvent_t copied; /* recorded behind the copy from it */
 } mptc__slot;
+
+typedef struct mptc__feed { /* a batch on its way to the recorded steps that read it here */
+    char *host;         /* pinned */
+    char *device;
+    cudaEvent_t copied; /* recorded behind the copy... */
+    cudaEvent_t used;   /* ...and behind the step */
+} mptc__feed;
+
+typedef struct mptc__graph { /* the steps of one model */
+    mpt_update_op key;                 /* see begin in mpt_backend; state NULL: this place is free */
+    size_t fed;                        /* bytes that a step uploads; 0: none has run yet */
+    cudaGraphExec_t exec[MPTC__SLOTS]; /* recorded to read either feed; NULL: not yet */
+    int refused;                       /* recording failed */
+    uint64_t used;
+} mptc__graph;
+
+typedef enum mptc__mode { MPTC__DIRECT = 0, MPTC__RECORD, MPTC__REPLAY } mptc__mode;
+
+typedef struct mptc__step { /* from begin to end */
+    int open;
+    mptc__mode mode; /* what becomes of launches: they are made, recorded, or left to the graph */
+    mptc__graph *graph;
+    const void *staging;
+    int turn, reads; /* feed of this step; feed that the calls read, another one if they are recorded only */
+    size_t fed;      /* bytes so far */
+    int again;
+} mptc__step;
+
+/* What was asked for and waits, because the call that follows may do it in passing. mptc__enter does it else. */
+typedef struct mptc__held {
+    void *fed, *to; /* a copy from there to here */
+    size_t bytes;
+    int finish, update; /* these wait */
+    mpt_gemm_op product;
+    mpt_update_op step;
+} mptc__held;
 
 typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
@@ -154,6 +193,14 @@ typedef struct mptc__device {
     unsigned uploads;
     int32_t *stuck;           /* pinned: MPTC__MIRRORS copies of mpt_scaler_state.stuck */
     const mpt_scaler_state *mirrored[MPTC__MIRRORS];
+    cudaStream_t feeder; /* copies feeds while steps run */
+    mptc__feed feeds[MPTC__SLOTS];
+    size_t feed_bytes;
+    mptc__graph graphs[MPTC__GRAPHS];
+    mptc__step step;
+    mptc__held held;
+    uint64_t steps;
+    int turn; /* the feed of the last step */
 } mptc__device;
 
 static mptc__device *mptc__of(const mpt_context *ctx) { return (mptc__device *)mpt_context_device(ctx); }
@@ -200,18 +247,27 @@ static mpt_result mptc__failed(mpt_context *ctx, int memory, const char *call, i
 /* Starts a kernel on the stream of `device`, a variable of the calling function as ctx is. */
 #define MPTC__LAUNCH(kernel, blocks, threads, ...)                                                                  \
     do {                                                                                                            \
+        if (device->step.mode == MPTC__REPLAY) break;                                                               \
         kernel<<<(blocks), (threads), 0, device->stream>>>(__VA_ARGS__);                                            \
         const cudaError_t mptc__e = cudaGetLastError();                                                             \
         if (mptc__e != cudaSuccess)                                                                                 \
             return mptc__failed(ctx, 0, "launch of " #kernel, __LINE__, cudaGetErrorString(mptc__e));               \
     } while (0)
 
-/* Every operation starts here: its device becomes current, and an error that somebody left is told as theirs. */
-static mpt_result mptc__enter(mpt_context *ctx) {
+/* The context's device becomes current, and an error that somebody left is told as theirs. */
+static mpt_result mptc__current(mpt_context *ctx) {
     MPTC__CUDA(cudaSetDevice(mptc__of(ctx)->desc.device));
     const cudaError_t e = cudaGetLastError();
     if (e == cudaSuccess) return MPT_OK;
     return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: an error from before this call: %s", cudaGetErrorString(e));
+}
+
+static mpt_result mptc__held_do(mpt_context *ctx);
+
+/* Every operation starts here. */
+static mpt_result mptc__enter(mpt_context *ctx) {
+    MPTC__TRY(mptc__current(ctx));
+    return mptc__held_do(ctx);
 }
 
 /* -- Memory -- */
@@ -234,6 +290,7 @@ static void *mptc__malloc(mpt_context *ctx, size_t bytes) {
 
 static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
     MPTC__TRY(mptc__enter(ctx));
+    if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUDA(cudaMemsetAsync(p, 0, bytes, mptc__of(ctx)->stream));
     return MPT_OK;
 }
@@ -247,11 +304,28 @@ static void *mptc__alloc(mpt_context *ctx, size_t bytes) {
     return p;
 }
 
+static void mptc__graph_drop(mptc__graph *graph) {
+    for (int i = 0; i < MPTC__SLOTS; i++) {
+        if (graph->exec[i]) cudaGraphExecDestroy(graph->exec[i]);
+        graph->exec[i] = NULL;
+    }
+}
+
+/* Before memory goes away that recorded steps use */
+static void mptc__graphs_drop(mptc__device *device) {
+    for (int i = 0; i < MPTC__GRAPHS; i++) mptc__graph_drop(&device->graphs[i]);
+}
+
 static void mptc__release(mpt_context *ctx, void *p) {
     mptc__device *device = mptc__of(ctx);
     if (mptc__enter(ctx) == MPT_OK) cudaStreamSynchronize(device->stream);
     for (int i = 0; i < MPTC__MIRRORS; i++)
         if (device->mirrored[i] == p) device->mirrored[i] = NULL;
+    for (int i = 0; i < MPTC__GRAPHS; i++) {
+        if (device->graphs[i].key.state != p) continue; /* which lives as long as the model */
+        mptc__graph_drop(&device->graphs[i]);
+        memset(&device->graphs[i], 0, sizeof device->graphs[i]);
+    }
     cudaFree(p);
 }
 
@@ -279,21 +353,30 @@ static mpt_result mptc__slots_grow(mpt_context *ctx, size_t bytes) {
     return MPT_OK;
 }
 
-/* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. A slot is free again when
-   its last copy is done, which two uploads later it nearly always is. */
+/* Until the host may write again to what the copy before this event read: two uploads later it nearly always may. */
+static mpt_result mptc__await(mpt_context *ctx, cudaEvent_t copied) {
+    if (cudaEventQuery(copied) == cudaSuccess) return MPT_OK;
+    cudaGetLastError(); /* "not ready" is no error */
+    MPTC__CUDA(cudaEventSynchronize(copied));
+    return MPT_OK;
+}
+
+static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes);
+
+/* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. What is held in a step has
+   nothing to do with its uploads. */
 static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const char *from = (const char *)host;
     char *at = (char *)to;
-    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(device->step.open ? mptc__current(ctx) : mptc__enter(ctx));
+    if (device->step.mode != MPTC__DIRECT) return mptc__feed_upload(ctx, to, host, bytes);
+    device->step.fed += mptc__round_up(bytes, mptc__align);
     MPTC__TRY(mptc__slots_grow(ctx, mptc__min(bytes, mptc__staging_most)));
     while (bytes) {
         mptc__slot *slot = &device->slots[device->uploads++ % MPTC__SLOTS];
         const size_t some = mptc__min(bytes, mptc__staging_most);
-        if (cudaEventQuery(slot->copied) != cudaSuccess) {
-            cudaGetLastError(); /* "not ready" is no error */
-            MPTC__CUDA(cudaEventSynchronize(slot->copied));
-        }
+        MPTC__TRY(mptc__await(ctx, slot->copied));
         memcpy(slot->host, from, some);
         MPTC__CUDA(cudaMemcpyAsync(at, slot->host, some, cudaMemcpyHostToDevice, device->stream));
         MPTC__CUDA(cudaEventRecord(slot->copied, device->stream));
@@ -302,12 +385,21 @@ static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, siz
     return MPT_OK;
 }
 
+/* Where to read what was uploaded to `to` for this call alone: in the feed, if it is there still */
+static void *mptc__fed(mpt_context *ctx, void *to) {
+    mptc__held *held = &mptc__of(ctx)->held;
+    void *at = to && held->to == to ? held->fed : to;
+    if (at != to) held->to = NULL;
+    return at;
+}
+
 /* Makes the scratch block at least this long; what it held is lost. */
 static mpt_result mptc__scratch(mpt_context *ctx, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const size_t wanted = mptc__round_up(bytes, 65536);
     if (bytes <= device->scratch_bytes) return MPT_OK;
     MPTC__CUDA(cudaStreamSynchronize(device->stream));
+    mptc__graphs_drop(device);
     cudaFree(device->scratch);
     device->scratch_bytes = 0;
     device->scratch = (char *)mptc__malloc(ctx, wanted);
@@ -536,9 +628,11 @@ static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op) {
     return MPT_OK;
 }
 
-static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *op) {
+static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
+    mpt_map_op op = *user;
+    if (op.map == MPT_MAP_CAST && op.a.data == mptc__of(ctx)->step.staging) op.a.data = mptc__fed(ctx, op.a.data);
     MPTC__TRY(mptc__enter(ctx));
-    return mptc__map_run(ctx, op);
+    return mptc__map_run(ctx, &op);
 }
 
 /* see mpt_copy_columns */
@@ -694,7 +788,8 @@ struct mptc__plain_terms { /* x(rows,C) itself */
     }
 };
 
-static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
+                                    int) {
     mptc__columns w = MPT_ZERO;
     mptc__plain_terms terms;
     if (!C) return MPT_OK;
@@ -760,6 +855,11 @@ static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, const fl
     return MPT_OK;
 }
 
+/* In place on sums in c */
+static mpt_result mptc__finish_f32(mpt_context *ctx, const mpt_gemm_op *op) {
+    return mptc__finish(ctx, op, (const float *)op->c.data, op->ldc, 0);
+}
+
 /* In place on a c of 16 bits whose rows have no gaps */
 static mpt_result mptc__activate(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt_map_op map = MPT_ZERO;
@@ -781,6 +881,7 @@ static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_ar
     if (op->m > INT_MAX || op->n > INT_MAX || op->k > INT_MAX || lda > INT_MAX || ldb > INT_MAX || ldc > INT_MAX)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
                         op->m, op->n, op->k, lda, ldb, ldc);
+    if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUBLAS(cublasGemmEx(mptc__of(ctx)->cublas, b_op, a_op, (int)op->n, (int)op->m, (int)op->k, &op->alpha,
                               op->b.data, b_type, (int)ldb, op->a.data, a_type, (int)lda, &beta, c.data,
                               mptc__data_type(c.type), (int)ldc, compute, CUBLAS_GEMM_DEFAULT));
@@ -794,8 +895,13 @@ static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *
         return mptc__finish(ctx, op, sums, op->n, op->beta);
     }
     MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
-    if (op->c.type == MPT_F32 && (op->bias.data || op->act))
-        return mptc__finish(ctx, op, (const float *)op->c.data, op->ldc, 0);
+    if (op->c.type == MPT_F32 && (op->bias.data || op->act)) {
+        mptc__held *held = &mptc__of(ctx)->held;
+        if (!mptc__of(ctx)->step.open || op->act || op->ldc != op->n) return mptc__finish_f32(ctx, op);
+        held->finish = 1; /* a loss adds the bias to logits as it reads them */
+        held->product = *op;
+        return MPT_OK;
+    }
     return op->act ? mptc__activate(ctx, op) : MPT_OK;
 }
 
@@ -1740,11 +1846,16 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
     if (threadIdx.x == 0) *weight = sum;
 }
 
-/* rows(N) first; then, in the last block, their sums, every 256th row a thread. weight: of all rows; NULL: N */
-static __global__ void mptc__loss_k(mpt_loss_op op, const double *weight, mptc__row *rows, unsigned *ticket) {
+/* x(N,C) += bias(C), if there is one; then rows(N); then, in the last block, their sums, every 256th row a thread.
+   weight: of all rows; NULL: N */
+static __global__ void mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *rows,
+                                    unsigned *ticket) {
     const float scale = mpt__loss_factor(&op, weight ? *weight : (double)op.N);
     double loss = 0, weights = 0, counts = 0, correct = 0; /* whole numbers are exact */
     for (size_t row = mptc__thread() / MPTC__WARP; row < op.N; row += mptc__stride() / MPTC__WARP) {
+        for (size_t c = threadIdx.x % MPTC__WARP; c < op.C && bias.data; c += MPTC__WARP)
+            mptc__put(op.x, row * op.C + c, mptc__get(op.x, row * op.C + c) + mptc__get(bias, c));
+        __syncwarp();
         const mptc__row r = op.kind == MPT_LOSS_CROSS_ENTROPY ? mptc__cross_entropy_row(&op, row, scale)
                                                               : mptc__elementwise_row(&op, row, scale);
         if (threadIdx.x % MPTC__WARP == 0) rows[row] = r;
@@ -1765,22 +1876,34 @@ static __global__ void mptc__loss_k(mpt_loss_op op, const double *weight, mptc__
     op.sum->correct += (uint64_t)correct;
 }
 
-static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *op) {
+/* The bias of these logits, if it waits to be added */
+static mpt_array mptc__held_bias(mptc__device *device, const mpt_loss_op *op) {
+    const mpt_gemm_op *g = &device->held.product;
+    const mpt_array none = MPT_ZERO;
+    if (!device->held.finish || g->c.data != op->x.data || g->m != op->N || g->n != op->C) return none;
+    device->held.finish = 0;
+    return g->bias;
+}
+
+static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     mptc__device *device = mptc__of(ctx);
-    const mpt_cross_entropy_desc *d = &op->cross_entropy;
-    const int weighted = op->kind == MPT_LOSS_CROSS_ENTROPY && op->dx.data && (d->class_weights || d->ignore);
-    const size_t chunks = mptc__divide_up(op->N, MPTC__CHUNK);
-    if (!op->N) return MPT_OK;
+    mpt_loss_op op = *user;
+    const mpt_cross_entropy_desc *d = &op.cross_entropy;
+    const int weighted = op.kind == MPT_LOSS_CROSS_ENTROPY && op.dx.data && (d->class_weights || d->ignore);
+    const size_t chunks = mptc__divide_up(op.N, MPTC__CHUNK);
+    if (!op.N) return MPT_OK;
+    const mpt_array bias = mptc__held_bias(device, &op);
+    op.target = mptc__fed(ctx, mpt_typed_array(op.target, MPT_F32).data);
     MPTC__TRY(mptc__enter(ctx));
-    MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op->C));
-    MPTC__TRY(mptc__scratch(ctx, op->N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
+    MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op.C));
+    MPTC__TRY(mptc__scratch(ctx, op.N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
     mptc__row *rows = (mptc__row *)(void *)device->scratch;
-    double *weight = weighted ? (double *)(void *)(rows + op->N) : NULL;
+    double *weight = weighted ? (double *)(void *)(rows + op.N) : NULL;
     if (weighted)
-        MPTC__LAUNCH(mptc__loss_weight_k, mptc__blocks(device, chunks * MPTC__THREADS), MPTC__THREADS, *op, chunks,
+        MPTC__LAUNCH(mptc__loss_weight_k, mptc__blocks(device, chunks * MPTC__THREADS), MPTC__THREADS, op, chunks,
                      weight + 1, weight, device->ticket);
-    MPTC__LAUNCH(mptc__loss_k, mptc__blocks(device, op->N * MPTC__WARP), MPTC__THREADS, *op, weight, rows,
-                 device->ticket);
+    MPTC__LAUNCH(mptc__loss_k, mptc__blocks(device, op.N * MPTC__WARP), MPTC__THREADS, op, bias, weight,
+                 rows, device->ticket);
     return MPT_OK;
 }
 
@@ -1878,17 +2001,6 @@ static mpt_result mptc__check(mpt_context *ctx, const mpt_update_op *op) {
     return mptc__scan_run(ctx, op->count, 1, mpt_f32_array(op->grad), op);
 }
 
-static __global__ void mptc__clip_k(mpt_optimizer_state *state, double max_norm, double max_value) {
-    mpt__state_clip(state, max_norm, max_value);
-}
-
-static mpt_result mptc__clip(mpt_context *ctx, const mpt_update_op *op, double max_norm, double max_value) {
-    mptc__device *device = mptc__of(ctx);
-    MPTC__TRY(mptc__enter(ctx));
-    MPTC__LAUNCH(mptc__clip_k, 1, 1, op->state, max_norm, max_value);
-    return MPT_OK;
-}
-
 enum {
     MPTC__TENSOR_ALIGN = 16,                           /* elements: tensors of a block start at multiples of it */
     MPTC__TILE = MPTC__THREADS * MPTC__PACK,           /* elements that a block updates at a time */
@@ -1971,9 +2083,10 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
 
 /* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor,
    and then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
-   nobody reads the state any more. Over 64 registers: up to six arrays of eight values are under way in a thread, which
+   nobody reads the state any more, and updates the scaler if one is given. Over 64 registers: up to six arrays of eight values are under way in a thread, which
    hides more latency than more threads would. */
-static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsigned *ticket) {
+static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler, mptc__meter *total,
+                                      unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
     const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
     mptc__meter meter = {0, 0};
@@ -1981,7 +2094,7 @@ static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsi
         const size_t begin = tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
         const int first = mptc__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
         if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE)
-            rates[threadIdx.x] = mpt__rates_of(&op.desc, op.state, &op.slices[mine]);
+            rates[threadIdx.x] = mpt__rates_of(&op, &op.slices[mine]);
         __syncthreads();
         const int t = mptc__slice_at(op.slices, op.tensors, i);
         const size_t start = op.slices[t].offset, end = start + op.slices[t].count; /* padding follows it */
@@ -2001,14 +2114,24 @@ static __global__ void mptc__update_k(mpt_update_op op, mptc__meter *total, unsi
         op.state->moved = atomicExch(&total->moved, 0);
         op.state->lost = atomicExch(&total->lost, 0);
     }
-    mpt__state_stepped(op.state, &op.desc, op.scaler);
+    mpt__state_stepped(&op);
+    if (scaler) mpt_scaler_rule(scaler, op.state->found);
+}
+
+/* scaler: the only optimizer of which this is; NULL: mptc__scale follows */
+static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler) {
+    mptc__device *device = mptc__of(ctx);
+    MPTC__LAUNCH(mptc__update_k, mptc__blocks(device, mptc__divide_up(op->count, MPTC__PACK)), MPTC__THREADS, *op,
+                 scaler, (mptc__meter *)(void *)device->zeros, device->ticket);
+    return MPT_OK;
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
-    mptc__device *device = mptc__of(ctx);
+    mptc__held *held = &mptc__of(ctx)->held;
     MPTC__TRY(mptc__enter(ctx));
-    MPTC__LAUNCH(mptc__update_k, mptc__blocks(device, mptc__divide_up(op->count, MPTC__PACK)), MPTC__THREADS, *op,
-                 (mptc__meter *)(void *)device->zeros, device->ticket);
+    if (!mptc__of(ctx)->step.open) return mptc__update_run(ctx, op, NULL);
+    held->update = 1; /* the scaler is next */
+    held->step = *op;
     return MPT_OK;
 }
 
@@ -2034,22 +2157,195 @@ static int mptc__mirror(mptc__device *device, const mpt_scaler_state *scaler) {
     return place;
 }
 
+static mpt_result mptc__scale_run(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__flags flags = MPT_ZERO;
+    if (device->held.update && count == 1 && found[0] == &device->held.step.state->found) {
+        device->held.update = 0;
+        return mptc__update_run(ctx, &device->held.step, scaler);
+    }
+    MPTC__TRY(mptc__enter(ctx));
+    flags.count = count;
+    for (int i = 0; i < count; i++) flags.found[i] = found[i];
+    MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags);
+    return MPT_OK;
+}
+
+static mpt_result mptc__step_close(mpt_context *ctx);
+
 /* *stuck comes from a copy in pinned memory that the device keeps up to date, so that nobody waits: what it holds now
    may be of an earlier update. A seventeenth scaler has no copy and waits. */
 static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                               int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
     const int mirror = mptc__mirror(device, scaler);
-    mptc__flags flags = MPT_ZERO;
-    MPTC__TRY(mptc__enter(ctx));
-    flags.count = count;
-    for (int i = 0; i < count; i++) flags.found[i] = found[i];
-    MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags);
+    MPTC__TRY(mptc__scale_run(ctx, scaler, found, count));
+    if (mirror >= 0 && device->step.mode != MPTC__REPLAY)
+        MPTC__CUDA(cudaMemcpyAsync(&device->stuck[mirror], &scaler->stuck, sizeof *stuck, cudaMemcpyDeviceToHost,
+                                   device->stream));
+    MPTC__TRY(mptc__step_close(ctx));
+    if (device->step.again) return MPT_OK;
     if (mirror < 0) return mptc__download(ctx, stuck, &scaler->stuck, sizeof *stuck);
-    MPTC__CUDA(cudaMemcpyAsync(&device->stuck[mirror], &scaler->stuck, sizeof *stuck, cudaMemcpyDeviceToHost,
-                               device->stream));
     *stuck = *(volatile int32_t *)&device->stuck[mirror];
     return MPT_OK;
+}
+
+/* ==== STEPS ====
+
+   The calls of a model's step are the same every time, but for the batch. So the first step runs them as they come; the
+   second records them into a graph, one for each of the two feeds; and from then on the calls are made and left out, and
+   scale, the last of them, launches the graph of the feed that this step's uploads went to. They are copied on a stream
+   of their own while the step before still reads the other feed. What differs between steps is in device memory: scale,
+   learning rates, counters. A step that cannot be recorded (the stream is the default one, memory is short) goes on
+   being launched call by call. */
+
+static mpt_result mptc__held_do(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__held *held = &device->held;
+    if (held->to && device->step.mode != MPTC__REPLAY)
+        MPTC__CUDA(cudaMemcpyAsync(held->to, held->fed, held->bytes, cudaMemcpyDeviceToDevice, device->stream));
+    held->to = NULL;
+    if (held->finish) MPTC__TRY(mptc__finish_f32(ctx, &held->product));
+    held->finish = 0;
+    if (held->update) MPTC__TRY(mptc__update_run(ctx, &held->step, NULL));
+    held->update = 0;
+    return MPT_OK;
+}
+
+/* Makes both feeds at least this long. */
+static mpt_result mptc__feeds_grow(mpt_context *ctx, size_t bytes) {
+    mptc__device *device = mptc__of(ctx);
+    if (bytes <= device->feed_bytes) return MPT_OK;
+    MPTC__CUDA(cudaStreamSynchronize(device->feeder));
+    MPTC__CUDA(cudaStreamSynchronize(device->stream));
+    mptc__graphs_drop(device);
+    device->feed_bytes = 0;
+    for (int i = 0; i < MPTC__SLOTS; i++) {
+        mptc__feed *feed = &device->feeds[i];
+        cudaFreeHost(feed->host);
+        cudaFree(feed->device);
+        feed->host = NULL;
+        feed->device = (char *)mptc__malloc(ctx, bytes);
+        if (!feed->device) return MPT_ERROR_NO_MEMORY;
+        MPTC__CUDA(cudaHostAlloc((void **)&feed->host, bytes, cudaHostAllocDefault));
+    }
+    device->feed_bytes = bytes;
+    return MPT_OK;
+}
+
+/* The bytes go to the feed and stay there if the next call is their only reader. */
+static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__step *step = &device->step;
+    const mptc__feed *feed = &device->feeds[step->turn];
+    const size_t at = step->fed;
+    step->fed += mptc__round_up(bytes, mptc__align);
+    if (step->fed > device->feed_bytes)
+        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: a step uploads %z bytes, its first one %z", step->fed,
+                        device->feed_bytes);
+    if (step->reads == step->turn) {
+        if (!at) MPTC__CUDA(cudaStreamWaitEvent(device->feeder, feed->used, 0));
+        memcpy(feed->host + at, host, bytes);
+        MPTC__CUDA(cudaMemcpyAsync(feed->device + at, feed->host + at, bytes, cudaMemcpyHostToDevice, device->feeder));
+        MPTC__CUDA(cudaEventRecord(feed->copied, device->feeder));
+    }
+    device->held.fed = device->feeds[step->reads].device + at;
+    device->held.to = to;
+    device->held.bytes = bytes;
+    return MPT_OK;
+}
+
+/* The place of these steps: theirs; that of their optimizer before something changed; a free one or the one that was not
+   used for longest. */
+static mptc__graph *mptc__graph_of(mptc__device *device, const mpt_update_op *op) {
+    mptc__graph *graph = &device->graphs[0];
+    for (int i = 0; i < MPTC__GRAPHS; i++) {
+        mptc__graph *g = &device->graphs[i];
+        if (g->key.state != op->state) {
+            if (g->used < graph->used) graph = g;
+            continue;
+        }
+        graph = g;
+        break;
+    }
+    graph->used = ++device->steps;
+    if (memcmp(&graph->key, op, sizeof *op) == 0) return graph;
+    mptc__graph_drop(graph);
+    memset(graph, 0, sizeof *graph);
+    memcpy(&graph->key, op, sizeof *op);
+    graph->used = device->steps;
+    return graph;
+}
+
+/* Is there, or can there be, a graph that reads feed step->reads? */
+static mpt_result mptc__step_record(mpt_context *ctx, int again) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__step *step = &device->step;
+    MPTC__TRY(mptc__feeds_grow(ctx, step->graph->fed));
+    if (!again) device->turn = !device->turn;
+    step->turn = device->turn;
+    step->reads = step->graph->exec[!step->turn] ? step->turn : !step->turn;
+    MPTC__TRY(mptc__await(ctx, device->feeds[step->turn].copied));
+    if (!step->graph->exec[step->reads])
+        MPTC__CUDA(cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal));
+    step->mode = step->graph->exec[step->reads] ? MPTC__REPLAY : MPTC__RECORD;
+    return MPT_OK;
+}
+
+static mpt_result mptc__begin(mpt_context *ctx, const mpt_update_op *op, const void *staging) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__step *step = &device->step;
+    const int again = step->again;
+    MPTC__TRY(mptc__enter(ctx));
+    memset(step, 0, sizeof *step);
+    step->open = 1;
+    step->staging = staging;
+    step->graph = mptc__graph_of(device, op);
+    if (device->desc.no_graph || step->graph->refused || !step->graph->fed) return MPT_OK;
+    step->graph->refused = mptc__step_record(ctx, again) != MPT_OK;
+    cudaGetLastError(); /* a refusal is no error: the step is launched call by call */
+    return MPT_OK;
+}
+
+/* Ends a recording, which failed if a call did. */
+static void mptc__record_end(mptc__device *device, int failed) {
+    mptc__step *step = &device->step;
+    cudaGraph_t graph = NULL;
+    failed |= cudaStreamEndCapture(device->stream, &graph) != cudaSuccess;
+    failed = failed || cudaGraphInstantiateWithFlags(&step->graph->exec[step->reads], graph, 0) != cudaSuccess;
+    if (graph) cudaGraphDestroy(graph);
+    if (failed) step->graph->exec[step->reads] = NULL;
+    step->graph->refused = failed;
+    step->again = failed || step->reads != step->turn;
+    step->mode = MPTC__DIRECT;
+    cudaGetLastError();
+}
+
+/* All calls of the step are made: a recorded one starts. */
+static mpt_result mptc__step_close(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__step *step = &device->step;
+    const mptc__feed *feed = &device->feeds[step->turn];
+    if (!step->open) return MPT_OK;
+    if (step->mode == MPTC__DIRECT) step->graph->fed = step->fed;
+    if (step->mode == MPTC__DIRECT) return MPT_OK;
+    if (step->mode == MPTC__RECORD) mptc__record_end(device, 0);
+    step->mode = MPTC__DIRECT;
+    if (step->again) return MPT_OK;
+    MPTC__CUDA(cudaStreamWaitEvent(device->stream, feed->copied, 0));
+    MPTC__CUDA(cudaGraphLaunch(step->graph->exec[step->turn], device->stream));
+    MPTC__CUDA(cudaEventRecord(feed->used, device->stream));
+    return MPT_OK;
+}
+
+static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
+    mptc__device *device = mptc__of(ctx);
+    if (device->step.mode == MPTC__RECORD) mptc__record_end(device, 1);
+    memset(&device->held, 0, sizeof device->held);
+    device->step.mode = MPTC__DIRECT;
+    device->step.open = 0;
+    *again = device->step.again;
+    return *again ? MPT_OK : result;
 }
 
 /* ==== TABLE ==== */
@@ -2070,6 +2366,15 @@ static void mptc__close(mpt_context *ctx) {
         if (device->slots[i].copied) cudaEventDestroy(device->slots[i].copied);
         cudaFreeHost(device->slots[i].host);
     }
+    mptc__graphs_drop(device);
+    if (device->feeder) cudaStreamSynchronize(device->feeder);
+    for (int i = 0; i < MPTC__SLOTS; i++) {
+        if (device->feeds[i].copied) cudaEventDestroy(device->feeds[i].copied);
+        if (device->feeds[i].used) cudaEventDestroy(device->feeds[i].used);
+        cudaFreeHost(device->feeds[i].host);
+        cudaFree(device->feeds[i].device);
+    }
+    if (device->feeder) cudaStreamDestroy(device->feeder);
     cudaFreeHost(device->stuck);
     cudaFree(device->products);
     cudaFree(device->scratch);
@@ -2083,7 +2388,8 @@ static const mpt_backend *mptc__backend(void) {
     static const mpt_backend table = {
         "cuda", 0, mptc__close, mptc__alloc, mptc__release, mptc__upload, mptc__download, mptc__zero, mptc__scan,
         mptc__histogram, mptc__map, mptc__gemm, mptc__conv2d, mptc__column_sums, mptc__copy_columns, mptc__pool2d,
-        mptc__norm, mptc__loss, mptc__check, mptc__clip, mptc__update, mptc__scale};
+        mptc__norm, mptc__loss, mptc__check, mptc__update, mptc__scale,
+        mptc__begin, mptc__end};
     return &table;
 }
 
@@ -2106,8 +2412,12 @@ static mpt_result mptc__open_stream(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     device->stream = (cudaStream_t)device->desc.stream;
     if (!device->stream) MPTC__CUDA(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
-    for (int i = 0; i < MPTC__SLOTS; i++)
+    MPTC__CUDA(cudaStreamCreateWithFlags(&device->feeder, cudaStreamNonBlocking));
+    for (int i = 0; i < MPTC__SLOTS; i++) {
         MPTC__CUDA(cudaEventCreateWithFlags(&device->slots[i].copied, cudaEventDisableTiming));
+        MPTC__CUDA(cudaEventCreateWithFlags(&device->feeds[i].copied, cudaEventDisableTiming));
+        MPTC__CUDA(cudaEventCreateWithFlags(&device->feeds[i].used, cudaEventDisableTiming));
+    }
     MPTC__CUDA(cudaHostAlloc((void **)&device->stuck, MPTC__MIRRORS * sizeof *device->stuck, cudaHostAllocDefault));
     device->zeros = (char *)mptc__malloc(ctx, 2 * mptc__align);
     device->ticket = (unsigned *)(void *)(device->zeros + mptc__align);

@@ -1,5 +1,6 @@
 /* counters.c - what a training step asks of CUDA, told by the runner's counters over steps 3 to 12: launches and cuBLAS
-   calls, and no synchronisation, no allocation, no bytes to the device but the batch. Skipped where nobody counts. */
+   calls where every kernel is launched by itself, one graph launch where steps are recorded; in both no synchronisation,
+   no allocation, no bytes to the device but the batch. Skipped where nobody counts. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* RTLD_DEFAULT; nvcc defines it already */
 #endif
@@ -12,10 +13,12 @@ typedef unsigned long long (*counter_function)(const char *name);
 
 enum { BATCH = 64, SIDE = 28, CLASSES = 10, FIRST = 3, LAST = 12 };
 
-static const char *const names[] = {"kernel_launches", "cublas_calls", "memcpy_h2d_bytes", "memset", "sync_device",
-                                    "sync_stream", "sync_event", "sync_memcpy", "sync_memset", "sync_free", "mallocs",
-                                    "malloc_async", "frees", "host_allocs"};
-enum { LAUNCHES = 0, PRODUCTS, UPLOADED, CLEARED, FORBIDDEN, COUNTERS = sizeof names / sizeof *names };
+/* Kernels are counted as they run, in a graph or not; all else as it is asked for. */
+static const char *const names[] = {"kernel_launches", "cublas_calls",   "cublas_gemms", "memcpy_h2d_bytes",
+                                    "memset",          "graph_launches", "sync_device",  "sync_stream",
+                                    "sync_event",      "sync_memcpy",    "sync_memset",  "sync_free",
+                                    "mallocs",         "malloc_async",   "frees",        "host_allocs"};
+enum { KERNELS = 0, PRODUCTS, GEMMS, UPLOADED, CLEARED, GRAPHS, FORBIDDEN, COUNTERS = sizeof names / sizeof *names };
 
 static void mlp(mpt_model *net) {
     int h = mpt_input(net, 1, 1, SIDE * SIDE);
@@ -43,14 +46,18 @@ static mpt_model *build(mpt_context *ctx, void (*layers)(mpt_model *net)) {
     return net;
 }
 
-static void test_counters(mpt_context *ctx, counter_function counter, const char *what,
-                          void (*layers)(mpt_model *net)) {
+/* What steps FIRST to LAST ask for */
+static void count_steps(const char *what, int no_graph, void (*layers)(mpt_model *net), counter_function counter,
+                        unsigned long long *count) {
     static float x[BATCH * SIDE * SIDE];
-    const unsigned long long steps = LAST - FIRST + 1, batch = BATCH * (SIDE * SIDE * sizeof(float) + sizeof(int32_t));
-    unsigned long long count[COUNTERS];
-    mpt_model *net = build(ctx, layers);
+    mpt_cuda_desc desc = MPT_ZERO;
+    mpt_context *ctx;
+    mpt_model *net;
     int32_t label[BATCH];
     int step, i;
+    desc.no_graph = no_graph;
+    ctx = mpt_cuda_open(&desc);
+    net = build(ctx, layers);
     test_floats(x, BATCH * SIDE * SIDE, 0, 1, 1);
     for (i = 0; i < BATCH; i++) label[i] = i % CLASSES;
     for (step = 1; step <= LAST; step++) {
@@ -58,26 +65,41 @@ static void test_counters(mpt_context *ctx, counter_function counter, const char
         CHECK_OK(ctx, mpt_train_step(net, x, label));
     }
     for (i = 0; i < COUNTERS; i++) count[i] = counter(names[i]) - count[i];
-    printf("%s: %g launches and %g cuBLAS calls a step, %g clears\n", what, (double)count[LAUNCHES] / (double)steps,
-           (double)count[PRODUCTS] / (double)steps, (double)count[CLEARED] / (double)steps);
-    CHECK_EQUAL(count[UPLOADED], batch * steps);
     for (i = FORBIDDEN; i < COUNTERS; i++)
-        if (!CHECK_EQUAL(count[i], 0)) printf("    %s\n", names[i]);
+        if (!CHECK_EQUAL(count[i], 0)) printf("    %s, %s\n", what, names[i]);
     mpt_model_free(net);
+    mpt_close(ctx);
+}
+
+static void test_counters(counter_function counter, const char *what, unsigned long long most,
+                          void (*layers)(mpt_model *net)) {
+    const unsigned long long steps = LAST - FIRST + 1, batch = BATCH * (SIDE * SIDE * sizeof(float) + sizeof(int32_t));
+    unsigned long long one[COUNTERS], graph[COUNTERS];
+    count_steps(what, 1, layers, counter, one);
+    count_steps(what, 0, layers, counter, graph);
+    printf("%s, by itself: %g kernels and %g cuBLAS calls a step, %g clears\n", what,
+           (double)one[KERNELS] / (double)steps, (double)one[PRODUCTS] / (double)steps,
+           (double)one[CLEARED] / (double)steps);
+    printf("%s, as a graph: %g graph launches and %g cuBLAS calls a step, %g clears\n", what,
+           (double)graph[GRAPHS] / (double)steps, (double)graph[PRODUCTS] / (double)steps,
+           (double)graph[CLEARED] / (double)steps);
+    CHECK(one[KERNELS] + one[PRODUCTS] <= most * steps && one[GRAPHS] == 0);
+    CHECK_EQUAL(one[UPLOADED], batch * steps);
+    CHECK_EQUAL(graph[UPLOADED], batch * steps);
+    CHECK_EQUAL(graph[GRAPHS], steps);
+    CHECK(graph[PRODUCTS] == 0 && graph[CLEARED] == 0);
+    CHECK(graph[KERNELS] == one[KERNELS] && graph[GEMMS] == one[GEMMS]); /* all of them in the graph */
 }
 
 int main(void) {
-    mpt_context *ctx = mpt_cuda_open(NULL);
     counter_function counter;
     void *found = dlsym(RTLD_DEFAULT, "cudacpu_counter");
     memcpy(&counter, &found, sizeof counter);
-    if (!ctx) return 1;
     if (counter) {
-        test_counters(ctx, counter, "MLP 784-512-512-10", mlp);
-        test_counters(ctx, counter, "LeNet", lenet);
+        test_counters(counter, "MLP 784-512-512-10", 22, mlp);
+        test_counters(counter, "LeNet", 44, lenet);
     } else {
         test_counts.skipped++;
     }
-    mpt_close(ctx);
     return test_finish("cuda/counters");
 }
