@@ -897,7 +897,7 @@ static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *
     MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
     if (op->c.type == MPT_F32 && (op->bias.data || op->act)) {
         mptc__held *held = &mptc__of(ctx)->held;
-        if (!mptc__of(ctx)->step.open || op->act || op->ldc != op->n) return mptc__finish_f32(ctx, op);
+        if (!mptc__of(ctx)->step.open || op->act || op->ldc != op->n || held->finish) return mptc__finish_f32(ctx, op);
         held->finish = 1; /* a loss adds the bias to logits as it reads them */
         held->product = *op;
         return MPT_OK;
