@@ -177,7 +177,8 @@ extern "C" {
     X(ERROR_VALUE, "a label is out of range, or an input is not finite")             \
     X(ERROR_DIVERGED, "gradients stay inf or NaN at the smallest loss scale")        \
     X(ERROR_UNSUPPORTED, "not available in this build, on this device or this file") \
-    X(ERROR_DEVICE, "the device reported an error")
+    X(ERROR_DEVICE, "the device reported an error")                                  \
+    X(ERROR_FILE, "a file cannot be read or written, or it is damaged")
 
 /* clang-format off */
 typedef enum mpt_result {
@@ -6395,8 +6396,7 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
     size_t at, bytes;
     MPT__TRY(mpt__need_built(net, "model_set_running"));
     if (!running || !host)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_set_running: node %d is no batch norm, or host is NULL",
-                        id);
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_set_running: node %d is no batch norm, or no host", id);
     at = (size_t)(running - net->running), bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
     MPT__TRY(mpt_upload(net->ctx, net->running + at, host, bytes));
     return mpt_upload(net->ctx, net->pending + at, host, bytes);
