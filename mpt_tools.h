@@ -462,7 +462,7 @@ static void mpt__list_running(mpt__job *job) {
     }
 }
 
-enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES };
+enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES, MPT__SETTINGS_VERSION = 1 };
 static size_t mpt__state_words(const mpt__job *job, int which);
 
 /* A name that needs no escape in JSON, and is like no other. */
@@ -506,7 +506,7 @@ static mpt_result mpt__list(mpt__job *job) {
     return mpt__list_check(job);
 }
 
-/* -- Counters and settings -- one list of members each, walked to count, to write and to read */
+/* -- Counters and settings -- one list of members each, walked to count the words, to write them and to read them */
 
 typedef struct mpt__walk {
     unsigned char *at; /* the next 8 bytes; NULL: only counted */
@@ -533,7 +533,7 @@ static void mpt__walk_differs(mpt__walk *w, const char *name, double theirs, dou
     w->theirs = theirs, w->ours = ours;
 }
 
-static uint64_t mpt__walk_whole(mpt__walk *w, const char *name, uint64_t ours) {
+static uint64_t mpt__walk_uint64_t(mpt__walk *w, const char *name, uint64_t ours) {
     const uint64_t theirs = mpt__walk_word(w, ours);
     if (theirs != ours) mpt__walk_differs(w, name, (double)theirs, (double)ours);
     return theirs;
@@ -549,123 +549,83 @@ static int mpt__walk_int(mpt__walk *w, const char *name, int ours) {
 static double mpt__walk_double(mpt__walk *w, const char *name, double ours) {
     double theirs;
     uint64_t bits, kept;
-    memcpy(&bits, &ours, sizeof bits);
-    kept = bits, bits = mpt__walk_word(w, bits);
+    memcpy(&kept, &ours, sizeof kept);
+    bits = mpt__walk_word(w, kept);
     memcpy(&theirs, &bits, sizeof theirs);
     if (bits != kept) mpt__walk_differs(w, name, theirs, ours);
     return theirs;
 }
 
 static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
-    const int bits = mpt__walk_int(w, name, (int)mpt__bits(ours));
-    return mpt__float((uint32_t)bits);
+    return mpt__float((uint32_t)mpt__walk_int(w, name, (int)mpt__bits(ours)));
 }
 
-/* What is not restored, but must be the same. */
+/* X(type of the member, what it is walked as, member of s) */
+/* clang-format off */
+#define MPT__SCALER_MEMBERS(X) \
+    X(uint32_t, int, version) X(float, float, scale) X(int32_t, int, growth_tracker) X(int32_t, int, hysteresis_left) \
+    X(int32_t, int, stuck) X(uint64_t, uint64_t, updates) X(uint64_t, uint64_t, overflows) \
+    X(mpt_scaler_mode, int, desc.mode) X(float, float, desc.init_scale) X(double, double, desc.growth_factor) \
+    X(double, double, desc.backoff_factor) X(float, float, desc.min_scale) X(float, float, desc.max_scale) \
+    X(int, int, desc.growth_interval) X(int, int, desc.hysteresis) X(int, int, desc.patience) \
+    X(int, int, desc.refill_when_clean) X(int, int, desc.late_growth) X(int, int, desc.unguarded) \
+    X(int, int, desc.no_min) X(int, int, desc.no_max)
+#define MPT__OPTIMIZER_MEMBERS(X) \
+    X(uint32_t, int, version) X(int32_t, int, found) X(uint64_t, uint64_t, attempted) X(uint64_t, uint64_t, applied) \
+    X(uint64_t, uint64_t, skipped) X(double, double, beta1_power) X(double, double, beta2_power) \
+    X(double, double, grad_norm) X(double, double, inv_scale) X(double, double, clip) X(double, double, clip_value) \
+    X(uint64_t, uint64_t, moved) X(uint64_t, uint64_t, lost) X(double, double, scan.sum_squares) \
+    X(uint64_t, uint64_t, scan.inf) X(uint64_t, uint64_t, scan.nan) X(uint64_t, uint64_t, scan.first)
+#define MPT__SKIP_MEMBERS(X) \
+    X(uint64_t, uint64_t, step) X(float, float, scale) X(int32_t, int, tensor) X(uint64_t, uint64_t, inf) \
+    X(uint64_t, uint64_t, nan)
+#define MPT__TRAIN_MEMBERS(X) \
+    X(int, int, batch) X(int, int, accumulate) X(double, double, clip_norm) X(uint64_t, uint64_t, seed) \
+    X(mpt_optimizer_kind, int, optimizer.kind) X(int, int, optimizer.nesterov) X(int, int, optimizer.amsgrad) \
+    X(int, int, optimizer.maximize) X(int, int, optimizer.meter) X(double, double, optimizer.momentum) \
+    X(double, double, optimizer.dampening) X(double, double, optimizer.beta1) X(double, double, optimizer.beta2) \
+    X(double, double, optimizer.eps) X(mpt_schedule_kind, int, optimizer.schedule.kind) \
+    X(uint64_t, uint64_t, optimizer.schedule.warmup) X(double, double, optimizer.schedule.warmup_start) \
+    X(uint64_t, uint64_t, optimizer.schedule.steps) X(double, double, optimizer.schedule.low) \
+    X(double, double, optimizer.schedule.start) X(double, double, optimizer.schedule.peak)
+#define MPT__NODE_MEMBERS(X) \
+    X(mpt__node_kind, int, kind) X(int, int, H) X(int, int, W) X(mpt_activation, int, act) X(float, float, p) \
+    X(float, float, norm_shape.eps) X(float, float, momentum) X(mpt_dtype, int, policy.param) \
+    X(mpt_dtype, int, policy.compute) X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type)
+/* clang-format on */
+#define MPT__X(type, walk, member) s->member = (type)mpt__walk_##walk(w, #member, (walk)s->member);
+
+static void mpt__walk_scaler(mpt__walk *w, mpt_scaler_state *s) { MPT__SCALER_MEMBERS(MPT__X) }
+static void mpt__walk_counters(mpt__walk *w, mpt_optimizer_state *s) { MPT__OPTIMIZER_MEMBERS(MPT__X) }
+static void mpt__walk_skip(mpt__walk *w, mpt_skip *s) { MPT__SKIP_MEMBERS(MPT__X) }
+static void mpt__walk_train(mpt__walk *w, mpt_train_desc *s) { MPT__TRAIN_MEMBERS(MPT__X) }
+static void mpt__walk_node(mpt__walk *w, mpt__node *s) { MPT__NODE_MEMBERS(MPT__X) }
+#undef MPT__X
+
+/* What is not restored, but must be the same: walked in copies. */
 static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
-    const mpt_optimizer_desc *o = &net->opt->op.desc;
-    const mpt_schedule *s = &o->schedule;
+    mpt_train_desc train = mpt_model_train(net);
     int id;
-    mpt__walk_int(w, "the version of the settings", 1);
-    mpt__walk_whole(w, "seed", net->train.seed);
-    mpt__walk_int(w, "batch", net->train.batch);
-    mpt__walk_int(w, "accumulate", net->train.accumulate);
-    mpt__walk_double(w, "clip_norm", net->train.clip_norm);
-    mpt__walk_int(w, "the 16-bit type", (int)net->half);
-    mpt__walk_int(w, "the kind of masters", (int)net->params->desc.master);
-    mpt__walk_int(w, "the kind of optimizer", (int)o->kind);
-    mpt__walk_int(w, "nesterov", o->nesterov != 0);
-    mpt__walk_int(w, "amsgrad", o->amsgrad != 0);
-    mpt__walk_int(w, "maximize", o->maximize != 0);
-    mpt__walk_int(w, "meter", o->meter != 0);
-    mpt__walk_double(w, "momentum", o->momentum);
-    mpt__walk_double(w, "dampening", o->dampening);
-    mpt__walk_double(w, "beta1", o->beta1);
-    mpt__walk_double(w, "beta2", o->beta2);
-    mpt__walk_double(w, "eps", o->eps);
-    mpt__walk_int(w, "schedule.kind", (int)s->kind);
-    mpt__walk_whole(w, "schedule.warmup", s->warmup);
-    mpt__walk_double(w, "schedule.warmup_start", s->warmup_start);
-    mpt__walk_whole(w, "schedule.steps", s->steps);
-    mpt__walk_double(w, "schedule.low", s->low);
-    mpt__walk_double(w, "schedule.start", s->start);
-    mpt__walk_double(w, "schedule.peak", s->peak);
+    train.optimizer = mpt_optimizer_get_desc(net->opt);
+    mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
+    mpt__walk_train(w, &train);
+    mpt__walk_int(w, "kind of masters", (int)net->params->desc.master);
     for (id = 1; id <= net->count; id++) {
-        const mpt__node *node = mpt__node_of(net, id);
-        if (!w->differs) w->node = node->name;
-        mpt__walk_int(w, ".kind", (int)node->kind);
-        mpt__walk_int(w, ".H", node->H);
-        mpt__walk_int(w, ".W", node->W);
-        mpt__walk_int(w, ".activation", (int)node->act);
-        mpt__walk_float(w, ".p", node->p);
-        mpt__walk_float(w, ".eps", node->norm_shape.eps);
-        mpt__walk_float(w, ".momentum", node->momentum);
-        mpt__walk_int(w, ".type", (int)node->type);
-        mpt__walk_int(w, ".grad_type", (int)node->grad_type);
-        mpt__walk_int(w, ".param", (int)node->policy.param);
-        mpt__walk_int(w, ".compute", (int)node->policy.compute);
+        mpt__node node = *mpt__node_of(net, id);
+        if (!w->differs) w->node = mpt__node_of(net, id)->name;
+        mpt__walk_node(w, &node);
     }
 }
 
 static void mpt__walk_optimizer(mpt__walk *w, mpt__state *state, int tensors) {
-    mpt_optimizer_state *s = &state->optimizer;
     int i;
-    s->version = (uint32_t)mpt__walk_int(w, "version", (int)s->version);
-    s->found = mpt__walk_int(w, "found", s->found);
-    s->attempted = mpt__walk_whole(w, "attempted", s->attempted);
-    s->applied = mpt__walk_whole(w, "applied", s->applied);
-    s->skipped = mpt__walk_whole(w, "skipped", s->skipped);
-    s->beta1_power = mpt__walk_double(w, "beta1_power", s->beta1_power);
-    s->beta2_power = mpt__walk_double(w, "beta2_power", s->beta2_power);
-    s->grad_norm = mpt__walk_double(w, "grad_norm", s->grad_norm);
-    s->inv_scale = mpt__walk_double(w, "inv_scale", s->inv_scale);
-    s->clip = mpt__walk_double(w, "clip", s->clip);
-    s->clip_value = mpt__walk_double(w, "clip_value", s->clip_value);
-    s->moved = mpt__walk_whole(w, "moved", s->moved);
-    s->lost = mpt__walk_whole(w, "lost", s->lost);
-    s->scan.sum_squares = mpt__walk_double(w, "scan.sum_squares", s->scan.sum_squares);
-    s->scan.inf = mpt__walk_whole(w, "scan.inf", s->scan.inf);
-    s->scan.nan = mpt__walk_whole(w, "scan.nan", s->scan.nan);
-    s->scan.first = mpt__walk_whole(w, "scan.first", s->scan.first);
-    for (i = 0; i < MPT_JOURNAL; i++) {
-        mpt_skip *skip = &s->journal[i];
-        skip->step = mpt__walk_whole(w, "journal.step", skip->step);
-        skip->scale = mpt__walk_float(w, "journal.scale", skip->scale);
-        skip->tensor = mpt__walk_int(w, "journal.tensor", skip->tensor);
-        skip->inf = mpt__walk_whole(w, "journal.inf", skip->inf);
-        skip->nan = mpt__walk_whole(w, "journal.nan", skip->nan);
-    }
+    mpt__walk_counters(w, &state->optimizer);
+    for (i = 0; i < MPT_JOURNAL; i++) mpt__walk_skip(w, &state->optimizer.journal[i]);
     state->lr = mpt__walk_double(w, "lr", state->lr);
     for (i = 0; i < tensors; i++) {
-        mpt_slice *slice = &state->slices[i];
-        slice->lr_factor = mpt__walk_double(w, "lr_factor", slice->lr_factor);
-        slice->weight_decay = mpt__walk_double(w, "weight_decay", slice->weight_decay);
+        state->slices[i].lr_factor = mpt__walk_double(w, "lr_factor", state->slices[i].lr_factor);
+        state->slices[i].weight_decay = mpt__walk_double(w, "weight_decay", state->slices[i].weight_decay);
     }
-}
-
-static void mpt__walk_scaler(mpt__walk *w, mpt_scaler_state *s) {
-    mpt_scaler_desc *d = &s->desc;
-    s->version = (uint32_t)mpt__walk_int(w, "version", (int)s->version);
-    s->scale = mpt__walk_float(w, "scale", s->scale);
-    s->growth_tracker = mpt__walk_int(w, "growth_tracker", s->growth_tracker);
-    s->hysteresis_left = mpt__walk_int(w, "hysteresis_left", s->hysteresis_left);
-    s->stuck = mpt__walk_int(w, "stuck", s->stuck);
-    s->updates = mpt__walk_whole(w, "updates", s->updates);
-    s->overflows = mpt__walk_whole(w, "overflows", s->overflows);
-    d->mode = (mpt_scaler_mode)mpt__walk_int(w, "mode", (int)d->mode);
-    d->init_scale = mpt__walk_float(w, "init_scale", d->init_scale);
-    d->growth_factor = mpt__walk_double(w, "growth_factor", d->growth_factor);
-    d->backoff_factor = mpt__walk_double(w, "backoff_factor", d->backoff_factor);
-    d->min_scale = mpt__walk_float(w, "min_scale", d->min_scale);
-    d->max_scale = mpt__walk_float(w, "max_scale", d->max_scale);
-    d->growth_interval = mpt__walk_int(w, "growth_interval", d->growth_interval);
-    d->hysteresis = mpt__walk_int(w, "hysteresis", d->hysteresis);
-    d->patience = mpt__walk_int(w, "patience", d->patience);
-    d->refill_when_clean = mpt__walk_int(w, "refill_when_clean", d->refill_when_clean);
-    d->late_growth = mpt__walk_int(w, "late_growth", d->late_growth);
-    d->unguarded = mpt__walk_int(w, "unguarded", d->unguarded);
-    d->no_min = mpt__walk_int(w, "no_min", d->no_min);
-    d->no_max = mpt__walk_int(w, "no_max", d->no_max);
 }
 
 static mpt__walk mpt__walk_state(const mpt__job *job, int which, unsigned char *at, int reading) {
@@ -689,7 +649,7 @@ static mpt_result mpt__state_new(mpt__job *job) {
     if (!state) return MPT_ERROR_NO_MEMORY;
     job->state = state;
     state->slices = (mpt_slice *)(state + 1);
-    state->lr = opt->op.desc.lr;
+    state->lr = mpt_optimizer_get_desc(opt).lr;
     memcpy(state->slices, opt->slices, table);
     MPT__TRY(mpt_optimizer_get_state(job->net->opt, &state->optimizer));
     return mpt_scaler_get_state(job->net->scaler, &state->scaler);
@@ -958,23 +918,20 @@ static mpt_result mpt__json_header(mpt__job *job, size_t bytes) {
 
 /* -- Reading a file -- */
 
-static int mpt__by_name(const mpt__entry *a, const mpt__entry *b) { return strcmp(a->name, b->name); }
-
-static int mpt__by_place(const mpt__entry *a, const mpt__entry *b) {
-    if (a->begin != b->begin) return a->begin < b->begin ? -1 : 1;
-    return a->end < b->end ? -1 : a->end > b->end;
+static int mpt__lies_before(const mpt__entry *a, const mpt__entry *b) {
+    return a->begin != b->begin ? a->begin < b->begin : a->end < b->end;
 }
 
-/* Heapsort: in place, and no file can make it slow. */
-static void mpt__sort(mpt__entry *entries, size_t count, int (*compare)(const mpt__entry *, const mpt__entry *)) {
+/* By place. Heapsort: in place, and no file can make it slow. */
+static void mpt__sort(mpt__entry *entries, size_t count) {
     size_t start = count / 2, end = count, parent, child;
     mpt__entry kept;
     while (end > 1) {
         if (start) kept = entries[--start];
         else kept = entries[--end], entries[end] = entries[0];
         for (parent = start; (child = 2 * parent + 1) < end; parent = child) {
-            if (child + 1 < end && compare(&entries[child + 1], &entries[child]) > 0) child++;
-            if (compare(&kept, &entries[child]) >= 0) break;
+            if (child + 1 < end && mpt__lies_before(&entries[child], &entries[child + 1])) child++;
+            if (!mpt__lies_before(&kept, &entries[child])) break;
             entries[parent] = entries[child];
         }
         entries[parent] = kept;
@@ -998,11 +955,11 @@ static mpt_result mpt__check_entry(const mpt__job *job, const mpt__entry *entry)
     return MPT_OK;
 }
 
-/* The tensors fill the data one after the other, and no two have the same name. Leaves them sorted by name. */
+/* The tensors fill the data, one after the other. */
 static mpt_result mpt__check_layout(mpt__job *job) {
     uint64_t at = 0;
     int i;
-    mpt__sort(job->entries, (size_t)job->entry_count, mpt__by_place);
+    mpt__sort(job->entries, (size_t)job->entry_count);
     for (i = 0; i < job->entry_count; i++) {
         const mpt__entry *entry = &job->entries[i];
         MPT__TRY(mpt__check_entry(job, entry));
@@ -1011,14 +968,9 @@ static mpt_result mpt__check_layout(mpt__job *job) {
                                  entry->name, (size_t)entry->begin, (size_t)at);
         at = entry->end;
     }
-    if (at != job->data_bytes)
-        return mpt__job_fail(job, MPT_ERROR_FILE, "the tensors have %z bytes, but %z follow the header", (size_t)at,
-                             job->data_bytes);
-    mpt__sort(job->entries, (size_t)job->entry_count, mpt__by_name);
-    for (i = 1; i < job->entry_count; i++)
-        if (mpt__by_name(&job->entries[i - 1], &job->entries[i]) == 0)
-            return mpt__job_fail(job, MPT_ERROR_FILE, "two tensors are named '%s'", job->entries[i].name);
-    return MPT_OK;
+    if (at == job->data_bytes) return MPT_OK;
+    return mpt__job_fail(job, MPT_ERROR_FILE, "the tensors have %z bytes, but %z follow the header", (size_t)at,
+                         job->data_bytes);
 }
 
 static mpt_result mpt__read_file(mpt__job *job) {
@@ -1048,24 +1000,13 @@ static mpt_result mpt__read_file(mpt__job *job) {
 
 /* -- Loading -- */
 
-static mpt__entry *mpt__find_entry(const mpt__job *job, const char *name) {
-    int low = 0, high = job->entry_count;
-    while (low < high) {
-        const int middle = low + (high - low) / 2, order = strcmp(name, job->entries[middle].name);
-        if (order == 0) return &job->entries[middle];
-        if (order < 0) high = middle;
-        else low = middle + 1;
-    }
-    return NULL;
-}
-
 static const unsigned char *mpt__part_source(const mpt__job *job, const mpt__part *part) {
     return job->data + part->entry->begin;
 }
 
 /* Each state begins with its version. */
 static mpt_result mpt__match_version(const mpt__job *job, const mpt__part *part) {
-    static const unsigned versions[] = {1, MPT_OPTIMIZER_STATE_VERSION, MPT_SCALER_STATE_VERSION};
+    static const unsigned versions[] = {MPT__SETTINGS_VERSION, MPT_OPTIMIZER_STATE_VERSION, MPT_SCALER_STATE_VERSION};
     const uint64_t version =
         part->entry->end - part->entry->begin < 8 ? 0 : mpt__get_bytes(mpt__part_source(job, part), 8);
     if (version == versions[part->id]) return MPT_OK;
@@ -1086,15 +1027,24 @@ static mpt_result mpt__match_shape(const mpt__job *job, const mpt__part *part) {
     return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is %s, the model's is %s", part->name, shapes[0], shapes[1]);
 }
 
-/* Finds a part in the file: with this type, or weights in any of the three; with this shape. */
+/* The one tensor with the name of the part. */
+static mpt_result mpt__match_name(const mpt__job *job, mpt__part *part) {
+    int i;
+    for (i = 0; i < job->entry_count; i++) {
+        if (strcmp(job->entries[i].name, part->name) != 0) continue;
+        if (part->entry) return mpt__job_fail(job, MPT_ERROR_FILE, "two tensors are named '%s'", part->name);
+        part->entry = &job->entries[i];
+        job->entries[i].used = 1;
+    }
+    return part->entry ? MPT_OK : mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is missing", part->name);
+}
+
+/* With its type, or weights in any of the three, and its shape. */
 static mpt_result mpt__match(const mpt__job *job, mpt__part *part) {
-    mpt__entry *entry = mpt__find_entry(job, part->name);
-    if (!entry) return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is missing", part->name);
-    part->entry = entry;
-    entry->used = 1;
-    if (entry->type != part->type && (job->full || entry->type > (int)MPT_BF16))
-        return mpt__job_fail(job, MPT_ERROR_TYPE, "'%s' is %s, not %s", part->name, mpt__file_types[entry->type].name,
-                             mpt__file_types[part->type].name);
+    MPT__TRY(mpt__match_name(job, part));
+    if (part->entry->type != part->type && (job->full || part->entry->type > (int)MPT_BF16))
+        return mpt__job_fail(job, MPT_ERROR_TYPE, "'%s' is %s, not %s", part->name,
+                             mpt__file_types[part->entry->type].name, mpt__file_types[part->type].name);
     if (part->kind == MPT__STATE) MPT__TRY(mpt__match_version(job, part));
     return mpt__match_shape(job, part);
 }
@@ -1137,8 +1087,8 @@ static mpt_result mpt__read_states(mpt__job *job) {
         const mpt__walk w = mpt__walk_state(job, i, job->data + part->entry->begin, 1);
         if (w.unfit) return mpt__job_fail(job, MPT_ERROR_FILE, "%s of '%s' is no int", w.unfit, part->name);
         if (i == MPT__SETTINGS && w.differs)
-            return mpt__job_fail(job, MPT_ERROR_VALUE, "%s%s is %g there and %g in the model", w.node, w.differs,
-                                 w.theirs, w.ours);
+            return mpt__job_fail(job, MPT_ERROR_VALUE, "%s%s%s is %g there and %g in the model", w.node,
+                                 *w.node ? "." : "", w.differs, w.theirs, w.ours);
     }
     sound = mpt__not_negative(job->state->lr) && o->attempted == o->applied + o->skipped;
     for (i = 0; i < job->net->params->count; i++)
