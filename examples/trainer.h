@@ -1,4 +1,5 @@
-/* trainer.h - what the example trainers share: options, IDX files, the training loop, progress, table and CSV.
+/* trainer.h - what the example trainers share: options, IDX files, the training loop, progress, checkpoints, table and
+   CSV.
 
    It knows nothing of a data set or a net. A trainer defines the six macros below, includes mpt.h and then this file,
    reads its data into a trainer_data, and lists its nets as trainer_model:
@@ -26,6 +27,8 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "../mpt_tools.h"
 
 enum { TRAINER_BAD_RUN = 1, TRAINER_BAD_USE = 2, TRAINER_INTERRUPTED = 130 };
 
@@ -79,34 +82,36 @@ typedef struct trainer_model {
 } trainer_model;
 
 typedef struct trainer_options {
-    const char *data, *csv, *save; /* csv, save NULL: none */
-    int model, level, type;        /* index in the trainer's models, mpt_level, index in TRAINER_TYPES; -1: all */
-    int epochs;                    /* 0: the model's */
-    double lr;                     /* 0: the model's */
+    const char *data, *csv, *save, *resume; /* all but data NULL: none */
+    int model, level, type; /* index in the trainer's models, mpt_level, index in TRAINER_TYPES; -1: all */
+    int epochs;             /* 0: the model's */
+    double lr;              /* 0: the model's */
     int batch, seeds, shift, flip, threads, cuda;
     uint64_t seed;
 } trainer_options;
 
 static void trainer_help(const trainer_model *models, int count) {
-    printf("Usage: " TRAINER_NAME " [option value]...\n" TRAINER_ABOUT "\n\n"
-           "  --data DIR                  folder of the data; default " TRAINER_DATA "\n"
-           "  --model " TRAINER_MODELS "\n"
-           "  --policy O0|O1|O2|O3|all    O0 fp32; O1 autocast; O2 16-bit weights with fp32 masters; O3 all 16-bit\n"
-           "  --type f32|bf16|f16|all     f32 goes with O0, bf16 and f16 with O1 to O3\n"
-           "  --epochs N                  passes over the training data; default the model's, below\n"
-           "  --batch N                   samples in one step; default %d\n"
-           "  --lr X                      largest learning rate of Adam; default the model's, below\n"
-           "  --seed N                    of initial weights, shuffling and augmentation; default 1\n"
-           "  --seeds N                   runs each with N seeds, from --seed on, and compares the means; default 1\n"
-           "  --shift N                   moves training images by up to N pixels at random; default 0\n"
-           "  --flip no|yes               mirrors half of the training images, left to right; default no\n"
-           "  --threads N                 at most 64; 0, the default: one per processor\n"
-           "  --device cpu|cuda           default cpu\n"
-           "  --csv FILE                  writes one row per run\n"
-           "  --save FILE                 writes the fp32 weights of the one run selected, at its end or after Ctrl-C\n"
-           "  --help\n\n"
-           "Where all can be chosen it is the default.\n",
-           TRAINER_BATCH);
+    printf(
+        "Usage: " TRAINER_NAME " [option value]...\n" TRAINER_ABOUT "\n\n"
+        "  --data DIR                  folder of the data; default " TRAINER_DATA "\n"
+        "  --model " TRAINER_MODELS "\n"
+        "  --policy O0|O1|O2|O3|all    O0 fp32; O1 autocast; O2 16-bit weights with fp32 masters; O3 all 16-bit\n"
+        "  --type f32|bf16|f16|all     f32 goes with O0, bf16 and f16 with O1 to O3\n"
+        "  --epochs N                  passes over the training data; default the model's, below\n"
+        "  --batch N                   samples in one step; default %d\n"
+        "  --lr X                      largest learning rate of Adam; default the model's, below\n"
+        "  --seed N                    of initial weights, shuffling and augmentation; default 1\n"
+        "  --seeds N                   runs each with N seeds, from --seed on, and compares the means; default 1\n"
+        "  --shift N                   moves training images by up to N pixels at random; default 0\n"
+        "  --flip no|yes               mirrors half of the training images, left to right; default no\n"
+        "  --threads N                 at most 64; 0, the default: one per processor\n"
+        "  --device cpu|cuda           default cpu\n"
+        "  --csv FILE                  writes one row per run\n"
+        "  --save FILE                 writes a checkpoint of the one run selected, at its end or after Ctrl-C\n"
+        "  --resume FILE               goes on from such a checkpoint, where the run with these options has stopped\n"
+        "  --help\n\n"
+        "Where all can be chosen it is the default.\n",
+        TRAINER_BATCH);
     for (int i = 0; i < count; i++)
         printf("Model %s: %d epochs, lr %g.\n", models[i].name, models[i].epochs, models[i].lr);
 }
@@ -150,6 +155,7 @@ static int trainer_option(trainer_options *o, const char *name, const char *text
     if (strcmp(is, "data") == 0) o->data = text;
     else if (strcmp(is, "csv") == 0) o->csv = text;
     else if (strcmp(is, "save") == 0) o->save = text;
+    else if (strcmp(is, "resume") == 0) o->resume = text;
     else if (strcmp(is, "model") == 0) o->model = trainer_choice(name, text, TRAINER_MODELS);
     else if (strcmp(is, "policy") == 0) o->level = trainer_choice(name, text, "O0|O1|O2|O3|all");
     else if (strcmp(is, "type") == 0) o->type = trainer_choice(name, text, "f32|bf16|f16|all");
@@ -329,8 +335,8 @@ typedef struct trainer_run {
     mpt_scaler_mode scaler;   /* 0: the policy's */
     mpt_histogram *gradients; /* not NULL: the weight gradients of the last epoch are added */
     int epochs;
-    const char *save; /* NULL: not saved */
-    int number, of;   /* for the progress line */
+    const char *save, *resume; /* NULL: not */
+    int number, of;            /* for the progress line */
 
     int diverged;     /* results, from here on */
     double accuracy;  /* after the last epoch */
@@ -368,11 +374,12 @@ static trainer_run *trainer_select(const trainer_options *o, const trainer_model
                     runs[n].epochs = o->epochs ? o->epochs : models[m].epochs;
                 }
     if (n == 0) TRAINER_FAIL(TRAINER_BAD_USE, "--policy and --type: f32 goes with O0, bf16 and f16 with O1 to O3");
-    if (o->save && n > 1)
-        TRAINER_FAIL(TRAINER_BAD_USE, "--save is for one run, and %d are selected: want --model, --policy and --type",
-                     n);
+    if ((o->save || o->resume) && n > 1)
+        TRAINER_FAIL(TRAINER_BAD_USE, "%s is for one run, and %d are selected: want --model, --policy and --type",
+                     o->save ? "--save" : "--resume", n);
     for (int i = 0; i < n; i++) {
         runs[i].save = o->save;
+        runs[i].resume = o->resume;
         runs[i].number = i + 1;
         runs[i].of = n;
     }
@@ -432,10 +439,13 @@ typedef struct trainer_loop {
     mpt_context *ctx;
     mpt_model *net;
     int epoch;     /* from 1 */
+    size_t first;  /* step of it that comes first: 0, or where a resumed run goes on */
+    int tested;    /* run->accuracy is told */
     size_t *order; /* of the training samples in this epoch */
     float *x;      /* a batch */
     int32_t *y;
-    double samples, seconds, shown; /* samples trained, in how many seconds; when progress was last shown */
+    double before, samples, seconds, shown; /* samples trained before resuming, and since, in how many seconds; when
+                                               progress was last shown */
 } trainer_loop;
 
 static void trainer_fail_run(const trainer_loop *t) {
@@ -446,19 +456,22 @@ static void trainer_fail_run(const trainer_loop *t) {
 /* Steps in one epoch: an incomplete last batch is left out. */
 static size_t trainer_steps(const trainer_loop *t) { return t->data->train.count / (size_t)t->o->batch; }
 
+/* Samples a second. */
+static double trainer_speed(const trainer_loop *t) { return t->seconds > 0 ? t->samples / t->seconds : 0; }
+
 /* One line that updates in place on a terminal; elsewhere a plain line after the first epoch and every tenth of a run.
    ETA is the run's. */
 static void trainer_progress(trainer_loop *t, int epoch_done) {
     const trainer_run *run = t->run;
     const int terminal = isatty(STDOUT_FILENO);
-    const double rate = t->samples / t->seconds, now = trainer_seconds();
+    const double rate = trainer_speed(t), now = trainer_seconds();
     const double all = (double)run->epochs * (double)trainer_steps(t) * t->o->batch;
-    const long eta = (long)((all - t->samples) / rate + 0.5);
+    const long eta = (long)((all - t->before - t->samples) / rate + 0.5);
     const int tenth = t->epoch == 1 || t->epoch * 10LL / run->epochs > (t->epoch - 1) * 10LL / run->epochs;
     char line[160], accuracy[16] = "-";
     if (terminal ? now - t->shown < 0.1 && !epoch_done : !epoch_done || !tenth) return;
     t->shown = now;
-    if (t->epoch > 1 || epoch_done) snprintf(accuracy, sizeof accuracy, "%.1f%%", 100 * run->accuracy);
+    if (t->tested) snprintf(accuracy, sizeof accuracy, "%.1f%%", 100 * run->accuracy);
     snprintf(line, sizeof line, "[%d/%d] %s %s %s epoch %d/%d ETA %ld:%02ld loss %.3f test %s scale %.0f %.0f/s",
              run->number, run->of, run->model->name, trainer_level_name(run->level), mpt_dtype_name(run->type),
              t->epoch, run->epochs, eta / 60, eta % 60, mpt_loss(t->net), accuracy, (double)mpt_loss_scale(t->net),
@@ -536,13 +549,13 @@ static mpt_result trainer_count_gradients(trainer_loop *t) {
                              t->run->gradients);
 }
 
-/* One pass over the training samples in a new order. */
+/* One pass over the training samples in a new order, or what is left of it. */
 static mpt_result trainer_epoch(trainer_loop *t) {
     const size_t batch = (size_t)t->o->batch, sample = trainer_sample(t->data), steps = trainer_steps(t);
     const double before = t->seconds, start = trainer_seconds();
     mpt_result result = MPT_OK;
     trainer_shuffle(t->order, t->data->train.count, t->run->seed, t->epoch);
-    for (size_t step = 0; result == MPT_OK && step < steps && !trainer_interrupted; step++) {
+    for (size_t step = t->first; result == MPT_OK && step < steps && !trainer_interrupted; step++) {
         for (size_t i = 0; i < batch; i++) {
             const size_t from = t->order[step * batch + i];
             trainer_augment(t, from, t->x + i * sample);
@@ -554,6 +567,7 @@ static mpt_result trainer_epoch(trainer_loop *t) {
         t->seconds = before + trainer_seconds() - start;
         trainer_progress(t, 0);
     }
+    t->first = 0;
     return result;
 }
 
@@ -575,41 +589,14 @@ static void trainer_test(trainer_loop *t) {
     if (trainer_interrupted) return;
     t->run->correct = correct;
     t->run->accuracy = (double)correct / (double)test->count;
+    t->tested = 1;
 }
 
-/* ---- What was learnt ---- */
-
-static void trainer_save_values(FILE *file, const char *name, const char *part, size_t count, const float *values) {
-    fprintf(file, "%s%s %zu\n", name, part, count);
-    for (size_t i = 0; i < count; i++) fprintf(file, "%.9g\n", (double)values[i]);
-}
-
-/* All parameters in fp32, then the running statistics: a line with name and count, and a line for each value, in as
-   many digits as make it the same float again. */
-static mpt_result trainer_save_to(FILE *file, const trainer_loop *t, float *values) {
-    mpt_params *params = mpt_model_params(t->net);
-    mpt_result result = MPT_OK;
-    mpt_node_info info;
-    for (int i = 1; result == MPT_OK && i <= mpt_params_tensors(params); i++) {
-        result = mpt_params_get(params, i, values);
-        if (result == MPT_OK)
-            trainer_save_values(file, mpt_params_name(params, i), "", mpt_params_count(params, i), values);
-    }
-    for (int node = 1; result == MPT_OK && mpt_model_node(t->net, node, &info) == MPT_OK; node++) {
-        const float *running = mpt_model_running(t->net, node);
-        const size_t C = (size_t)info.C;
-        if (!running) continue;
-        result = mpt_download(t->ctx, values, running, 2 * C * sizeof *values);
-        if (result != MPT_OK) break;
-        trainer_save_values(file, info.name, ".running_mean", C, values);
-        trainer_save_values(file, info.name, ".running_var", C, values + C);
-    }
-    return result;
-}
+/* ---- Checkpoints ---- */
 
 /* Before the first run, so that a wrong name costs no training. */
 static void trainer_save_check(const char *save) {
-    char *path = trainer_join(save, ".part", "");
+    char *path = trainer_join(save, ".tmp", "");
     FILE *file = fopen(path, "w");
     if (!file) TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", path, strerror(errno));
     fclose(file);
@@ -617,23 +604,25 @@ static void trainer_save_check(const char *save) {
     free(path);
 }
 
-/* Written beside the file and renamed when it is complete, so that no half of one ever stands. */
 static void trainer_save(const trainer_loop *t) {
-    char *path = trainer_join(t->run->save, ".part", "");
-    /* the flat arrays are as long as all tensors together, and no running statistics are longer than gamma and beta */
-    float *values = (float *)trainer_alloc(mpt_params_count(mpt_model_params(t->net), 0), sizeof *values);
-    FILE *file = fopen(path, "w");
-    int written;
-    if (!file) TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", path, strerror(errno));
-    if (trainer_save_to(file, t, values) != MPT_OK) trainer_fail_run(t);
-    written = !ferror(file);
-    if (fclose(file) != 0 || !written || rename(path, t->run->save) != 0) {
-        const int reason = errno;
-        remove(path);
-        TRAINER_FAIL(TRAINER_BAD_USE, "%s: %s", t->run->save, strerror(reason));
-    }
-    free(values);
-    free(path);
+    const mpt_result result = mpt_checkpoint_save(t->net, t->run->save);
+    if (result == MPT_ERROR_FILE) TRAINER_FAIL(TRAINER_BAD_USE, "%s", mpt_why(t->ctx));
+    if (result != MPT_OK) trainer_fail_run(t);
+}
+
+/* Order and changes of the samples are named by seed and epoch, so the steps done say where to go on. */
+static void trainer_resume(trainer_loop *t) {
+    const size_t steps = trainer_steps(t);
+    uint64_t done;
+    if (mpt_checkpoint_load(t->net, t->run->resume) != MPT_OK)
+        TRAINER_FAIL(TRAINER_BAD_USE, "--resume: %s", mpt_why(t->ctx));
+    done = mpt_steps_applied(t->net) + mpt_steps_skipped(t->net);
+    if (done > steps * (uint64_t)t->run->epochs)
+        TRAINER_FAIL(TRAINER_BAD_USE, "--resume: %s has done %" PRIu64 " steps, and %d epochs have %" PRIu64,
+                     t->run->resume, done, t->run->epochs, steps * (uint64_t)t->run->epochs);
+    t->epoch = (int)(done / steps);
+    t->first = (size_t)(done % steps);
+    t->before = (double)done * t->o->batch;
 }
 
 /* ---- A run ---- */
@@ -649,6 +638,7 @@ static trainer_loop trainer_begin(mpt_context *ctx, const trainer_options *o, co
     t.x = (float *)trainer_alloc((size_t)o->batch * trainer_sample(data), sizeof *t.x);
     t.y = (int32_t *)trainer_alloc((size_t)o->batch, sizeof *t.y);
     t.net = trainer_build(&t);
+    if (run->resume) trainer_resume(&t);
     return t;
 }
 
@@ -663,13 +653,14 @@ static void trainer_end(trainer_loop *t) {
 static void trainer_train(mpt_context *ctx, const trainer_options *o, const trainer_data *data, trainer_run *run) {
     trainer_loop t = trainer_begin(ctx, o, data, run);
     mpt_result result = MPT_OK;
+    if (t.epoch == run->epochs) trainer_test(&t); /* resumed at its end */
     while (t.epoch < run->epochs && result == MPT_OK && !trainer_interrupted) {
         t.epoch++;
         result = trainer_epoch(&t);
         trainer_test(&t);
         if (result == MPT_OK && !trainer_interrupted) trainer_progress(&t, 1);
     }
-    run->rate = t.samples / t.seconds;
+    run->rate = trainer_speed(&t);
     run->diverged = result == MPT_ERROR_DIVERGED;
     if (run->diverged)
         trainer_complain("%s %s %s: %s", run->model->name, trainer_level_name(run->level), mpt_dtype_name(run->type),

@@ -34,7 +34,7 @@ images=$t/data/images.idx3-ubyte labels=$t/data/labels.idx1-ubyte
 
 refused 2 "unknown option '--epoch'" --epoch 3
 refused 2 "'mlp' is no option" mlp
-for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save; do
+for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save resume; do
     refused 2 "--$option" --$option
 done
 refused 2 "want mlp|cnn|all" --model resnet
@@ -53,8 +53,11 @@ for n in 0 -1 3x nan inf 1e999 1e-999; do refused 2 "want a number above 0" --lr
 refused 2 "1438 training samples" --batch 1439
 refused 2 "No such file" --data "$t/none"
 refused 2 "/none/digits.csv: No such file" --csv "$t/none/digits.csv"
-refused 2 "/none/weights.part: No such file" --model mlp --policy O0 --save "$t/none/weights"
+refused 2 "/none/weights.tmp: No such file" --model mlp --policy O0 --save "$t/none/weights"
 refused 2 "--save is for one run, and 14 are selected" --save "$t/weights"
+refused 2 "--resume is for one run, and 14 are selected" --resume "$t/weights"
+refused 2 "--resume: checkpoint_load: cannot be opened, '$t/none'" --model mlp --policy O0 --resume "$t/none"
+refused 2 "--resume: .*, '$data/images.idx3-ubyte'" --model mlp --policy O0 --resume "$data/images.idx3-ubyte"
 [ ! -c /dev/full ] || refused 2 "/dev/full: No space left" --csv /dev/full
 
 mkdir "$t/data"
@@ -85,7 +88,7 @@ damaged "1797 images of 16x4, want 5 or more of 8x8"
 
 "$digits" --help >"$t/out" 2>"$t/err"
 check $? "--help fails"
-for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save help; do
+for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save resume help; do
     grep -q -- "--$option" "$t/out"
     check $? "--help does not tell --$option"
 done
@@ -101,6 +104,22 @@ awk -f tests/train/rows.awk "$t/all.csv"
 check $? "a row of the MLP is off"
 grep -q 'mlp O2 f16: test accuracy .* with the scale, .* without' "$t/out" && grep -q '^So fp16 without' "$t/out"
 check $? "no answer on loss scaling"
+
+# A checkpoint at the end of a run: going on from there tests it again and saves the same; other options are refused.
+"$digits" --model mlp --policy O2 --type f16 --epochs 2 --save "$t/end" --csv "$t/end.csv" >"$t/out" 2>"$t/err"
+check $? "--save: $(cat "$t/err")"
+"$digits" --model mlp --policy O2 --type f16 --epochs 2 --resume "$t/end" --save "$t/again" --csv "$t/again.csv" \
+    >"$t/out" 2>"$t/err"
+check $? "--resume at the end: $(cat "$t/err")"
+cmp -s "$t/end" "$t/again" && [ "$(cut -d, -f1-13 "$t/end.csv")" = "$(cut -d, -f1-13 "$t/again.csv")" ]
+check $? "--resume at the end changes something: $(cat "$t/end.csv" "$t/again.csv")"
+resume="--model mlp --policy O2 --type f16 --resume $t/end" # $resume is split into words
+refused 2 "--resume: .*schedule.steps is" $resume --epochs 3
+refused 2 "--resume: .*seed is 1 there and 2" $resume --epochs 2 --seed 2
+refused 2 "--resume: .*batch is 32 there and 16" $resume --epochs 2 --batch 16
+refused 2 "--resume: .*'mpt.settings' is" --model cnn --policy O2 --type f16 --epochs 2 --resume "$t/end"
+head -c 1000 "$t/end" >"$t/cut"
+refused 2 "--resume: .*, '$t/cut'" --model mlp --policy O2 --type f16 --epochs 2 --resume "$t/cut"
 
 for n in 1 2; do
     "$digits" --model cnn --policy O1 --type bf16 --epochs 2 --threads $n --csv "$t/$n.csv" >"$t/out"
