@@ -700,7 +700,7 @@ static mpt_result mpt__need_written(const mpt__job *job, const void *bytes, size
 }
 
 static mpt_result mpt__write_header(const mpt__job *job) {
-    const size_t size = 64 + (size_t)job->count * 256;
+    const size_t size = 64 + (size_t)job->count * 320;
     char *text = (char *)mpt__host_alloc(job->ctx, size);
     unsigned char length[8];
     mpt_result r = text ? MPT_OK : MPT_ERROR_NO_MEMORY;

@@ -32,21 +32,25 @@ static void put_changed(fuzz_bytes *b) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    static mpt_context *ctx; /* one model for all inputs */
+    static mpt_model *net;
     fuzz_bytes b = {data, size};
     const uint32_t kind = fuzz_take(&b, 4);
-    const mpt_train_desc train = training();
-    mpt_context *ctx = test_open_threads(1);
-    mpt_model *net = build(ctx, tiny, mpt_policy_preset(MPT_O2, MPT_F16), &train);
     mpt_result r;
-    CHECK_OK(ctx, save(net, "kept"));
+    if (!net) {
+        const mpt_train_desc train = training();
+        ctx = test_open_threads(1);
+        net = build(ctx, tiny, mpt_policy_preset(MPT_O2, MPT_F16), &train);
+        CHECK_OK(ctx, save(net, "kept"));
+    }
     if (kind == 2) put_text(&b);
     else if (kind == 3) put_changed(&b);
     else ram_put("net", b.at, b.left);
     r = kind % 2 ? load(net, "net") : load_weights(net, "net");
     if (r != MPT_OK) CHECK(*mpt_why(ctx) && as_kept(ctx, net));
-    else CHECK_OK(ctx, save(net, "net"));
-    mpt_model_free(net);
-    mpt_close(ctx);
-    ram_clear();
+    else {
+        CHECK_OK(ctx, save(net, "net"));
+        CHECK_OK(ctx, load(net, "kept"));
+    }
     return fuzz_end();
 }
