@@ -1726,8 +1726,8 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     /* the same where what stands for a float is a pair of bf16: element 2 d low, 2 d + 1 high; or NULL */
     void (*pairs)(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, size_t stride,
                   int add);
-    /* panel(depth,tile_n) = the transpose of x(tile_n,depth), whose rows are `stride` apart */
-    void (*transpose)(const float *x, size_t stride, size_t depth, float *panel);
+    /* panel(depth,n) = the transpose of x(n,depth), whose rows are `stride` apart; n a multiple of 4 */
+    void (*transpose)(const float *x, size_t stride, size_t depth, size_t n, float *panel);
     size_t tile_m, tile_n;
     int avx2; /* tasks are there compiled for AVX2, too */
 } mpt__simd;
@@ -2160,10 +2160,10 @@ static void mpt__tile_plain(size_t depth, const float *a, size_t row, size_t ste
         for (j = 0; j < MPT__PLAIN_N; j++) sums[j] = add ? sums[j] + tile[i][j] : tile[i][j];
 }
 
-static void mpt__transpose_plain(const float *x, size_t stride, size_t depth, float *panel) {
+static void mpt__transpose_plain(const float *x, size_t stride, size_t depth, size_t n, float *panel) {
     size_t d, r;
-    for (r = 0; r < MPT__PLAIN_N; r++)
-        for (d = 0; d < depth; d++) panel[d * MPT__PLAIN_N + r] = x[r * stride + d];
+    for (r = 0; r < n; r++)
+        for (d = 0; d < depth; d++) panel[d * n + r] = x[r * stride + d];
 }
 
 static mpt__simd mpt__simd_plain(void) {
@@ -2376,7 +2376,7 @@ typedef __m256 mpt__vector_mm256;
     sums += stride;
 MPT__TILE(mpt__tile_avx2, MPT__AVX2, MPT__EACH_6, MPT__TILE_FLOATS, _mm256)
 
-MPT__AVX2 static inline void mpt__transpose_wide(const float *x, size_t stride, size_t depth, float *panel, size_t n) {
+MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, size_t n, float *panel) {
     size_t d, r, e;
     for (r = 0; r < n; r += 4) {
         const float *rows = x + r * stride;
@@ -2390,14 +2390,6 @@ MPT__AVX2 static inline void mpt__transpose_wide(const float *x, size_t stride, 
         for (; d < depth; d++)
             for (e = 0; e < 4; e++) panel[d * n + r + e] = rows[e * stride + d];
     }
-}
-
-MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, float *panel) {
-    mpt__transpose_wide(x, stride, depth, panel, 16);
-}
-
-MPT__AVX2 static void mpt__transpose_avx512(const float *x, size_t stride, size_t depth, float *panel) {
-    mpt__transpose_wide(x, stride, depth, panel, 32);
 }
 
 static mpt__simd mpt__simd_avx2(void) {
@@ -2462,7 +2454,6 @@ static mpt__simd mpt__simd_avx512(void) {
     s.store_bf16 = mpt__store_bf16_avx512;
     s.tile = mpt__tile_avx512, s.tile_m = 8, s.tile_n = 32;
     s.pairs = mpt__cpu_has_bf16() ? mpt__pairs_avx512 : NULL;
-    s.transpose = mpt__transpose_avx512;
     return s;
 }
 
@@ -3382,14 +3373,14 @@ MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, 
     size_t c, r, d, some;
     for (c = 0; c < padded && view->v_is_depth; c += tile) {
         if (direct && c + tile <= columns) {
-            ctx->simd.transpose((const float *)view->data.data + (j + c) * view->stride + l, view->stride, depth,
+            ctx->simd.transpose((const float *)view->data.data + (j + c) * view->stride + l, view->stride, depth, tile,
                                 panels + c * depth);
             continue;
         }
         for (r = 0; r < tile; r++)
             if (c + r < columns) mpt__pack_along(ctx, view, j + c + r, l, depth, lines + r * words);
             else memset(lines + r * words, 0, words * sizeof *lines);
-        ctx->simd.transpose(lines, words, words, panels + c * words);
+        ctx->simd.transpose(lines, words, words, tile, panels + c * words);
     }
     for (d = 0; d < words && !view->v_is_depth; d += some) { /* a few rows at a time: panels lie too far apart */
         const int whole = direct && columns == padded;
@@ -5033,8 +5024,9 @@ MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt) {
 }
 
 MPT_DEF mpt_optimizer_desc mpt_optimizer_get_desc(const mpt_optimizer *opt) {
-    const mpt_optimizer_desc none = MPT_ZERO;
-    return opt ? opt->op.desc : none;
+    mpt_optimizer_desc d = MPT_ZERO;
+    if (opt) d = opt->op.desc, d.lr = opt->lr;
+    return d;
 }
 
 MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr) {
