@@ -1069,7 +1069,7 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
 typedef struct mpt_place {
     int node;      /* of a model; 0: no pass of a model */
     mpt_pass pass; /* of a loss: MPT_BACKWARD_DATA */
-    int output;    /* node whose value, gradient (backward data) or weight gradient is written */
+    int output;    /* node whose value, gradient (backward data; norms: always) or weight gradient is written */
 } mpt_place;
 
 typedef struct mpt_backend {
@@ -6121,7 +6121,7 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
     if (node->act && node->kind != MPT__ACTIVATION)
         MPT__TRY(mpt_activation_backward(net->ctx, node->act, rows * mpt__node_count(node), y, dy, 0, dy));
-    mpt__enter(net, id, MPT_BACKWARD_WEIGHT, id);
+    mpt__enter(net, id, MPT_BACKWARD_WEIGHT, node->kind == MPT__NORM ? node->in[0] : id);
     if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
     if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, dy, rows);
     for (side = 0; side < 2 && node->in[side]; side++) {
