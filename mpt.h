@@ -3455,9 +3455,9 @@ MPT__TASKS(mpt__product_task)
 
 static mpt_result mpt__product_run(mpt__product *p) {
     const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
-    const int pairs = p->ctx->simd.pairs && p->a.data.type == MPT_BF16 && p->b.data.type == MPT_BF16;
     size_t work;
-    p->a.size = p->b.size = pairs ? sizeof(uint16_t) : sizeof(float);
+    if (p->ctx->simd.pairs && p->a.data.type == MPT_BF16 && p->b.data.type == MPT_BF16)
+        p->a.size = p->b.size = sizeof(uint16_t);
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
     mpt__parallel(p->ctx, down * across, work, MPT__TASK(p->ctx, mpt__product_task), p);
     return MPT_OK;
@@ -3468,6 +3468,7 @@ static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth)
     view.kind = MPT__MATRIX;
     view.v_is_depth = v_is_depth;
     view.data = data;
+    view.size = sizeof(float);
     view.stride = stride;
     return view;
 }
@@ -3478,6 +3479,7 @@ static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_
     view.kind = kind;
     view.v_is_depth = v_is_depth;
     view.data = data;
+    view.size = sizeof(float);
     view.op = op;
     view.group = group;
     return view;
