@@ -10,6 +10,7 @@
 #define _POSIX_C_SOURCE 199309L
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
+#include "../../mpt_tools.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -365,6 +366,67 @@ static void bench_linear(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_dty
     bench_gemm(ctx, "dW", 1, 0, O, I, N, type, MPT_F32);
 }
 
+/* Steps of the net 784-512-512-10 with a batch of 64 in front of a lens; the yardstick is the same step without one. */
+typedef struct seen {
+    mpt_context *ctx;
+    mpt_model *net;
+    mpt_lens *lens;
+    float *x;
+    int32_t label[64];
+} seen;
+
+static void run_seen(void *arg) {
+    seen *s = (seen *)arg;
+    ok(s->ctx, mpt_train_step(s->net, s->x, s->label));
+}
+
+static seen seen_new(int threads, mpt_level level) {
+    mpt_train_desc train = MPT_ZERO;
+    seen s;
+    int h, i;
+    s.ctx = open_threads(threads);
+    s.net = (mpt_model *)need(mpt_model_new(s.ctx, mpt_policy_preset(level, MPT_F16)));
+    s.lens = NULL;
+    s.x = (float *)filled(s.ctx, MPT_F32, 64 * 784).data;
+    for (i = 0; i < 64; i++) s.label[i] = i % 10;
+    h = mpt_relu(s.net, mpt_linear(s.net, mpt_input(s.net, 1, 1, 784), 512, NULL));
+    h = mpt_relu(s.net, mpt_linear(s.net, h, 512, NULL));
+    mpt_softmax_cross_entropy(s.net, mpt_linear(s.net, h, 10, NULL), NULL);
+    train.batch = 64;
+    ok(s.ctx, mpt_model_build(s.net, &train));
+    return s;
+}
+
+static void seen_free(seen *s) {
+    ok(s->ctx, mpt_lens_close(s->lens));
+    mpt_model_free(s->net);
+    mpt_free(s->ctx, s->x);
+    mpt_close(s->ctx);
+}
+
+/* what NULL: nothing is simulated. */
+static void bench_lens(const char *use, int threads, mpt_level level, int watch, const mpt_what_if *what) {
+    seen with = seen_new(threads, level), without = seen_new(threads, level);
+    timing t;
+    with.lens = (mpt_lens *)need(mpt_lens_open(with.ctx));
+    if (watch) ok(with.ctx, mpt_lens_watch(with.lens, with.net));
+    if (what) ok(with.ctx, mpt_lens_simulate(with.lens, 0, 0, what));
+    t = measure(run_seen, &with, run_seen, &without);
+    printf("lens use=%s level=O%d threads=%d value=%.4g unit=ms/step peak=%.4g ratio=%.3f\n", use, (int)level, threads,
+           t.value * 1e3, t.peak * 1e3, t.peak / t.value);
+    fflush(stdout);
+    seen_free(&with), seen_free(&without);
+}
+
+static void bench_lenses(int threads) {
+    mpt_what_if operands = MPT_ZERO, sums = MPT_ZERO;
+    operands.operands.format = sums.sum.format = MPT_FORMAT_F16;
+    bench_lens("none", threads, MPT_O2, 0, NULL);
+    bench_lens("histograms", threads, MPT_O2, 1, NULL);
+    bench_lens("operands_f16", threads, MPT_O0, 0, &operands);
+    bench_lens("sums_f16", threads, MPT_O0, 0, &sums);
+}
+
 /* ==== ALL OF THEM ==== */
 
 static void print_machine(mpt_context *ctx) {
@@ -427,6 +489,7 @@ int main(void) {
         bench_steps(ctx);
         bench_products(ctx);
         mpt_close(ctx);
+        bench_lenses(threads);
     }
     return 0;
 }
