@@ -1193,6 +1193,11 @@ static void test_order(mpt_context *ctx) {
     CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
     CHECK_OK(ctx, mpt_backward(model));
     CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "forward");
+    CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
+    CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "unscaled");
+    CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
     CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
     CHECK_OK(ctx, mpt_evaluate(model, s.x, s.label, 1, &m));
     CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "forward"); /* evaluation took its activations */

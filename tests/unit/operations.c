@@ -1798,6 +1798,9 @@ static void test_conv2d_errors(void) {
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, null, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "w");
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_RELU, null), MPT_ERROR_ARGUMENT, "y");
     CHECK_ERROR(c, mpt_conv2d_forward(c, NULL, x, x, x, MPT_RELU, x), MPT_ERROR_ARGUMENT, "shape");
+    large.R = 0;
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x), MPT_ERROR_SHAPE, "R");
+    large = s;
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, x, x, MPT_ACTIVATION_COUNT, x), MPT_ERROR_ARGUMENT, "activation");
     CHECK_ERROR(c, mpt_conv2d_forward(c, &s, x, fp8, x, MPT_RELU, x), MPT_ERROR_TYPE, "w");
     CHECK_ERROR(c, mpt_conv2d_backward_data(c, &s, null, x, 0, x), MPT_ERROR_ARGUMENT, "dy");

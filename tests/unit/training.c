@@ -643,6 +643,39 @@ static void check_bad_optimizer(trainer *t, const mpt_optimizer_desc *desc, cons
     test_check_reason(t->ctx, word, __FILE__, __LINE__);
 }
 
+static void check_bad_schedules(trainer *t) {
+    mpt_optimizer_desc d = mpt_sgd(0.1, 0), bad;
+    d.schedule.steps = 10, d.schedule.peak = 0.3;
+    bad = d, bad.schedule.kind = (mpt_schedule_kind)test_number(5), check_bad_optimizer(t, &bad, "kind");
+    bad = d, bad.schedule.warmup_start = -1, check_bad_optimizer(t, &bad, "warmup_start");
+    bad = d, bad.schedule.low = (double)test_float(inf_bits), check_bad_optimizer(t, &bad, "low");
+    bad = d, bad.schedule.start = (double)test_float(nan_bits), check_bad_optimizer(t, &bad, "start");
+    d.schedule.kind = MPT_SCHEDULE_COSINE, bad = d, bad.schedule.steps = 0, check_bad_optimizer(t, &bad, "steps");
+    d.schedule.kind = MPT_SCHEDULE_ONE_CYCLE;
+    bad = d, bad.schedule.peak = 0.1, check_bad_optimizer(t, &bad, "peak"); /* is the first step */
+    bad = d, bad.schedule.peak = 1, check_bad_optimizer(t, &bad, "peak");
+}
+
+/* Gradients to 0; what follows a step must have both arrays. */
+static void test_zero_grad(mpt_context *ctx) {
+    trainer t = trainer_new(ctx, MPT_BF16, MPT_MASTER_F32, NULL, NULL, 40, 4);
+    const size_t n = mpt_params_count(t.params, 0);
+    float *g = (float *)test_memory(n * sizeof *g), sum = 0;
+    size_t i;
+    test_floats(g, n, 1, 2, 3);
+    CHECK_OK(ctx, mpt_upload(ctx, mpt_params_grad(t.params, 0), g, n * sizeof *g));
+    CHECK_OK(ctx, mpt_params_zero_grad(t.params));
+    CHECK_OK(ctx, mpt_download(ctx, g, mpt_params_grad(t.params, 0), n * sizeof *g));
+    for (i = 0; i < n; i++) sum += g[i];
+    CHECK_EQUAL(sum, 0);
+    CHECK(mpt_params_zero_grad(NULL) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(ctx, mpt_optimizer_commit(t.opt, 1, NULL, g), MPT_ERROR_ARGUMENT, "pending");
+    CHECK_ERROR(ctx, mpt_optimizer_commit(t.opt, 1, g, NULL), MPT_ERROR_ARGUMENT, "committed");
+    CHECK(mpt_optimizer_commit(NULL, 0, NULL, NULL) == MPT_ERROR_ARGUMENT);
+    free(g);
+    trainer_free(&t);
+}
+
 static void test_optimizer_errors(mpt_context *ctx) {
     const double nan = (double)test_float(nan_bits);
     trainer t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, NULL, 4, 4);
@@ -661,6 +694,7 @@ static void test_optimizer_errors(mpt_context *ctx) {
     d = mpt_adam(0.1), d.beta2 = -0.1, check_bad_optimizer(&t, &d, "beta2");
     d = mpt_adam(0.1), d.eps = -1, check_bad_optimizer(&t, &d, "eps");
     d = mpt_adam(0.1), d.eps = 1e-60, check_bad_optimizer(&t, &d, "eps"); /* 0 in fp32: 0 / 0 */
+    check_bad_schedules(&t);
     CHECK(mpt_optimizer_new(NULL, t.scaler, NULL) == NULL);
     CHECK(mpt_optimizer_new(t.params, NULL, NULL) == NULL);
     CHECK(mpt_optimizer_new(unbuilt, t.scaler, NULL) == NULL);
@@ -1071,6 +1105,7 @@ int main(void) {
     test_groups(ctx, &sgd);
     test_groups(ctx, &adamw);
     test_optimizer_errors(ctx);
+    test_zero_grad(ctx);
     test_moments(ctx);
     test_skips(ctx);
     test_journal(ctx);
