@@ -14,7 +14,7 @@ static void *limited_alloc(size_t bytes, void *user) {
 
 /* Small, and now and then impossible. */
 static int number(fuzz_bytes *b, int most) {
-    static const int odd[] = {0, -1, 2147483647, -2147483647 - 1, 65536, 46341, 1 << 30, 4096};
+    static const int odd[] = {0, -1, 2147483647, -2147483647, 65536, 46341, 1 << 30, 4096};
     const uint32_t x = fuzz_take(b, 256);
     return x >= 248 ? odd[x - 248] : (int)(x % (uint32_t)most) + 1;
 }

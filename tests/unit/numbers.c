@@ -558,6 +558,7 @@ int main(void) {
     }
     test_histogram_counts(MPT_F32);
     test_named_casts();
+    CHECK(mpt_dtype_size(MPT_DTYPE_COUNT) == 0 && strstr(mpt_dtype_name(MPT_DTYPE_COUNT), "unknown"));
     test_compiler_half();
     test_hash_values();
     for (argument = 0; argument < 4; argument++) {
