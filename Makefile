@@ -1,5 +1,5 @@
 # GNU make. Nothing but a C compiler and make is needed; `make help` lists what can be made.
-# Options: CC=clang   SAN=address,undefined   FAST=1 (-Ofast). Each set of them has its own folder under build/.
+# Options: CC=clang   SAN=address,undefined (clang: memory, thread)   FAST=1 (-Ofast). Each set of them has its own folder under build/.
 
 WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wundef
 OPTIMISE = $(if $(FAST),-Ofast,-O2)
@@ -28,7 +28,7 @@ $(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
-.PHONY: all run test test-long test-cuda portable bench clean help detect FORCE
+.PHONY: all run test test-long test-cuda portable fuzz coverage mutants bench clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
@@ -47,6 +47,15 @@ test-cuda: detect
 portable:
 	@BUILD=$(BUILD) sh tests/compile/portable.sh
 
+fuzz:
+	@BUILD=$(BUILD) sh tests/fuzz/fuzz.sh $(or $(SECONDS),60)
+
+coverage:
+	@BUILD=$(BUILD) sh tests/coverage/coverage.sh
+
+mutants:
+	@python3 tests/mutants/mutants.py $(or $(N),30) $(BUILD)/mutants
+
 bench: detect $(BUILD)/tests/bench/bench
 	@$(BUILD)/tests/bench/bench
 
@@ -60,6 +69,9 @@ help: detect
 	@echo 'make test-long  runs the tests that take minutes'
 	@echo 'make test-cuda  builds the tests with nvcc and runs them on a GPU, or with CUDACPU=folder on that runner'
 	@echo 'make portable   builds and tests it for every target that is installed; CELLS="s390x gcc-O0" for some'
+	@echo 'make fuzz       runs each fuzzer for a minute, or SECONDS=10; needs clang'
+	@echo 'make coverage   which lines of mpt.h the tests run, by gcov'
+	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300: do the tests notice?'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
