@@ -1879,13 +1879,6 @@ static int mpt__multiply(size_t *out, size_t a, size_t b) {
     return 1;
 }
 
-/* Bytes of `count` elements, or MPT_ERROR_SHAPE: more than half the address space is refused. */
-static mpt_result mpt__bytes(mpt_context *ctx, const char *what, size_t count, size_t size, size_t *bytes) {
-    *bytes = 0;
-    if (mpt__multiply(bytes, count, size) && *bytes <= (size_t)-1 / 2) return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %z elements of %z bytes overflow size_t", what, count, size);
-}
-
 static void *mpt__desc_alloc(const mpt_context_desc *desc, size_t bytes) {
     return desc->alloc ? desc->alloc(bytes, desc->user) : malloc(bytes);
 }
@@ -4722,7 +4715,7 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
         elements += (tensor->count + MPT__TENSOR_ALIGN - 1) / MPT__TENSOR_ALIGN * MPT__TENSOR_ALIGN;
         MPT__TRY(mpt__need_size(params->ctx, "params_build", tensor->name, elements, 1, 1, 1));
     }
-    MPT__TRY(mpt__bytes(params->ctx, "params_build", elements, sizeof(float), &bytes));
+    bytes = elements * sizeof(float);
     masters = d->master == MPT_MASTER_F32;
     lows = d->master == MPT_MASTER_SPLIT || d->master == MPT_MASTER_KAHAN;
     params->grad = (float *)mpt_alloc(params->ctx, bytes);

@@ -218,7 +218,8 @@ static void test_params_errors(mpt_context *ctx) {
     CHECK(mpt_params_new(ctx, &desc) == NULL);
     test_check_reason(ctx, "master", __FILE__, __LINE__);
     params = mpt_params_new(ctx, NULL);
-    CHECK_EQUAL(mpt_params_add(params, "huge", (size_t)-1 / 2, 0), 1); /* elements can be counted, bytes cannot */
+    CHECK_EQUAL(mpt_params_add(params, "large", (size_t)-1 / 20, 0), 1);
+    CHECK_EQUAL(mpt_params_add(params, "larger", (size_t)-1 / 20, 0), 2); /* both, aligned, are too much */
     CHECK_ERROR(ctx, mpt_params_build(params), MPT_ERROR_SHAPE, "overflow");
     mpt_params_free(params);
     params = mpt_params_new(ctx, NULL);
