@@ -28,12 +28,15 @@ $(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
-.PHONY: all run test test-long test-cuda portable fuzz coverage mutants bench clean help detect FORCE
+.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
 run: all
 	$(BUILD)/examples/digits --csv $(BUILD)/digits.csv
+
+course: all
+	@BUILD=$(BUILD) sh examples/course.sh
 
 test: detect $(EXAMPLES) $(TESTS)
 	@$(RUN_TESTS) $(TESTS) $(SCRIPTS)
@@ -65,6 +68,7 @@ clean:
 help: detect
 	@echo 'make            builds the examples in build/examples'
 	@echo 'make run        trains on the digits and writes build/digits.csv'
+	@echo 'make course     runs the lessons of examples/README.md, and draws build/figures where gnuplot is'
 	@echo 'make test       runs all tests; the last line is their sum'
 	@echo 'make test-long  runs the tests that take minutes'
 	@echo 'make test-cuda  builds the tests with nvcc and runs them on a GPU, or with CUDACPU=folder on that runner'
