@@ -120,6 +120,14 @@ for compiler in $(compilers "$CXX" g++ clang++); do
     done
 done
 
+# ---- the course: C99 and C++11 ----
+
+for source in examples/[01][0-9]_*.c; do
+    check "$source" "$CC" -std=c99 $warn -Wno-frame-larger-than -Wstrict-prototypes -fsyntax-only "$source"
+    check "$source as C++" "$CXX" -x c++ -std=c++11 $warn -Wno-frame-larger-than -fsyntax-only "$source"
+    check "$source: under 150 lines" test "$(wc -l <"$source")" -lt 150
+done
+
 # ---- programs: one include too many, several files, static, on the command line, no threads, C++ and C ----
 
 # program NAME COMPILER ARGUMENTS...: builds it with the strict flags, but unoptimised frames may be large, and runs it.

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Every C block of README.md compiles without a warning, and those with a main run; so does the program of mpt.h's manual
-# with the calls that its train step is made of. Every exported function is declared, and described, in the public part.
+# Every C block of README.md and examples/README.md compiles without a warning, and those with a main run; so does the
+# program of mpt.h's manual with the calls that its train step is made of. Every exported function is declared, and
+# described, in the public part.
 cc=${CC:-cc}
 folder=${BUILD:-build}/tests/compile/readme
 passed=0 failed=0
@@ -9,7 +10,7 @@ mkdir -p "$folder"
 awk -v folder="$folder" '
     /^```c$/ { file = folder "/" ++blocks ".c"; next }
     /^```/ { file = "" }
-    file { print > file }' README.md
+    file { print > file }' README.md examples/README.md
 
 check() { # check STATUS WHAT
     if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "readme.sh: $2"; fi
