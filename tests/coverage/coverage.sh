@@ -14,7 +14,8 @@ failed=0
 for test in tests/unit/*.c tests/parity/*.c; do
     program=$build/$(echo "$test" | tr / - | sed 's/\.c$//')
     # shellcheck disable=SC2086
-    gcc $flags -DMPT__IMPLEMENTED -c "$test" -o "$program.o" && gcc --coverage "$program.o" "$build/mpt.o" -o "$program" -lm -pthread &&
+    gcc $flags -DMPT__IMPLEMENTED -c "$test" -o "$program.o" &&
+        gcc --coverage "$program.o" "$build/mpt.o" -o "$program" -lm -pthread &&
         "$program" >"$program.log" 2>&1 </dev/null || { failed=$((failed + 1)) && tail -n 5 "$program.log"; }
 done
 # Every object that mpt.h is in has counts of it: a line is run if one of them says so.
@@ -28,7 +29,10 @@ for notes in "$build"/*.gcno; do gcov -t "$notes" 2>/dev/null; done | awk '
     END { for (line in known) print line, line in run ? 1 : 0 }' | sort -n >"$build/lines"
 grep -qw avx512f /proc/cpuinfo 2>/dev/null && wide=1 || wide=0
 awk -v least=$least -v wide=$wide -v failed=$failed '
-    FILENAME ~ /reasons/ { if (split($0, part, "\t") == 2) { pattern[++reasons] = part[1]; reason[reasons] = part[2] } next }
+    FILENAME ~ /reasons/ {
+        if (split($0, part, "\t") == 2) { pattern[++reasons] = part[1]; reason[reasons] = part[2] }
+        next
+    }
     FILENAME ~ /mpt\.h$/ {
         text[FNR] = $0
         if ($0 ~ /_avx512\(/ && $0 !~ /;$/) other = 1
@@ -44,8 +48,8 @@ awk -v least=$least -v wide=$wide -v failed=$failed '
         printf "mpt.h:%d: %s    -- %s\n", $1, text[$1], why
     }
     END {
-        printf "%d of %d lines run: %.2f %%; %d lines for AVX-512 left out, which this CPU lacks (make portable)\n", run, lines,
-            100 * run / lines, left_out
+        printf "%d of %d lines run: %.2f %%; %d for AVX-512 left out, which this CPU lacks (see make portable)\n", run,
+            lines, 100 * run / lines, left_out
         bad = 100 * run < least * lines || failed > 0
         printf "coverage.sh: %d passed, %d failed\n", !bad, bad
         exit bad

@@ -25,12 +25,14 @@ TRAINING = ["parity/optimizers", "unit/training", "unit/weights"]
 SCALER = ["unit/training", "unit/scaler"]
 OPERATIONS = ["parity/operations", "unit/operations"]
 PARTS = [
-    (r"mpt_narrow|mpt_widen|mpt_\w+_from_\w+|mpt__mix|mpt_hash|mpt_uniform|mpt__format_of|mpt__\w+_bf16_plain", NUMBERS),
+    (r"mpt_narrow|mpt_widen|mpt_\w+_from_\w+|mpt__mix|mpt_hash|mpt_uniform|mpt__format_of|mpt__\w+_bf16_plain",
+     NUMBERS),
     (r"mpt_scaler_rule|mpt_scaler_\w+", SCALER),
     (r"mpt_schedule_factor|mpt__anneal|mpt__cos_pi|mpt__weight_\w+|mpt__update_\w+|mpt__rates_of|mpt__sgd_element|"
      r"mpt__adam_element|mpt__state_\w+|mpt_unscale|mpt_clip_\w+|mpt_step", TRAINING),
     (r"mpt__activate\w*|mpt__gelu_\w+|mpt__sigmoid|mpt__mask_factor|mpt__norm_(?!node|shape)\w+|mpt__row_\w+|"
-     r"mpt__class_\w+|mpt__loss_(?:factor|element)|mpt__sign|mpt__tap\w*|mpt__rows_run|mpt__view_run|mpt__finish_row|"
+     r"mpt__class_\w+|mpt__loss_(?:factor|element)|mpt__sign|mpt__tap\w*|mpt__rows_run|mpt__view_run|"
+     r"mpt__finish_row|"
      r"mpt__columns_\w+|mpt__unpool_run|mpt__max_run|mpt__pool_(?!start|stop|run|main|share|node)\w+|mpt__depthwise_\w+|"
      r"mpt__map_run|mpt__\w+_backward\w*", OPERATIONS),
 ]
@@ -53,13 +55,7 @@ def functions(lines):
             while j < len(lines) and not re.search(r"[;{}]\s*(/\*.*)?$", lines[j]):
                 j += 1
             if j < len(lines) and "{" in lines[j]:
-                end = j
-                while not lines[end].endswith("}") if end == j else lines[end] != "}":
-                    end += 1
-                    if end >= len(lines):
-                        break
-                    if lines[end] == "}":
-                        break
+                end = j if lines[j].endswith("}") else lines.index("}", j)
                 found.append((head.group(1), i, end))
                 i = end
         i += 1
@@ -116,7 +112,8 @@ def main():
     shutil.copytree("tests", os.path.join(folder, "tests"), dirs_exist_ok=True)
     log = os.path.join(folder, "results-" + hashlib.sha1(text.encode()).hexdigest()[:12])
     done = dict(line.split("\t") for line in known(log)) if os.path.exists(log) else {}
-    equivalent = {tuple(line.split("\t")[:3]) for line in known("tests/mutants/equivalent.txt") if not line.startswith("#")}
+    equivalent = known("tests/mutants/equivalent.txt")
+    equivalent = {tuple(line.split("\t")[:3]) for line in equivalent if not line.startswith("#")}
     mutants = sorted(sites(lines), key=lambda s: s[:4])
     everything = len(mutants)
     random.Random(SEED).shuffle(mutants)
