@@ -1,5 +1,5 @@
 # GNU make. Nothing but a C compiler and make is needed; `make help` lists what can be made.
-# Options: CC=clang   SAN=address,undefined (clang: memory, thread)   FAST=1 (-Ofast). Each set of them has its own folder under build/.
+# Options: CC=clang   SAN=address,undefined or thread (clang: memory)   FAST=1 (-Ofast). Each set has its own folder.
 
 WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wundef
 OPTIMISE = $(if $(FAST),-Ofast,-O2)
