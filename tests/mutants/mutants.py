@@ -3,7 +3,8 @@
 
 One operator or number in the casts, the scaler, the optimizers or an operation is changed in a copy of mpt.h, the tests
 of that part are built against it and run, quickest first, until one fails. A mutant that no test notices survives: it
-is printed, and fails the run if over 5 % do. equivalent.txt lists those that cannot be noticed, and why.
+is printed, and fails the run if over 5 % do (one is allowed). equivalent.txt lists those that cannot be noticed, and
+why.
 The same seed gives the same mutants; results are kept beside the copy, so that an interrupted run goes on.
 
 Usage: mutants.py [N [folder]]   from the repository's root
@@ -32,9 +33,8 @@ PARTS = [
      r"mpt__adam_element|mpt__state_\w+|mpt_unscale|mpt_clip_\w+|mpt_step", TRAINING),
     (r"mpt__activate\w*|mpt__gelu_\w+|mpt__sigmoid|mpt__mask_factor|mpt__norm_(?!node|shape)\w+|mpt__row_\w+|"
      r"mpt__class_\w+|mpt__loss_(?:factor|element)|mpt__sign|mpt__tap\w*|mpt__rows_run|mpt__view_run|"
-     r"mpt__finish_row|"
-     r"mpt__columns_\w+|mpt__unpool_run|mpt__max_run|mpt__pool_(?!start|stop|run|main|share|node)\w+|mpt__depthwise_\w+|"
-     r"mpt__map_run|mpt__\w+_backward\w*", OPERATIONS),
+     r"mpt__finish_row|mpt__columns_\w+|mpt__unpool_run|mpt__max_run|mpt__pool_(?!start|stop|run|main|share|node)\w+|"
+     r"mpt__depthwise_\w+|mpt__map_run|mpt__\w+_backward\w*", OPERATIONS),
 ]
 
 CHANGES = [
@@ -144,7 +144,7 @@ def main():
         else:
             caught += 1
     share = 100 * caught / max(tried, 1)
-    good = share >= 95
+    good = len(survivors) <= max(1, tried // 20)  # of a few, one
     print(f"{tried} of {everything} mutants, {caught} caught: {share:.1f} %; {same} left out as equivalent")
     print(f"mutants.py: {int(good)} passed, {int(not good)} failed")
     return not good
