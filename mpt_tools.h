@@ -1992,8 +1992,8 @@ static void mpt__put_shape(mpt__text *t, int dims, const uint64_t *shape) {
     mpt__put_char(t, ']');
 }
 
-/* {"__metadata__":{"format":"pt"},"fc.weight":{"dtype":"F32","shape":[3,2],"data_offsets":[0,24]}}, blanks to a multiple
-   of 8 */
+/* {"__metadata__":{"format":"pt"},"fc.weight":{"dtype":"F32","shape":[3,2],"data_offsets":[0,24]}}, and blanks to a
+   multiple of 8 */
 static size_t mpt__header_text(const mpt__job *job, char *out, size_t size) {
     size_t at = 0;
     mpt__text t;
@@ -2110,8 +2110,8 @@ static mpt_result mpt__save_file(mpt__job *job) {
     return r;
 }
 
-/* -- Reading a header -- JSON of this one form; a 0 takes the place of the quote that ends a
-   string, and stands behind the header */
+/* -- Reading a header -- JSON of this one form; a 0 takes the place of the quote that ends a string, and stands behind
+   the header */
 
 static mpt_result mpt__json_fail(const mpt__job *job, const char *what) {
     return mpt__job_fail(job, MPT_ERROR_FILE, "byte %z of the header: %s", (size_t)(job->at - job->header), what);
