@@ -55,8 +55,9 @@ MPT_DEF mpt_result mpt_optimizer_print(mpt_optimizer *opt, mpt_style style, mpt_
 MPT_DEF mpt_result mpt_skips_print(mpt_optimizer *opt, mpt_style style, mpt_write write, void *user);
 
 /* A matrix product that a node makes in a pass over a whole batch, as BLAS is given it, row-major: c(m,n) = op(a)(m,k)
-   op(b)(k,n). A convolution is one a group: forward (pixels x filters over taps), dX (pixels x taps over filters), dW
-   (filters x taps over pixels). */
+   op(b)(k,n). A convolution makes one for each group, as mpt_cuda.cuh does: forward (output pixels x filters, over taps
+   and channels), dX (input pixels x channels, over taps and filters), dW (filters x taps and channels, over output
+   pixels). */
 typedef struct mpt_product {
     mpt_pass pass;
     int trans_a, trans_b;
@@ -64,7 +65,7 @@ typedef struct mpt_product {
     mpt_dtype a, b, c;    /* types of the operands and the result; F32 operands are read as TF32 */
     size_t count;         /* products: the groups of a convolution */
     size_t multiply_adds; /* of all of them */
-    const char *broken;   /* "m", "n", "k", several, or a leading dimension that breaks the rule below; "": none */
+    const char *broken;   /* which of m, n, k break the rule below, as "n k"; "": none */
 } mpt_product;
 
 /* The product of node 1.. in a pass; *out is all zero if the node makes none in it. Arithmetic on the plan: no device
@@ -195,9 +196,10 @@ typedef struct mpt_what_if {
 /* From now on operations of a node (0: all, and those outside of models) in the passes of a mask of 1 << mpt_pass (0:
    all three) run as told; of several calls the last that fits holds. what NULL: nothing is simulated any more. Build
    the model in O0. A mpt_gemm outside of a model counts as forward. With sum.format other than F32, or a chunk, the
-   product is made by a plain loop, in order of k (convolution: taps, then channels; dX: taps, then filters; dW: images
-   and pixels), padding left out; else by the engine. Stochastic rounding differs between calls and is the same in every
-   run.
+   product is made by a plain loop, in order of k (convolution: taps, then channels; dX: taps, those of a row of the
+   kernel from the last, then filters; dW: images and pixels; padding as zeros), some hundred times slower; else by the
+   engine. The input is not rounded, but operands are. Stochastic rounding differs between calls and is the same in
+   every run.
    MPT_ERROR_UNSUPPORTED on a device. */
 MPT_DEF mpt_result mpt_lens_simulate(mpt_lens *lens, int node, unsigned passes, const mpt_what_if *what);
 
