@@ -124,7 +124,7 @@ static snapshot trained_with(mpt_context *ctx, mpt_policy policy, lens_use use) 
     int i;
     CHECK(use == USE_NONE || lens);
     train_steps(ctx, net, 1);
-    if (use == USE_WATCH || use == USE_TWO || use == USE_EXPLAIN) CHECK_OK(ctx, mpt_lens_watch(lens, net));
+    if (use == USE_WATCH || use == USE_TWO) CHECK_OK(ctx, mpt_lens_watch(lens, net));
     if (use == USE_TWO) {
         second = mpt_lens_open(ctx);
         CHECK_OK(ctx, mpt_lens_watch(second, net));
@@ -143,13 +143,15 @@ static snapshot trained_with(mpt_context *ctx, mpt_policy policy, lens_use use) 
     return s;
 }
 
+/* On CUDA one policy, and only what promises the same bits there. */
 static void test_nothing_changes(mpt_context *ctx, int policies) {
     int i, use;
     for (i = 0; i < policies; i++)
         for (use = USE_OPEN; use < USES; use++) {
-            const int ok = CHECK(snapshot_same(trained_with(ctx, policy_of(i), USE_NONE),
-                                               trained_with(ctx, policy_of(i), (lens_use)use)));
-            if (!ok) printf("    policy %d, use %d\n", i, use);
+            const mpt_policy policy = policy_of(ON_CPU ? i : 4);
+            if (!ON_CPU && use != USE_OPEN && use != USE_EXPLAIN) continue;
+            if (!CHECK(snapshot_same(trained_with(ctx, policy, USE_NONE), trained_with(ctx, policy, (lens_use)use))))
+                printf("    policy %d, use %d\n", i, use);
         }
 }
 
@@ -1084,7 +1086,7 @@ int main(void) {
     int isa;
     test_advice();
     test_precisions();
-    test_context(test_open_threads(3), POLICIES);
+    test_context(test_open_threads(3), ON_CPU ? POLICIES : 1);
     for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT && ON_CPU; isa++) {
         mpt_context *ctx = test_open_isa((mpt_isa)isa, 1);
         if (ctx) test_context(ctx, 2);
