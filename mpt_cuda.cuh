@@ -2386,7 +2386,7 @@ static void mptc__close(mpt_context *ctx) {
 
 static const mpt_backend *mptc__backend(void) {
     static const mpt_backend table = {
-        "cuda", 0, mptc__close, mptc__alloc, mptc__release, mptc__upload, mptc__download, mptc__zero, mptc__scan,
+        "cuda", NULL, 0, mptc__close, mptc__alloc, mptc__release, mptc__upload, mptc__download, mptc__zero, mptc__scan,
         mptc__histogram, mptc__map, mptc__gemm, mptc__conv2d, mptc__column_sums, mptc__copy_columns, mptc__pool2d,
         mptc__norm, mptc__loss, mptc__check, mptc__update, mptc__scale,
         mptc__begin, mptc__end};
