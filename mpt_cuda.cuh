@@ -13,14 +13,14 @@
 
    Every other file, plain C included, just includes this header, which brings mpt.h. Link with cuBLAS:
 
-       nvcc -O2 program.cu -o program -lcublas
+       nvcc -O2 program.cu -o program -lcublas -lcublasLt
 
    and from a C project through a static library:
 
        libmpt_cuda.a: mpt_cuda.cu
                nvcc -O2 -gencode arch=compute_80,code=compute_80 -c $< -o mpt_cuda.o && ar rcs $@ mpt_cuda.o
        program: program.c libmpt_cuda.a
-               cc -O2 $^ -o $@ -L/usr/local/cuda/lib64 -lcublas -lcudart -lstdc++ -lm -pthread
+               cc -O2 $^ -o $@ -L/usr/local/cuda/lib64 -lcublas -lcublasLt -lcudart -lstdc++ -lm -pthread
 
    CONTENTS   search for "==== NAME"
      MANUAL            what differs from the CPU, requirements, errors, memory, order of work
@@ -28,9 +28,9 @@
      - stop here if you only want the API -
      DEVICE            state of a context, errors, memory, uploads, scratch
      PACKS             eight elements of any type at a time, the loop over them, the last block of a launch
-     ELEMENTWISE       cast, activation and its gradient, sum of two arrays, dropout, copy of columns
+     ELEMENTWISE       cast, activation and its gradient, sum of two arrays, dropout, what comes after a product
      COLUMNS           sums over the rows of a matrix: bias gradients, and parts of what follows
-     PRODUCTS          gemm by cuBLAS, what comes after it, convolution as gather and gemm, depthwise convolution
+     PRODUCTS          gemm by cuBLAS, epilogues, convolution as gather and gemm, depthwise convolution
      NORMALISATION     statistics, forward, backward, running statistics
      REDUCTIONS        scan, histogram, losses
      POOLING           max and average, forward and backward
@@ -68,8 +68,12 @@
    convolution needs more), in the first step. After that a step allocates nothing.
 
    6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
-   the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells. mpt_scaler_update
-   may tell of MPT_ERROR_DIVERGED one step late.                                                                      */
+   the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells, of
+   MPT_ERROR_DIVERGED as well: up to four steps late.
+
+   7. Training steps. The second mpt_train_step of a model records its work as a CUDA graph; later ones are one launch,
+   and an upload of the batch that goes ahead while the step before runs. Learning rates, group settings, scale and
+   weights may be set between steps.                                                                                  */
 
 #ifndef MPT_CUDA_H
 #define MPT_CUDA_H
@@ -109,6 +113,7 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *desc);
     !defined(MPT__CUDA_IMPLEMENTED)
 #define MPT__CUDA_IMPLEMENTED
 
+#include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -134,17 +139,13 @@ enum {
 static const size_t mptc__align = 256;                    /* of the parts of the scratch block */
 static const size_t mptc__staging_most = (size_t)64 << 20; /* longer uploads go in pieces */
 
-typedef struct mptc__slot {
+typedef struct mptc__slot { /* for uploads; or a feed: for the batches of recorded steps, which read them here */
     char *host;         /* pinned */
-    cudaEvent_t copied; /* recorded behind the copy from it */
-} mptc__slot;
-
-typedef struct mptc__feed { /* a batch on its way to the recorded steps that read it here */
-    char *host;         /* pinned */
-    char *device;
-    cudaEvent_t copied; /* recorded behind the copy... */
+    char *device;       /* of a feed */
+    size_t bytes;
+    cudaEvent_t copied; /* recorded behind the copy from host... */
     cudaEvent_t used;   /* ...and behind the step */
-} mptc__feed;
+} mptc__slot;
 
 typedef struct mptc__graph { /* the steps of one model */
     mpt_update_op key;                 /* see begin in mpt_backend; state NULL: this place is free */
@@ -166,14 +167,29 @@ typedef struct mptc__step { /* from begin to end */
     int again;
 } mptc__step;
 
+typedef struct mptc__sums { /* of the columns of dy(rows,C), see mpt_bias_backward */
+    size_t rows, C;
+    mpt_array dy, db;
+    float beta;
+} mptc__sums;
+
 /* What was asked for and waits, because the call that follows may do it in passing. mptc__enter does it else. */
 typedef struct mptc__held {
     void *fed, *to; /* a copy from there to here */
     size_t bytes;
-    int finish, update; /* these wait */
+    int finish, bias, update; /* these wait */
     mpt_gemm_op product;
+    mptc__sums sums;
     mpt_update_op step;
 } mptc__held;
+
+enum { MPTC__PLAN_KEY = 15, MPTC__PLANS = 256 };
+
+typedef struct mptc__plan { /* what cuBLASLt said about a product with an epilogue */
+    int key[MPTC__PLAN_KEY];
+    int fuses;
+    cublasLtMatmulAlgo_t algo;
+} mptc__plan;
 
 typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
@@ -184,21 +200,21 @@ typedef struct mptc__device {
     cublasMath_t user_math;
     cublasPointerMode_t user_mode;
     void *products;           /* cuBLAS's workspace */
+    size_t products_bytes;
     char *scratch;            /* temporaries of the running operation */
     size_t scratch_bytes;
     char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
     unsigned *ticket;         /* ...ticket of mptc__last_block */
     mptc__slot slots[MPTC__SLOTS];
-    size_t slot_bytes;
     unsigned uploads;
     int32_t *stuck;           /* pinned: MPTC__MIRRORS copies of mpt_scaler_state.stuck */
     const mpt_scaler_state *mirrored[MPTC__MIRRORS];
     cudaStream_t feeder; /* copies feeds while steps run */
-    mptc__feed feeds[MPTC__SLOTS];
-    size_t feed_bytes;
+    mptc__slot feeds[MPTC__SLOTS];
     mptc__graph graphs[MPTC__GRAPHS];
     mptc__step step;
     mptc__held held;
+    mptc__plan plans[MPTC__PLANS];
     uint64_t steps;
     int turn; /* the feed of the last step */
 } mptc__device;
@@ -222,36 +238,30 @@ static mpt_result mptc__failed(mpt_context *ctx, int memory, const char *call, i
 }
 
 /* Each returns from the calling function when a call did not succeed. */
-#define MPTC__TRY(call)                                   \
-    do {                                                  \
-        const mpt_result mptc__r = (call);                \
-        if (mptc__r != MPT_OK) return mptc__r;            \
+#define MPTC__TRY(call)                                        \
+    do {                                                       \
+        const mpt_result mptc__r = (call);                     \
+        if (mptc__r != MPT_OK) return mptc__r;                 \
     } while (0)
 
-#define MPTC__CUDA(call)                                                                                            \
-    do {                                                                                                            \
-        const cudaError_t mptc__e = (call);                                                                         \
-        if (mptc__e != cudaSuccess)                                                                                 \
-            return mptc__failed(ctx, mptc__e == cudaErrorMemoryAllocation, #call, __LINE__,                         \
-                                cudaGetErrorString(mptc__e));                                                       \
-    } while (0)
+static mpt_result mptc__cuda_result(mpt_context *ctx, cudaError_t e, const char *call, int line) {
+    if (e == cudaSuccess) return MPT_OK;
+    return mptc__failed(ctx, e == cudaErrorMemoryAllocation, call, line, cudaGetErrorString(e));
+}
+static mpt_result mptc__cublas_result(mpt_context *ctx, cublasStatus_t s, const char *call, int line) {
+    if (s == CUBLAS_STATUS_SUCCESS) return MPT_OK;
+    return mptc__failed(ctx, s == CUBLAS_STATUS_ALLOC_FAILED, call, line, cublasGetStatusString(s));
+}
 
-#define MPTC__CUBLAS(call)                                                                                          \
-    do {                                                                                                            \
-        const cublasStatus_t mptc__s = (call);                                                                      \
-        if (mptc__s != CUBLAS_STATUS_SUCCESS)                                                                       \
-            return mptc__failed(ctx, mptc__s == CUBLAS_STATUS_ALLOC_FAILED, #call, __LINE__,                        \
-                                cublasGetStatusString(mptc__s));                                                    \
-    } while (0)
+#define MPTC__CUDA(call) MPTC__TRY(mptc__cuda_result(ctx, (call), #call, __LINE__))
+#define MPTC__CUBLAS(call) MPTC__TRY(mptc__cublas_result(ctx, (call), #call, __LINE__))
 
 /* Starts a kernel on the stream of `device`, a variable of the calling function as ctx is. */
 #define MPTC__LAUNCH(kernel, blocks, threads, ...)                                                                  \
     do {                                                                                                            \
         if (device->step.mode == MPTC__REPLAY) break;                                                               \
         kernel<<<(blocks), (threads), 0, device->stream>>>(__VA_ARGS__);                                            \
-        const cudaError_t mptc__e = cudaGetLastError();                                                             \
-        if (mptc__e != cudaSuccess)                                                                                 \
-            return mptc__failed(ctx, 0, "launch of " #kernel, __LINE__, cudaGetErrorString(mptc__e));               \
+        MPTC__TRY(mptc__cuda_result(ctx, cudaGetLastError(), "launch of " #kernel, __LINE__));                      \
     } while (0)
 
 /* The context's device becomes current, and an error that somebody left is told as theirs. */
@@ -305,10 +315,8 @@ static void *mptc__alloc(mpt_context *ctx, size_t bytes) {
 }
 
 static void mptc__graph_drop(mptc__graph *graph) {
-    for (int i = 0; i < MPTC__SLOTS; i++) {
+    for (int i = 0; i < MPTC__SLOTS; graph->exec[i++] = NULL)
         if (graph->exec[i]) cudaGraphExecDestroy(graph->exec[i]);
-        graph->exec[i] = NULL;
-    }
 }
 
 /* Before memory goes away that recorded steps use */
@@ -336,20 +344,23 @@ static mpt_result mptc__download(mpt_context *ctx, void *host, const void *from,
     return MPT_OK;
 }
 
-/* Makes both slots at least this long. */
-static mpt_result mptc__slots_grow(mpt_context *ctx, size_t bytes) {
+/* Makes two slots at least this long. */
+static mpt_result mptc__slots_grow(mpt_context *ctx, mptc__slot *slots, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const size_t wanted = mptc__round_up(bytes, 65536);
-    if (bytes <= device->slot_bytes) return MPT_OK;
+    if (bytes <= slots[0].bytes && bytes <= slots[1].bytes) return MPT_OK;
+    MPTC__CUDA(cudaStreamSynchronize(device->feeder));
     MPTC__CUDA(cudaStreamSynchronize(device->stream));
-    device->slot_bytes = 0;
+    mptc__graphs_drop(device);
     for (int i = 0; i < MPTC__SLOTS; i++) {
-        mptc__slot *slot = &device->slots[i];
-        cudaFreeHost(slot->host);
-        slot->host = NULL;
+        mptc__slot *slot = &slots[i];
+        cudaFreeHost(slot->host), cudaFree(slot->device);
+        slot->bytes = 0, slot->host = slot->device = NULL;
+        if (slots == device->feeds) slot->device = (char *)mptc__malloc(ctx, wanted);
+        if (slots == device->feeds && !slot->device) return MPT_ERROR_NO_MEMORY;
         MPTC__CUDA(cudaHostAlloc((void **)&slot->host, wanted, cudaHostAllocDefault));
+        slot->bytes = wanted;
     }
-    device->slot_bytes = wanted;
     return MPT_OK;
 }
 
@@ -363,8 +374,8 @@ static mpt_result mptc__await(mpt_context *ctx, cudaEvent_t copied) {
 
 static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes);
 
-/* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. What is held in a step has
-   nothing to do with its uploads. */
+/* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. What is held in a step
+   has nothing to do with its uploads. */
 static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const char *from = (const char *)host;
@@ -372,7 +383,7 @@ static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, siz
     MPTC__TRY(device->step.open ? mptc__current(ctx) : mptc__enter(ctx));
     if (device->step.mode != MPTC__DIRECT) return mptc__feed_upload(ctx, to, host, bytes);
     device->step.fed += mptc__round_up(bytes, mptc__align);
-    MPTC__TRY(mptc__slots_grow(ctx, mptc__min(bytes, mptc__staging_most)));
+    MPTC__TRY(mptc__slots_grow(ctx, device->slots, mptc__min(bytes, mptc__staging_most)));
     while (bytes) {
         mptc__slot *slot = &device->slots[device->uploads++ % MPTC__SLOTS];
         const size_t some = mptc__min(bytes, mptc__staging_most);
@@ -388,9 +399,9 @@ static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, siz
 /* Where to read what was uploaded to `to` for this call alone: in the feed, if it is there still */
 static void *mptc__fed(mpt_context *ctx, void *to) {
     mptc__held *held = &mptc__of(ctx)->held;
-    void *at = to && held->to == to ? held->fed : to;
-    if (at != to) held->to = NULL;
-    return at;
+    if (!to || held->to != to) return to;
+    held->to = NULL;
+    return held->fed;
 }
 
 /* Makes the scratch block at least this long; what it held is lost. */
@@ -434,6 +445,8 @@ static unsigned mptc__blocks(const mptc__device *device, size_t work) {
 
 enum { MPTC__PACK = 8 };
 
+#define MPTC__EACH(e) _Pragma("unroll") for (unsigned e = 0; e < MPTC__PACK; e++) /* element of a pack */
+
 /* The hardware's casts; where they would lose the payload of a NaN, the rule of mpt.h. */
 static __device__ __forceinline__ float mptc__widen(uint32_t bits, mpt_dtype type) {
     if (type == MPT_F16 && (bits & 0x7fffu) <= 0x7c00u) return __half2float(__ushort_as_half((unsigned short)bits));
@@ -450,13 +463,9 @@ static __device__ __forceinline__ uint32_t mptc__narrow(float x, mpt_dtype type)
 }
 
 static __device__ __forceinline__ float mptc__get(mpt_array a, size_t i) {
-    switch (a.type) {
-    case MPT_F32: return ((const float *)a.data)[i];
-    case MPT_F16: return mptc__widen(((const uint16_t *)a.data)[i], MPT_F16);
-    case MPT_BF16: return mptc__widen(((const uint16_t *)a.data)[i], MPT_BF16);
-    case MPT_E4M3: return mptc__widen(((const uint8_t *)a.data)[i], MPT_E4M3);
-    default: return mptc__widen(((const uint8_t *)a.data)[i], MPT_E5M2);
-    }
+    if (a.type == MPT_F32) return ((const float *)a.data)[i];
+    if (a.type <= MPT_BF16) return mptc__widen(((const uint16_t *)a.data)[i], a.type);
+    return mptc__widen(((const uint8_t *)a.data)[i], a.type);
 }
 
 static __device__ __forceinline__ void mptc__put_bits(mpt_array a, size_t i, uint32_t bits) {
@@ -466,12 +475,7 @@ static __device__ __forceinline__ void mptc__put_bits(mpt_array a, size_t i, uin
 }
 
 static __device__ __forceinline__ void mptc__put(mpt_array a, size_t i, float x) {
-    switch (a.type) {
-    case MPT_F32: ((float *)a.data)[i] = x; break;
-    case MPT_F16: ((uint16_t *)a.data)[i] = (uint16_t)mptc__narrow(x, MPT_F16); break;
-    case MPT_BF16: ((uint16_t *)a.data)[i] = (uint16_t)mptc__narrow(x, MPT_BF16); break;
-    default: mptc__put_bits(a, i, mpt_narrow(x, a.type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0));
-    }
+    mptc__put_bits(a, i, a.type == MPT_F32 ? mpt__bits(x) : mptc__narrow(x, a.type));
 }
 
 /* May n elements from here be moved in 16-byte pieces? */
@@ -484,11 +488,9 @@ static __device__ __forceinline__ void mptc__load_bits(const uint16_t *p, unsign
     if (mptc__whole(p, n)) {
         const uint4 u = *(const uint4 *)p;
         const uint32_t words[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) bits[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
+        MPTC__EACH(e) bits[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
     } else {
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) bits[e] = e < n ? p[e] : (uint16_t)0;
+        MPTC__EACH(e) bits[e] = e < n ? p[e] : (uint16_t)0;
     }
 }
 
@@ -500,9 +502,7 @@ static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n,
         for (unsigned e = 0; e < 4; e++) words[e] = bits[2 * e] | (uint32_t)bits[2 * e + 1] << 16;
         __stwb((uint4 *)p, make_uint4(words[0], words[1], words[2], words[3]));
     } else {
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
-            if (e < n) p[e] = bits[e];
+        MPTC__EACH(e) if (e < n) p[e] = bits[e];
     }
 }
 
@@ -515,12 +515,9 @@ static __device__ __forceinline__ void mptc__load(mpt_array a, size_t i, unsigne
     } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
         uint16_t bits[MPTC__PACK];
         mptc__load_bits((const uint16_t *)a.data + i, n, bits);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
-            x[e] = a.type == MPT_F16 ? mptc__widen(bits[e], MPT_F16) : mptc__widen(bits[e], MPT_BF16);
+        MPTC__EACH(e) x[e] = a.type == MPT_F16 ? mptc__widen(bits[e], MPT_F16) : mptc__widen(bits[e], MPT_BF16);
     } else {
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) x[e] = e < n ? mptc__get(a, i + e) : 0.0f;
+        MPTC__EACH(e) x[e] = e < n ? mptc__get(a, i + e) : 0.0f;
     }
 }
 
@@ -532,14 +529,11 @@ static __device__ __forceinline__ void mptc__store(mpt_array a, size_t i, unsign
         __stwb(p + 1, make_float4(x[4], x[5], x[6], x[7]));
     } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
         uint16_t bits[MPTC__PACK];
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
+        MPTC__EACH(e)
             bits[e] = (uint16_t)(a.type == MPT_F16 ? mptc__narrow(x[e], MPT_F16) : mptc__narrow(x[e], MPT_BF16));
         mptc__store_bits((uint16_t *)a.data + i, n, bits);
     } else {
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
-            if (e < n) mptc__put(a, i + e, x[e]);
+        MPTC__EACH(e) if (e < n) mptc__put(a, i + e, x[e]);
     }
 }
 
@@ -587,32 +581,23 @@ static __global__ void mptc__map_k(mpt_map_op op) {
         float a[MPTC__PACK], b[MPTC__PACK];
         mptc__load(op.a, i, n, a);
         if (op.map == MPT_MAP_CAST && !plain) {
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++)
-                if (e < n) mptc__put_bits(op.out, i + e, mptc__cast_bits(rounding, op.out.type, i + e, a[e]));
+            MPTC__EACH(e) if (e < n) mptc__put_bits(op.out, i + e, mptc__cast_bits(rounding, op.out.type, i + e, a[e]));
             continue;
         }
         if (op.map == MPT_MAP_ACTIVATION) {
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) a[e] = mpt__activate(op.act, a[e]);
+            MPTC__EACH(e) a[e] = mpt__activate(op.act, a[e]);
         } else if (op.map == MPT_MAP_ADD) {
             if (op.beta != 0) mptc__load(op.b, i, n, b);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++)
-                a[e] = mpt__activate(op.act, op.beta != 0 ? mpt__add(a[e], mpt__mul(op.beta, b[e])) : a[e]);
+            MPTC__EACH(e) a[e] = mpt__activate(op.act, op.beta != 0 ? mpt__add(a[e], mpt__mul(op.beta, b[e])) : a[e]);
         } else if (op.map == MPT_MAP_ACTIVATION_GRADIENT) {
             mptc__load(op.b, i, n, b);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) a[e] = mpt__activate_backward(op.act, a[e], b[e]);
+            MPTC__EACH(e) a[e] = mpt__activate_backward(op.act, a[e], b[e]);
             if (op.beta != 0) mptc__load(op.out, i, n, b);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++)
-                if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
+            MPTC__EACH(e) if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
         } else if (op.map == MPT_MAP_DROPOUT) {
             const uint64_t step = mask.step ? *mask.step : 0;
             if (op.beta != 0) mptc__load(op.out, i, n, b);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) {
+            MPTC__EACH(e) {
                 a[e] = mpt__mul(a[e], mpt__mask_factor(&mask, step, i + e));
                 if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
             }
@@ -635,28 +620,42 @@ static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
     return mptc__map_run(ctx, &op);
 }
 
-/* see mpt_copy_columns */
-static __global__ void mptc__copy_columns_k(mpt_columns_op op) {
-    const size_t packs = (op.C + MPTC__PACK - 1) / MPTC__PACK;
-    for (size_t i = mptc__thread(); i < op.rows * packs; i += mptc__stride()) {
-        const size_t row = i / packs, c = i % packs * MPTC__PACK;
-        const unsigned n = mptc__left(op.C, c);
-        float x[MPTC__PACK], old[MPTC__PACK];
-        mptc__load(op.x, row * op.x_stride + c, n, x);
-        if (op.beta != 0) mptc__load(op.y, row * op.y_stride + c, n, old);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
-            if (op.beta != 0) x[e] = mpt__add(x[e], mpt__mul(op.beta, old[e]));
-        mptc__store(op.y, row * op.y_stride + c, n, x);
+/* out(m,n) = act(x(m,n) + beta out + bias(n)); rows of x are ld apart, of out ldc. x may be out. */
+static __global__ void mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_t ldc,
+                                      float beta, mpt_array bias, mpt_activation act) {
+    const size_t packs = (n + MPTC__PACK - 1) / MPTC__PACK;
+    for (size_t i = mptc__thread(); i < m * packs; i += mptc__stride()) {
+        const size_t row = i / packs, column = i % packs * MPTC__PACK;
+        const unsigned some = mptc__left(n, column);
+        float x[MPTC__PACK], y[MPTC__PACK];
+        mptc__load(in, row * ld + column, some, x);
+        if (beta != 0) {
+            mptc__load(out, row * ldc + column, some, y);
+            MPTC__EACH(e) x[e] = mpt__add(x[e], mpt__mul(beta, y[e]));
+        }
+        if (bias.data) {
+            mptc__load(bias, column, some, y);
+            MPTC__EACH(e) x[e] += y[e];
+        }
+        MPTC__EACH(e) x[e] = mpt__activate(act, x[e]);
+        mptc__store(out, row * ldc + column, some, x);
     }
 }
 
-static mpt_result mptc__copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, mpt_array x, size_t ld, float beta) {
     mptc__device *device = mptc__of(ctx);
-    MPTC__TRY(mptc__enter(ctx));
-    MPTC__LAUNCH(mptc__copy_columns_k, mptc__blocks(device, op->rows * mptc__divide_up(op->C, MPTC__PACK)),
-                 MPTC__THREADS, *op);
+    const size_t packs = op->m * mptc__divide_up(op->n, MPTC__PACK);
+    MPTC__LAUNCH(mptc__finish_k, mptc__blocks(device, packs), MPTC__THREADS, op->m, op->n, x, ld, op->c, op->ldc, beta,
+                 op->bias, op->act);
     return MPT_OK;
+}
+
+static mpt_result mptc__copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+    mpt_gemm_op to = MPT_ZERO;
+    to.m = op->rows, to.n = op->C;
+    to.c = op->y, to.ldc = op->y_stride;
+    MPTC__TRY(mptc__enter(ctx));
+    return mptc__finish(ctx, &to, op->x, op->x_stride, op->beta);
 }
 
 /* ==== COLUMNS ====
@@ -711,8 +710,7 @@ template <typename terms> static __global__ void mptc__columns_k(mptc__columns w
     for (unsigned s = 0; s < terms::SUMS; s++) {
         const size_t plane = first + s;
         double sum = 0;
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) {
+        MPTC__EACH(e) {
             for (unsigned width = MPTC__WARP / 2; width >= across; width /= 2)
                 acc[s][e] += __shfl_xor_sync(0xffffffffu, acc[s][e], width);
             if (lane < across) sums[thread / MPTC__WARP][lane * MPTC__PACK + e] = acc[s][e];
@@ -782,24 +780,31 @@ struct mptc__plain_terms { /* x(rows,C) itself */
         float v[MPTC__PACK];
         for (; row < end; row += blockDim.y) {
             mptc__load(x, (size_t)row * C + c, n, v);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) acc[0][e] += (double)v[e];
+            MPTC__EACH(e) acc[0][e] += (double)v[e];
         }
     }
 };
 
-static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                                    int) {
+static mpt_result mptc__sums_run(mpt_context *ctx, const mptc__sums *s) {
     mptc__columns w = MPT_ZERO;
     mptc__plain_terms terms;
+    w.samples = w.planes = 1;
+    w.rows = s->rows, w.C = terms.C = s->C;
+    w.out = s->db;
+    w.beta = s->beta;
+    terms.x = s->dy;
+    return mptc__columns_run(ctx, &w, terms);
+}
+
+static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
+                                    int product) {
+    const mptc__sums sums = {rows, C, dy, db, beta};
     if (!C) return MPT_OK;
     MPTC__TRY(mptc__enter(ctx));
-    w.samples = w.planes = 1;
-    w.rows = rows, w.C = terms.C = C;
-    w.out = db;
-    w.beta = beta;
-    terms.x = dy;
-    return mptc__columns_run(ctx, &w, terms);
+    if (!product) return mptc__sums_run(ctx, &sums);
+    mptc__of(ctx)->held.bias = 1;
+    mptc__of(ctx)->held.sums = sums;
+    return MPT_OK;
 }
 
 /* ==== PRODUCTS ====
@@ -815,94 +820,153 @@ static mpt_array mptc__at(mpt_array a, size_t i) {
     return a.data ? mpt_typed_array((char *)a.data + i * mpt_dtype_size(a.type), a.type) : a;
 }
 
-/* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once.
-   Only ReLU may come after the rounding, in a flat loop over c. */
+/* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once. */
 static int mptc__needs_sums(const mpt_gemm_op *op) {
-    const int after = op->act == MPT_IDENTITY || (op->act == MPT_RELU && op->ldc == op->n);
-    return op->c.type != MPT_F32 && (op->bias.data || op->c.type != op->a.type || !after);
+    return op->c.type != MPT_F32 && (op->bias.data || op->c.type != op->a.type || op->act);
 }
 
-/* out(m,n) = act(sums(m,n) + beta out + bias(n)); rows of sums are ld apart, of out ldc. sums may be out. */
-static __global__ void mptc__finish_k(size_t m, size_t n, const float *sums, size_t ld, mpt_array out, size_t ldc,
-                                      float beta, mpt_array bias, mpt_activation act) {
-    const size_t packs = (n + MPTC__PACK - 1) / MPTC__PACK;
-    for (size_t i = mptc__thread(); i < m * packs; i += mptc__stride()) {
-        const size_t row = i / packs, column = i % packs * MPTC__PACK;
-        const unsigned some = mptc__left(n, column);
-        float x[MPTC__PACK], y[MPTC__PACK];
-        mptc__load(mpt_f32_array(sums), row * ld + column, some, x);
-        if (beta != 0) {
-            mptc__load(out, row * ldc + column, some, y);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) x[e] += beta * y[e];
-        }
-        if (bias.data) {
-            mptc__load(bias, column, some, y);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) x[e] += y[e];
-        }
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) x[e] = mpt__activate(act, x[e]);
-        mptc__store(out, row * ldc + column, some, x);
-    }
+static mpt_result mptc__need_ints(mpt_context *ctx, const mpt_gemm_op *op) {
+    if (op->m <= INT_MAX && op->n <= INT_MAX && op->k <= INT_MAX && op->lda <= INT_MAX && op->ldb <= INT_MAX &&
+        op->ldc <= INT_MAX) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
+                    op->m, op->n, op->k, op->lda, op->ldb, op->ldc);
 }
 
-static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, const float *sums, size_t ld, float beta) {
-    mptc__device *device = mptc__of(ctx);
-    const size_t packs = op->m * mptc__divide_up(op->n, MPTC__PACK);
-    MPTC__LAUNCH(mptc__finish_k, mptc__blocks(device, packs), MPTC__THREADS, op->m, op->n, sums, ld, op->c, op->ldc,
-                 beta, op->bias, op->act);
-    return MPT_OK;
-}
-
-/* In place on sums in c */
-static mpt_result mptc__finish_f32(mpt_context *ctx, const mpt_gemm_op *op) {
-    return mptc__finish(ctx, op, (const float *)op->c.data, op->ldc, 0);
-}
-
-/* In place on a c of 16 bits whose rows have no gaps */
-static mpt_result mptc__activate(mpt_context *ctx, const mpt_gemm_op *op) {
-    mpt_map_op map = MPT_ZERO;
-    map.map = MPT_MAP_ACTIVATION;
-    map.act = op->act;
-    map.n = op->m * op->n;
-    map.a = map.out = op->c;
-    return mptc__map_run(ctx, &map);
+static cublasComputeType_t mptc__compute(mpt_context *ctx, const mpt_gemm_op *op) {
+    return op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
 }
 
 /* c(m,n) = alpha op(a)(m,k) op(b)(k,n) + beta c by cuBLAS; a and b of one type, c of that or fp32 */
 static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta) {
-    const int tf32 = op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32;
-    const cublasComputeType_t compute = tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-    const cudaDataType a_type = mptc__data_type(op->a.type), b_type = mptc__data_type(op->b.type);
+    const cudaDataType type = mptc__data_type(op->a.type);
     const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const size_t lda = op->lda ? op->lda : 1, ldb = op->ldb ? op->ldb : 1;
-    if (op->m > INT_MAX || op->n > INT_MAX || op->k > INT_MAX || lda > INT_MAX || ldb > INT_MAX || ldc > INT_MAX)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
-                        op->m, op->n, op->k, lda, ldb, ldc);
+    const int lda = op->lda ? (int)op->lda : 1, ldb = op->ldb ? (int)op->ldb : 1;
+    MPTC__TRY(mptc__need_ints(ctx, op));
     if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUBLAS(cublasGemmEx(mptc__of(ctx)->cublas, b_op, a_op, (int)op->n, (int)op->m, (int)op->k, &op->alpha,
-                              op->b.data, b_type, (int)ldb, op->a.data, a_type, (int)lda, &beta, c.data,
-                              mptc__data_type(c.type), (int)ldc, compute, CUBLAS_GEMM_DEFAULT));
+                              op->b.data, type, ldb, op->a.data, type, lda, &beta, c.data, mptc__data_type(c.type),
+                              (int)ldc, mptc__compute(ctx, op), CUBLAS_GEMM_DEFAULT));
     return MPT_OK;
 }
 
-/* A whole gemm. sums: room for m x n floats where mptc__needs_sums says so. */
+/* -- Epilogues: what cuBLASLt does in passing --
+
+   Bias and ReLU before the sums are rounded; or the sums of the columns of dy, which are the bias gradient, while it
+   reads dy for the gradient of the weights. Its ReLU makes 0 of NaN, yet hides no overflow: an inf in x makes the
+   gradient of the weights inf or NaN, one in w that of x, and logits have no ReLU. */
+
+typedef struct mptc__fusion { /* a product as cuBLASLt describes it: plain data, nothing is allocated */
+    cublasLtMatmulDescOpaque_t desc;
+    cublasLtMatrixLayoutOpaque_t a, b, c;
+    mptc__plan plan;
+} mptc__fusion;
+
+/* Largest power of two up to 16 that divides p and ld elements: so is every row aligned. */
+static int mptc__row_align(mpt_array a, size_t ld) {
+    const size_t bits = (uintptr_t)a.data | ld * mpt_dtype_size(a.type) | 16;
+    return (int)(bits & (~bits + 1));
+}
+
+/* 0: it is none that cuBLASLt has. sums: the columns of op(a)^T are to be added up. */
+static int mptc__epilogue(const mpt_gemm_op *op, int sums) {
+    const int types = op->a.type == op->b.type && (op->c.type == op->a.type || op->c.type == MPT_F32);
+    const int bias = !op->bias.data || (op->bias.type == op->c.type && (uintptr_t)op->bias.data % 16 == 0);
+    if (!types || !bias || !op->m || !op->n || !op->k || op->act > MPT_RELU) return 0;
+    if (sums) return CUBLASLT_EPILOGUE_BGRADB;
+    return (op->bias.data ? CUBLASLT_EPILOGUE_BIAS : 0) | (op->act ? CUBLASLT_EPILOGUE_RELU : 0);
+}
+
+static cublasLtMatmulPreferenceOpaque_t mptc__preference(const mptc__device *device, const int *key) {
+    const cublasLtMatmulPreferenceAttributes_t name[5] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK}; /* split-K adds in fp32, if at all */
+    const uint32_t value[5] = {(uint32_t)key[0], (uint32_t)key[1], (uint32_t)key[2], (uint32_t)key[2],
+                               CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE};
+    cublasLtMatmulPreferenceOpaque_t p;
+    cublasLtMatmulPreferenceInit(&p);
+    for (int i = 0; i < 5; i++) cublasLtMatmulPreferenceSetAttribute(&p, name[i], &value[i], sizeof value[i]);
+    cublasLtMatmulPreferenceSetAttribute(&p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &device->products_bytes,
+                                         sizeof device->products_bytes);
+    return p;
+}
+
+/* Can cuBLASLt do this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by shape. */
+static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, mptc__fusion *f) {
+    mptc__device *device = mptc__of(ctx);
+    const cublasComputeType_t compute = mptc__compute(ctx, op);
+    const cudaDataType type = mptc__data_type(op->a.type), c_type = mptc__data_type(op->c.type);
+    const int32_t a_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, b_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const int key[MPTC__PLAN_KEY] = {
+        mptc__row_align(op->b, op->ldb), mptc__row_align(op->a, op->lda), mptc__row_align(op->c, op->ldc),
+        (int)op->m, (int)op->n, (int)op->k, (int)op->lda, (int)op->ldb, (int)op->ldc, a_op, b_op, (int)type,
+        (int)c_type, epilogue, op->beta != 0};
+    uint32_t hash = 0;
+    if (!epilogue || mptc__need_ints(ctx, op) != MPT_OK) return 0;
+    cublasLtMatmulDescInit(&f->desc, compute, CUDA_R_32F);
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_TRANSA, &a_op, sizeof a_op);
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_TRANSB, &b_op, sizeof b_op);
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    cublasLtMatrixLayoutInit(&f->a, type, op->trans_b ? op->k : op->n, op->trans_b ? op->n : op->k, (int64_t)op->ldb);
+    cublasLtMatrixLayoutInit(&f->b, type, op->trans_a ? op->m : op->k, op->trans_a ? op->k : op->m, (int64_t)op->lda);
+    cublasLtMatrixLayoutInit(&f->c, c_type, op->n, op->m, (int64_t)op->ldc);
+    for (int i = 0; i < MPTC__PLAN_KEY; i++) hash = (hash ^ (uint32_t)key[i]) * 0x9e3779b1u;
+    mptc__plan *plan = &device->plans[hash >> 24 & (MPTC__PLANS - 1)];
+    if (memcmp(plan->key, key, sizeof key)) {
+        cublasLtMatmulPreferenceOpaque_t preference = mptc__preference(device, key);
+        cublasLtMatmulHeuristicResult_t found;
+        memcpy(plan->key, key, sizeof key);
+        plan->fuses = cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)device->cublas, &f->desc, &f->a, &f->b, &f->c,
+                                                     &f->c, &preference, 1, &found, &plan->fuses) ==
+                          CUBLAS_STATUS_SUCCESS && plan->fuses > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+        plan->algo = found.algo;
+    }
+    f->plan = *plan;
+    return plan->fuses;
+}
+
+/* vector: the bias, or where the sums go */
+static mpt_result mptc__fusion_run(mpt_context *ctx, const mpt_gemm_op *op, void *vector, mptc__fusion *f) {
+    const mptc__device *device = mptc__of(ctx);
+    if (device->step.mode == MPTC__REPLAY) return MPT_OK;
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector, sizeof vector);
+    MPTC__CUBLAS(cublasLtMatmul((cublasLtHandle_t)device->cublas, &f->desc, &op->alpha, op->b.data, &f->a, op->a.data,
+                                &f->b, &op->beta, op->c.data, &f->c, op->c.data, &f->c, &f->plan.algo,
+                                device->products, device->products_bytes, device->stream));
+    return MPT_OK;
+}
+
+/* Do sums wait that this product can take along, of the columns of the dy that it reads for the gradient of weights? */
+static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op) {
+    const mptc__sums *s = &mptc__of(ctx)->held.sums;
+    mptc__fusion f;
+    return mptc__of(ctx)->held.bias && op->trans_a && op->a.data == s->dy.data && op->m == s->C && op->lda == s->C &&
+           op->k == s->rows && s->beta == 0 && s->db.type == MPT_F32 && op->c.type == MPT_F32 &&
+           mptc__fuses(ctx, op, mptc__epilogue(op, 1), &f);
+}
+
+/* A whole gemm, with the sums that still wait. sums: room for m x n floats where mptc__needs_sums says so and
+   mptc__fuses does not. */
 static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *sums) {
+    mptc__held *held = &mptc__of(ctx)->held;
+    void *vector = held->bias ? held->sums.db.data : op->bias.data;
+    mptc__fusion f;
+    if (mptc__fuses(ctx, op, mptc__epilogue(op, held->bias), &f)) {
+        held->bias = 0;
+        return mptc__fusion_run(ctx, op, vector, &f);
+    }
     if (mptc__needs_sums(op)) {
         MPTC__TRY(mptc__multiply(ctx, op, mpt_f32_array(sums), op->n, 0));
-        return mptc__finish(ctx, op, sums, op->n, op->beta);
+        return mptc__finish(ctx, op, mpt_f32_array(sums), op->n, op->beta);
     }
     MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
-    if (op->c.type == MPT_F32 && (op->bias.data || op->act)) {
-        mptc__held *held = &mptc__of(ctx)->held;
-        if (!mptc__of(ctx)->step.open || op->act || op->ldc != op->n || held->finish) return mptc__finish_f32(ctx, op);
-        held->finish = 1; /* a loss adds the bias to logits as it reads them */
-        held->product = *op;
-        return MPT_OK;
-    }
-    return op->act ? mptc__activate(ctx, op) : MPT_OK;
+    if (!op->bias.data && !op->act) return MPT_OK;
+    if (!mptc__of(ctx)->step.open || op->act || op->ldc != op->n || held->finish)
+        return mptc__finish(ctx, op, op->c, op->ldc, 0);
+    held->finish = 1; /* a loss adds the bias to logits as it reads them */
+    held->product = *op;
+    return MPT_OK;
 }
 
 /* Elements that a matrix spans in memory. */
@@ -940,9 +1004,13 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     const size_t b_count = op.trans_b ? mptc__span(op.n, op.k, op.ldb) : mptc__span(op.k, op.n, op.ldb);
     const size_t casts = mptc__cast_bytes(op.a.type, a_count, op.b.type, b_count);
     const int mixed = op.a.type != op.b.type;
-    const size_t each = mptc__needs_sums(&op) || (mixed && op.c.type != MPT_F32) ? op.n * sizeof(float) : 0;
+    mptc__fusion f;
+    MPTC__TRY(mptc__current(ctx));
+    if (!mptc__takes_sums(ctx, &op)) MPTC__TRY(mptc__held_do(ctx));
+    const int sums = (mptc__needs_sums(&op) || (mixed && op.c.type != MPT_F32)) &&
+                     !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), &f);
+    const size_t each = sums ? op.n * sizeof(float) : 0;
     const size_t slice = mptc__slice_rows(device, op.m, each, casts);
-    MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__scratch(ctx, casts + slice * each));
     char *at = device->scratch;
     if (mixed) {
@@ -1134,12 +1202,18 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
         MPTC__TRY(mptc__gather_rows(ctx, op, all->b, row, g.k, ld, at));
         MPTC__TRY(mptc__product(ctx, &g, NULL));
     }
-    return sums ? mptc__finish(ctx, all, sums, all->n, all->beta) : MPT_OK;
+    return sums ? mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta) : MPT_OK;
 }
 
-/* No samples: data and outputs are empty, and gradients of weights are beta times the old ones. */
-static mpt_result mptc__conv2d_empty(mpt_context *ctx, const mpt_gemm_op *g) {
-    return g->m && g->n ? mptc__gemm(ctx, g) : MPT_OK;
+/* Do all slices of rows come out right without sums in fp32? */
+static int mptc__rows_fuse(mpt_context *ctx, const mpt_gemm_op *all, int mixed, size_t ld, size_t slice) {
+    mpt_gemm_op g = *all;
+    mptc__fusion f;
+    g.a.data = NULL, g.lda = ld, g.m = slice; /* scratch, as aligned as NULL is */
+    if (mixed || g.c.type == MPT_F32 || !mptc__needs_sums(&g)) return !mixed || g.c.type == MPT_F32;
+    if (!mptc__fuses(ctx, &g, mptc__epilogue(&g, 0), &f)) return 0;
+    g.m = all->m % slice;
+    return !g.m || mptc__fuses(ctx, &g, mptc__epilogue(&g, 0), &f);
 }
 
 /* One group: C and K are its own */
@@ -1150,7 +1224,7 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     const size_t taps = z->R * z->S, weights = z->K * taps * z->C;
     const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
     mpt_gemm_op g = mptc__conv2d_product(op);
-    if (!z->N) return mptc__conv2d_empty(ctx, &g);
+    if (!z->N) return g.m && g.n ? mptc__gemm(ctx, &g) : MPT_OK; /* gradients of weights are beta times the old ones */
     if (taps == 1 && z->stride == 1 && z->padding == 0) return mptc__gemm(ctx, &g); /* nothing to gather */
 
     /* the matrix is gathered from x or dy, whose type the other operand must share */
@@ -1158,13 +1232,21 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     const size_t a_count = mptc__span(a_rows, a_columns, g.lda);
     const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
     const size_t casts = mptc__cast_bytes(g.a.type, a_count, g.b.type, b_count);
-    const int mixed = g.a.type != g.b.type, sums = g.c.type != MPT_F32;
+    const int mixed = g.a.type != g.b.type;
     const size_t size = mixed ? 4 : mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
     const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
     const size_t fixed = casts + (for_data ? mptc__round_up(weights * size, mptc__align) : 0) +
-                         (for_weights && sums ? mptc__round_up(weights * 4, mptc__align) : 0) + 2 * mptc__align;
-    const size_t each = ld * size + (!for_weights && sums ? g.n * sizeof(float) : 0);
-    const size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, each, fixed);
+                         (for_weights && g.c.type != MPT_F32 ? mptc__round_up(weights * 4, mptc__align) : 0) +
+                         2 * mptc__align;
+    const size_t rows = for_weights ? outputs : g.m;
+    size_t each = ld * size, slice = mptc__slice_rows(device, rows, each, fixed);
+    if (!for_weights && !mptc__rows_fuse(ctx, &g, mixed, ld, slice)) {
+        each += g.n * sizeof(float);
+        slice = mptc__slice_rows(device, rows, each, fixed);
+    }
+    mpt_gemm_op whole = g;
+    whole.b.data = NULL, whole.ldb = ld;
+    if (!for_weights || mixed || slice < rows || !mptc__takes_sums(ctx, &whole)) MPTC__TRY(mptc__held_do(ctx));
     MPTC__TRY(mptc__scratch(ctx, fixed + slice * each));
     char *at = device->scratch;
     if (mixed) {
@@ -1196,13 +1278,11 @@ static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_
                 if (position < 0) continue;
                 mptc__load(op.x, (size_t)position * C + c, n, x);
                 mptc__load(op.w, (r * S + s) * C + c, n, w);
-#pragma unroll
-                for (unsigned e = 0; e < MPTC__PACK; e++) sum[e] += x[e] * w[e];
+                MPTC__EACH(e) sum[e] += x[e] * w[e];
             }
         if (op.beta != 0) mptc__load(op.y, row * C + c, n, x);
         if (op.bias.data) mptc__load(op.bias, c, n, w);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) {
+        MPTC__EACH(e) {
             if (op.beta != 0) sum[e] += op.beta * x[e];
             if (op.bias.data) sum[e] += w[e];
             sum[e] = mpt__activate(op.act, sum[e]);
@@ -1228,8 +1308,7 @@ struct mptc__tap_terms { /* dy times what taps tap.. read */
                 const int position = at < taps ? mptc__tap(&g, row, at / S, at % S) : -1;
                 if (position < 0) continue;
                 mptc__load(x, (size_t)position * C + c, n, v);
-#pragma unroll
-                for (unsigned e = 0; e < MPTC__PACK; e++) acc[s][e] += u[e] * v[e];
+                MPTC__EACH(e) acc[s][e] += u[e] * v[e];
             }
         }
     }
@@ -1269,7 +1348,7 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
     mpt_conv2d_op one = *op;
-    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(z->groups > 1 ? mptc__enter(ctx) : mptc__current(ctx)); /* sums may wait for this product */
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
     if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
@@ -1335,8 +1414,7 @@ struct mptc__moment_terms { /* x and its square, whose product is exact */
         float v[MPTC__PACK];
         for (; row < end; row += blockDim.y) {
             mptc__load(x, (size_t)row * C + c, n, v);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) {
+            MPTC__EACH(e) {
                 acc[0][e] += (double)v[e];
                 acc[1][e] += (double)v[e] * (double)v[e];
             }
@@ -1358,8 +1436,7 @@ struct mptc__gradient_terms { /* dy and dy xhat */
             }
             mptc__load(op.x, (size_t)row * op.shape.C + c, n, x);
             mptc__load(op.y, (size_t)row * op.shape.C + c, n, dy);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) {
+            MPTC__EACH(e) {
                 acc[0][e] += (double)dy[e];
                 acc[1][e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
             }
@@ -1443,8 +1520,7 @@ static __global__ void mptc__norm_stats_k(mpt_norm_op op) {
         for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
             float x[MPTC__PACK];
             mptc__load(op.x, run.at, run.n, x);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) {
+            MPTC__EACH(e) {
                 a += (double)x[e];
                 b += (double)x[e] * (double)x[e];
             }
@@ -1469,8 +1545,7 @@ static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
             mptc__load(op.x, run.at, run.n, x);
             mptc__load(op.y, run.at, run.n, dy);
             mptc__load(op.gamma, run.c, run.n, gamma);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) {
+            MPTC__EACH(e) {
                 const double product = (double)gamma[e] * (double)dy[e];
                 a += product;
                 b += product * (double)((x[e] - mean) * inverse);
@@ -1481,13 +1556,9 @@ static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
             mptc__load(op.x, run.at, run.n, x);
             mptc__load(op.y, run.at, run.n, dy);
             mptc__load(op.gamma, run.c, run.n, gamma);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++)
-                x[e] = inverse * (gamma[e] * dy[e] - mean_a - (x[e] - mean) * inverse * mean_b);
+            MPTC__EACH(e) x[e] = inverse * (gamma[e] * dy[e] - mean_a - (x[e] - mean) * inverse * mean_b);
             if (op.scale_x != 0) mptc__load(op.dx, run.at, run.n, dy);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++)
-                if (op.scale_x != 0) x[e] += op.scale_x * dy[e];
+            MPTC__EACH(e) if (op.scale_x != 0) x[e] += op.scale_x * dy[e];
             mptc__store(op.dx, run.at, run.n, x);
         }
     }
@@ -1517,8 +1588,7 @@ template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, 
         mptc__norm_load(&op, sample, c, n, shift, slope);
         mptc__load(op.gamma, c, n, scale);
         if (forward) mptc__load(op.beta, c, n, x);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) { /* shift is the mean here, slope its inverse deviation */
+        MPTC__EACH(e) { /* shift is the mean here, slope its inverse deviation */
             const float mean = shift[e], inverse = slope[e];
             scale[e] *= inverse;
             slope[e] = shift[e] = 0;
@@ -1534,15 +1604,12 @@ template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, 
             const size_t at = (sample * z.pixels + pixel) * z.C + c;
             mptc__load(in, at, n, v);
             if (!forward) mptc__load(op.x, at, n, x);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++) {
+            MPTC__EACH(e) {
                 v[e] = v[e] * scale[e] + (forward ? shift[e] : x[e] * slope[e] + shift[e]);
                 if (forward) v[e] = mpt__activate(op.act, v[e]);
             }
             if (!forward && op.scale_x != 0) mptc__load(op.dx, at, n, x);
-#pragma unroll
-            for (unsigned e = 0; e < MPTC__PACK; e++)
-                if (!forward && op.scale_x != 0) v[e] += op.scale_x * x[e];
+            MPTC__EACH(e) if (!forward && op.scale_x != 0) v[e] += op.scale_x * x[e];
             mptc__store(out, at, n, v);
         }
     }
@@ -1620,12 +1687,6 @@ typedef struct mptc__scan_work {
     unsigned *ticket;
 } mptc__scan_work;
 
-static __device__ void mptc__scan_clear(mpt_scan *s, uint64_t first) {
-    s->sum_squares = 0;
-    s->inf = s->nan = 0;
-    s->first = first;
-}
-
 /* *sum += part, of elements that follow those of sum */
 static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
     if (sum->inf + sum->nan == 0 && part->inf + part->nan) sum->first = part->first;
@@ -1678,8 +1739,8 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     if (!mptc__last_block(w.ticket)) return;
     if (threadIdx.x < MPTC__SCAN_BLOCKS) {
         const size_t begin = threadIdx.x * each, end = begin + each < w.chunks ? begin + each : w.chunks;
-        mpt_scan sum;
-        mptc__scan_clear(&sum, w.n);
+        mpt_scan sum = MPT_ZERO;
+        sum.first = w.n;
         for (size_t chunk = begin; chunk < end; chunk++) {
             mpt_scan part;
             part.sum_squares = __ldcg(&w.parts[chunk].sum_squares);
@@ -1742,9 +1803,7 @@ static __global__ void mptc__histogram_k(size_t n, mpt_array x, mptc__count *bin
         const unsigned some = mptc__left(n, i);
         float v[MPTC__PACK];
         mptc__load(x, i, some, v);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
-            if (e < some) atomicAdd(&counts[mptc__bin(v[e])], 1u);
+        MPTC__EACH(e) if (e < some) atomicAdd(&counts[mptc__bin(v[e])], 1u);
     }
     __syncthreads();
     for (unsigned b = threadIdx.x; b < MPTC__BINS; b += blockDim.x)
@@ -1927,17 +1986,14 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
                 const unsigned w = at.across * (unsigned)op.stride_w + s - (unsigned)z.padding;
                 if (h >= H || w >= W) continue; /* padding; below 0 wraps to a huge number */
                 mptc__load(op.x, ((size_t)(at.n * H + h) * W + w) * z.C + c, some, x);
-#pragma unroll
-                for (unsigned e = 0; e < MPTC__PACK; e++) {
+                MPTC__EACH(e) {
                     if (op.kind == MPT_POOL_AVERAGE) best[e] += x[e];
                     else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e])))
                         best[e] = x[e], place[e] = (uint16_t)(r * S + s);
                 }
                 any = true;
             }
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++)
-            if (op.kind == MPT_POOL_AVERAGE) best[e] /= (float)(R * S);
+        MPTC__EACH(e) if (op.kind == MPT_POOL_AVERAGE) best[e] /= (float)(R * S);
         if (op.kind == MPT_POOL_MAX) mptc__store_bits(op.index + out, some, place);
         mptc__store(op.y, out, some, best);
     }
@@ -1956,8 +2012,7 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
         float sum[MPTC__PACK] = {0}, dy[MPTC__PACK];
         uint16_t place[MPTC__PACK];
         if (op.beta != 0) mptc__load(op.x, in, some, sum);
-#pragma unroll
-        for (unsigned e = 0; e < MPTC__PACK; e++) sum[e] = op.beta != 0 ? op.beta * sum[e] : 0;
+        MPTC__EACH(e) sum[e] = op.beta != 0 ? op.beta * sum[e] : 0;
         for (unsigned r = 0; r < R; r++)
             for (unsigned s = 0; s < S; s++) { /* the output whose tap (r,s) is this input, if there is one */
                 const unsigned y = at.down + (unsigned)z.padding - r, x = at.across + (unsigned)z.padding - s;
@@ -1966,8 +2021,7 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
                 if (y % down || x % across || p >= P || q >= Q) continue;
                 mptc__load(op.y, out, some, dy);
                 if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
-#pragma unroll
-                for (unsigned e = 0; e < MPTC__PACK; e++) {
+                MPTC__EACH(e) {
                     if (op.kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(R * S);
                     else if (place[e] == r * S + s) sum[e] += dy[e];
                 }
@@ -2027,8 +2081,7 @@ static __device__ __forceinline__ void mptc__weights_load(const mpt_update_op *o
     }
     mptc__load_bits((const uint16_t *)op->copy.data + i, n, copy);
     if (op->low) mptc__load_bits(op->low + i, n, low);
-#pragma unroll
-    for (unsigned e = 0; e < MPTC__PACK; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[e], low[e]);
+    MPTC__EACH(e) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[e], low[e]);
 }
 
 /* first: index of element i within its tensor, which names its random number */
@@ -2040,8 +2093,7 @@ static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *
         if (op->copy.data) mptc__store(op->copy, i, n, p);
         return;
     }
-#pragma unroll
-    for (unsigned e = 0; e < MPTC__PACK; e++) {
+    MPTC__EACH(e) {
         const uint32_t random = op->mode == MPT_MASTER_STOCHASTIC
                                     ? mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e) : 0;
         mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[e], &low[e]);
@@ -2065,16 +2117,13 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
     if (op->moment[0]) mptc__load(mpt_f32_array(op->moment[0]), i, n, m);
     if (op->moment[1]) mptc__load(mpt_f32_array(op->moment[1]), i, n, v);
     if (op->moment[2]) mptc__load(mpt_f32_array(op->moment[2]), i, n, largest);
-#pragma unroll
-    for (unsigned e = 0; e < MPTC__PACK; e++)
-        p[e] = mpt__update_element(rates, before[e], g[e], &m[e], &v[e], &largest[e]);
+    MPTC__EACH(e) p[e] = mpt__update_element(rates, before[e], g[e], &m[e], &v[e], &largest[e]);
     if (op->moment[0]) mptc__store(mpt_f32_array(op->moment[0]), i, n, m);
     if (op->moment[1]) mptc__store(mpt_f32_array(op->moment[1]), i, n, v);
     if (op->moment[2]) mptc__store(mpt_f32_array(op->moment[2]), i, n, largest);
     mptc__weights_store(op, i, n, p, t, first);
     if (!op->desc.meter) return;
-#pragma unroll
-    for (unsigned e = 0; e < MPTC__PACK; e++) {
+    MPTC__EACH(e) {
         if (e >= n || p[e] == before[e]) continue;
         meter->moved++;
         meter->lost += mpt__update_lost(type, before[e], p[e]) != 0;
@@ -2083,8 +2132,8 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
 
 /* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor,
    and then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
-   nobody reads the state any more, and updates the scaler if one is given. Over 64 registers: up to six arrays of eight values are under way in a thread, which
-   hides more latency than more threads would. */
+   nobody reads the state any more, and updates the scaler if one is given. Over 64 registers: up to six arrays of eight
+   values are under way in a thread, which hides more latency than more threads would. */
 static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler, mptc__meter *total,
                                       unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
@@ -2192,57 +2241,35 @@ static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const 
 
 /* ==== STEPS ====
 
-   The calls of a model's step are the same every time, but for the batch. So the first step runs them as they come; the
-   second records them into a graph, one for each of the two feeds; and from then on the calls are made and left out, and
-   scale, the last of them, launches the graph of the feed that this step's uploads went to. They are copied on a stream
-   of their own while the step before still reads the other feed. What differs between steps is in device memory: scale,
-   learning rates, counters. A step that cannot be recorded (the stream is the default one, memory is short) goes on
-   being launched call by call. */
+   The calls of a model's step are the same every time, but for the batch. The first step runs them as they come, the
+   second records them as two graphs that read one feed each, and from then on they are made and left out, until scale,
+   the last, launches the graph of the feed that this step's uploads went to: on a stream of their own, while the step
+   before still reads the other feed. What differs between steps is in device memory: scale, learning rates, counters. A
+   step that cannot be recorded (the stream is the default one, memory is short) goes on being launched call by call. */
 
 static mpt_result mptc__held_do(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     mptc__held *held = &device->held;
-    if (held->to && device->step.mode != MPTC__REPLAY)
-        MPTC__CUDA(cudaMemcpyAsync(held->to, held->fed, held->bytes, cudaMemcpyDeviceToDevice, device->stream));
+    const int finish = held->finish, bias = held->bias, update = held->update;
+    void *to = held->to;
     held->to = NULL;
-    if (held->finish) MPTC__TRY(mptc__finish_f32(ctx, &held->product));
-    held->finish = 0;
-    if (held->update) MPTC__TRY(mptc__update_run(ctx, &held->step, NULL));
-    held->update = 0;
-    return MPT_OK;
-}
-
-/* Makes both feeds at least this long. */
-static mpt_result mptc__feeds_grow(mpt_context *ctx, size_t bytes) {
-    mptc__device *device = mptc__of(ctx);
-    if (bytes <= device->feed_bytes) return MPT_OK;
-    MPTC__CUDA(cudaStreamSynchronize(device->feeder));
-    MPTC__CUDA(cudaStreamSynchronize(device->stream));
-    mptc__graphs_drop(device);
-    device->feed_bytes = 0;
-    for (int i = 0; i < MPTC__SLOTS; i++) {
-        mptc__feed *feed = &device->feeds[i];
-        cudaFreeHost(feed->host);
-        cudaFree(feed->device);
-        feed->host = NULL;
-        feed->device = (char *)mptc__malloc(ctx, bytes);
-        if (!feed->device) return MPT_ERROR_NO_MEMORY;
-        MPTC__CUDA(cudaHostAlloc((void **)&feed->host, bytes, cudaHostAllocDefault));
-    }
-    device->feed_bytes = bytes;
-    return MPT_OK;
+    held->finish = held->bias = held->update = 0;
+    if (to && device->step.mode != MPTC__REPLAY)
+        MPTC__CUDA(cudaMemcpyAsync(to, held->fed, held->bytes, cudaMemcpyDeviceToDevice, device->stream));
+    if (finish) MPTC__TRY(mptc__finish(ctx, &held->product, held->product.c, held->product.ldc, 0));
+    if (bias) MPTC__TRY(mptc__sums_run(ctx, &held->sums));
+    return update ? mptc__update_run(ctx, &held->step, NULL) : MPT_OK;
 }
 
 /* The bytes go to the feed and stay there if the next call is their only reader. */
 static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
-    const mptc__feed *feed = &device->feeds[step->turn];
+    const mptc__slot *feed = &device->feeds[step->turn];
     const size_t at = step->fed;
     step->fed += mptc__round_up(bytes, mptc__align);
-    if (step->fed > device->feed_bytes)
-        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: a step uploads %z bytes, its first one %z", step->fed,
-                        device->feed_bytes);
+    if (step->fed > feed->bytes)
+        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: this step uploads over %z bytes, not as before", feed->bytes);
     if (step->reads == step->turn) {
         if (!at) MPTC__CUDA(cudaStreamWaitEvent(device->feeder, feed->used, 0));
         memcpy(feed->host + at, host, bytes);
@@ -2255,25 +2282,17 @@ static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host
     return MPT_OK;
 }
 
-/* The place of these steps: theirs; that of their optimizer before something changed; a free one or the one that was not
-   used for longest. */
+/* The place of these steps: that of their optimizer, anew if something changed, or the one not used for longest */
 static mptc__graph *mptc__graph_of(mptc__device *device, const mpt_update_op *op) {
     mptc__graph *graph = &device->graphs[0];
-    for (int i = 0; i < MPTC__GRAPHS; i++) {
-        mptc__graph *g = &device->graphs[i];
-        if (g->key.state != op->state) {
-            if (g->used < graph->used) graph = g;
-            continue;
-        }
-        graph = g;
-        break;
+    for (mptc__graph *g = graph; g < device->graphs + MPTC__GRAPHS && graph->key.state != op->state; g++)
+        if (g->key.state == op->state || g->used < graph->used) graph = g;
+    if (memcmp(&graph->key, op, sizeof *op)) {
+        mptc__graph_drop(graph);
+        memset(graph, 0, sizeof *graph);
+        memcpy(&graph->key, op, sizeof *op);
     }
     graph->used = ++device->steps;
-    if (memcmp(&graph->key, op, sizeof *op) == 0) return graph;
-    mptc__graph_drop(graph);
-    memset(graph, 0, sizeof *graph);
-    memcpy(&graph->key, op, sizeof *op);
-    graph->used = device->steps;
     return graph;
 }
 
@@ -2281,7 +2300,7 @@ static mptc__graph *mptc__graph_of(mptc__device *device, const mpt_update_op *op
 static mpt_result mptc__step_record(mpt_context *ctx, int again) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
-    MPTC__TRY(mptc__feeds_grow(ctx, step->graph->fed));
+    MPTC__TRY(mptc__slots_grow(ctx, device->feeds, step->graph->fed));
     if (!again) device->turn = !device->turn;
     step->turn = device->turn;
     step->reads = step->graph->exec[!step->turn] ? step->turn : !step->turn;
@@ -2325,13 +2344,13 @@ static void mptc__record_end(mptc__device *device, int failed) {
 static mpt_result mptc__step_close(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
-    const mptc__feed *feed = &device->feeds[step->turn];
+    const mptc__slot *feed = &device->feeds[step->turn];
     if (!step->open) return MPT_OK;
-    if (step->mode == MPTC__DIRECT) step->graph->fed = step->fed;
-    if (step->mode == MPTC__DIRECT) return MPT_OK;
+    const int direct = step->mode == MPTC__DIRECT;
+    if (direct) step->graph->fed = step->fed;
     if (step->mode == MPTC__RECORD) mptc__record_end(device, 0);
     step->mode = MPTC__DIRECT;
-    if (step->again) return MPT_OK;
+    if (direct || step->again) return MPT_OK;
     MPTC__CUDA(cudaStreamWaitEvent(device->stream, feed->copied, 0));
     MPTC__CUDA(cudaGraphLaunch(step->graph->exec[step->turn], device->stream));
     MPTC__CUDA(cudaEventRecord(feed->used, device->stream));
@@ -2362,23 +2381,17 @@ static void mptc__close(mpt_context *ctx) {
     } else if (device->cublas) {
         cublasDestroy(device->cublas);
     }
-    for (int i = 0; i < MPTC__SLOTS; i++) {
-        if (device->slots[i].copied) cudaEventDestroy(device->slots[i].copied);
-        cudaFreeHost(device->slots[i].host);
-    }
     mptc__graphs_drop(device);
     if (device->feeder) cudaStreamSynchronize(device->feeder);
-    for (int i = 0; i < MPTC__SLOTS; i++) {
-        if (device->feeds[i].copied) cudaEventDestroy(device->feeds[i].copied);
-        if (device->feeds[i].used) cudaEventDestroy(device->feeds[i].used);
-        cudaFreeHost(device->feeds[i].host);
-        cudaFree(device->feeds[i].device);
+    for (int i = 0; i < 2 * MPTC__SLOTS; i++) {
+        mptc__slot *slot = i < MPTC__SLOTS ? &device->slots[i] : &device->feeds[i - MPTC__SLOTS];
+        if (slot->copied) cudaEventDestroy(slot->copied);
+        if (slot->used) cudaEventDestroy(slot->used);
+        cudaFreeHost(slot->host), cudaFree(slot->device);
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
     cudaFreeHost(device->stuck);
-    cudaFree(device->products);
-    cudaFree(device->scratch);
-    cudaFree(device->zeros);
+    cudaFree(device->products), cudaFree(device->scratch), cudaFree(device->zeros);
     if (device->stream && !device->desc.stream) cudaStreamDestroy(device->stream);
     if (host.release) host.release(device, sizeof *device, host.user);
     else free(device);
@@ -2480,5 +2493,6 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
 #undef MPTC__CUDA
 #undef MPTC__CUBLAS
 #undef MPTC__LAUNCH
+#undef MPTC__EACH
 
 #endif /* implementation; the licence is that of mpt.h */

@@ -96,8 +96,8 @@ int main(void) {
     void *found = dlsym(RTLD_DEFAULT, "cudacpu_counter");
     memcpy(&counter, &found, sizeof counter);
     if (counter) {
-        test_counters(counter, "MLP 784-512-512-10", 22, mlp);
-        test_counters(counter, "LeNet", 44, lenet);
+        test_counters(counter, "MLP 784-512-512-10", 14, mlp);
+        test_counters(counter, "LeNet", 34, lenet);
     } else {
         test_counts.skipped++;
     }

@@ -11,14 +11,14 @@ mkdir -p "$build" || exit 1
 command -v "$NVCC" >/dev/null || { echo "no nvcc: nothing was compiled"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    target="-arch=native" libraries="-lcublas"
+    target="-arch=native" libraries="-lcublas -lcublasLt"
 elif [ -n "${CUDACPU:-}" ]; then
     runner=$PWD/$build/runner
     make -s -C "$CUDACPU" BUILD="$runner" >/dev/null || exit 1
     target="-gencode arch=compute_80,code=compute_80 -cudart none"
     libraries="-L$runner -lcudacpu -Xlinker -rpath -Xlinker $runner"
 else
-    target= libraries="-lcublas"
+    target= libraries="-lcublas -lcublasLt"
     for n in 75 80 86 89 90 100 120; do
         "$NVCC" --list-gpu-code | grep -qx "sm_$n" || continue
         target="$target -gencode arch=compute_$n,code=sm_$n" newest=$n
@@ -34,7 +34,7 @@ for source; do
     "$NVCC" $flags $target "$source" -o "$program" $libraries || { echo "$source does not compile"; exit 1; }
     programs="$programs $program"
 done
-if [ "$libraries" = "-lcublas" ] && [ "$target" != "-arch=native" ]; then
+if [ "$libraries" = "-lcublas -lcublasLt" ] && [ "$target" != "-arch=native" ]; then
     echo "no GPU and no CUDACPU: compiled and linked for all architectures, and nothing was run"
     echo "1 passed, 0 failed, 1 skipped"
     exit 0
