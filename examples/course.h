@@ -1,8 +1,8 @@
 /* course.h - what the programs of the course share: one option, claims that are checked, and the digits.
 
-   Every program takes --out DIR and then writes the numbers of its figure to DIR/NAME.dat, as gnuplot reads them: columns,
-   and two empty lines between one block and the next. What its text promises is a claim: one that does not hold is
-   printed, and the program returns 1.                                                                               */
+   Every program takes --out DIR and then writes the numbers of its figure to DIR/NAME.dat, as gnuplot reads them:
+   columns, and two empty lines between one block and the next. What its text promises is a claim: one that does not
+   hold is printed, and the program returns 1.                                                                        */
 
 #ifndef COURSE_H
 #define COURSE_H

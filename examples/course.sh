@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the course: every program, whose claims are checked; whether what examples/README.md and README.md quote of them is
-# what they print; and the figures, by gnuplot as SVG and PNG in BUILD/figures, or as bars here.
+# Runs the course: every program, whose claims are checked; is what examples/README.md and README.md quote of them what
+# they print? And the figures, by gnuplot as SVG and PNG in BUILD/figures, or as bars here.
 # Environment: BUILD. Run from the root of the repository; the programs are built by `make course`.
 build=${BUILD:-build} out=${BUILD:-build}/course figures=${BUILD:-build}/figures
 passed=0 failed=0
@@ -44,7 +44,10 @@ quotes() {
     }
     /^```text [0-9][0-9]_/ {
         name = $2; within = $3 + 0; lines = 0; block = 1; skip = 0
-        while ((getline line < (out "/" name ".txt")) > 0) { text[++lines] = line; if (line ~ /is not installed/) skip = 1 }
+        while ((getline line < (out "/" name ".txt")) > 0) {
+            text[++lines] = line
+            if (line ~ /is not installed/) skip = 1
+        }
         close(out "/" name ".txt")
         next
     }
@@ -52,8 +55,11 @@ quotes() {
     block && NF && !skip && !found($0) { print FILENAME ":" FNR ": " name " does not print: " $0; bad = 1 }
     !block && /^\|.*\|$/ && !/---/ && paper {
         cells = split($0, cell, "|"); line = cell[cells - 1]
-        while (match(line, /[0-9]+\.[0-9]+/)) {
-            if (!(substr(line, RSTART, RLENGTH) in known)) { print FILENAME ":" FNR ": not quoted above: " line; bad = 1 }
+        while (match(line, /[0-9]+\.[0-9]+(e[-+][0-9]+)?/)) {
+            if (!(substr(line, RSTART, RLENGTH) in known)) {
+                print FILENAME ":" FNR ": not quoted above: " line
+                bad = 1
+            }
             line = substr(line, RSTART + RLENGTH)
         }
     }

@@ -31,7 +31,8 @@ set output picture('02_lost_updates')
 set title 'A weight of 1 that is to grow by 2^{-11} a step'
 set xlabel 'step'; set ylabel 'weight that the products read'
 ways = file('02_lost_updates')
-plot [0:1024][0.98:1.52] ways index 3 with steps lt 1 title 'fp16 + fp32 masters', ways index 7 with steps lt 3 title 'bf16 + split', \
+plot [0:1024][0.98:1.52] ways index 3 with steps lt 1 title 'fp16 + fp32 masters', \
+    ways index 7 with steps lt 3 title 'bf16 + split', \
     ways index 8 with steps lt 5 title 'fp16, stochastic', ways index 9 with steps lt 4 title 'bf16, stochastic', \
     ways index 1 with lines lt 2 lw 3 title 'fp16 or bf16 alone'
 
