@@ -1032,9 +1032,8 @@ static void mpt__plain_task(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-static void mpt__plain_run(mpt_lens *lens, const mpt_what_if *what, mpt__product *product) {
+static void mpt__plain_run(mpt_lens *lens, const mpt_what_if *what, const mpt__product *product) {
     mpt__plain w;
-    product->a.size = product->b.size = sizeof(float); /* what its views are to give */
     w.product = product;
     w.what = what;
     w.draw = lens->draws++;
@@ -1057,7 +1056,7 @@ static void mpt__plain_gemm(mpt_lens *lens, const mpt_what_if *what, const mpt_g
 static void mpt__plain_conv2d(mpt_lens *lens, const mpt_what_if *what, const mpt_conv2d_op *op) {
     size_t group;
     for (group = 0; group < op->shape.groups; group++) {
-        mpt__product p = mpt__conv2d_product(lens->ctx, op, group);
+        const mpt__product p = mpt__conv2d_product(lens->ctx, op, group);
         mpt__plain_run(lens, what, &p);
     }
 }

@@ -1,6 +1,6 @@
 /* counters.c - what a training step asks of CUDA, told by the runner's counters over steps 3 to 12: launches and cuBLAS
-   calls where every kernel is launched by itself, one graph launch where steps are recorded; in both no synchronisation,
-   no allocation, no bytes to the device but the batch. Skipped where nobody counts. */
+   calls where every kernel is launched by itself, one graph launch where steps are recorded; in both no
+   synchronisation, no allocation, no bytes to the device but the batch. Skipped where nobody counts. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* RTLD_DEFAULT; nvcc defines it already */
 #endif

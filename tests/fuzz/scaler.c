@@ -1,5 +1,5 @@
-/* scaler.c - fuzzes the step protocol: calls in any order on 1 to 3 optimizers that share a scaler, against the model in
-   tests/unit/scaler.c; and the scale's rule under any settings.
+/* scaler.c - fuzzes the step protocol: calls in any order on 1 to 3 optimizers that share a scaler, against the
+   model in tests/unit/scaler.c; and the scale's rule under any settings.
 
    Bytes: 0 to 2 the number of optimizers - 1, then what unit/scaler.c draws; or 3, then settings and overflows. */
 #define main unit_main

@@ -1,7 +1,7 @@
 /* checkpoint.c - floor 5: PyTorch's files of weights here, and ours as PyTorch has read them.
 
-   make_golden_checkpoint.py wrote the former, and read and kept the latter; run from the top of the repository. With the
-   name of a folder the files that it reads are written there. */
+   make_golden_checkpoint.py wrote the former, and read and kept the latter; run from the top of the repository. With
+   the name of a folder the files that it reads are written there. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../../mpt_tools.h"

@@ -2,8 +2,8 @@
    threads.
 
    Narrowing is compared with reference.h: one in TEST_STRIDE fp32 patterns, and both sides of every place where the
-   result changes (tests/long takes all of them). numbers.c proves the scalar functions; where bits are compared with theirs,
-   that stands for a proof. */
+   result changes (tests/long takes all of them). numbers.c proves the scalar functions; where bits are compared with
+   theirs, that stands for a proof. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"

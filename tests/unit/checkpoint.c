@@ -502,7 +502,8 @@ static void test_all_faults(void) {
 
 /* ==== DAMAGE ==== */
 
-/* The file "net" is tried: it is refused for a reason and the model stays, or the model is what the file "saved" has. */
+/* The file "net" is tried: it is refused for a reason and the model stays, or the model is what the file "saved"
+   has. */
 static void try_damaged(mpt_context *ctx, mpt_model *net, long *seen) {
     const mpt_result r = load(net, "net");
     const slot *saved = ram_find("saved"), *kept = ram_find("kept");
