@@ -4,6 +4,7 @@
 WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wundef
 OPTIMISE = $(if $(FAST),-Ofast,-O2)
 SANITISE = $(if $(SAN),-g -fno-omit-frame-pointer -fsanitize=$(SAN) -fno-sanitize-recover=all)
+PYTHON  = python3
 COMPILE = $(CC) -std=c99 $(WARN) $(OPTIMISE) $(SANITISE) $(CFLAGS)
 LIBS    = -lm -pthread
 
@@ -28,7 +29,7 @@ $(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
-.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench clean help detect FORCE
+.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
@@ -62,6 +63,9 @@ mutants:
 bench: detect $(BUILD)/tests/bench/bench
 	@$(BUILD)/tests/bench/bench
 
+bench-peers: detect $(BUILD)/tests/bench/bench
+	@$(PYTHON) tests/bench/peers.py $(BUILD)/tests/bench/bench
+
 clean:
 	rm -rf build
 
@@ -77,6 +81,7 @@ help: detect
 	@echo 'make coverage   which lines of mpt.h the tests run, by gcov'
 	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300: do the tests notice?'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
+	@echo 'make bench-peers  trains the nets of bench by PyTorch as well; PYTHON=... for one that has it'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
 

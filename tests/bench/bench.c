@@ -13,6 +13,7 @@
 #include "../../mpt_tools.h"
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 enum { REPEATS = 9, MANY = 10000000, FEW = 16384 }; /* elements in main memory, in cache */
@@ -366,56 +367,177 @@ static void bench_linear(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_dty
     bench_gemm(ctx, "dW", 1, 0, O, I, N, type, MPT_F32);
 }
 
-/* Steps of the net 784-512-512-10 with a batch of 64 in front of a lens; the yardstick is the same step without one. */
-typedef struct seen {
+typedef struct convolution {
+    mpt_context *ctx;
+    mpt_conv2d_shape shape;
+    mpt_pass pass;
+    mpt_array x, w, y;
+} convolution;
+
+static void run_conv(void *arg) {
+    const convolution *c = (const convolution *)arg;
+    const mpt_array none = MPT_ZERO;
+    ok(c->ctx, c->pass == MPT_FORWARD ? mpt_conv2d_forward(c->ctx, &c->shape, c->x, c->w, none, MPT_IDENTITY, c->y)
+               : c->pass == MPT_BACKWARD_DATA ? mpt_conv2d_backward_data(c->ctx, &c->shape, c->y, c->w, 0, c->x)
+                                              : mpt_conv2d_backward_weight(c->ctx, &c->shape, c->y, c->x, 0, c->w));
+}
+
+/* A 3x3 convolution that keeps the size, batch 64: forward and both gradients. Operations in the padding count. */
+static void bench_conv(mpt_context *ctx, size_t side, size_t C, size_t K, mpt_dtype type) {
+    static const char *const passes[] = {"forward", "dX", "dW"};
+    const size_t N = 64, image = N * side * side;
+    yardstick y = yardstick_new(ctx, 0, 0);
+    convolution c;
+    timing t;
+    int pass;
+    memset(&c, 0, sizeof c);
+    c.ctx = ctx;
+    c.shape.N = N, c.shape.H = c.shape.W = side, c.shape.C = C, c.shape.K = K;
+    c.shape.R = c.shape.S = 3, c.shape.padding = 1;
+    c.x = filled(ctx, type, image * C), c.y = filled(ctx, type, image * K);
+    y.loops = 100000;
+    for (pass = 0; pass < 3; pass++) {
+        if (pass == MPT_BACKWARD_DATA && C < 4) continue; /* of the input */
+        c.pass = (mpt_pass)pass;
+        c.w = filled(ctx, pass == MPT_BACKWARD_WEIGHT ? MPT_F32 : type, K * 9 * C);
+        t = measure(run_conv, &c, multiply_add(), &y);
+        printf("conv pass=%s type=%s h=%lu w=%lu c=%lu k=%lu threads=%d", passes[pass], mpt_dtype_name(type),
+               (unsigned long)side, (unsigned long)side, (unsigned long)C, (unsigned long)K, mpt_thread_count(ctx));
+        print_rate(t, 2e-9 * (double)image * (double)K * 9 * (double)C, 192e-9 * (double)y.loops * y.threads,
+                   "GFLOP/s");
+        mpt_free(ctx, c.w.data);
+    }
+    mpt_free(ctx, c.x.data), mpt_free(ctx, c.y.data);
+    yardstick_free(&y);
+}
+
+/* ==== NETS ==== the three that peers.py trains as well */
+
+typedef struct net_kind {
+    const char *name;
+    int H, W, C, batch;
+    int (*layers)(mpt_model *net, int h);
+} net_kind;
+
+static int mlp(mpt_model *net, int h) {
+    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
+    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
+    return mpt_linear(net, h, 10, NULL);
+}
+
+static int lenet(mpt_model *net, int h) {
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 64, 3, NULL)), 2, NULL);
+    h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
+    return mpt_linear(net, h, 10, NULL);
+}
+
+static int conv_norm_relu(mpt_model *net, int h, int filters) {
+    mpt_conv2d_desc d = MPT_ZERO;
+    d.no_bias = 1;
+    return mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, filters, 3, &d), NULL));
+}
+
+static int block(mpt_model *net, int h) {
+    const int a = conv_norm_relu(net, h, 64);
+    h = mpt_max_pool2d(net, mpt_add(net, a, conv_norm_relu(net, a, 64)), 2, NULL);
+    return mpt_linear(net, mpt_global_avg_pool2d(net, conv_norm_relu(net, h, 128)), 10, NULL);
+}
+
+static const net_kind mlp64 = {"mlp", 1, 1, 784, 64, mlp}, mlp512 = {"mlp", 1, 1, 784, 512, mlp};
+static const net_kind lenet64 = {"lenet", 28, 28, 1, 64, lenet}, block64 = {"block", 32, 32, 3, 64, block};
+
+typedef struct trained {
     mpt_context *ctx;
     mpt_model *net;
-    mpt_lens *lens;
+    mpt_lens *lens; /* or NULL */
     float *x;
-    int32_t label[64];
-} seen;
+    int32_t *label;
+} trained;
 
-static void run_seen(void *arg) {
-    seen *s = (seen *)arg;
+static void run_train(void *arg) {
+    trained *s = (trained *)arg;
     ok(s->ctx, mpt_train_step(s->net, s->x, s->label));
 }
 
-static seen seen_new(int threads, mpt_level level) {
+static trained trained_new(int threads, const net_kind *kind, mpt_policy policy, mpt_optimizer_desc optimizer) {
     mpt_train_desc train = MPT_ZERO;
-    seen s;
-    int h, i;
+    trained s;
+    int i;
     s.ctx = open_threads(threads);
-    s.net = (mpt_model *)need(mpt_model_new(s.ctx, mpt_policy_preset(level, MPT_F16)));
+    s.net = (mpt_model *)need(mpt_model_new(s.ctx, policy));
     s.lens = NULL;
-    s.x = (float *)filled(s.ctx, MPT_F32, 64 * 784).data;
-    for (i = 0; i < 64; i++) s.label[i] = i % 10;
-    h = mpt_relu(s.net, mpt_linear(s.net, mpt_input(s.net, 1, 1, 784), 512, NULL));
-    h = mpt_relu(s.net, mpt_linear(s.net, h, 512, NULL));
-    mpt_softmax_cross_entropy(s.net, mpt_linear(s.net, h, 10, NULL), NULL);
-    train.batch = 64;
+    s.x = (float *)filled(s.ctx, MPT_F32, (size_t)kind->batch * (size_t)(kind->H * kind->W * kind->C)).data;
+    s.label = (int32_t *)need(malloc((size_t)kind->batch * sizeof *s.label));
+    for (i = 0; i < kind->batch; i++) s.label[i] = i % 10;
+    mpt_softmax_cross_entropy(s.net, kind->layers(s.net, mpt_input(s.net, kind->H, kind->W, kind->C)), NULL);
+    train.batch = kind->batch;
+    train.optimizer = optimizer;
     ok(s.ctx, mpt_model_build(s.net, &train));
     return s;
 }
 
-static void seen_free(seen *s) {
+static void trained_free(trained *s) {
     ok(s->ctx, mpt_lens_close(s->lens));
     mpt_model_free(s->net);
     mpt_free(s->ctx, s->x);
+    free(s->label);
     mpt_close(s->ctx);
 }
 
-/* what NULL: nothing is simulated. */
+/* Multiply-adds of a step, forward and both gradients, as if the input had one, too. */
+static double step_products(const trained *s, int batch) {
+    double sum = 0;
+    mpt_node_info info;
+    int node;
+    for (node = 1; node <= mpt_model_nodes(s->net); node++) {
+        ok(s->ctx, mpt_model_node(s->net, node, &info));
+        sum += (double)info.multiply_adds;
+    }
+    return 3 * sum * batch;
+}
+
+/* peak: what the multiply-adds alone allow, in fp32 */
+static void bench_train(int threads, const net_kind *kind, mpt_level level, mpt_dtype type, const char *name,
+                        mpt_optimizer_desc optimizer) {
+    trained s = trained_new(threads, kind, mpt_policy_preset(level, type), optimizer);
+    yardstick y = yardstick_new(s.ctx, 0, 0);
+    timing t;
+    y.loops = 100000;
+    t = measure(run_train, &s, multiply_add(), &y);
+    printf("train net=%s batch=%d optimizer=%s level=O%d type=%s threads=%d", kind->name, kind->batch, name, (int)level,
+           mpt_dtype_name(level ? type : MPT_F32), threads);
+    print_rate(t, kind->batch, 96.0 * (double)y.loops * y.threads / step_products(&s, 1), "samples/s");
+    yardstick_free(&y);
+    trained_free(&s);
+}
+
+static void bench_nets(int threads) {
+    static const net_kind *const kinds[] = {&mlp64, &mlp512, &lenet64, &block64};
+    const mpt_optimizer_desc sgd = mpt_sgd(1e-3, 0.9);
+    size_t i;
+    for (i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        bench_train(threads, kinds[i], MPT_O0, MPT_F32, "sgd_momentum", sgd);
+        bench_train(threads, kinds[i], MPT_O2, MPT_BF16, "sgd_momentum", sgd);
+        bench_train(threads, kinds[i], MPT_O2, MPT_F16, "sgd_momentum", sgd);
+    }
+    for (i = 0; i < 2; i++) bench_train(threads, kinds[i], MPT_O0, MPT_F32, "adam", mpt_adam(1e-4));
+}
+
+/* Steps of the MLP with a lens; the yardstick is the same step without one. what NULL: nothing is simulated. */
 static void bench_lens(const char *use, int threads, mpt_level level, int watch, const mpt_what_if *what) {
-    seen with = seen_new(threads, level), without = seen_new(threads, level);
+    const mpt_policy policy = mpt_policy_preset(level, MPT_F16);
+    trained with = trained_new(threads, &mlp64, policy, mpt_adam(1e-3));
+    trained without = trained_new(threads, &mlp64, policy, mpt_adam(1e-3));
     timing t;
     with.lens = (mpt_lens *)need(mpt_lens_open(with.ctx));
     if (watch) ok(with.ctx, mpt_lens_watch(with.lens, with.net));
     if (what) ok(with.ctx, mpt_lens_simulate(with.lens, 0, 0, what));
-    t = measure(run_seen, &with, run_seen, &without);
+    t = measure(run_train, &with, run_train, &without);
     printf("lens use=%s level=O%d threads=%d value=%.4g unit=ms/step peak=%.4g ratio=%.3f\n", use, (int)level, threads,
            t.value * 1e3, t.peak * 1e3, t.peak / t.value);
     fflush(stdout);
-    seen_free(&with), seen_free(&without);
+    trained_free(&with), trained_free(&without);
 }
 
 static void bench_lenses(int threads) {
@@ -467,28 +589,39 @@ static void bench_steps(mpt_context *ctx) {
 
 static void bench_products(mpt_context *ctx) {
     static const mpt_dtype types[] = {MPT_F32, MPT_BF16, MPT_F16};
-    size_t size, batch, i;
+    static const size_t patches[][3] = {{1024, 64, 576}, {196, 64, 288}, {256, 128, 576}}; /* of the nets below */
+    size_t size, batch, i, j;
     for (i = 0; i < 3; i++) {
+        for (j = 0; j < 3; j++)
+            bench_gemm(ctx, "patches", 0, 1, patches[j][0], patches[j][1], patches[j][2], types[i], types[i]);
         for (size = 256; size <= 1024; size *= 2) bench_gemm(ctx, "square", 0, 0, size, size, size, types[i], types[i]);
         for (batch = 64; batch <= 512; batch *= 8) { /* the net 784-512-512-10 */
             bench_linear(ctx, batch, 784, 512, types[i], 1);
             bench_linear(ctx, batch, 512, 512, types[i], 0);
             bench_linear(ctx, batch, 512, 10, types[i], 0);
         }
+        bench_conv(ctx, 28, 1, 32, types[i]);
+        bench_conv(ctx, 14, 32, 64, types[i]);
+        bench_conv(ctx, 32, 3, 64, types[i]);
+        bench_conv(ctx, 32, 64, 64, types[i]);
     }
 }
 
-int main(void) {
+/* `bench` prints all rows on 1 and 2 threads; `bench nets N` those of the nets on N, for peers.py. */
+int main(int argc, char **argv) {
+    const int only = argc == 3 && !strcmp(argv[1], "nets") ? atoi(argv[2]) : 0;
     mpt_context *ctx = open_threads(0);
     int threads;
     print_machine(ctx);
     mpt_close(ctx);
-    for (threads = 1; threads <= 2; threads++) {
+    if (only) bench_nets(only);
+    for (threads = 1; threads <= 2 && !only; threads++) {
         ctx = open_threads(threads);
         bench_arrays(ctx);
         bench_steps(ctx);
         bench_products(ctx);
         mpt_close(ctx);
+        bench_nets(threads);
         bench_lenses(threads);
     }
     return 0;

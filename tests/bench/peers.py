@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""peers.py BENCH - the three nets of bench.c trained by PyTorch and by mpt in turn: `make bench-peers`.
+
+Prints a row for each net, batch, optimizer, type and number of threads: samples/s of mpt and of PyTorch's best mode,
+each the median of ROUNDS rounds, and mpt/PyTorch. Modes: fp32; autocast to bf16; all bf16; images in channels_last or
+not. The data is random and made before the clock starts. Products and convolutions are MKL's and oneDNN's, which PyTorch
+brings. glibc is told to keep freed blocks, without which PyTorch loses up to a third of its speed to page faults."""
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+ROUNDS, SECONDS = 3, 0.6
+MALLOC = {"MALLOC_TOP_PAD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+    os.execve(sys.executable, [sys.executable] + sys.argv, {**os.environ, **MALLOC})
+
+try:
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+except ImportError:
+    print("bench-peers: PyTorch is not installed for", sys.executable)
+    sys.exit(0)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def lenet():
+    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = (3, 64), (64, 64), (64, 128)
+        self.conv = nn.ModuleList([nn.Conv2d(i, o, 3, padding=1, bias=False) for i, o in sizes])
+        self.norm = nn.ModuleList([nn.BatchNorm2d(o) for o in (64, 64, 128)])
+        self.linear = nn.Linear(128, 10)
+
+    def part(self, i, x):
+        return F.relu(self.norm[i](self.conv[i](x)))
+
+    def forward(self, x):
+        a = self.part(0, x)
+        x = F.max_pool2d(a + self.part(1, a), 2)
+        return self.linear(self.part(2, x).mean((2, 3)))
+
+
+NETS = {"mlp": (mlp, (784,)), "lenet": (lenet, (1, 28, 28)), "block": (Block, (3, 32, 32))}
+MODES = {"f32": ("f32",), "bf16": ("autocast", "bf16"), "f16": ()}  # PyTorch trains in fp16 on no CPU: beside f32
+
+
+def torch_speed(name, batch, optimizer, mode, channels_last):
+    """samples/s of one window, after five steps that are not counted"""
+    torch.manual_seed(1)
+    make, shape = NETS[name]
+    net, x, y = make(), torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    if mode == "bf16":
+        net, x = net.bfloat16(), x.bfloat16()
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    if optimizer == "adam":
+        opt = torch.optim.Adam(net.parameters(), lr=1e-4)
+    else:
+        opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    steps, start = -5, 0
+    while True:
+        if steps == 0:
+            start = time.perf_counter()
+        opt.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        opt.step()
+        steps += 1
+        if steps > 0 and time.perf_counter() - start > SECONDS:
+            return steps * batch / (time.perf_counter() - start)
+
+
+def mpt_rows(bench, threads):
+    """bench's rows as dictionaries"""
+    text = subprocess.run([bench, "nets", str(threads)], check=True, capture_output=True, text=True).stdout
+    return [dict(word.split("=") for word in row.split()[1:]) for row in text.splitlines() if row.startswith("train ")]
+
+
+def compare(bench, threads):
+    torch.set_num_threads(threads)
+    ours, theirs = {}, {}
+    for _ in range(ROUNDS):
+        for row in mpt_rows(bench, threads):
+            key = row["net"], int(row["batch"]), row["optimizer"], row["type"]
+            ours.setdefault(key, []).append(float(row["value"]))
+            for mode in MODES[key[3]] or ("f32",):
+                for last in (False, True) if key[0] != "mlp" else (False,):
+                    where = theirs.setdefault(key, {}).setdefault(mode + ("_channels_last" if last else ""), [])
+                    where.append(torch_speed(*key[:3], mode, last))
+    for key, values in ours.items():
+        mode, best = max(((m, statistics.median(v)) for m, v in theirs[key].items()), key=lambda pair: pair[1])
+        value = statistics.median(values)
+        print(f"train net={key[0]} batch={key[1]} optimizer={key[2]} type={key[3]} threads={threads} value={value:.4g} "
+              f"unit=samples/s peer=pytorch-{torch.__version__} mode={mode} peak={best:.4g} ratio={value / best:.3f}",
+              flush=True)
+
+
+print(f"cpu pytorch={torch.backends.cpu.get_cpu_capability()} processors={os.cpu_count()}", flush=True)
+for count in (1, 2):
+    compare(sys.argv[1], count)
