@@ -6,7 +6,7 @@
    fp16, bf16 or fp32. The fp16 sum is fine at k = 16 and stands still at 2048 however long the vectors are: half of
    the gap there is 1, more than what is added. Of numbers of both signs the sum stays small and the error grows
    slowly: that is what most layers add, and why fp16 sums often pass unnoticed. In blocks of 32 that are summed in
-   fp32, as some chips do, the wall is 32 times as far away. mpt_gemm sums in fp32.                                   */
+   fp32, as some chips do, the wall is 16 times as far away. mpt_gemm sums in fp32.                                   */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

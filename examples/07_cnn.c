@@ -134,7 +134,7 @@ int main(int argc, char **argv) {
         course_claim(&c, fabs(mean[w] - mean[0]) < 3 * sqrt(0.255 / p.test), "accuracy is that of fp32");
         course_claim(&c, w == 0 || 100 * m[w].activations <= 55 * m[0].activations, "activations take half");
     }
-    course_claim(&c, mean[0] > (p.side == SIDE ? 0.95 : 0.8), "the CNN learns");
+    course_claim(&c, mean[0] > (p.side == SIDE ? 0.95 : 0.75), "the CNN learns");
     free(p.x), free(p.y), mpt_close(ctx);
     return course_end(&c);
 }
