@@ -4959,8 +4959,7 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     for (t = 0; t < params->count; t++) {
         opt->slices[t].offset = params->tensors[t].offset;
         opt->slices[t].count = params->tensors[t].count;
-        opt->slices[t].lr_factor = 1;
-        opt->slices[t].weight_decay = op->desc.weight_decay;
+        opt->slices[t].lr_factor = 1, opt->slices[t].weight_decay = op->desc.weight_decay;
     }
     op->scaler = opt->scaler->state;
     op->tensors = params->count;
@@ -5039,8 +5038,7 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
                         weight_decay);
     for (t = 0; t < opt->params->count; t++) {
         if (!(opt->params->tensors[t].group & groups)) continue;
-        opt->slices[t].lr_factor = lr_factor;
-        opt->slices[t].weight_decay = weight_decay;
+        opt->slices[t].lr_factor = lr_factor, opt->slices[t].weight_decay = weight_decay;
     }
     return mpt__slices_upload(opt);
 }
@@ -5079,8 +5077,7 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
     if (opt->phase == MPT__READY) MPT__TRY(mpt_unscale(opt));
     MPT__TRY(opt->ctx->backend.update(opt->ctx, &opt->op));
     opt->op.max_norm = opt->op.max_value = 0;
-    opt->phase = MPT__STEPPED;
-    opt->steps++;
+    opt->phase = MPT__STEPPED, opt->steps++;
     return MPT_OK;
 }
 
