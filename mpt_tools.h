@@ -6,8 +6,8 @@
        #include "mpt.h"
        #include "mpt_tools.h"
 
-   It stands on the public functions of mpt.h, so that everything here works on every device, and costs nothing where
-   it is not used.
+   It needs nothing but mpt.h, works on every device unless a function says otherwise, and costs nothing where it is not
+   used.
 
    CONTENTS   search for "==== NAME"
      CONFIGURATION     every macro that may be defined before the include
