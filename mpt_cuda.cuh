@@ -621,8 +621,9 @@ static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
 }
 
 /* out(m,n) = act(x(m,n) + beta out + bias(n)); rows of x are ld apart, of out ldc. x may be out. */
-static __global__ void mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_t ldc,
-                                      float beta, mpt_array bias, mpt_activation act) {
+static __global__ void __launch_bounds__(MPTC__THREADS, 4)
+mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_t ldc, float beta, mpt_array bias,
+               mpt_activation act) {
     const size_t packs = (n + MPTC__PACK - 1) / MPTC__PACK;
     for (size_t i = mptc__thread(); i < m * packs; i += mptc__stride()) {
         const size_t row = i / packs, column = i % packs * MPTC__PACK;
@@ -1264,7 +1265,8 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
 
 /* -- Depthwise convolution: one filter a channel makes no product -- */
 
-/* Forward and data: y(rows,C) from the rows of x that the taps read, and w(taps,C). A thread takes a pack of a row. */
+/* Forward and data: y(rows,C) from the rows of x that the taps read, and w(taps,C). A thread takes a pack of a row.
+   Over 64 registers: sums, inputs and weights of a pack beside the shape; with 64 it would spill. */
 static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_t rows) {
     const unsigned R = (unsigned)op.shape.R, S = (unsigned)op.shape.S;
     const size_t C = op.shape.C, packs = (C + MPTC__PACK - 1) / MPTC__PACK;
@@ -1907,8 +1909,8 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
 
 /* x(N,C) += bias(C), if there is one; then rows(N); then, in the last block, their sums, every 256th row a thread.
    weight: of all rows; NULL: N */
-static __global__ void mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *rows,
-                                    unsigned *ticket) {
+static __global__ void __launch_bounds__(MPTC__THREADS, 4)
+mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *rows, unsigned *ticket) {
     const float scale = mpt__loss_factor(&op, weight ? *weight : (double)op.N);
     double loss = 0, weights = 0, counts = 0, correct = 0; /* whole numbers are exact */
     for (size_t row = mptc__thread() / MPTC__WARP; row < op.N; row += mptc__stride() / MPTC__WARP) {
@@ -1969,7 +1971,7 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
 
 /* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C) */
-static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
+static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_forward_k(mpt_pool2d_op op) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned H = (unsigned)z.H, W = (unsigned)z.W, R = (unsigned)z.R, S = (unsigned)z.S;
     const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, count = z.N * op.P * op.Q * packs;

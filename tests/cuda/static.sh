@@ -1,0 +1,57 @@
+#!/bin/sh
+# What the compiler made of the kernels. The elementwise ones load and store 128 bits at a time (their PTX says so); no
+# kernel spills on any architecture; and none takes over 64 registers but those whose comment says why.
+# Usage: [NVCC=nvcc] [ARCHS="75 80"] tests/cuda/static.sh
+NVCC=${NVCC:-nvcc}
+build=${BUILD:-build}/cuda
+passed=0 failed=0
+wide="map_k finish_k norm_map_k update_k pool_forward_k pool_backward_k depthwise_k gather_kI5uint4"
+over="columns_k norm_map_k norm_backward_k update_k depthwise_k" # see their comments
+
+check() { # MESSAGE COMMAND...
+    message=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "static: $message"
+    fi
+}
+
+command -v "$NVCC" >/dev/null || { echo "0 passed, 0 failed, 1 skipped"; exit 0; }
+mkdir -p "$build" || exit 1
+printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_cuda.cuh"\n' >"$build/all.cu"
+"$NVCC" -O2 -std=c++17 -I. -arch=compute_75 -ptx "$build/all.cu" -o "$build/all.ptx" || exit 1
+
+# 1 where the kernel named mptc__$1, or a copy of its template, has such an instruction; all copies must
+has() {
+    awk -v name="mptc__$1" -v what="$2" '
+        /\.entry/ { in_it = index($0, name) > 0; seen += in_it; found = 0 }
+        in_it && $0 ~ what && !found { found = 1; good++ }
+        END { exit !(seen > 0 && good == seen) }' "$build/all.ptx"
+}
+for kernel in $wide; do
+    check "$kernel has no 128-bit load from global memory" has "$kernel" 'ld\.global(\.nc)?(\.L[^ ]*)?\.v4\.[bfu]32'
+    check "$kernel has no 128-bit store to global memory" has "$kernel" 'st\.global(\.wb)?\.v4\.[bfu]32'
+done
+
+for n in ${ARCHS:-75 80 86 89 90 100 120}; do
+    "$NVCC" --list-gpu-code | grep -qx "sm_$n" || continue
+    ptxas -v -arch="sm_$n" "$build/all.ptx" -o /dev/null 2>"$build/ptxas-$n.log"
+    check "ptxas fails on sm_$n" test $? -eq 0
+    spills=$(grep -c 'bytes spill' "$build/ptxas-$n.log")
+    clean=$(grep -c ' 0 bytes spill stores, 0 bytes spill loads' "$build/ptxas-$n.log")
+    check "$((spills - clean)) kernels spill on sm_$n" test "$spills" -gt 0 -a "$spills" -eq "$clean"
+    large=$(awk -v over="$over" '
+        BEGIN { split(over, may, " ") }
+        /Compiling entry function/ { name = $0 }
+        /Used [0-9]+ registers/ {
+            match($0, /Used [0-9]+/)
+            if (substr($0, RSTART + 5, RLENGTH - 5) + 0 <= 64) next
+            for (i in may) if (index(name, "mptc__" may[i])) next
+            match(name, /mptc__[a-z_]*_k/)
+            printf " %s", substr(name, RSTART, RLENGTH)
+        }' "$build/ptxas-$n.log")
+    check "over 64 registers on sm_$n without a reason:$large" test -z "$large"
+done
+echo "static: $passed passed, $failed failed"
+[ "$failed" -eq 0 ]
