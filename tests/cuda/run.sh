@@ -6,7 +6,7 @@ NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
 flags="-x cu -O2 -std=c++17 -Xcompiler -Wall,-Wextra -lineinfo -DMPT_TEST_CUDA -DMPT_TRAINER_CUDA -I."
 mkdir -p "$build" || exit 1
-[ $# -gt 0 ] || set -- tests/unit/*.c tests/parity/*.c tests/train/*.c tests/cuda/*.c
+[ $# -gt 0 ] || set -- tests/unit/*.c tests/parity/*.c tests/train/*.c tests/cuda/*.c tests/bench/bench_cuda.c
 
 command -v "$NVCC" >/dev/null || { echo "no nvcc: nothing was compiled"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 
