@@ -29,7 +29,7 @@ $(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
-.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers clean help detect FORCE
+.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
@@ -47,6 +47,7 @@ test-long: detect $(LONG)
 
 test-cuda: detect
 	@BUILD=$(BUILD) sh tests/cuda/run.sh
+	@BUILD=$(BUILD) sh tests/cuda/static.sh
 
 portable:
 	@BUILD=$(BUILD) sh tests/compile/portable.sh
@@ -66,6 +67,11 @@ bench: detect $(BUILD)/tests/bench/bench
 bench-peers: detect $(BUILD)/tests/bench/bench
 	@$(PYTHON) tests/bench/peers.py $(BUILD)/tests/bench/bench
 
+bench-cuda: detect
+	@mkdir -p $(BUILD)/cuda
+	nvcc -x cu -O2 -std=c++17 -arch=native -I. tests/bench/bench_cuda.c -o $(BUILD)/cuda/bench -lcublas -lcublasLt
+	@$(BUILD)/cuda/bench --csv $(BUILD)/cuda/bench.csv
+
 clean:
 	rm -rf build
 
@@ -82,6 +88,7 @@ help: detect
 	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300: do the tests notice?'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
 	@echo 'make bench-peers  trains the nets of bench by PyTorch as well; PYTHON=... for one that has it'
+	@echo 'make bench-cuda the same for mpt_cuda.cuh on a GPU; also as build/cuda/bench.csv'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
 
