@@ -88,7 +88,7 @@ help: detect
 	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300: do the tests notice?'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
 	@echo 'make bench-peers  trains the nets of bench by PyTorch as well; PYTHON=... for one that has it'
-	@echo 'make bench-cuda the same for mpt_cuda.cuh on a GPU; also as build/cuda/bench.csv'
+	@echo 'make bench-cuda  as bench, for mpt_cuda.cuh on a GPU; also as build/cuda/bench.csv'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
 
