@@ -135,6 +135,7 @@ static void test_environment(void) {
 
 /* ==== FLUSHED SUBNORMALS ==== casts, scans and the scale's rule are integers: the processor's flags do not matter */
 
+#ifdef CONTROL_WORD
 enum { VALUES = 4096 };
 
 typedef struct findings {
@@ -184,7 +185,6 @@ static findings *look(mpt_isa isa) {
 }
 
 static void test_flushed(void) {
-#ifdef CONTROL_WORD
     volatile float tiny = 1e-40f;
     int isa;
     for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT; isa++) {
@@ -197,10 +197,10 @@ static void test_flushed(void) {
         CHECK(memcmp(kept, flushed, sizeof *kept) == 0);
         free(kept), free(flushed);
     }
-#else
-    test_counts.skipped++; /* no such flags known here */
-#endif
 }
+#else
+static void test_flushed(void) { test_counts.skipped++; } /* no such flags known here */
+#endif
 
 int main(void) {
 #ifndef MPT_NO_THREADS
