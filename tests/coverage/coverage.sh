@@ -7,15 +7,17 @@ command -v gcov >/dev/null || { echo "coverage.sh: no gcov: 0 passed, 0 failed, 
 rm -rf "$build"
 mkdir -p "$build"
 flags="-std=c99 -O0 -w --coverage -fprofile-update=atomic -DTEST_STRIDE=65536 -I."
-printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n' >"$build/mpt.c"
+printf '#define MPT_IMPLEMENTATION\n#include "mpt_tools.h"\n' >"$build/mpt.c"
 # shellcheck disable=SC2086
 gcc $flags -c "$build/mpt.c" -o "$build/mpt.o" || exit 1
 failed=0
 for test in tests/unit/*.c tests/parity/*.c; do
     program=$build/$(echo "$test" | tr / - | sed 's/\.c$//')
+    implemented="-DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED" object=$build/mpt.o
+    grep -q mpt__ "$test" && implemented= object= # private names need an implementation beside them
     # shellcheck disable=SC2086
-    gcc $flags -DMPT__IMPLEMENTED -c "$test" -o "$program.o" &&
-        gcc --coverage "$program.o" "$build/mpt.o" -o "$program" -lm -pthread &&
+    gcc $flags $implemented -c "$test" -o "$program.o" &&
+        gcc --coverage "$program.o" $object -o "$program" -lm -pthread &&
         "$program" >"$program.log" 2>&1 </dev/null || { failed=$((failed + 1)) && tail -n 5 "$program.log"; }
 done
 # Every object that mpt.h is in has counts of it: a line is run if one of them says so.
