@@ -45,8 +45,10 @@ count() { # count STATUS WHAT: one check more; of a failing one the log is shown
 build() { # build SOURCE OUT OPTIONS...
     source=$1 out=$2
     shift 2
+    with="$shared" and=$object
+    grep -q mpt__ "$source" && with= and= # private names need an implementation beside them
     # shellcheck disable=SC2086
-    $compiler $options $warn $define $language -I. "$@" "$source" -x none $link -o "$out" >"$dir/log" 2>&1
+    $compiler $options $with $warn $define $language -I. "$@" "$source" -x none $and $link -o "$out" >"$dir/log" 2>&1
     count $? "build $source"
 }
 
@@ -55,7 +57,7 @@ build() { # build SOURCE OUT OPTIONS...
 cell() {
     name=$1 runner=$2 slow=$3 compiler=$4
     shift 4
-    options=$* language="-x c" before=$failed start=$(date +%s) link=
+    options=$* language="-x c" before=$failed start=$(date +%s) link= shared= object=
     wanted "$name" || return
     has "$compiler" || { skip "$compiler is not installed"; return; }
     if [ -n "$runner" ] && [ "$runner" != none ] && ! has "${runner%% *}"; then
@@ -69,7 +71,7 @@ cell() {
         printf '#define MPT_IMPLEMENTATION\n#include "%s"\n#include "mpt_tools.h"\n' "$header" >"$dir/mpt.c"
         rm -f "$dir/mpt.o"
         build "$dir/mpt.c" "$dir/mpt.o" -c
-        options="$options -DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED" link="$dir/mpt.o -lm -pthread"
+        shared="-DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED" object=$dir/mpt.o link="-lm -pthread"
         ;;
     esac
     for example in $examples; do build "$example" "$dir/program"; done
