@@ -65,6 +65,11 @@ cell() {
         runner=none
     fi
     case $compiler in *++*) language="-x c++" ;; esac
+    # shellcheck disable=SC2086
+    if ! echo 'int main(void) { return 0; }' | $compiler $options $language - -o "$dir/program" >"$dir/log" 2>&1; then
+        skip "$compiler $options links no program: its C library is not installed"
+        return
+    fi
     case $options in
     *MPT_STATIC*) link="-lm -pthread" ;; # a copy in each program
     *)
