@@ -232,11 +232,12 @@ static void run_close(run *r) {
     free(r);
 }
 
-/* Norm and clip factor of a step that will be applied; then PyTorch's own factor is put in, so that the parameters need
-   no tolerance for its last bit. With u = 2^-24: PyTorch's norm is the root of a sum of at most 33 squares, in fp32 and
-   in any order, and then the same over 3 tensors. A square passes at most 32 additions and its own rounding, half of
-   which are left after the root, whose error is at most 2 u: 18.5 u, and (2 + 1) / 2 + 2 = 3.5 u for the second: 22 u.
-   The factor adds the roundings of 1e-6, the sum, the reciprocal and the product: 26 u. */
+/* Norm and clip factor of a step that will be applied; then PyTorch's own norm is put in, of which the factor is
+   PyTorch's to the bit, so that the parameters need no tolerance for it. With u = 2^-24: PyTorch's norm is the root
+   of a sum of at most 33 squares, in fp32 and in any order, and then the same over 3 tensors. A square passes at
+   most 32 additions and its own rounding, half of which are left after the root, whose error is at most 2 u: 18.5 u,
+   and (2 + 1) / 2 + 2 = 3.5 u for the second: 22 u. The factor adds the roundings of 1e-6, the sum, the reciprocal
+   and the product: 26 u. */
 static void check_clip(const run *r, const golden *g, const outcome *expected, const input *in) {
     const double u = test_unit(MPT_F32);
     mpt_optimizer_state *state = (mpt_optimizer_state *)test_memory(sizeof *state);
@@ -244,8 +245,10 @@ static void check_clip(const run *r, const golden *g, const outcome *expected, c
     CHECK_NEAR(state->grad_norm, in->norm, 22 * u * (double)in->norm);
     if (g->clip_norm > 0) {
         CHECK_NEAR(state->clip, expected->clip, 26 * u * expected->clip);
-        state->clip = expected->clip;
+        state->grad_norm = (double)in->norm;
         CHECK_OK(r->ctx, mpt_optimizer_set_state(r->opt, state));
+        CHECK_OK(r->ctx, mpt_optimizer_get_state(r->opt, state));
+        CHECK_EQUAL(state->clip, expected->clip);
     }
     free(state);
 }
