@@ -23,7 +23,7 @@ else
         "$NVCC" --list-gpu-code | grep -qx "sm_$n" || continue
         target="$target -gencode arch=compute_$n,code=sm_$n" newest=$n
     done
-    target="$target -gencode arch=compute_$newest,code=compute_$newest"
+    target="$target -gencode arch=compute_$newest,code=compute_$newest --threads 2"
     set -- tests/cuda/parity.c
 fi
 
