@@ -1,7 +1,7 @@
 /* 10_gpu.c - does the same program train on a GPU, and what does it gain?
 
-       nvcc -O2 -x cu examples/10_gpu.c -o gpu -lcublas && ./gpu      with a GPU
-       cc -O2 examples/10_gpu.c -o gpu -lm && ./gpu                   without: the CPU's half of the table
+       nvcc -O2 -x cu examples/10_gpu.c -o gpu -lcublas -lcublasLt && ./gpu      with a GPU
+       cc -O2 examples/10_gpu.c -o gpu -lm && ./gpu                              without: the CPU's half of the table
 
    The file is C. Only the call that opens the device differs; mpt_cuda.cuh says how to link a C compiler's object
    with a library that nvcc made. You will see an MLP 784-1024-1024-10 on noise, in fp32, bf16 and fp16, on the CPU
