@@ -1970,8 +1970,8 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
 
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
 
-/* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C) */
-static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_forward_k(mpt_pool2d_op op) {
+/* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C). Over 64 registers: a pack beside its taps; with 64 it would spill. */
+static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned H = (unsigned)z.H, W = (unsigned)z.W, R = (unsigned)z.R, S = (unsigned)z.S;
     const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, count = z.N * op.P * op.Q * packs;
