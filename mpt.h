@@ -915,23 +915,6 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
-/* What the build made of a node. Texts are constant, the name is the model's. */
-typedef struct mpt_node_info {
-    const char *name, *kernel, *reason; /* how it is computed; why its value has its type */
-    int in[2];                          /* nodes that it reads; 0: none */
-    int weight, bias;                   /* tensors of mpt_model_params; 0: none */
-    int window, groups;                 /* convolution: R = S, and its groups; else 0 */
-    int H, W, C;                        /* of a sample */
-    mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
-    mpt_dtype weight_type;              /* its product reads weights of this type; MPT_DTYPE_COUNT: it has none */
-    int fused_into;                     /* node that computes it in passing; 0: itself */
-    size_t parameters;                  /* elements */
-    size_t bytes;                       /* of its own buffers in the activation block, for a whole batch */
-    size_t multiply_adds;               /* of the products, forward, one sample */
-} mpt_node_info;
-
-/* node 1.. of a built model */
-MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int node, mpt_node_info *out);
 /* Number of nodes, and the descriptor that the model was built with, its defaults filled in. */
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
 MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
@@ -939,20 +922,6 @@ MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
    from the host by mpt_model_set_running, between steps. */
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
 MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *host);
-
-/* Bytes by role. On the CPU the sum is exactly what the model holds from the allocator; on a device the arrays are its
-   own memory. */
-typedef struct mpt_memory {
-    size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
-    size_t masters;     /* fp32 masters of 16-bit weights; or the low bits or compensation instead */
-    size_t gradients;   /* of the parameters */
-    size_t moments;     /* of the optimizer */
-    size_t activations; /* values kept for backward, and their gradients, after reuse */
-    size_t workspace;   /* staging of inputs and targets, sums, running statistics, state */
-    size_t bookkeeping; /* the graph itself, names, tables; always host memory */
-} mpt_memory;
-
-MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net);
 
 /* ==== BACKEND ====
 
@@ -3166,9 +3135,9 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
    tests/reference.h has all operations as plain loops: what they mean. */
 
 enum {
-    MPT__BLOCK_M = 96, /* rows and columns of a block of the result: multiples of every kernel's tile */
+    MPT__BLOCK_M = 192, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 128,
-    MPT__BLOCK_K = 256,       /* depth: what a block needs of both operands stays within L2 (96 + 128 KiB) */
+    MPT__BLOCK_K = 256,       /* depth at most: what a block needs of both operands stays within L2 (192 + 128 KiB) */
     MPT__TILE_N = 32,         /* the widest tile */
     MPT__ROOM = 8 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
     MPT__WORKSPACE =
@@ -3198,6 +3167,7 @@ static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
 typedef enum mpt__view_kind {
     MPT__MATRIX,  /* (u, v) = data[u * stride + v] */
     MPT__PATCHES, /* u = (n,p,q), v = (r,s,c): the image under the kernel, zeros in the padding */
+    MPT__TAPS,    /* PATCHES turned about: u = (r,s,c), v = (n,p,q), for images of few channels */
     MPT__SPREAD,  /* u = (n,h,w), v = (r,s,k): dy at the output that reads (h,w) through (r,S-1-s), 0 if none does */
     MPT__FILTERS  /* u = (r,s,k), v = c: weights stored (k,r,S-1-s,c). Backwards, for then dy is read forwards */
 } mpt__view_kind;
@@ -3277,10 +3247,52 @@ MPT__INLINE void mpt__rows_run(const mpt_context *ctx, const mpt__view *view, si
         begin += start;                                       /* of dst[0] in the image row */
         skip = begin < image ? 0 : mpt__min(some, 0 - begin); /* left of it; all of it, if it is to the right */
         inside = y < first.H && begin + skip < image ? mpt__min(some - skip, image - begin - skip) : 0;
-        memset(dst, 0, (inside ? skip : some) * size);
-        if (!inside) continue;
-        mpt__fetch(ctx, view, (first.n * first.H + y) * image + begin + skip, inside, dst + skip * size);
-        memset(dst + (skip + inside) * size, 0, (some - skip - inside) * size);
+        if (inside < some) memset(dst, 0, some * size);
+        if (inside) mpt__fetch(ctx, view, (first.n * first.H + y) * image + begin + skip, inside, dst + skip * size);
+    }
+}
+
+/* dst(n) = elements i, i + step, .. of the view's array, as packed */
+static void mpt__strided_run(const mpt_context *ctx, const mpt__view *view, size_t i, size_t step, size_t n,
+                             char *dst) {
+    const uint16_t *halves = (const uint16_t *)view->data.data + i;
+    const float *floats = (const float *)view->data.data + i;
+    uint16_t line[MPT__RUN];
+    mpt_array run = view->data;
+    size_t e, some;
+    run.data = line;
+    if (step == 1) mpt__fetch(ctx, view, i, n, dst);
+    else if (view->data.type == MPT_F32)
+        for (e = 0; e < n; e++) ((float *)(void *)dst)[e] = floats[e * step];
+    else
+        for (; n; dst += some * view->size, halves += some * step, n -= some) {
+            some = mpt__min(n, MPT__RUN);
+            for (e = 0; e < some; e++) line[e] = halves[e * step];
+            if (view->size == sizeof *line) memcpy(dst, line, some * sizeof *line);
+            else mpt__load(ctx, run, 0, some, (float *)(void *)dst);
+        }
+}
+
+/* dst(n) = what tap u of an image reads for outputs v .. v+n, one output row after the other */
+static void mpt__tap_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, char *dst) {
+    const mpt_conv2d_shape *z = &view->op->shape;
+    const size_t P = view->op->P, Q = view->op->Q, C = z->C / z->groups, right = u / C % z->S * z->dilation;
+    const size_t edge = z->W + z->padding;                                                       /* of the padded row */
+    const size_t lo = right < z->padding ? (z->padding - right + z->stride - 1) / z->stride : 0; /* outputs that read */
+    const size_t hi = right < edge ? (edge - right + z->stride - 1) / z->stride : 0;             /* the image itself */
+    size_t some, begin, end, y;
+    for (; n; dst += some * view->size, v += some, n -= some) {
+        const size_t q = v % Q, row = v / Q;
+        some = mpt__min(n, Q - q);
+        begin = q < lo ? lo : q, end = mpt__min(q + some, hi);
+        y = mpt__tap(z, row % P, u / C / z->S);
+        if (y >= z->H || begin >= end) end = begin;
+        if (end - begin < some) memset(dst, 0, some * view->size);
+        if (begin < end)
+            mpt__strided_run(ctx, view,
+                             ((row / P * z->H + y) * z->W + begin * z->stride + right - z->padding) * z->C +
+                                 view->group * C + u % C,
+                             z->stride * z->C, end - begin, dst + (begin - q) * view->size);
     }
 }
 
@@ -3292,7 +3304,8 @@ MPT__INLINE void mpt__view_run(const mpt_context *ctx, const mpt__view *view, si
         const size_t each = z->K / z->groups, k = view->group * each + u % each, tap = u / each;
         const size_t turned = tap / z->S * z->S + z->S - 1 - tap % z->S;
         mpt__fetch(ctx, view, (k * z->R * z->S + turned) * (z->C / z->groups) + v, n, dst);
-    } else if (z->groups == 1 && z->dilation == 1 && (view->kind == MPT__PATCHES || z->stride == 1))
+    } else if (view->kind == MPT__TAPS) mpt__tap_run(ctx, view, u, v, n, (char *)dst);
+    else if (z->groups == 1 && z->dilation == 1 && (view->kind == MPT__PATCHES || z->stride == 1))
         mpt__rows_run(ctx, view, u, v, n, (char *)dst);
     else mpt__taps_run(ctx, view, u, v, n, (char *)dst);
 }
@@ -3316,11 +3329,11 @@ MPT__INLINE void mpt__pair_run(const uint16_t *MPT__RESTRICT low, const uint16_t
 }
 
 /* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to
-   `padded`. `room` holds two such rows in 16 bits, and a run. */
+   `padded`. `room` holds two such rows in 16 bits, and a run; n is a block's rows or columns. */
 MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view, size_t l, size_t depth, size_t d,
                                   size_t v, size_t n, size_t padded, float *to, float *room) {
-    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_N;
-    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_N);
+    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_M;
+    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_M);
     size_t i;
     if (view->size == sizeof *to) mpt__view_run(ctx, view, l + d, v, n, to);
     else {
@@ -3335,19 +3348,28 @@ MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view,
     memset(to + n, 0, (padded - n) * sizeof *to);
 }
 
-/* Where word (i,d) of the left operand is: at[i * row + d * step]. */
+/* Is this a matrix in fp32, which needs no widening? */
+static int mpt__is_direct(const mpt__view *view) { return view->kind == MPT__MATRIX && view->data.type == MPT_F32; }
+
+/* Where word (i,d) of the left operand is, i < rows: at[i * row + d * step]. */
 typedef struct mpt__left {
     const float *at;
-    size_t row, step;
+    size_t row, step, rows;
 } mpt__left;
 
-/* Rows i .. i+rows of the left operand, depth l .. l+depth; zeros up to a whole tile of rows. */
+/* Rows of the left operand from row i on, at most `rows`, depth l .. l+depth: packed, with zeros up to a whole tile of
+   rows; or where they are, if they need no packing, as many as fill whole tiles. */
 MPT__INLINE mpt__left mpt__pack_left(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l,
                                      size_t depth, float *to, float *room) {
     const size_t tile = ctx->simd.tile_m, padded = (rows + tile - 1) / tile * tile, words = mpt__words(view, depth);
     mpt__left left;
     size_t r;
-    left.at = to;
+    if (mpt__is_direct(view) && view->v_is_depth && rows >= tile) {
+        left.at = (const float *)view->data.data + i * view->stride + l;
+        left.row = view->stride, left.step = 1, left.rows = rows / tile * tile;
+        return left;
+    }
+    left.at = to, left.rows = rows;
     left.row = view->v_is_depth ? words : 1;
     left.step = view->v_is_depth ? 1 : padded;
     for (r = 0; r < rows && view->v_is_depth; r++) mpt__pack_along(ctx, view, i + r, l, depth, to + r * words);
@@ -3362,7 +3384,7 @@ MPT__INLINE mpt__left mpt__pack_left(const mpt_context *ctx, const mpt__view *vi
 MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, size_t j, size_t columns, size_t l,
                                  size_t depth, float *panels, float *lines, float *room) {
     const size_t tile = ctx->simd.tile_n, padded = (columns + tile - 1) / tile * tile, words = mpt__words(view, depth);
-    const int direct = view->kind == MPT__MATRIX && view->data.type == MPT_F32;
+    const int direct = mpt__is_direct(view);
     size_t c, r, d, some;
     for (c = 0; c < padded && view->v_is_depth; c += tile) {
         if (direct && c + tile <= columns) {
@@ -3398,12 +3420,14 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     mpt_array c, bias;
     size_t ldc;
     mpt_activation act;
+    int turned; /* a is b and b is a, m is n and n is m: they give c's transpose */
+    int plain;  /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
 } mpt__product;
 
 /* Scale, old content, bias, activation, rounding of one row of a block: n columns from column j of row i. Reads whole
-   runs of sums. */
-MPT__INLINE void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums) {
-    float line[MPT__RUN], room[MPT__RUN];
+   runs of sums; room holds one. */
+MPT__INLINE void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums, float *room) {
+    float line[MPT__RUN];
     for (; n; n -= mpt__min(n, MPT__RUN), j += MPT__RUN, sums += MPT__RUN) {
         const size_t some = mpt__min(n, MPT__RUN);
         float *out =
@@ -3416,25 +3440,54 @@ MPT__INLINE void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size
     }
 }
 
-MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
+/* The tiles of rows i+r .. of a block at (i,j), whose columns are packed in b. */
+MPT__INLINE void mpt__product_tiles(const mpt__product *p, const mpt__left *left, size_t i, size_t r, size_t j,
+                                    size_t columns, size_t words, const float *b, float *sums, int add) {
     const mpt__simd *simd = &p->ctx->simd;
+    size_t c, t;
+    for (c = 0; c < columns; c += simd->tile_n)
+        for (t = 0; t < left->rows; t += simd->tile_m) {
+            const int whole = p->plain && t + simd->tile_m <= left->rows && c + simd->tile_n <= columns;
+            float *out = whole ? (float *)p->c.data + (i + r + t) * p->ldc + j + c : sums + (r + t) * MPT__BLOCK_N + c;
+            (p->b.size < sizeof *b ? simd->pairs : simd->tile)(
+                words, left->at + t * left->row, left->row, left->step, b + c * words, out,
+                whole ? p->ldc : (size_t)MPT__BLOCK_N, add || (whole && p->beta != 0));
+        }
+}
+
+/* What the sums of a block at (i,j) still need, once they are turned back; rows of a plain block behind whole tiles. */
+MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns,
+                                   const float *sums, float *turned, float *room) {
+    const mpt__simd *simd = &p->ctx->simd;
+    const size_t along = p->turned ? (rows + 3) / 4 * 4 : MPT__BLOCK_N, lines = p->turned ? columns : rows;
+    const size_t whole = p->plain ? columns / simd->tile_n * simd->tile_n : 0;
+    size_t r;
+    if (p->turned) simd->transpose(sums, MPT__BLOCK_N, columns, along, turned);
+    for (r = 0; r < lines; r++) {
+        const size_t c = r < rows / simd->tile_m * simd->tile_m ? whole : 0;
+        mpt__finish_row(p, (p->turned ? j : i) + r, (p->turned ? i : j) + c, (p->turned ? rows : columns) - c,
+                        (p->turned ? turned : sums) + r * along + c, room);
+    }
+}
+
+MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
     const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
+    const size_t parts = (p->k + MPT__BLOCK_K - 1) / MPT__BLOCK_K;
     float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
     float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (BLOCK_M,BLOCK_N), and room to read a run from any */
     float *room = workspace + MPT__WORKSPACE - MPT__ROOM;
-    size_t l, r, c;
+    size_t l, r, depth = 0;
     if (!p->k) memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
-    for (l = 0; l < p->k; l += MPT__BLOCK_K) {
-        const size_t depth = mpt__min(p->k - l, MPT__BLOCK_K), words = mpt__words(&p->b, depth);
-        const mpt__left left = mpt__pack_left(p->ctx, &p->a, i, rows, l, depth, a, room);
+    for (l = 0; l < p->k; l += depth) {
+        mpt__left left;
+        depth = mpt__min(p->k - l, ((p->k - 1) / parts + 8) / 8 * 8); /* even parts, of whole pairs and transposes */
         mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines, room);
-        for (c = 0; c < columns; c += simd->tile_n)
-            for (r = 0; r < rows; r += simd->tile_m)
-                (p->b.size < sizeof *b ? simd->pairs : simd->tile)(words, left.at + r * left.row, left.row, left.step,
-                                                                   b + c * words, sums + r * MPT__BLOCK_N + c,
-                                                                   MPT__BLOCK_N, l > 0);
+        for (r = 0; r < rows; r += left.rows) {
+            left = mpt__pack_left(p->ctx, &p->a, i + r, rows - r, l, depth, a, room);
+            mpt__product_tiles(p, &left, i, r, j, columns, mpt__words(&p->b, depth), b, sums, l > 0);
+        }
     }
-    for (r = 0; r < rows; r++) mpt__finish_row(p, i + r, j, columns, sums + r * MPT__BLOCK_N);
+    mpt__finish_block(p, i, rows, j, columns, sums, a, room);
 }
 
 MPT__INLINE void mpt__product_task_body(void *arg, size_t begin, size_t end, int worker) {
@@ -3446,12 +3499,34 @@ MPT__INLINE void mpt__product_task_body(void *arg, size_t begin, size_t end, int
 }
 MPT__TASKS(mpt__product_task)
 
+/* Where channels are few, outputs of a row make longer runs than the channels under the kernel. */
+static void mpt__choose_runs(mpt__view *view) {
+    if (view->kind != MPT__PATCHES || view->op->shape.C / view->op->shape.groups > 4) return;
+    view->kind = MPT__TAPS;
+    view->v_is_depth = !view->v_is_depth;
+}
+
+/* Only the right operand is turned about for its panels: let that be the smaller one. */
+static void mpt__turn(mpt__product *p) {
+    const mpt__view a = p->a;
+    const size_t m = p->m;
+    p->a = p->b, p->b = a;
+    p->m = p->n, p->n = m;
+    p->turned = 1;
+}
+
 static mpt_result mpt__product_run(mpt__product *p) {
-    const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
-    size_t work;
+    size_t down, across, work;
+    mpt__choose_runs(&p->a), mpt__choose_runs(&p->b);
+    if (p->a.v_is_depth && p->b.v_is_depth &&
+        p->n * ((p->m - 1) / MPT__BLOCK_M + 1) > p->m * ((p->n - 1) / MPT__BLOCK_M + 1))
+        mpt__turn(p);
+    p->plain = !p->turned && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
+               !p->bias.data && p->act == MPT_IDENTITY;
     if (p->ctx->simd.pairs && p->a.data.type == MPT_BF16 && p->b.data.type == MPT_BF16)
         p->a.size = p->b.size = sizeof(uint16_t);
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
+    down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
     mpt__parallel(p->ctx, down * across, work, MPT__TASK(p->ctx, mpt__product_task), p);
     return MPT_OK;
 }
@@ -3552,7 +3627,7 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
                 if (at == (size_t)-1) continue;
                 mpt__multiply_run(sums, mpt__read_run(p->ctx, p->a.data, at + c, run, room), w + t * MPT__RUN);
             }
-            mpt__finish_row(p, u, c, run, sums);
+            mpt__finish_row(p, u, c, run, sums, room);
         }
     }
 }
@@ -3579,7 +3654,7 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
         }
         for (e = 0; e < run; e++) {
             for (t = 0; t < taps; t++) line[t] = sums[t * MPT__RUN + e];
-            mpt__finish_row(p, c + e, 0, taps, line);
+            mpt__finish_row(p, c + e, 0, taps, line, room[0]);
         }
     }
 }
@@ -6384,86 +6459,6 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
     at = (size_t)(running - net->running), bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
     MPT__TRY(mpt_upload(net->ctx, net->running + at, host, bytes));
     return mpt_upload(net->ctx, net->pending + at, host, bytes);
-}
-
-static const char *mpt__kernel_name(const mpt__node *node) {
-    switch (node->kind) {
-    case MPT__INPUT: return "cast";
-    case MPT__LINEAR: return "product";
-    case MPT__CONV2D:
-        return node->conv.groups == 1                                              ? "convolution"
-               : node->conv.groups == node->conv.C && node->conv.C == node->conv.K ? "depthwise"
-                                                                                   : "grouped";
-    case MPT__POOL: return "pooling";
-    case MPT__FLATTEN: return "shared memory";
-    case MPT__CONCAT: return "copy";
-    case MPT__NORM: return "normalisation";
-    case MPT__LOSS: return "loss and gradient";
-    default: return node->fused ? "epilogue" : "elementwise";
-    }
-}
-
-MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *out) {
-    const mpt__node *node;
-    int i;
-    MPT__TRY(mpt__need_built(net, "model_node"));
-    if (id < 1 || id > net->count || !out)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_node: node %d is not in 1..%d, or out is NULL", id,
-                        net->count);
-    node = mpt__node_of(net, id);
-    memset(out, 0, sizeof *out);
-    out->name = node->name, out->kernel = mpt__kernel_name(node);
-    out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
-    out->in[0] = node->in[0], out->in[1] = node->in[1];
-    out->weight = node->weight, out->bias = node->bias;
-    out->window = (int)node->conv.R, out->groups = (int)node->conv.groups;
-    out->H = node->H, out->W = node->W, out->C = node->C;
-    out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type, out->grad_type = node->grad_type;
-    out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
-    out->fused_into = node->fused ? node->in[0] : 0;
-    out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +
-                      mpt_params_count(net->params, node->bias ? node->bias : -1);
-    if (mpt__has_weights(node))
-        out->multiply_adds =
-            mpt_params_count(net->params, node->weight) * (size_t)(node->kind == MPT__LINEAR ? 1 : node->H * node->W);
-    for (i = 0; i < MPT__BUFFERS && node->kind != MPT__LOSS; i++) {
-        const int own[MPT__BUFFERS] = {node->value, node->grad, node->index, node->stats, node->cast};
-        const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
-        if (own[i] && !(in && (own[i] == in->value || own[i] == in->grad)))
-            out->bytes += net->buffers[own[i] - 1].bytes;
-    }
-    return MPT_OK;
-}
-
-/* -- Ledger -- */
-
-MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
-    const size_t host = MPT__OVERHEAD;
-    mpt_memory m = MPT_ZERO;
-    const mpt_params *p;
-    size_t blocks, moments = 0;
-    int i;
-    if (!net) return m;
-    m.bookkeeping = sizeof *net + host;
-    if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
-    if (!net->built) return m;
-    p = net->params;
-    for (i = 0; i < 3; i++) moments += net->opt->op.moment[i] != NULL;
-    m.gradients = p->elements * 4;
-    m.moments = p->elements * 4 * moments;
-    m.weights = p->elements * (!p->copy.data ? 4 : net->policy.param == MPT_F32 ? 6 : 2);
-    if (net->policy.param != MPT_F32) m.masters = p->elements * (p->master ? 4 : p->low ? 2 : 0);
-    m.activations = net->block_bytes;
-    m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums + sizeof *net->scaler->state +
-                  sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice) +
-                  2 * net->statistics * sizeof(float);
-    if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
-    blocks = 7 + moments + (net->staging ? 1 : 0) + (net->class_weights ? 1 : 0) + (net->statistics ? 2 : 0) +
-             (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
-    m.bookkeeping += blocks * net->ctx->backend.overhead + 6 * host + sizeof *net->scaler + sizeof *p +
-                     sizeof *net->opt + (size_t)p->capacity * sizeof *p->tensors +
-                     (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
-    return m;
 }
 
 #endif /* MPT_IMPLEMENTATION */

@@ -37,6 +37,42 @@ extern "C" {
 
 /* ==== TABLES ====
 
+   -- What a build made -- */
+
+/* What the build made of a node. Texts are constant, the name is the model's. */
+typedef struct mpt_node_info {
+    const char *name, *kernel, *reason; /* how it is computed; why its value has its type */
+    int in[2];                          /* nodes that it reads; 0: none */
+    int weight, bias;                   /* tensors of mpt_model_params; 0: none */
+    int window, groups;                 /* convolution: R = S, and its groups; else 0 */
+    int H, W, C;                        /* of a sample */
+    mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
+    mpt_dtype weight_type;              /* its product reads weights of this type; MPT_DTYPE_COUNT: it has none */
+    int fused_into;                     /* node that computes it in passing; 0: itself */
+    size_t parameters;                  /* elements */
+    size_t bytes;                       /* of its own buffers in the activation block, for a whole batch */
+    size_t multiply_adds;               /* of the products, forward, one sample */
+} mpt_node_info;
+
+/* node 1.. of a built model */
+MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int node, mpt_node_info *out);
+
+/* Bytes by role. On the CPU the sum is exactly what the model holds from the allocator; on a device the arrays are its
+   own memory. */
+typedef struct mpt_memory {
+    size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
+    size_t masters;     /* fp32 masters of 16-bit weights; or the low bits or compensation instead */
+    size_t gradients;   /* of the parameters */
+    size_t moments;     /* of the optimizer */
+    size_t activations; /* values kept for backward, and their gradients, after reuse */
+    size_t workspace;   /* staging of inputs and targets, sums, running statistics, state */
+    size_t bookkeeping; /* the graph itself, names, tables; always host memory */
+} mpt_memory;
+
+MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net);
+
+/* -- Printers --
+
    For people, as aligned text, or for programs, as CSV: a line of names, then the rows. `write` is given one line at a
    time, with its end; no number in it depends on the locale. Shares are in percent. All wait for the device. */
 
@@ -281,6 +317,84 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 #define MPT__TOOLS_IMPLEMENTED
 
 /* ==== TABLE PARTS ==== */
+
+static const char *mpt__kernel_name(const mpt__node *node) {
+    switch (node->kind) {
+    case MPT__INPUT: return "cast";
+    case MPT__LINEAR: return "product";
+    case MPT__CONV2D:
+        return node->conv.groups == 1                                              ? "convolution"
+               : node->conv.groups == node->conv.C && node->conv.C == node->conv.K ? "depthwise"
+                                                                                   : "grouped";
+    case MPT__POOL: return "pooling";
+    case MPT__FLATTEN: return "shared memory";
+    case MPT__CONCAT: return "copy";
+    case MPT__NORM: return "normalisation";
+    case MPT__LOSS: return "loss and gradient";
+    default: return node->fused ? "epilogue" : "elementwise";
+    }
+}
+
+MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *out) {
+    const mpt__node *node;
+    int i;
+    MPT__TRY(mpt__need_built(net, "model_node"));
+    if (id < 1 || id > net->count || !out)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_node: node %d is not in 1..%d, or out is NULL", id,
+                        net->count);
+    node = mpt__node_of(net, id);
+    memset(out, 0, sizeof *out);
+    out->name = node->name, out->kernel = mpt__kernel_name(node);
+    out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
+    out->in[0] = node->in[0], out->in[1] = node->in[1];
+    out->weight = node->weight, out->bias = node->bias;
+    out->window = (int)node->conv.R, out->groups = (int)node->conv.groups;
+    out->H = node->H, out->W = node->W, out->C = node->C;
+    out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type, out->grad_type = node->grad_type;
+    out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
+    out->fused_into = node->fused ? node->in[0] : 0;
+    out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +
+                      mpt_params_count(net->params, node->bias ? node->bias : -1);
+    if (mpt__has_weights(node))
+        out->multiply_adds =
+            mpt_params_count(net->params, node->weight) * (size_t)(node->kind == MPT__LINEAR ? 1 : node->H * node->W);
+    for (i = 0; i < MPT__BUFFERS && node->kind != MPT__LOSS; i++) {
+        const int own[MPT__BUFFERS] = {node->value, node->grad, node->index, node->stats, node->cast};
+        const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+        if (own[i] && !(in && (own[i] == in->value || own[i] == in->grad)))
+            out->bytes += net->buffers[own[i] - 1].bytes;
+    }
+    return MPT_OK;
+}
+
+MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
+    const size_t host = MPT__OVERHEAD;
+    mpt_memory m = MPT_ZERO;
+    const mpt_params *p;
+    size_t blocks, moments = 0;
+    int i;
+    if (!net) return m;
+    m.bookkeeping = sizeof *net + host;
+    if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
+    if (!net->built) return m;
+    p = net->params;
+    for (i = 0; i < 3; i++) moments += net->opt->op.moment[i] != NULL;
+    m.gradients = p->elements * 4;
+    m.moments = p->elements * 4 * moments;
+    m.weights = p->elements * (!p->copy.data ? 4 : net->policy.param == MPT_F32 ? 6 : 2);
+    if (net->policy.param != MPT_F32) m.masters = p->elements * (p->master ? 4 : p->low ? 2 : 0);
+    m.activations = net->block_bytes;
+    m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums + sizeof *net->scaler->state +
+                  sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice) +
+                  2 * net->statistics * sizeof(float);
+    if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
+    blocks = 7 + moments + (net->staging ? 1 : 0) + (net->class_weights ? 1 : 0) + (net->statistics ? 2 : 0) +
+             (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
+    m.bookkeeping += blocks * net->ctx->backend.overhead + 6 * host + sizeof *net->scaler + sizeof *p +
+                     sizeof *net->opt + (size_t)p->capacity * sizeof *p->tensors +
+                     (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
+    return m;
+}
 
 typedef struct mpt__column {
     const char *name;
@@ -1021,13 +1135,13 @@ static void mpt__plain_block(const mpt__plain *w, const mpt__rounder *rounder, s
 static void mpt__plain_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__plain *w = (const mpt__plain *)arg;
     const mpt__rounder rounder = mpt__rounder_of(&w->what->sum);
-    float *tile = mpt__worker_space(w->product->ctx, worker), sums[MPT__RUN];
+    float *tile = mpt__worker_space(w->product->ctx, worker), *sums = mpt__worker_room(w->product->ctx, worker);
     size_t i, j;
     for (i = begin; i < end; i++) {
         for (j = 0; j < w->product->n; j += MPT__RUN) {
             const size_t columns = mpt__min(w->product->n - j, MPT__RUN);
             mpt__plain_block(w, &rounder, i, j, columns, tile, sums);
-            mpt__finish_row(w->product, i, j, columns, sums);
+            mpt__finish_row(w->product, i, j, columns, sums, sums + MPT__RUN);
         }
     }
 }

@@ -10,6 +10,7 @@
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
+#include "../mpt_tools.h"
 #include "course.h"
 #include <time.h>
 
