@@ -256,13 +256,15 @@ static mpt_result mptc__cublas_result(mpt_context *ctx, cublasStatus_t s, const 
 #define MPTC__CUDA(call) MPTC__TRY(mptc__cuda_result(ctx, (call), #call, __LINE__))
 #define MPTC__CUBLAS(call) MPTC__TRY(mptc__cublas_result(ctx, (call), #call, __LINE__))
 
-/* Starts a kernel on the stream of `device`, a variable of the calling function as ctx is. */
-#define MPTC__LAUNCH(kernel, blocks, threads, ...)                                                                  \
-    do {                                                                                                            \
-        if (device->step.mode == MPTC__REPLAY) break;                                                               \
-        kernel<<<(blocks), (threads), 0, device->stream>>>(__VA_ARGS__);                                            \
-        MPTC__TRY(mptc__cuda_result(ctx, cudaGetLastError(), "launch of " #kernel, __LINE__));                      \
-    } while (0)
+/* Starts a kernel on the context's stream, unless a graph has it already; its value is a mpt_result. */
+#define MPTC__LAUNCH(kernel, blocks, threads, ...)                                                         \
+    (mptc__of(ctx)->step.mode == MPTC__REPLAY                                                              \
+         ? MPT_OK                                                                                          \
+         : (kernel<<<(blocks), (threads), 0, mptc__of(ctx)->stream>>>(__VA_ARGS__),                        \
+            mptc__cuda_result(ctx, cudaGetLastError(), "launch of " #kernel, __LINE__)))
+
+/* The same with the blocks that `work` threads' worth of work needs */
+#define MPTC__SPREAD(kernel, work, ...) MPTC__LAUNCH(kernel, mptc__blocks(ctx, work), MPTC__THREADS, __VA_ARGS__)
 
 /* The context's device becomes current, and an error that somebody left is told as theirs. */
 static mpt_result mptc__current(mpt_context *ctx) {
@@ -432,9 +434,9 @@ static mpt_result mptc__need_positions(mpt_context *ctx, const char *what, size_
 }
 
 /* Blocks for `work` threads' worth of work: enough to fill the device, whose threads then stride over the rest. */
-static unsigned mptc__blocks(const mptc__device *device, size_t work) {
-    const size_t most = (size_t)device->processors * MPTC__BLOCKS_EACH, blocks = mptc__divide_up(work, MPTC__THREADS);
-    return (unsigned)(blocks < 1 ? 1 : mptc__min(blocks, most));
+static unsigned mptc__blocks(const mpt_context *ctx, size_t work) {
+    const size_t most = (size_t)mptc__of(ctx)->processors * MPTC__BLOCKS_EACH;
+    return (unsigned)mptc__min(work ? mptc__divide_up(work, MPTC__THREADS) : 1, most);
 }
 
 /* ==== PACKS ====
@@ -607,10 +609,8 @@ static __global__ void mptc__map_k(mpt_map_op op) {
 }
 
 static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op) {
-    mptc__device *device = mptc__of(ctx);
     if (!op->n) return MPT_OK;
-    MPTC__LAUNCH(mptc__map_k, mptc__blocks(device, mptc__divide_up(op->n, MPTC__PACK)), MPTC__THREADS, *op);
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__map_k, mptc__divide_up(op->n, MPTC__PACK), *op);
 }
 
 static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
@@ -644,11 +644,8 @@ mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_
 }
 
 static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, mpt_array x, size_t ld, float beta) {
-    mptc__device *device = mptc__of(ctx);
     const size_t packs = op->m * mptc__divide_up(op->n, MPTC__PACK);
-    MPTC__LAUNCH(mptc__finish_k, mptc__blocks(device, packs), MPTC__THREADS, op->m, op->n, x, ld, op->c, op->ldc, beta,
-                 op->bias, op->act);
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__finish_k, packs, op->m, op->n, x, ld, op->c, op->ldc, beta, op->bias, op->act);
 }
 
 static mpt_result mptc__copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
@@ -751,7 +748,6 @@ static __global__ void mptc__fold_k(mptc__columns w) {
 
 /* Cuts the work into blocks, which depend on the sizes only. The parts take the scratch block. */
 template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, mptc__columns *w, const terms &t) {
-    mptc__device *device = mptc__of(ctx);
     dim3 block(1, MPTC__THREADS);
     while (block.x < MPTC__SUM_ACROSS && block.x * MPTC__PACK < w->C) block.x *= 2, block.y /= 2;
     w->tiles = mptc__divide_up(w->C, block.x * MPTC__PACK);
@@ -765,11 +761,9 @@ template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, 
     MPTC__TRY(mptc__need_positions(ctx, "column sums", w->samples * w->rows));
     MPTC__TRY(mptc__need_positions(ctx, "column sums", blocks));
     if (parts > 1 || !w->out.data) MPTC__TRY(mptc__scratch(ctx, w->planes * parts * w->C * sizeof *w->parts));
-    w->parts = (double *)(void *)device->scratch;
-    MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t);
-    if (parts > 1 && w->out.data)
-        MPTC__LAUNCH(mptc__fold_k, mptc__blocks(device, w->C * w->planes * MPTC__WARP), MPTC__THREADS, *w);
-    return MPT_OK;
+    w->parts = (double *)(void *)mptc__of(ctx)->scratch;
+    MPTC__TRY(MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t));
+    return parts > 1 && w->out.data ? MPTC__SPREAD(mptc__fold_k, w->C * w->planes * MPTC__WARP, *w) : MPT_OK;
 }
 
 struct mptc__plain_terms { /* x(rows,C) itself */
@@ -1115,18 +1109,15 @@ static __global__ void mptc__filters_k(const unit *from, unit *to, size_t K, siz
 }
 
 static mpt_result mptc__filters(mpt_context *ctx, size_t K, size_t taps, size_t C, mpt_array w, void *to) {
-    mptc__device *device = mptc__of(ctx);
-    const unsigned blocks = mptc__blocks(device, K * taps * C);
+    const size_t count = K * taps * C;
     if (w.type == MPT_F32)
-        MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const float *)w.data, (float *)to, K, taps, C);
-    else MPTC__LAUNCH(mptc__filters_k, blocks, MPTC__THREADS, (const uint16_t *)w.data, (uint16_t *)to, K, taps, C);
-    return MPT_OK;
+        return MPTC__SPREAD(mptc__filters_k, count, (const float *)w.data, (float *)to, K, taps, C);
+    return MPTC__SPREAD(mptc__filters_k, count, (const uint16_t *)w.data, (uint16_t *)to, K, taps, C);
 }
 
 /* Gathers rows first .. first+rows of the matrix into to(rows, ld elements) with the longest unit that fits. */
 static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, mpt_array from, size_t first,
                                     size_t rows, size_t ld, void *to) {
-    mptc__device *device = mptc__of(ctx);
     const size_t size = mpt_dtype_size(from.type);
     const size_t channels = (op->pass == MPT_BACKWARD_DATA ? op->shape.K : op->shape.C) * size;
     const size_t unit = channels % 16 == 0 && (uintptr_t)from.data % 16 == 0 ? 16 : size;
@@ -1135,11 +1126,10 @@ static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, m
     g.first = (unsigned)first, g.rows = (unsigned)rows;
     g.channels = (unsigned)(channels / unit), g.ld = (unsigned)(ld * size / unit);
     g.stride = g.channels * (unsigned)op->shape.groups;
-    const unsigned blocks = mptc__blocks(device, rows * op->shape.R * op->shape.S * g.channels);
-    if (unit == 16) MPTC__LAUNCH(mptc__gather_k<uint4>, blocks, MPTC__THREADS, g);
-    else if (unit == 4) MPTC__LAUNCH(mptc__gather_k<uint32_t>, blocks, MPTC__THREADS, g);
-    else MPTC__LAUNCH(mptc__gather_k<uint16_t>, blocks, MPTC__THREADS, g);
-    return MPT_OK;
+    const size_t count = rows * op->shape.R * op->shape.S * g.channels;
+    if (unit == 16) return MPTC__SPREAD(mptc__gather_k<uint4>, count, g);
+    if (unit == 4) return MPTC__SPREAD(mptc__gather_k<uint32_t>, count, g);
+    return MPTC__SPREAD(mptc__gather_k<uint16_t>, count, g);
 }
 
 /* The product of one pass, for all rows at once: forward and data have the gathered matrix as a, weights as b. Rows of
@@ -1341,9 +1331,7 @@ static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
     MPTC__TRY(mptc__scratch(ctx, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
     op.w.data = device->scratch;
     MPTC__TRY(mptc__filters(ctx, z->C, z->R * z->S, 1, user->w, op.w.data));
-    MPTC__LAUNCH(mptc__depthwise_k, mptc__blocks(device, rows * mptc__divide_up(z->C, MPTC__PACK)), MPTC__THREADS, op,
-                 mptc__gather_of(user), rows);
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__depthwise_k, rows * mptc__divide_up(z->C, MPTC__PACK), op, mptc__gather_of(user), rows);
 }
 
 static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
@@ -1470,15 +1458,13 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
 /* The sums of all columns, and of `sets` sets, which need them sample by sample. */
 template <typename terms>
 static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t) {
-    mptc__device *device = mptc__of(ctx);
     const mpt_norm_shape *z = &op->shape;
     mptc__columns w = MPT_ZERO;
     w.samples = sets ? z->N : 1;
     w.rows = sets ? z->pixels : z->N * z->pixels;
     w.C = z->C, w.planes = terms::SUMS;
     MPTC__TRY(mptc__columns_run(ctx, &w, t));
-    MPTC__LAUNCH(mptc__norm_fold_k, mptc__blocks(device, (sets + z->C) * MPTC__WARP), MPTC__THREADS, *op, w, sets);
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets);
 }
 
 /* -- By sets: blockDim.x threads are a team, blockDim.y teams a block -- */
@@ -1619,31 +1605,25 @@ template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, 
 
 /* As many strands as fill the device */
 static mpt_result mptc__norm_map(mpt_context *ctx, const mpt_norm_op *op) {
-    mptc__device *device = mptc__of(ctx);
     const size_t lines = op->shape.N * mptc__divide_up(op->shape.C, MPTC__PACK);
-    const size_t full = (size_t)device->processors * MPTC__BLOCKS_EACH * MPTC__THREADS;
+    const size_t full = (size_t)mptc__of(ctx)->processors * MPTC__BLOCKS_EACH * MPTC__THREADS;
     const size_t strands = mptc__min(mptc__divide_up(full, lines), op->shape.pixels);
-    const unsigned blocks = mptc__blocks(device, lines * strands);
-    if (op->pass == MPT_NORM_FORWARD) MPTC__LAUNCH(mptc__norm_map_k<true>, blocks, MPTC__THREADS, *op, strands);
-    else MPTC__LAUNCH(mptc__norm_map_k<false>, blocks, MPTC__THREADS, *op, strands);
-    return MPT_OK;
+    if (op->pass == MPT_NORM_FORWARD) return MPTC__SPREAD(mptc__norm_map_k<true>, lines * strands, *op, strands);
+    return MPTC__SPREAD(mptc__norm_map_k<false>, lines * strands, *op, strands);
 }
 
 static mpt_result mptc__norm_stats(mpt_context *ctx, const mpt_norm_op *op) {
-    mptc__device *device = mptc__of(ctx);
     const size_t sets = op->shape.N * op->shape.groups;
     const dim3 team = mptc__norm_team(&op->shape);
     mptc__moment_terms terms;
     terms.x = op->x;
     terms.C = op->shape.C;
     if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms);
-    MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(device, sets * team.x), team, *op);
-    return MPT_OK;
+    return MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(ctx, sets * team.x), team, *op);
 }
 
 /* dx comes last: it may take the place of dy. */
 static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op) {
-    mptc__device *device = mptc__of(ctx);
     const size_t sets = op->shape.N * op->shape.groups;
     const int through = op->dx.data && !op->frozen, by_sets = mptc__norm_by_sets(&op->shape);
     const dim3 team = mptc__norm_team(&op->shape);
@@ -1652,8 +1632,7 @@ static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op) {
     MPTC__TRY(mptc__norm_columns(ctx, op, through && !by_sets ? sets : 0, terms));
     if (!op->dx.data) return MPT_OK;
     if (!through || !by_sets) return mptc__norm_map(ctx, op);
-    MPTC__LAUNCH(mptc__norm_backward_k, mptc__blocks(device, sets * team.x), team, *op);
-    return MPT_OK;
+    return MPTC__LAUNCH(mptc__norm_backward_k, mptc__blocks(ctx, sets * team.x), team, *op);
 }
 
 static __global__ void mptc__norm_running_k(mpt_norm_op op, size_t count) {
@@ -1662,15 +1641,12 @@ static __global__ void mptc__norm_running_k(mpt_norm_op op, size_t count) {
 }
 
 static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
-    mptc__device *device = mptc__of(ctx);
     const mpt_norm_shape *z = &op->shape;
     MPTC__TRY(mptc__enter(ctx));
     if (op->pass == MPT_NORM_STATS) return mptc__norm_stats(ctx, op);
     if (op->pass == MPT_NORM_FORWARD) return mptc__norm_map(ctx, op);
     if (op->pass == MPT_NORM_BACKWARD) return mptc__norm_backward(ctx, op);
-    MPTC__LAUNCH(mptc__norm_running_k, mptc__blocks(device, 2 * z->N * z->groups), MPTC__THREADS, *op,
-                 z->pixels * (z->C / z->groups));
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__norm_running_k, 2 * z->N * z->groups, *op, z->pixels * (z->C / z->groups));
 }
 
 /* ==== REDUCTIONS ==== */
@@ -1774,8 +1750,7 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     w.parts = w.out + 1;
     if (update) w.update = *update;
     w.ticket = device->ticket;
-    MPTC__LAUNCH(mptc__scan_k, mptc__blocks(device, w.chunks * MPTC__WARP), MPTC__THREADS, w);
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__scan_k, w.chunks * MPTC__WARP, w);
 }
 
 static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host) {
@@ -1818,8 +1793,8 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
     MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__scratch(ctx, sizeof h));
     MPTC__TRY(mptc__zero(ctx, device->scratch, sizeof h));
-    MPTC__LAUNCH(mptc__histogram_k, mptc__blocks(device, mptc__divide_up(n, MPTC__PACK)), MPTC__THREADS, n, x,
-                 (mptc__count *)(void *)device->scratch);
+    MPTC__TRY(MPTC__SPREAD(mptc__histogram_k, mptc__divide_up(n, MPTC__PACK), n, x,
+                           (mptc__count *)(void *)device->scratch));
     MPTC__TRY(mptc__download(ctx, &h, device->scratch, sizeof h));
     host->zero += h.zero, host->inf += h.inf, host->nan += h.nan;
     for (int e = 0; e < 256; e++) host->exponent[e] += h.exponent[e];
@@ -1961,11 +1936,9 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     mptc__row *rows = (mptc__row *)(void *)device->scratch;
     double *weight = weighted ? (double *)(void *)(rows + op.N) : NULL;
     if (weighted)
-        MPTC__LAUNCH(mptc__loss_weight_k, mptc__blocks(device, chunks * MPTC__THREADS), MPTC__THREADS, op, chunks,
-                     weight + 1, weight, device->ticket);
-    MPTC__LAUNCH(mptc__loss_k, mptc__blocks(device, op.N * MPTC__WARP), MPTC__THREADS, op, bias, weight,
-                 rows, device->ticket);
-    return MPT_OK;
+        MPTC__TRY(MPTC__SPREAD(mptc__loss_weight_k, chunks * MPTC__THREADS, op, chunks, weight + 1, weight,
+                               device->ticket));
+    return MPTC__SPREAD(mptc__loss_k, op.N * MPTC__WARP, op, bias, weight, rows, device->ticket);
 }
 
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
@@ -2033,7 +2006,6 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
 }
 
 static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
-    mptc__device *device = mptc__of(ctx);
     const mpt_pool2d_shape *z = &user->shape;
     const size_t inputs = z->N * z->H * z->W, outputs = z->N * user->P * user->Q;
     const size_t packs = mptc__divide_up(z->C, MPTC__PACK);
@@ -2045,10 +2017,8 @@ static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     MPTC__TRY(mptc__need_positions(ctx, "pool2d: window", z->R > z->S ? z->R : z->S));
     op.stride_h = mptc__min(op.stride_h, INT_MAX); /* no position is that far */
     op.stride_w = mptc__min(op.stride_w, INT_MAX);
-    if (op.pass == MPT_FORWARD)
-        MPTC__LAUNCH(mptc__pool_forward_k, mptc__blocks(device, outputs * packs), MPTC__THREADS, op);
-    else MPTC__LAUNCH(mptc__pool_backward_k, mptc__blocks(device, inputs * packs), MPTC__THREADS, op);
-    return MPT_OK;
+    if (op.pass == MPT_FORWARD) return MPTC__SPREAD(mptc__pool_forward_k, outputs * packs, op);
+    return MPTC__SPREAD(mptc__pool_backward_k, inputs * packs, op);
 }
 
 /* ==== OPTIMIZER ==== the rules of mpt.h, one launch for all tensors */
@@ -2172,9 +2142,8 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
 /* scaler: the only optimizer of which this is; NULL: mptc__scale follows */
 static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler) {
     mptc__device *device = mptc__of(ctx);
-    MPTC__LAUNCH(mptc__update_k, mptc__blocks(device, mptc__divide_up(op->count, MPTC__PACK)), MPTC__THREADS, *op,
-                 scaler, (mptc__meter *)(void *)device->zeros, device->ticket);
-    return MPT_OK;
+    return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op, scaler,
+                        (mptc__meter *)(void *)device->zeros, device->ticket);
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
@@ -2218,8 +2187,7 @@ static mpt_result mptc__scale_run(mpt_context *ctx, mpt_scaler_state *scaler, co
     MPTC__TRY(mptc__enter(ctx));
     flags.count = count;
     for (int i = 0; i < count; i++) flags.found[i] = found[i];
-    MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags);
-    return MPT_OK;
+    return MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags);
 }
 
 static mpt_result mptc__step_close(mpt_context *ctx);
@@ -2495,6 +2463,7 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
 #undef MPTC__CUDA
 #undef MPTC__CUBLAS
 #undef MPTC__LAUNCH
+#undef MPTC__SPREAD
 #undef MPTC__EACH
 
 #endif /* implementation; the licence is that of mpt.h */
