@@ -55,8 +55,8 @@
 
    3. Order of work. All calls put their work on one stream and return; only calls that give the host something
    (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before
-   they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. A call leaves the
-   context's device current.
+   they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. The device that is current
+   before a call is current after it (CUDA 12 and later initialise it for that).
 
    4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
    fp32, or TF32 if asked for. Casts, scans, dropout, scaler and optimizers give the CPU's bits; the rest differs in the
@@ -90,7 +90,8 @@ typedef struct mpt_cuda_desc {
     mpt_context_desc context; /* allocator of the host side, log; threads mean nothing here */
     int device;               /* number of the device, from 0 */
     void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own */
-    void *cublas;             /* a cublasHandle_t; NULL: its own. In use by the context alone until mpt_close */
+    void *cublas;             /* a cublasHandle_t of that device; NULL: its own. In use by the context alone until
+                                 mpt_close puts stream, math mode and pointer mode back, and cuBLAS's own workspace */
     size_t workspace;         /* most bytes of temporaries, see manual 5; 0: 64 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
     int no_graph;             /* 1: training steps are not recorded: every kernel is launched by itself */
@@ -233,6 +234,7 @@ static mpt_result mptc__failed(mpt_context *ctx, int memory, const char *call, i
     size_t n = 0;
     for (; call[n] && call[n] != '(' && n + 1 < sizeof name; n++) name[n] = call[n];
     name[n] = 0;
+    cudaGetLastError(); /* it is told here */
     return mpt_fail(ctx, memory ? MPT_ERROR_NO_MEMORY : MPT_ERROR_DEVICE, "cuda: %s: %s (mpt_cuda.cuh:%d)", name, text,
                     line);
 }
@@ -266,9 +268,8 @@ static mpt_result mptc__cublas_result(mpt_context *ctx, cublasStatus_t s, const 
 /* The same with the blocks that `work` threads' worth of work needs */
 #define MPTC__SPREAD(kernel, work, ...) MPTC__LAUNCH(kernel, mptc__blocks(ctx, work), MPTC__THREADS, __VA_ARGS__)
 
-/* The context's device becomes current, and an error that somebody left is told as theirs. */
-static mpt_result mptc__current(mpt_context *ctx) {
-    MPTC__CUDA(cudaSetDevice(mptc__of(ctx)->desc.device));
+/* An error that somebody left is told as theirs. */
+static mpt_result mptc__no_error(mpt_context *ctx) {
     const cudaError_t e = cudaGetLastError();
     if (e == cudaSuccess) return MPT_OK;
     return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: an error from before this call: %s", cudaGetErrorString(e));
@@ -278,25 +279,30 @@ static mpt_result mptc__held_do(mpt_context *ctx);
 
 /* Every operation starts here. */
 static mpt_result mptc__enter(mpt_context *ctx) {
-    MPTC__TRY(mptc__current(ctx));
+    MPTC__TRY(mptc__no_error(ctx));
     return mptc__held_do(ctx);
 }
 
 /* -- Memory -- */
 
-/* Device memory, not cleared. NULL and a reason if it fails. */
-static void *mptc__malloc(mpt_context *ctx, size_t bytes) {
+/* Device memory, or pinned memory of the host; not cleared. NULL and a reason if it fails. */
+static void *mptc__malloc(mpt_context *ctx, size_t bytes, int pinned) {
     void *p = NULL;
     size_t available = 0, total = 0;
-    const cudaError_t e = bytes <= (size_t)-1 / 2 ? cudaMalloc(&p, bytes) : cudaErrorMemoryAllocation;
+    const cudaError_t e = bytes > (size_t)-1 / 2 ? cudaErrorMemoryAllocation
+                          : pinned               ? cudaHostAlloc(&p, bytes, cudaHostAllocDefault)
+                                                 : cudaMalloc(&p, bytes);
     if (e == cudaSuccess) return p;
-    cudaGetLastError(); /* it has been told */
-    if (e != cudaErrorMemoryAllocation) mptc__failed(ctx, 0, "cudaMalloc", __LINE__, cudaGetErrorString(e));
-    else if (cudaMemGetInfo(&available, &total) != cudaSuccess)
-        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes asked for", bytes);
-    else
+    cudaGetLastError(); /* it is told here */
+    if (e != cudaErrorMemoryAllocation) {
+        mptc__failed(ctx, 0, "allocation", __LINE__, cudaGetErrorString(e));
+    } else if (pinned) {
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes of pinned memory asked for", bytes);
+    } else {
+        cudaMemGetInfo(&available, &total);
         mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes asked for, %z of %z free on device %d", bytes,
                  available, total, mptc__of(ctx)->desc.device);
+    }
     return NULL;
 }
 
@@ -308,7 +314,7 @@ static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
 }
 
 static void *mptc__alloc(mpt_context *ctx, size_t bytes) {
-    void *p = mptc__enter(ctx) == MPT_OK ? mptc__malloc(ctx, bytes) : NULL;
+    void *p = mptc__enter(ctx) == MPT_OK ? mptc__malloc(ctx, bytes, 0) : NULL;
     if (p && mptc__zero(ctx, p, bytes) != MPT_OK) {
         cudaFree(p);
         p = NULL;
@@ -358,9 +364,9 @@ static mpt_result mptc__slots_grow(mpt_context *ctx, mptc__slot *slots, size_t b
         mptc__slot *slot = &slots[i];
         cudaFreeHost(slot->host), cudaFree(slot->device);
         slot->bytes = 0, slot->host = slot->device = NULL;
-        if (slots == device->feeds) slot->device = (char *)mptc__malloc(ctx, wanted);
-        if (slots == device->feeds && !slot->device) return MPT_ERROR_NO_MEMORY;
-        MPTC__CUDA(cudaHostAlloc((void **)&slot->host, wanted, cudaHostAllocDefault));
+        slot->host = (char *)mptc__malloc(ctx, wanted, 1);
+        if (slots == device->feeds) slot->device = (char *)mptc__malloc(ctx, wanted, 0);
+        if (!slot->host || (slots == device->feeds && !slot->device)) return MPT_ERROR_NO_MEMORY;
         slot->bytes = wanted;
     }
     return MPT_OK;
@@ -382,7 +388,7 @@ static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, siz
     mptc__device *device = mptc__of(ctx);
     const char *from = (const char *)host;
     char *at = (char *)to;
-    MPTC__TRY(device->step.open ? mptc__current(ctx) : mptc__enter(ctx));
+    MPTC__TRY(device->step.open ? mptc__no_error(ctx) : mptc__enter(ctx));
     if (device->step.mode != MPTC__DIRECT) return mptc__feed_upload(ctx, to, host, bytes);
     device->step.fed += mptc__round_up(bytes, mptc__align);
     MPTC__TRY(mptc__slots_grow(ctx, device->slots, mptc__min(bytes, mptc__staging_most)));
@@ -415,7 +421,7 @@ static mpt_result mptc__scratch(mpt_context *ctx, size_t bytes) {
     mptc__graphs_drop(device);
     cudaFree(device->scratch);
     device->scratch_bytes = 0;
-    device->scratch = (char *)mptc__malloc(ctx, wanted);
+    device->scratch = (char *)mptc__malloc(ctx, wanted, 0);
     if (!device->scratch) return MPT_ERROR_NO_MEMORY;
     device->scratch_bytes = wanted;
     return MPT_OK;
@@ -1000,7 +1006,7 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     const size_t casts = mptc__cast_bytes(op.a.type, a_count, op.b.type, b_count);
     const int mixed = op.a.type != op.b.type;
     mptc__fusion f;
-    MPTC__TRY(mptc__current(ctx));
+    MPTC__TRY(mptc__no_error(ctx));
     if (!mptc__takes_sums(ctx, &op)) MPTC__TRY(mptc__held_do(ctx));
     const int sums = (mptc__needs_sums(&op) || (mixed && op.c.type != MPT_F32)) &&
                      !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), &f);
@@ -1338,7 +1344,7 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
     mpt_conv2d_op one = *op;
-    MPTC__TRY(z->groups > 1 ? mptc__enter(ctx) : mptc__current(ctx)); /* sums may wait for this product */
+    MPTC__TRY(z->groups > 1 ? mptc__enter(ctx) : mptc__no_error(ctx)); /* sums may wait for this product */
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
     if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
@@ -2339,10 +2345,31 @@ static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
 
 /* ==== TABLE ==== */
 
+struct mptc__visit { /* a device is current while this lives, then the caller's again */
+    int home, device;
+    explicit mptc__visit(int number) : home(number), device(number) {
+        if (cudaGetDevice(&home) == cudaSuccess && (home == device || cudaSetDevice(device) == cudaSuccess)) return;
+        home = device;
+        cudaGetLastError(); /* the calls that follow fail as well, and tell */
+    }
+    ~mptc__visit() {
+        if (home != device) cudaSetDevice(home);
+    }
+};
+
+/* MPTC__VISIT(call) is `call` on the context's device. */
+template <typename type> struct mptc__visiting;
+template <typename result, typename... types> struct mptc__visiting<result (*)(mpt_context *, types...)> {
+    template <result (*call)(mpt_context *, types...)> static result run(mpt_context *ctx, types... arguments) {
+        const mptc__visit visit(mptc__of(ctx)->desc.device);
+        return call(ctx, arguments...);
+    }
+};
+#define MPTC__VISIT(call) mptc__visiting<decltype(&call)>::run<call>
+
 static void mptc__close(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     const mpt_context_desc host = device->desc.context;
-    cudaSetDevice(device->desc.device);
     if (device->stream) cudaStreamSynchronize(device->stream);
     if (device->desc.cublas && device->cublas) { /* a new stream also takes our workspace away */
         cublasSetStream(device->cublas, device->user_stream);
@@ -2369,10 +2396,12 @@ static void mptc__close(mpt_context *ctx) {
 
 static const mpt_backend *mptc__backend(void) {
     static const mpt_backend table = {
-        "cuda", NULL, 0, mptc__close, mptc__alloc, mptc__release, mptc__upload, mptc__download, mptc__zero, mptc__scan,
-        mptc__histogram, mptc__map, mptc__gemm, mptc__conv2d, mptc__column_sums, mptc__copy_columns, mptc__pool2d,
-        mptc__norm, mptc__loss, mptc__check, mptc__update, mptc__scale,
-        mptc__begin, mptc__end};
+        "cuda", NULL, 0, MPTC__VISIT(mptc__close), MPTC__VISIT(mptc__alloc), MPTC__VISIT(mptc__release),
+        MPTC__VISIT(mptc__upload), MPTC__VISIT(mptc__download), MPTC__VISIT(mptc__zero), MPTC__VISIT(mptc__scan),
+        MPTC__VISIT(mptc__histogram), MPTC__VISIT(mptc__map), MPTC__VISIT(mptc__gemm), MPTC__VISIT(mptc__conv2d),
+        MPTC__VISIT(mptc__column_sums), MPTC__VISIT(mptc__copy_columns), MPTC__VISIT(mptc__pool2d),
+        MPTC__VISIT(mptc__norm), MPTC__VISIT(mptc__loss), MPTC__VISIT(mptc__check), MPTC__VISIT(mptc__update),
+        MPTC__VISIT(mptc__scale), MPTC__VISIT(mptc__begin), MPTC__VISIT(mptc__end)};
     return &table;
 }
 
@@ -2385,7 +2414,6 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
     if (device->desc.device < 0 || device->desc.device >= devices)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cuda: there is no device %d; this machine has %d",
                         device->desc.device, devices);
-    MPTC__CUDA(cudaSetDevice(device->desc.device));
     MPTC__CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, device->desc.device));
     MPTC__CUDA(cudaFuncGetAttributes(&attributes, mptc__map_k));
     return MPT_OK;
@@ -2401,10 +2429,11 @@ static mpt_result mptc__open_stream(mpt_context *ctx) {
         MPTC__CUDA(cudaEventCreateWithFlags(&device->feeds[i].copied, cudaEventDisableTiming));
         MPTC__CUDA(cudaEventCreateWithFlags(&device->feeds[i].used, cudaEventDisableTiming));
     }
-    MPTC__CUDA(cudaHostAlloc((void **)&device->stuck, MPTC__MIRRORS * sizeof *device->stuck, cudaHostAllocDefault));
-    device->zeros = (char *)mptc__malloc(ctx, 2 * mptc__align);
+    device->stuck = (int32_t *)mptc__malloc(ctx, MPTC__MIRRORS * sizeof *device->stuck, 1);
+    device->zeros = (char *)mptc__malloc(ctx, 2 * mptc__align, 0);
+    if (!device->stuck || !device->zeros) return MPT_ERROR_NO_MEMORY;
     device->ticket = (unsigned *)(void *)(device->zeros + mptc__align);
-    return device->zeros ? mptc__zero(ctx, device->zeros, 2 * mptc__align) : MPT_ERROR_NO_MEMORY;
+    return mptc__zero(ctx, device->zeros, 2 * mptc__align);
 }
 
 static mpt_result mptc__open_cublas(mpt_context *ctx) {
@@ -2414,7 +2443,7 @@ static mpt_result mptc__open_cublas(mpt_context *ctx) {
     int major = 0;
     MPTC__CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->desc.device));
     bytes = (size_t)(major >= 9 ? 32 : 4) << 20; /* as NVIDIA advises */
-    device->products = mptc__malloc(ctx, bytes);
+    device->products = mptc__malloc(ctx, bytes, 0);
     if (!device->products) return MPT_ERROR_NO_MEMORY;
     if (device->desc.cublas) {
         const cublasHandle_t user = (cublasHandle_t)device->desc.cublas;
@@ -2450,6 +2479,7 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
     }
     memset(device, 0, sizeof *device);
     device->desc = desc;
+    const mptc__visit visit(desc.device);
     if (mptc__open_device(ctx) != MPT_OK || mptc__open_stream(ctx) != MPT_OK || mptc__open_cublas(ctx) != MPT_OK) {
         mpt_close(ctx);
         return NULL;
@@ -2465,5 +2495,6 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
 #undef MPTC__LAUNCH
 #undef MPTC__SPREAD
 #undef MPTC__EACH
+#undef MPTC__VISIT
 
 #endif /* implementation; the licence is that of mpt.h */
