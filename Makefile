@@ -47,6 +47,7 @@ test-long: detect $(LONG)
 
 test-cuda: detect
 	@BUILD=$(BUILD) sh tests/cuda/run.sh
+	@BUILD=$(BUILD) sh tests/cuda/library.sh
 	@BUILD=$(BUILD) sh tests/cuda/static.sh
 
 portable:
