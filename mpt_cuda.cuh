@@ -55,8 +55,8 @@
 
    3. Order of work. All calls put their work on one stream and return; only calls that give the host something
    (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before
-   they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. The device that is current
-   before a call is current after it (CUDA 12 and later initialise it for that).
+   they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. The device that is
+   current before a call is current after it (CUDA 12 and later initialise it for that).
 
    4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
    fp32, or TF32 if asked for. Casts, scans, dropout, scaler and optimizers give the CPU's bits; the rest differs in the
@@ -65,7 +65,8 @@
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
    products and convolutions share one block that grows up to desc.workspace (beyond it only where a single row of a
-   convolution needs more), in the first step. After that a step allocates nothing.
+   convolution needs more), in the first step; operands of two types are cast in another, as long as they are. After
+   that a step allocates nothing.
 
    6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
    the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells, of
@@ -192,6 +193,11 @@ typedef struct mptc__plan { /* what cuBLASLt said about a product with an epilog
     cublasLtMatmulAlgo_t algo;
 } mptc__plan;
 
+typedef struct mptc__block { /* device memory that grows as it is needed */
+    char *at;
+    size_t bytes;
+} mptc__block;
+
 typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
     int processors;
@@ -202,8 +208,8 @@ typedef struct mptc__device {
     cublasPointerMode_t user_mode;
     void *products;           /* cuBLAS's workspace */
     size_t products_bytes;
-    char *scratch;            /* temporaries of the running operation */
-    size_t scratch_bytes;
+    mptc__block scratch;      /* temporaries of the running operation */
+    mptc__block casts;        /* its operands in fp32 */
     char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
     unsigned *ticket;         /* ...ticket of mptc__last_block */
     mptc__slot slots[MPTC__SLOTS];
@@ -281,6 +287,11 @@ static mpt_result mptc__held_do(mpt_context *ctx);
 static mpt_result mptc__enter(mpt_context *ctx) {
     MPTC__TRY(mptc__no_error(ctx));
     return mptc__held_do(ctx);
+}
+
+/* Or here: sums that wait go on waiting if this may be their product. */
+static mpt_result mptc__enter_product(mpt_context *ctx, int for_weights) {
+    return for_weights && mptc__of(ctx)->held.bias ? mptc__no_error(ctx) : mptc__enter(ctx);
 }
 
 /* -- Memory -- */
@@ -412,19 +423,23 @@ static void *mptc__fed(mpt_context *ctx, void *to) {
     return held->fed;
 }
 
-/* Makes the scratch block at least this long; what it held is lost. */
-static mpt_result mptc__scratch(mpt_context *ctx, size_t bytes) {
+/* Makes the block at least this long; what it held is lost. */
+static mpt_result mptc__grow(mpt_context *ctx, mptc__block *block, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const size_t wanted = mptc__round_up(bytes, 65536);
-    if (bytes <= device->scratch_bytes) return MPT_OK;
+    if (bytes <= block->bytes) return MPT_OK;
     MPTC__CUDA(cudaStreamSynchronize(device->stream));
     mptc__graphs_drop(device);
-    cudaFree(device->scratch);
-    device->scratch_bytes = 0;
-    device->scratch = (char *)mptc__malloc(ctx, wanted, 0);
-    if (!device->scratch) return MPT_ERROR_NO_MEMORY;
-    device->scratch_bytes = wanted;
+    cudaFree(block->at);
+    block->bytes = 0;
+    block->at = (char *)mptc__malloc(ctx, wanted, 0);
+    if (!block->at) return MPT_ERROR_NO_MEMORY;
+    block->bytes = wanted;
     return MPT_OK;
+}
+
+static mpt_result mptc__scratch(mpt_context *ctx, size_t bytes) {
+    return mptc__grow(ctx, &mptc__of(ctx)->scratch, bytes);
 }
 
 /* The next part of the scratch block; `at` moves behind it. */
@@ -767,7 +782,7 @@ template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, 
     MPTC__TRY(mptc__need_positions(ctx, "column sums", w->samples * w->rows));
     MPTC__TRY(mptc__need_positions(ctx, "column sums", blocks));
     if (parts > 1 || !w->out.data) MPTC__TRY(mptc__scratch(ctx, w->planes * parts * w->C * sizeof *w->parts));
-    w->parts = (double *)(void *)mptc__of(ctx)->scratch;
+    w->parts = (double *)(void *)mptc__of(ctx)->scratch.at;
     MPTC__TRY(MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t));
     return parts > 1 && w->out.data ? MPTC__SPREAD(mptc__fold_k, w->C * w->planes * MPTC__WARP, *w) : MPT_OK;
 }
@@ -869,13 +884,12 @@ static int mptc__row_align(mpt_array a, size_t ld) {
     return (int)(bits & (~bits + 1));
 }
 
-/* 0: it is none that cuBLASLt has. sums: the columns of op(a)^T are to be added up. */
-static int mptc__epilogue(const mpt_gemm_op *op, int sums) {
+/* 0: it is none that cuBLASLt has. more: what it is to do besides. */
+static int mptc__epilogue(const mpt_gemm_op *op, int more) {
     const int types = op->a.type == op->b.type && (op->c.type == op->a.type || op->c.type == MPT_F32);
     const int bias = !op->bias.data || (op->bias.type == op->c.type && (uintptr_t)op->bias.data % 16 == 0);
     if (!types || !bias || !op->m || !op->n || !op->k || op->act > MPT_RELU) return 0;
-    if (sums) return CUBLASLT_EPILOGUE_BGRADB;
-    return (op->bias.data ? CUBLASLT_EPILOGUE_BIAS : 0) | (op->act ? CUBLASLT_EPILOGUE_RELU : 0);
+    return (op->bias.data ? CUBLASLT_EPILOGUE_BIAS : 0) | (op->act ? CUBLASLT_EPILOGUE_RELU : 0) | more;
 }
 
 static cublasLtMatmulPreferenceOpaque_t mptc__preference(const mptc__device *device, const int *key) {
@@ -939,27 +953,39 @@ static mpt_result mptc__fusion_run(mpt_context *ctx, const mpt_gemm_op *op, void
 }
 
 /* Do sums wait that this product can take along, of the columns of the dy that it reads for the gradient of weights? */
-static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op) {
+static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusion *f) {
     const mptc__sums *s = &mptc__of(ctx)->held.sums;
-    mptc__fusion f;
     return mptc__of(ctx)->held.bias && op->trans_a && op->a.data == s->dy.data && op->m == s->C && op->lda == s->C &&
-           op->k == s->rows && s->beta == 0 && s->db.type == MPT_F32 && op->c.type == MPT_F32 &&
-           mptc__fuses(ctx, op, mptc__epilogue(op, 1), &f);
+           op->k <= s->rows && s->db.type == MPT_F32 && op->c.type == MPT_F32 &&
+           mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), f);
 }
 
-/* A whole gemm, with the sums that still wait. sums: room for m x n floats where mptc__needs_sums says so and
-   mptc__fuses does not. */
-static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *sums) {
+/* It does, for its rows of dy; those of other slices still wait then. Sums that add to others go to room(C) first. */
+static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, float *room, mptc__fusion *f) {
     mptc__held *held = &mptc__of(ctx)->held;
-    void *vector = held->bias ? held->sums.db.data : op->bias.data;
+    mptc__sums *s = &held->sums;
+    const float beta = s->beta;
+    mpt_gemm_op to = MPT_ZERO;
+    to.m = 1, to.n = to.ldc = s->C;
+    to.c = s->db;
+    s->dy = mptc__at(s->dy, op->k * s->C);
+    s->rows -= op->k;
+    s->beta = 1;
+    held->bias = s->rows > 0;
+    MPTC__TRY(mptc__fusion_run(ctx, op, beta != 0 ? room : s->db.data, f));
+    return beta != 0 ? mptc__finish(ctx, &to, mpt_f32_array(room), s->C, beta) : MPT_OK;
+}
+
+/* A whole gemm, with the sums that still wait. room: m floats if they do; m x n floats where mptc__needs_sums says so
+   and mptc__fuses does not. */
+static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *room) {
+    mptc__held *held = &mptc__of(ctx)->held;
     mptc__fusion f;
-    if (mptc__fuses(ctx, op, mptc__epilogue(op, held->bias), &f)) {
-        held->bias = 0;
-        return mptc__fusion_run(ctx, op, vector, &f);
-    }
+    if (mptc__takes_sums(ctx, op, &f)) return mptc__product_sums(ctx, op, room, &f);
+    if (mptc__fuses(ctx, op, mptc__epilogue(op, 0), &f)) return mptc__fusion_run(ctx, op, op->bias.data, &f);
     if (mptc__needs_sums(op)) {
-        MPTC__TRY(mptc__multiply(ctx, op, mpt_f32_array(sums), op->n, 0));
-        return mptc__finish(ctx, op, mpt_f32_array(sums), op->n, op->beta);
+        MPTC__TRY(mptc__multiply(ctx, op, mpt_f32_array(room), op->n, 0));
+        return mptc__finish(ctx, op, mpt_f32_array(room), op->n, op->beta);
     }
     MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
     if (!op->bias.data && !op->act) return MPT_OK;
@@ -975,20 +1001,21 @@ static size_t mptc__span(size_t rows, size_t columns, size_t ld) {
     return rows && columns ? (rows - 1) * ld + columns : 0;
 }
 
-/* Operands of different types are both cast to fp32 first: bytes of scratch for it. */
-static size_t mptc__cast_bytes(mpt_dtype a, size_t a_count, mpt_dtype b, size_t b_count) {
-    if (a == b) return 0;
-    return (a == MPT_F32 ? 0 : mptc__round_up(a_count * 4, mptc__align)) +
-           (b == MPT_F32 ? 0 : mptc__round_up(b_count * 4, mptc__align));
-}
-
-static mpt_result mptc__cast_operand(mpt_context *ctx, mpt_array *a, size_t count, char **at) {
+/* Operands of different types are both cast to fp32 first. */
+static mpt_result mptc__one_type(mpt_context *ctx, mpt_array *a, size_t a_count, mpt_array *b, size_t b_count) {
+    mptc__block *casts = &mptc__of(ctx)->casts;
     mpt_map_op map = MPT_ZERO;
-    if (a->type == MPT_F32) return MPT_OK;
-    map.n = count;
-    map.a = *a;
-    map.out = *a = mpt_f32_array((float *)mptc__carve(at, count * 4));
-    return mptc__map_run(ctx, &map);
+    if (a->type == b->type) return MPT_OK;
+    MPTC__TRY(mptc__grow(ctx, casts, mptc__round_up(a_count * 4, mptc__align) + b_count * 4));
+    char *at = casts->at;
+    for (int i = 0; i < 2; i++) {
+        mpt_array *x = i ? b : a;
+        map.n = i ? b_count : a_count;
+        map.a = *x;
+        map.out = *x = mpt_f32_array((float *)mptc__carve(&at, map.n * 4));
+        MPTC__TRY(mptc__map_run(ctx, &map));
+    }
+    return MPT_OK;
 }
 
 /* Rows of the result that go at a time, so that `each` bytes a row fit into what the workspace has left. */
@@ -1003,29 +1030,21 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     mpt_gemm_op op = *user;
     const size_t a_count = op.trans_a ? mptc__span(op.k, op.m, op.lda) : mptc__span(op.m, op.k, op.lda);
     const size_t b_count = op.trans_b ? mptc__span(op.n, op.k, op.ldb) : mptc__span(op.k, op.n, op.ldb);
-    const size_t casts = mptc__cast_bytes(op.a.type, a_count, op.b.type, b_count);
-    const int mixed = op.a.type != op.b.type;
     mptc__fusion f;
-    MPTC__TRY(mptc__no_error(ctx));
-    if (!mptc__takes_sums(ctx, &op)) MPTC__TRY(mptc__held_do(ctx));
-    const int sums = (mptc__needs_sums(&op) || (mixed && op.c.type != MPT_F32)) &&
-                     !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), &f);
-    const size_t each = sums ? op.n * sizeof(float) : 0;
-    const size_t slice = mptc__slice_rows(device, op.m, each, casts);
-    MPTC__TRY(mptc__scratch(ctx, casts + slice * each));
-    char *at = device->scratch;
-    if (mixed) {
-        MPTC__TRY(mptc__cast_operand(ctx, &op.a, a_count, &at));
-        MPTC__TRY(mptc__cast_operand(ctx, &op.b, b_count, &at));
-    }
+    MPTC__TRY(mptc__enter_product(ctx, op.trans_a));
+    MPTC__TRY(mptc__one_type(ctx, &op.a, a_count, &op.b, b_count));
+    const int sums = mptc__needs_sums(&op) && !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), &f);
+    const size_t each = (sums ? op.n : (size_t)device->held.bias) * sizeof(float);
+    const size_t slice = mptc__slice_rows(device, op.m, each, 0);
+    MPTC__TRY(mptc__scratch(ctx, slice * each));
     const mpt_gemm_op all = op;
     for (size_t row = 0; row < all.m; row += slice) {
         op.m = mptc__min(slice, all.m - row);
         op.a = mptc__at(all.a, all.trans_a ? row : row * all.lda);
         op.c = mptc__at(all.c, row * all.ldc);
-        MPTC__TRY(mptc__product(ctx, &op, (float *)at));
+        MPTC__TRY(mptc__product(ctx, &op, (float *)(void *)device->scratch.at));
     }
-    return MPT_OK;
+    return device->held.bias ? mptc__held_do(ctx) : MPT_OK;
 }
 
 /* -- Convolution --
@@ -1105,20 +1124,16 @@ static __global__ void mptc__gather_k(mptc__gather g) {
     }
 }
 
-/* to(taps, K, C) = from(K, taps, C), elements of `unit` */
-template <typename unit>
-static __global__ void mptc__filters_k(const unit *from, unit *to, size_t K, size_t taps, size_t C) {
+/* to(taps, K, C) = from(K, taps, C) */
+static __global__ void mptc__filters_k(mpt_array from, mpt_array to, size_t K, size_t taps, size_t C) {
     for (size_t i = mptc__thread(); i < K * taps * C; i += mptc__stride()) {
         const size_t c = i % C, k = i / C % K, tap = i / C / K;
-        to[i] = from[(k * taps + tap) * C + c];
+        mptc__put(to, i, mptc__get(from, (k * taps + tap) * C + c));
     }
 }
 
 static mpt_result mptc__filters(mpt_context *ctx, size_t K, size_t taps, size_t C, mpt_array w, void *to) {
-    const size_t count = K * taps * C;
-    if (w.type == MPT_F32)
-        return MPTC__SPREAD(mptc__filters_k, count, (const float *)w.data, (float *)to, K, taps, C);
-    return MPTC__SPREAD(mptc__filters_k, count, (const uint16_t *)w.data, (uint16_t *)to, K, taps, C);
+    return MPTC__SPREAD(mptc__filters_k, K * taps * C, w, mpt_typed_array(to, w.type), K, taps, C);
 }
 
 /* Gathers rows first .. first+rows of the matrix into to(rows, ld elements) with the longest unit that fits. */
@@ -1187,6 +1202,7 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
                                        size_t ld, char *at) {
     mpt_gemm_op g = *all;
     float *sums = all->c.type == MPT_F32 ? NULL : (float *)mptc__carve(&at, all->m * all->n * sizeof(float));
+    float *room = (float *)mptc__carve(&at, all->m * sizeof(float));
     g.b = mpt_typed_array(at, all->b.type);
     g.ldb = ld;
     if (sums) {
@@ -1197,20 +1213,10 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
         g.k = mptc__min(slice, all->k - row);
         g.a = mptc__at(all->a, row * g.lda);
         MPTC__TRY(mptc__gather_rows(ctx, op, all->b, row, g.k, ld, at));
-        MPTC__TRY(mptc__product(ctx, &g, NULL));
+        MPTC__TRY(mptc__product(ctx, &g, room));
     }
-    return sums ? mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta) : MPT_OK;
-}
-
-/* Do all slices of rows come out right without sums in fp32? */
-static int mptc__rows_fuse(mpt_context *ctx, const mpt_gemm_op *all, int mixed, size_t ld, size_t slice) {
-    mpt_gemm_op g = *all;
-    mptc__fusion f;
-    g.a.data = NULL, g.lda = ld, g.m = slice; /* scratch, as aligned as NULL is */
-    if (mixed || g.c.type == MPT_F32 || !mptc__needs_sums(&g)) return !mixed || g.c.type == MPT_F32;
-    if (!mptc__fuses(ctx, &g, mptc__epilogue(&g, 0), &f)) return 0;
-    g.m = all->m % slice;
-    return !g.m || mptc__fuses(ctx, &g, mptc__epilogue(&g, 0), &f);
+    if (sums) MPTC__TRY(mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta));
+    return mptc__held_do(ctx);
 }
 
 /* One group: C and K are its own */
@@ -1228,28 +1234,16 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     const size_t a_rows = for_weights || for_data ? outputs : inputs, a_columns = for_weights || for_data ? z->K : z->C;
     const size_t a_count = mptc__span(a_rows, a_columns, g.lda);
     const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
-    const size_t casts = mptc__cast_bytes(g.a.type, a_count, g.b.type, b_count);
-    const int mixed = g.a.type != g.b.type;
-    const size_t size = mixed ? 4 : mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
+    MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
+    const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
     const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
-    const size_t fixed = casts + (for_data ? mptc__round_up(weights * size, mptc__align) : 0) +
+    const size_t fixed = (for_data ? mptc__round_up(weights * size, mptc__align) : 0) +
                          (for_weights && g.c.type != MPT_F32 ? mptc__round_up(weights * 4, mptc__align) : 0) +
-                         2 * mptc__align;
-    const size_t rows = for_weights ? outputs : g.m;
-    size_t each = ld * size, slice = mptc__slice_rows(device, rows, each, fixed);
-    if (!for_weights && !mptc__rows_fuse(ctx, &g, mixed, ld, slice)) {
-        each += g.n * sizeof(float);
-        slice = mptc__slice_rows(device, rows, each, fixed);
-    }
-    mpt_gemm_op whole = g;
-    whole.b.data = NULL, whole.ldb = ld;
-    if (!for_weights || mixed || slice < rows || !mptc__takes_sums(ctx, &whole)) MPTC__TRY(mptc__held_do(ctx));
+                         (for_weights ? mptc__round_up(z->K * 4, mptc__align) : 0) + 2 * mptc__align;
+    const size_t each = ld * size + (!for_weights && mptc__needs_sums(&g) ? g.n * sizeof(float) : 0);
+    const size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, each, fixed);
     MPTC__TRY(mptc__scratch(ctx, fixed + slice * each));
-    char *at = device->scratch;
-    if (mixed) {
-        MPTC__TRY(mptc__cast_operand(ctx, &g.a, a_count, &at));
-        MPTC__TRY(mptc__cast_operand(ctx, &g.b, b_count, &at));
-    }
+    char *at = device->scratch.at;
     if (for_weights) return mptc__conv2d_weights(ctx, op, &g, slice, ld, at);
     if (for_data) {
         void *filters = mptc__carve(&at, weights * size);
@@ -1335,7 +1329,7 @@ static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
     if (!rows) return MPT_OK;
     if (op.pass == MPT_BACKWARD_DATA) op.x = user->y, op.y = user->x;
     MPTC__TRY(mptc__scratch(ctx, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
-    op.w.data = device->scratch;
+    op.w.data = mptc__of(ctx)->scratch.at;
     MPTC__TRY(mptc__filters(ctx, z->C, z->R * z->S, 1, user->w, op.w.data));
     return MPTC__SPREAD(mptc__depthwise_k, rows * mptc__divide_up(z->C, MPTC__PACK), op, mptc__gather_of(user), rows);
 }
@@ -1344,7 +1338,7 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
     mpt_conv2d_op one = *op;
-    MPTC__TRY(z->groups > 1 ? mptc__enter(ctx) : mptc__no_error(ctx)); /* sums may wait for this product */
+    MPTC__TRY(mptc__enter_product(ctx, op->pass == MPT_BACKWARD_WEIGHT && z->groups == 1));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
     if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
@@ -1752,7 +1746,7 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     w.n = n;
     w.chunks = mptc__divide_up(n, MPTC__CHUNK);
     MPTC__TRY(mptc__scratch(ctx, (w.chunks + 1) * sizeof *w.parts));
-    w.out = (mpt_scan *)(void *)device->scratch;
+    w.out = (mpt_scan *)(void *)device->scratch.at;
     w.parts = w.out + 1;
     if (update) w.update = *update;
     w.ticket = device->ticket;
@@ -1761,7 +1755,7 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
 
 static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host) {
     MPTC__TRY(mptc__scan_run(ctx, n, factor, x, NULL));
-    return mptc__download(ctx, host, mptc__of(ctx)->scratch, sizeof *host);
+    return mptc__download(ctx, host, mptc__of(ctx)->scratch.at, sizeof *host);
 }
 
 /* -- Histogram: integer counts, so atomics keep it the same every time -- */
@@ -1798,10 +1792,10 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
     mpt_histogram h;
     MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__scratch(ctx, sizeof h));
-    MPTC__TRY(mptc__zero(ctx, device->scratch, sizeof h));
+    MPTC__TRY(mptc__zero(ctx, device->scratch.at, sizeof h));
     MPTC__TRY(MPTC__SPREAD(mptc__histogram_k, mptc__divide_up(n, MPTC__PACK), n, x,
-                           (mptc__count *)(void *)device->scratch));
-    MPTC__TRY(mptc__download(ctx, &h, device->scratch, sizeof h));
+                           (mptc__count *)(void *)device->scratch.at));
+    MPTC__TRY(mptc__download(ctx, &h, device->scratch.at, sizeof h));
     host->zero += h.zero, host->inf += h.inf, host->nan += h.nan;
     for (int e = 0; e < 256; e++) host->exponent[e] += h.exponent[e];
     return MPT_OK;
@@ -1939,7 +1933,7 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op.C));
     MPTC__TRY(mptc__scratch(ctx, op.N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
-    mptc__row *rows = (mptc__row *)(void *)device->scratch;
+    mptc__row *rows = (mptc__row *)(void *)device->scratch.at;
     double *weight = weighted ? (double *)(void *)(rows + op.N) : NULL;
     if (weighted)
         MPTC__TRY(MPTC__SPREAD(mptc__loss_weight_k, chunks * MPTC__THREADS, op, chunks, weight + 1, weight,
@@ -2388,7 +2382,7 @@ static void mptc__close(mpt_context *ctx) {
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
     cudaFreeHost(device->stuck);
-    cudaFree(device->products), cudaFree(device->scratch), cudaFree(device->zeros);
+    cudaFree(device->products), cudaFree(device->scratch.at), cudaFree(device->casts.at), cudaFree(device->zeros);
     if (device->stream && !device->desc.stream) cudaStreamDestroy(device->stream);
     if (host.release) host.release(device, sizeof *device, host.user);
     else free(device);

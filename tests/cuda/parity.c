@@ -244,6 +244,23 @@ static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pa
     pair_free(&dw), pair_free(&db);
 }
 
+/* The gradients of bias and weights one behind the other, as a model asks for them: the product may add up dy as it
+   reads it, in slices and on top of what is there. */
+static void test_conv2d_sums(const mpt_conv2d_shape *s, size_t weights, pair *x, pair *dy, float beta) {
+    const size_t rows = pair_count(dy) / s->K;
+    const double sum = (double)(rows + 1);
+    pair dw = pair_random(MPT_F32, weights, 18, SIZES), db = pair_random(MPT_F32, s->K, 19, SIZES);
+    int side;
+    for (side = 0; side < 2; side++) {
+        mpt_context *ctx = sides[side];
+        CHECK_OK(ctx, mpt_context_backend(ctx)->column_sums(ctx, rows, s->K, dy->array[side], beta, db.array[side], 1));
+        CHECK_OK(ctx, mpt_conv2d_backward_weight(ctx, s, dy->array[side], x->array[side], beta, dw.array[side]));
+    }
+    pair_near(&dw, sum, sum, "conv2d weight gradient with sums");
+    pair_near(&db, sum, sum, "conv2d bias gradient by the product");
+    pair_free(&dw), pair_free(&db);
+}
+
 static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type, mpt_dtype weights) {
     pair x = pair_random(type, s->N * s->H * s->W * s->C, 8, SIZES);
     pair w = pair_random(weights, s->K * s->R * s->S * s->C / s->groups, 9, SIZES), y, dy;
@@ -251,6 +268,8 @@ static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type, mpt_dtype wei
     CHECK_OK(NULL, mpt_conv2d_output(NULL, s, &P, &Q));
     y = pair_new(type, s->N * P * Q * s->K), dy = pair_random(type, s->N * P * Q * s->K, 13, SIZES);
     test_conv2d_forward(s, &x, &w, &y);
+    test_conv2d_sums(s, pair_count(&w), &x, &dy, 0);
+    test_conv2d_sums(s, pair_count(&w), &x, &dy, 0.5f);
     test_conv2d_backward(s, &x, &w, &dy);
     pair_free(&x), pair_free(&w), pair_free(&y), pair_free(&dy);
 }
