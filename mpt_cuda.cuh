@@ -870,7 +870,11 @@ static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_ar
 
    Bias and ReLU before the sums are rounded; or the sums of the columns of dy, which are the bias gradient, while it
    reads dy for the gradient of the weights. Its ReLU makes 0 of NaN, yet hides no overflow: an inf in x makes the
-   gradient of the weights inf or NaN, one in w that of x, and logits have no ReLU. */
+   gradient of the weights inf or NaN, one in w that of x, and logits have no ReLU.
+
+   Not the gradients of activations. dReLU reads a mask that the forward product writes: a buffer more, 1/16 of the
+   activations, of sums before they are rounded, where fp16 makes the 0 that ends a gradient of some of them. GELU (by
+   tanh only) and dGELU leave out the rounding of x and of dy, and so the overflow by which the loss scale goes. */
 
 typedef struct mptc__fusion { /* a product as cuBLASLt describes it: plain data, nothing is allocated */
     cublasLtMatmulDescOpaque_t desc;
