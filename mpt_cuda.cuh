@@ -64,9 +64,9 @@
    device, and outside of cuBLAS on any device.
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
-   products and convolutions share one block that grows up to desc.workspace (beyond it only where a single row of a
-   convolution needs more), in the first step; operands of two types are cast in another, as long as they are. After
-   that a step allocates nothing.
+   convolutions share a block that grows up to desc.workspace (beyond it only where a single row needs more) in the
+   first step, and so do the fp32 sums of products, where there are any; operands of two types are cast in a third, as
+   long as they are. After that a step allocates nothing.
 
    6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
    the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells, of
@@ -93,7 +93,7 @@ typedef struct mpt_cuda_desc {
     void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own */
     void *cublas;             /* a cublasHandle_t of that device; NULL: its own. In use by the context alone until
                                  mpt_close puts stream, math mode and pointer mode back, and cuBLAS's own workspace */
-    size_t workspace;         /* most bytes of temporaries, see manual 5; 0: 64 MiB */
+    size_t workspace;         /* most bytes of a block of temporaries, see manual 5; 0: 64 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
     int no_graph;             /* 1: training steps are not recorded: every kernel is launched by itself */
 } mpt_cuda_desc;
@@ -210,6 +210,7 @@ typedef struct mptc__device {
     size_t products_bytes;
     mptc__block scratch;      /* temporaries of the running operation */
     mptc__block casts;        /* its operands in fp32 */
+    mptc__block sums;         /* what its products are in fp32 */
     char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
     unsigned *ticket;         /* ...ticket of mptc__last_block */
     mptc__slot slots[MPTC__SLOTS];
@@ -436,10 +437,6 @@ static mpt_result mptc__grow(mpt_context *ctx, mptc__block *block, size_t bytes)
     if (!block->at) return MPT_ERROR_NO_MEMORY;
     block->bytes = wanted;
     return MPT_OK;
-}
-
-static mpt_result mptc__scratch(mpt_context *ctx, size_t bytes) {
-    return mptc__grow(ctx, &mptc__of(ctx)->scratch, bytes);
 }
 
 /* The next part of the scratch block; `at` moves behind it. */
@@ -769,6 +766,7 @@ static __global__ void mptc__fold_k(mptc__columns w) {
 
 /* Cuts the work into blocks, which depend on the sizes only. The parts take the scratch block. */
 template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, mptc__columns *w, const terms &t) {
+    mptc__block *scratch = &mptc__of(ctx)->scratch;
     dim3 block(1, MPTC__THREADS);
     while (block.x < MPTC__SUM_ACROSS && block.x * MPTC__PACK < w->C) block.x *= 2, block.y /= 2;
     w->tiles = mptc__divide_up(w->C, block.x * MPTC__PACK);
@@ -781,8 +779,8 @@ template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, 
     MPTC__TRY(mptc__need_positions(ctx, "column sums", w->C));
     MPTC__TRY(mptc__need_positions(ctx, "column sums", w->samples * w->rows));
     MPTC__TRY(mptc__need_positions(ctx, "column sums", blocks));
-    if (parts > 1 || !w->out.data) MPTC__TRY(mptc__scratch(ctx, w->planes * parts * w->C * sizeof *w->parts));
-    w->parts = (double *)(void *)mptc__of(ctx)->scratch.at;
+    if (parts > 1 || !w->out.data) MPTC__TRY(mptc__grow(ctx, scratch, w->planes * parts * w->C * sizeof *w->parts));
+    w->parts = (double *)(void *)scratch->at;
     MPTC__TRY(MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t));
     return parts > 1 && w->out.data ? MPTC__SPREAD(mptc__fold_k, w->C * w->planes * MPTC__WARP, *w) : MPT_OK;
 }
@@ -964,36 +962,39 @@ static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusio
            mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), f);
 }
 
-/* It does, for its rows of dy; those of other slices still wait then. Sums that add to others go to room(C) first. */
-static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, float *room, mptc__fusion *f) {
-    mptc__held *held = &mptc__of(ctx)->held;
-    mptc__sums *s = &held->sums;
+/* It does, for its rows of dy; those of other slices still wait then. Sums that add to others are made apart first. */
+static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusion *f) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__sums *s = &device->held.sums;
     const float beta = s->beta;
     mpt_gemm_op to = MPT_ZERO;
+    MPTC__TRY(mptc__grow(ctx, &device->sums, s->C * sizeof(float)));
     to.m = 1, to.n = to.ldc = s->C;
     to.c = s->db;
     s->dy = mptc__at(s->dy, op->k * s->C);
     s->rows -= op->k;
     s->beta = 1;
-    held->bias = s->rows > 0;
-    MPTC__TRY(mptc__fusion_run(ctx, op, beta != 0 ? room : s->db.data, f));
-    return beta != 0 ? mptc__finish(ctx, &to, mpt_f32_array(room), s->C, beta) : MPT_OK;
+    device->held.bias = s->rows > 0;
+    MPTC__TRY(mptc__fusion_run(ctx, op, beta != 0 ? (void *)device->sums.at : s->db.data, f));
+    return beta != 0 ? mptc__finish(ctx, &to, mpt_typed_array(device->sums.at, MPT_F32), s->C, beta) : MPT_OK;
 }
 
-/* A whole gemm, with the sums that still wait. room: m floats if they do; m x n floats where mptc__needs_sums says so
-   and mptc__fuses does not. */
-static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op, float *room) {
-    mptc__held *held = &mptc__of(ctx)->held;
+/* A whole gemm, with the sums that still wait */
+static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__held *held = &device->held;
     mptc__fusion f;
-    if (mptc__takes_sums(ctx, op, &f)) return mptc__product_sums(ctx, op, room, &f);
+    if (mptc__takes_sums(ctx, op, &f)) return mptc__product_sums(ctx, op, &f);
     if (mptc__fuses(ctx, op, mptc__epilogue(op, 0), &f)) return mptc__fusion_run(ctx, op, op->bias.data, &f);
     if (mptc__needs_sums(op)) {
-        MPTC__TRY(mptc__multiply(ctx, op, mpt_f32_array(room), op->n, 0));
-        return mptc__finish(ctx, op, mpt_f32_array(room), op->n, op->beta);
+        MPTC__TRY(mptc__grow(ctx, &device->sums, op->m * op->n * sizeof(float)));
+        const mpt_array sums = mpt_typed_array(device->sums.at, MPT_F32);
+        MPTC__TRY(mptc__multiply(ctx, op, sums, op->n, 0));
+        return mptc__finish(ctx, op, sums, op->n, op->beta);
     }
     MPTC__TRY(mptc__multiply(ctx, op, op->c, op->ldc, op->beta));
     if (!op->bias.data && !op->act) return MPT_OK;
-    if (!mptc__of(ctx)->step.open || op->act || op->ldc != op->n || held->finish)
+    if (!device->step.open || op->act || op->ldc != op->n || held->finish)
         return mptc__finish(ctx, op, op->c, op->ldc, 0);
     held->finish = 1; /* a loss adds the bias to logits as it reads them */
     held->product = *op;
@@ -1038,15 +1039,13 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     MPTC__TRY(mptc__enter_product(ctx, op.trans_a));
     MPTC__TRY(mptc__one_type(ctx, &op.a, a_count, &op.b, b_count));
     const int sums = mptc__needs_sums(&op) && !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), &f);
-    const size_t each = (sums ? op.n : (size_t)device->held.bias) * sizeof(float);
-    const size_t slice = mptc__slice_rows(device, op.m, each, 0);
-    MPTC__TRY(mptc__scratch(ctx, slice * each));
+    const size_t slice = mptc__slice_rows(device, op.m, sums ? op.n * sizeof(float) : 0, 0);
     const mpt_gemm_op all = op;
     for (size_t row = 0; row < all.m; row += slice) {
         op.m = mptc__min(slice, all.m - row);
         op.a = mptc__at(all.a, all.trans_a ? row : row * all.lda);
         op.c = mptc__at(all.c, row * all.ldc);
-        MPTC__TRY(mptc__product(ctx, &op, (float *)(void *)device->scratch.at));
+        MPTC__TRY(mptc__product(ctx, &op));
     }
     return device->held.bias ? mptc__held_do(ctx) : MPT_OK;
 }
@@ -1187,16 +1186,15 @@ static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
 
 /* Forward and data: each slice of rows of the result from its rows of the gathered matrix. */
 static mpt_result mptc__conv2d_rows(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *all, size_t slice,
-                                    size_t ld, char *at) {
+                                    size_t ld, void *matrix) {
     mpt_gemm_op g = *all;
-    void *matrix = mptc__carve(&at, slice * ld * mpt_dtype_size(all->a.type));
     g.a = mpt_typed_array(matrix, all->a.type);
     g.lda = ld;
     for (size_t row = 0; row < all->m; row += slice) {
         g.m = mptc__min(slice, all->m - row);
         g.c = mptc__at(all->c, row * g.ldc);
         MPTC__TRY(mptc__gather_rows(ctx, op, all->a, row, g.m, ld, matrix));
-        MPTC__TRY(mptc__product(ctx, &g, (float *)at));
+        MPTC__TRY(mptc__product(ctx, &g));
     }
     return MPT_OK;
 }
@@ -1206,7 +1204,6 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
                                        size_t ld, char *at) {
     mpt_gemm_op g = *all;
     float *sums = all->c.type == MPT_F32 ? NULL : (float *)mptc__carve(&at, all->m * all->n * sizeof(float));
-    float *room = (float *)mptc__carve(&at, all->m * sizeof(float));
     g.b = mpt_typed_array(at, all->b.type);
     g.ldb = ld;
     if (sums) {
@@ -1217,7 +1214,7 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
         g.k = mptc__min(slice, all->k - row);
         g.a = mptc__at(all->a, row * g.lda);
         MPTC__TRY(mptc__gather_rows(ctx, op, all->b, row, g.k, ld, at));
-        MPTC__TRY(mptc__product(ctx, &g, room));
+        MPTC__TRY(mptc__product(ctx, &g));
     }
     if (sums) MPTC__TRY(mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta));
     return mptc__held_do(ctx);
@@ -1231,6 +1228,7 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     const size_t taps = z->R * z->S, weights = z->K * taps * z->C;
     const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
     mpt_gemm_op g = mptc__conv2d_product(op);
+    mptc__fusion f;
     if (!z->N) return g.m && g.n ? mptc__gemm(ctx, &g) : MPT_OK; /* gradients of weights are beta times the old ones */
     if (taps == 1 && z->stride == 1 && z->padding == 0) return mptc__gemm(ctx, &g); /* nothing to gather */
 
@@ -1241,12 +1239,14 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
     const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
-    const size_t fixed = (for_data ? mptc__round_up(weights * size, mptc__align) : 0) +
-                         (for_weights && g.c.type != MPT_F32 ? mptc__round_up(weights * 4, mptc__align) : 0) +
-                         (for_weights ? mptc__round_up(z->K * 4, mptc__align) : 0) + 2 * mptc__align;
-    const size_t each = ld * size + (!for_weights && mptc__needs_sums(&g) ? g.n * sizeof(float) : 0);
-    const size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, each, fixed);
-    MPTC__TRY(mptc__scratch(ctx, fixed + slice * each));
+    const size_t others = for_data ? weights * size : for_weights && g.c.type != MPT_F32 ? weights * 4 : 0;
+    const size_t fixed = mptc__round_up(others, mptc__align);
+    size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, ld * size, fixed);
+    mpt_gemm_op part = g;
+    part.a.data = NULL, part.lda = ld, part.m = slice; /* scratch, as aligned as NULL is */
+    if (!for_weights && mptc__needs_sums(&g) && !mptc__fuses(ctx, &part, mptc__epilogue(&part, 0), &f))
+        slice = mptc__slice_rows(device, slice, g.n * sizeof(float), 0);
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, fixed + slice * ld * size));
     char *at = device->scratch.at;
     if (for_weights) return mptc__conv2d_weights(ctx, op, &g, slice, ld, at);
     if (for_data) {
@@ -1332,8 +1332,8 @@ static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
     if (op.pass == MPT_BACKWARD_WEIGHT) return mptc__depthwise_weights(ctx, user);
     if (!rows) return MPT_OK;
     if (op.pass == MPT_BACKWARD_DATA) op.x = user->y, op.y = user->x;
-    MPTC__TRY(mptc__scratch(ctx, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
-    op.w.data = mptc__of(ctx)->scratch.at;
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
+    op.w.data = device->scratch.at;
     MPTC__TRY(mptc__filters(ctx, z->C, z->R * z->S, 1, user->w, op.w.data));
     return MPTC__SPREAD(mptc__depthwise_k, rows * mptc__divide_up(z->C, MPTC__PACK), op, mptc__gather_of(user), rows);
 }
@@ -1749,7 +1749,7 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     w.factor = factor;
     w.n = n;
     w.chunks = mptc__divide_up(n, MPTC__CHUNK);
-    MPTC__TRY(mptc__scratch(ctx, (w.chunks + 1) * sizeof *w.parts));
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, (w.chunks + 1) * sizeof *w.parts));
     w.out = (mpt_scan *)(void *)device->scratch.at;
     w.parts = w.out + 1;
     if (update) w.update = *update;
@@ -1795,7 +1795,7 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
     mptc__device *device = mptc__of(ctx);
     mpt_histogram h;
     MPTC__TRY(mptc__enter(ctx));
-    MPTC__TRY(mptc__scratch(ctx, sizeof h));
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, sizeof h));
     MPTC__TRY(mptc__zero(ctx, device->scratch.at, sizeof h));
     MPTC__TRY(MPTC__SPREAD(mptc__histogram_k, mptc__divide_up(n, MPTC__PACK), n, x,
                            (mptc__count *)(void *)device->scratch.at));
@@ -1936,7 +1936,7 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     op.target = mptc__fed(ctx, mpt_typed_array(op.target, MPT_F32).data);
     MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op.C));
-    MPTC__TRY(mptc__scratch(ctx, op.N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, op.N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
     mptc__row *rows = (mptc__row *)(void *)device->scratch.at;
     double *weight = weighted ? (double *)(void *)(rows + op.N) : NULL;
     if (weighted)
@@ -2386,7 +2386,8 @@ static void mptc__close(mpt_context *ctx) {
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
     cudaFreeHost(device->stuck);
-    cudaFree(device->products), cudaFree(device->scratch.at), cudaFree(device->casts.at), cudaFree(device->zeros);
+    cudaFree(device->scratch.at), cudaFree(device->casts.at), cudaFree(device->sums.at);
+    cudaFree(device->products), cudaFree(device->zeros);
     if (device->stream && !device->desc.stream) cudaStreamDestroy(device->stream);
     if (host.release) host.release(device, sizeof *device, host.user);
     else free(device);

@@ -42,7 +42,7 @@ elif [ -n "${CUDACPU:-}" ]; then
     run=1 libraries=$PWD/$build/runner
     make -s -C "$CUDACPU" BUILD="$libraries" >/dev/null || exit 1
 else
-    run= skipped=1
+    run='' skipped=1
 fi
 if [ -n "$run" ]; then
     LD_LIBRARY_PATH=$libraries "$folder/program" >"$folder/log"
