@@ -57,7 +57,7 @@ MODES = {"f32": ("f32",), "bf16": ("autocast", "bf16"), "f16": ()}  # PyTorch tr
 
 
 def torch_speed(name, batch, optimizer, mode, channels_last):
-    """samples/s of one window, after five steps that are not counted"""
+    """samples/s of one window, after two steps that are not counted"""
     torch.manual_seed(1)
     make, shape = NETS[name]
     net, x, y = make(), torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
@@ -69,7 +69,7 @@ def torch_speed(name, batch, optimizer, mode, channels_last):
         opt = torch.optim.Adam(net.parameters(), lr=1e-4)
     else:
         opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-    steps, start = -5, 0
+    steps, start = -2, 0
     while True:
         if steps == 0:
             start = time.perf_counter()
@@ -89,17 +89,25 @@ def mpt_rows(bench, threads):
     return [dict(word.split("=") for word in row.split()[1:]) for row in text.splitlines() if row.startswith("train ")]
 
 
+def torch_modes(key, speeds):
+    """Modes worth a window in this round: all in the first, then those that may still be the best."""
+    modes = [mode + last for mode in MODES[key[3]] or ("f32",) for last in ("", "_channels_last")[:1 + (key[0] != "mlp")]]
+    best = max((s[0] for s in speeds.values()), default=0)
+    return [mode for mode in modes if mode not in speeds or speeds[mode][0] > 0.8 * best]
+
+
 def compare(bench, threads):
     torch.set_num_threads(threads)
     ours, theirs = {}, {}
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         for row in mpt_rows(bench, threads):
             key = row["net"], int(row["batch"]), row["optimizer"], row["type"]
             ours.setdefault(key, []).append(float(row["value"]))
-            for mode in MODES[key[3]] or ("f32",):
-                for last in (False, True) if key[0] != "mlp" else (False,):
-                    where = theirs.setdefault(key, {}).setdefault(mode + ("_channels_last" if last else ""), [])
-                    where.append(torch_speed(*key[:3], mode, last))
+            speeds = theirs.setdefault(key, {})
+            for mode in torch_modes(key, speeds):
+                kind, _, last = mode.partition("_")
+                speeds.setdefault(mode, []).append(torch_speed(*key[:3], kind, bool(last)))
+        print(f"round {turn + 1} of {ROUNDS}, {threads} threads", file=sys.stderr, flush=True)
     for key, values in ours.items():
         mode, best = max(((m, statistics.median(v)) for m, v in theirs[key].items()), key=lambda pair: pair[1])
         value = statistics.median(values)
