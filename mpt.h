@@ -3853,16 +3853,17 @@ MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end
     for (; begin < end; begin++) {
         const size_t last = mpt__min((begin + 1) * each, w->rows);
         double *sums = w->sums + begin * 2 * MPT__COLUMNS;
-        size_t c, i;
+        size_t first, c, i;
         memset(sums, 0, 2 * MPT__COLUMNS * sizeof *sums);
-        for (c = 0; c < w->columns; c += MPT__RUN) {
-            const size_t n = mpt__min(w->columns - c, MPT__RUN);
-            for (i = begin * each; i < last; i++) {
-                if (w->op->pass == MPT_NORM_BACKWARD && (i == begin * each || i % pixels == 0))
-                    mpt__norm_sets(w->op, i / pixels, w->first + c, n, mean, inverse);
-                mpt__norm_row(w, i, w->first + c, n, mean, inverse, sums + c, sums + MPT__COLUMNS + c);
+        for (first = begin * each; first < last; first += MPT__RUN) /* few rows: see mpt__norm_rows */
+            for (c = 0; c < w->columns; c += MPT__RUN) {
+                const size_t n = mpt__min(w->columns - c, MPT__RUN);
+                for (i = first; i < mpt__min(last, first + MPT__RUN); i++) {
+                    if (w->op->pass == MPT_NORM_BACKWARD && (i == first || i % pixels == 0))
+                        mpt__norm_sets(w->op, i / pixels, w->first + c, n, mean, inverse);
+                    mpt__norm_row(w, i, w->first + c, n, mean, inverse, sums + c, sums + MPT__COLUMNS + c);
+                }
             }
-        }
     }
 }
 MPT__TASKS(mpt__norm_columns_task)
@@ -3982,17 +3983,16 @@ MPT__INLINE void mpt__norm_dx(const mpt__norm_run *MPT__RESTRICT r, const float 
 }
 
 /* y or dx of rows begin .. end */
-MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, int worker) {
-    const mpt__norm_work *w = (const mpt__norm_work *)arg;
+/* Rows begin .. end: so few that their other channels are still in cache when it is their turn. Two runs follow r. */
+MPT__INLINE void mpt__norm_rows(const mpt__norm_work *w, size_t begin, size_t end, mpt__norm_run *r) {
     const mpt_norm_op *op = w->op;
     const size_t C = op->shape.C, pixels = op->shape.pixels;
-    mpt__norm_run *r = (mpt__norm_run *)(void *)mpt__worker_room(w->ctx, worker);
-    float out[MPT__RUN], room[2][MPT__RUN];
+    float out[MPT__RUN], *room = (float *)(void *)(r + 1);
     size_t c, i;
     for (c = 0; c < C; c += MPT__RUN) {
         const size_t n = mpt__min(C - c, MPT__RUN);
         for (i = begin; i < end; i++) {
-            const float *x = mpt__read_run(w->ctx, op->x, i * C + c, n, room[0]);
+            const float *x = mpt__read_run(w->ctx, op->x, i * C + c, n, room);
             if (i == begin || i % pixels == 0) mpt__norm_run_load(w, i / pixels, c, n, r);
             if (op->pass == MPT_NORM_FORWARD) {
                 mpt__norm_y(r, x, out);
@@ -4000,11 +4000,18 @@ MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, i
                 mpt__write_run(w->ctx, op->y, i * C + c, n, out);
                 continue;
             }
-            mpt__norm_dx(r, x, mpt__read_run(w->ctx, op->y, i * C + c, n, room[1]), out);
-            if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, i * C + c, n, room[0]));
+            mpt__norm_dx(r, x, mpt__read_run(w->ctx, op->y, i * C + c, n, room + MPT__RUN), out);
+            if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, i * C + c, n, room));
             mpt__write_run(w->ctx, op->dx, i * C + c, n, out);
         }
     }
+}
+
+MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__norm_work *w = (const mpt__norm_work *)arg;
+    for (; begin < end; begin += MPT__RUN)
+        mpt__norm_rows(w, begin, mpt__min(end, begin + MPT__RUN),
+                       (mpt__norm_run *)(void *)mpt__worker_room(w->ctx, worker));
 }
 MPT__TASKS(mpt__norm_rows_task)
 
@@ -4114,18 +4121,16 @@ MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d
     const mpt_pool2d_shape *z = &op->shape;
     const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
     const float size = (float)(z->R * z->S);
+    const size_t y = h + z->padding, x = w + z->padding;
     float sum[MPT__RUN], room[MPT__RUN];
-    const float *dy;
-    size_t r, s, e;
+    size_t p, q, e;
     mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) { /* the output whose tap (r,s) is this input, if there is one */
-            const size_t y = h + z->padding - r, x = w + z->padding - s, p = y / op->stride_h, q = x / op->stride_w;
+    for (p = mpt__min(y / op->stride_h + 1, op->P); p-- && y - p * op->stride_h < z->R;)
+        for (q = mpt__min(x / op->stride_w + 1, op->Q); q-- && x - q * op->stride_w < z->S;) {
+            const uint32_t here = (uint32_t)((y - p * op->stride_h) * z->S + x - q * op->stride_w);
             const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
-            const uint32_t here = (uint32_t)(r * z->S + s);
+            const float *dy = mpt__read_run(ctx, op->y, out, run, room);
             uint32_t tap[MPT__RUN];
-            if (y % op->stride_h || x % op->stride_w || p >= op->P || q >= op->Q) continue;
-            dy = mpt__read_run(ctx, op->y, out, run, room);
             for (e = 0; e < MPT__RUN && op->kind == MPT_POOL_AVERAGE; e++) sum[e] += dy[e] / size;
             if (op->kind == MPT_POOL_AVERAGE) continue;
             mpt__taps_read(op->index + out, run, tap);
