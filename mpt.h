@@ -3128,9 +3128,10 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
 /* ==== ENGINE ====
 
    The CPU backend. One driver computes every matrix product, convolutions included: it cuts the result into blocks,
-   copies the parts of both operands that a block needs into fp32 (the right one in panels as wide as a tile),
-   multiplies them with a small kernel that keeps its tile in registers, and finishes the block: scale, add, bias,
-   activation, round, store. Operands are read through views, so a convolution is the same product with another way
+   copies the parts of both operands that a block needs into fp32 (the right one in panels as wide as a tile; rows of
+   the left one stay where they are if they are fp32 already), multiplies them with a small kernel that keeps its tile
+   in registers, and finishes the block: scale, add, bias, activation, round, store. Where none of that is to be done
+   tiles are stored at once. Operands are read through views, so a convolution is the same product with another way
    to read an image; no patch matrix is ever stored. Blocks do not depend on the number of threads.
    tests/reference.h has all operations as plain loops: what they mean. */
 

@@ -2,8 +2,8 @@
 
    Usage: bench_cuda [--tiny] [--csv FILE]
 
-   A table, and the same as CSV: group,case,type,value,unit,ratio. Products: TFLOP/s, ratio to the best square product by
-   cuBLAS in the same type. Kernels: GB/s of the bytes that they must move (see README.md here), ratio to a copy from
+   A table, and the same as CSV: group,case,type,value,unit,ratio. Products: TFLOP/s, ratio to the best square product
+   by cuBLAS in the same type. Kernels: GB/s of the bytes that they must move (see README.md here), ratio to a copy from
    device to device. Steps: microseconds of a training step launched one kernel after the other and as a graph, and
    samples/s; ratio is how much longer it takes without a graph. Times are the shortest of REPEATS between two events.
    --tiny shrinks all sizes, so that it runs anywhere as a test; its numbers mean nothing. */
