@@ -3460,7 +3460,7 @@ MPT__INLINE void mpt__product_tiles(const mpt__product *p, const mpt__left *left
 MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns,
                                    const float *sums, float *turned, float *room) {
     const mpt__simd *simd = &p->ctx->simd;
-    const size_t along = p->turned ? (rows + 3) / 4 * 4 : MPT__BLOCK_N, lines = p->turned ? columns : rows;
+    const size_t along = p->turned ? (rows + 3) / 4 * 4 : (size_t)MPT__BLOCK_N, lines = p->turned ? columns : rows;
     const size_t whole = p->plain ? columns / simd->tile_n * simd->tile_n : 0;
     size_t r;
     if (p->turned) simd->transpose(sums, MPT__BLOCK_N, columns, along, turned);
