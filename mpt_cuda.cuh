@@ -1992,15 +1992,17 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
         uint16_t place[MPTC__PACK];
         if (op.beta != 0) mptc__load(op.x, in, some, sum);
         MPTC__EACH(e) sum[e] = op.beta != 0 ? op.beta * sum[e] : 0;
-        const unsigned y = at.down + (unsigned)z.padding, x = at.across + (unsigned)z.padding;
-        for (unsigned p = min(y / down + 1, P); p-- && y - p * down < R;)
-            for (unsigned q = min(x / across + 1, Q); q-- && x - q * across < S;) {
+        for (unsigned r = 0; r < R; r++)
+            for (unsigned s = 0; s < S; s++) { /* the output whose tap (r,s) is this input, if there is one */
+                const unsigned y = at.down + (unsigned)z.padding - r, x = at.across + (unsigned)z.padding - s;
+                const unsigned p = y / down, q = x / across;
                 const size_t out = ((size_t)(at.n * P + p) * Q + q) * z.C + c;
+                if (y % down || x % across || p >= P || q >= Q) continue;
                 mptc__load(op.y, out, some, dy);
                 if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
                 MPTC__EACH(e) {
                     if (op.kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(R * S);
-                    else if (place[e] == (y - p * down) * S + x - q * across) sum[e] += dy[e];
+                    else if (place[e] == r * S + s) sum[e] += dy[e];
                 }
             }
         mptc__store(op.x, in, some, sum);
