@@ -1842,6 +1842,8 @@ MPT_DEF int mpt_version(void) { return MPT_VERSION; }
 
 /* -- Memory -- */
 
+static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
+
 static int mpt__multiply(size_t *out, size_t a, size_t b) {
     if (b && a > (size_t)-1 / b) return 0;
     *out = a * b;
@@ -1904,8 +1906,9 @@ MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device
 
 /* -- Threads --
 
-   mpt__parallel splits [0, count) into one contiguous range a thread. What a task computes for an index must not depend
-   on the split: then the bits are the same for any number of threads. */
+   mpt__parallel deals [0, count) out to the threads, piece by piece, and waits for those who took one: a worker that a
+   busy machine does not let run is not waited for. What a task computes for an index must not depend on the pieces:
+   then the bits are the same for any number of threads. */
 
 typedef void (*mpt__task)(void *arg, size_t begin, size_t end, int worker);
 
@@ -1925,6 +1928,16 @@ static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task
 
 #else
 
+#ifdef __GNUC__ /* what is written with the lock and may be looked at without */
+#define MPT__LOOKS 200
+#define MPT__PEEK(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
+#define MPT__POKE(x, value) __atomic_store_n(&(x), value, __ATOMIC_RELAXED)
+#else
+#define MPT__LOOKS 0
+#define MPT__PEEK(x) (x)
+#define MPT__POKE(x, value) (x) = (value)
+#endif
+
 typedef struct mpt__worker {
     pthread_t thread;
     mpt__pool *pool;
@@ -1935,36 +1948,50 @@ struct mpt__pool {
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     mpt__worker workers[MPT__MAX_THREADS];
-    int started; /* workers that run */
-    int stopping;
-    unsigned job; /* number of the current job; workers wait for it to change */
-    int busy;     /* workers that have not finished it */
+    int started, stopping; /* workers that run; they shall end */
     mpt__task task;
     void *arg;
-    size_t count;
-    int threads; /* that share the job */
+    size_t count, next, least; /* next: the first index that nobody has taken yet; least: how many to take at once */
+    int threads, busy;         /* that the job is worth; that have taken some of it and not finished */
+    int open, idle;            /* there is something to take; busy is 0 */
 };
 
+/* Waits for open or idle. The lock is held. Most times the next job comes sooner than a thread that sleeps could wake:
+   so look some times first, and yield in between: where others want the core, they get it. */
+static void mpt__pool_await(mpt__pool *pool, const int *flag, pthread_cond_t *told) {
+    int looks = MPT__LOOKS;
+    pthread_mutex_unlock(&pool->lock);
+    while (looks-- && !MPT__PEEK(*flag)) sched_yield();
+    pthread_mutex_lock(&pool->lock);
+    while (!*flag) pthread_cond_wait(told, &pool->lock);
+}
+
+/* Takes pieces of the job, each a share of what is left, as long as there are any. The lock is held, but not over the
+   task. */
 static void mpt__pool_share(mpt__pool *pool, int index) {
-    const size_t threads = (size_t)pool->threads, i = (size_t)index;
-    const size_t each = pool->count / threads, rest = pool->count % threads;
-    const size_t begin = i * each + (i < rest ? i : rest);
-    if (i < threads) pool->task(pool->arg, begin, begin + each + (i < rest), index);
+    pool->busy++;
+    MPT__POKE(pool->idle, 0);
+    while (pool->next < pool->count) {
+        const size_t begin = pool->next, left = pool->count - begin, share = left / (2 * (size_t)pool->threads);
+        const size_t some = mpt__min(left, share > pool->least ? share : pool->least);
+        pool->next += some;
+        MPT__POKE(pool->open, some < left);
+        pthread_mutex_unlock(&pool->lock);
+        pool->task(pool->arg, begin, begin + some, index);
+        pthread_mutex_lock(&pool->lock);
+    }
+    if (--pool->busy) return;
+    MPT__POKE(pool->idle, 1);
+    pthread_cond_signal(&pool->done);
 }
 
 static void *mpt__pool_main(void *arg) {
     mpt__worker *worker = (mpt__worker *)arg;
     mpt__pool *pool = worker->pool;
-    unsigned seen = 0;
     pthread_mutex_lock(&pool->lock);
-    for (;;) {
-        while (pool->job == seen && !pool->stopping) pthread_cond_wait(&pool->start, &pool->lock);
-        if (pool->stopping) break;
-        seen = pool->job;
-        pthread_mutex_unlock(&pool->lock);
+    while (!pool->stopping) {
+        mpt__pool_await(pool, &pool->open, &pool->start);
         mpt__pool_share(pool, worker->index);
-        pthread_mutex_lock(&pool->lock);
-        if (--pool->busy == 0) pthread_cond_signal(&pool->done);
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
@@ -1972,15 +1999,14 @@ static void *mpt__pool_main(void *arg) {
 
 static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
     mpt__pool *pool = ctx->pool;
+    int i;
     pthread_mutex_lock(&pool->lock);
-    pool->task = task, pool->arg = arg, pool->count = count, pool->threads = threads;
-    pool->busy = pool->started;
-    pool->job++;
-    pthread_cond_broadcast(&pool->start);
-    pthread_mutex_unlock(&pool->lock);
+    pool->task = task, pool->arg = arg, pool->threads = threads;
+    pool->next = 0, pool->count = count, pool->least = count / (16 * (size_t)threads) + 1;
+    MPT__POKE(pool->open, 1);
+    for (i = 1; i < threads; i++) pthread_cond_signal(&pool->start);
     mpt__pool_share(pool, 0);
-    pthread_mutex_lock(&pool->lock);
-    while (pool->busy) pthread_cond_wait(&pool->done, &pool->lock);
+    mpt__pool_await(pool, &pool->idle, &pool->done);
     pthread_mutex_unlock(&pool->lock);
 }
 
@@ -1990,6 +2016,7 @@ static void mpt__pool_stop(mpt_context *ctx) {
     if (!pool) return;
     pthread_mutex_lock(&pool->lock);
     pool->stopping = 1;
+    MPT__POKE(pool->open, 1);
     pthread_cond_broadcast(&pool->start);
     pthread_mutex_unlock(&pool->lock);
     for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
@@ -2027,10 +2054,13 @@ static mpt_result mpt__pool_start(mpt_context *ctx) {
 
 /* work: about how many multiplies or element visits the whole call is. Too little of it stays on this thread: waking a
    worker costs some microseconds. */
+static size_t mpt__threads_for(const mpt_context *ctx, size_t work) {
+    const size_t threads = work / 65536, all = (size_t)ctx->threads;
+    return threads < all ? threads : all;
+}
+
 static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task task, void *arg) {
-    const size_t each = 65536; /* worth a thread */
-    size_t threads = work / each;
-    if (threads > (size_t)ctx->threads) threads = (size_t)ctx->threads;
+    size_t threads = mpt__threads_for(ctx, work);
     if (threads > count) threads = count;
     if (threads > 1) mpt__pool_run(ctx, count, (int)threads, task, arg);
     else if (count) task(arg, 0, count, 0);
@@ -2597,8 +2627,6 @@ static float mpt__get(const mpt_context *ctx, mpt_array a, size_t i) {
     mpt__load(ctx, a, i, 1, &x);
     return x;
 }
-
-static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
 
 /* -- Opening -- */
 
@@ -3420,6 +3448,7 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     float alpha, beta;
     mpt_array c, bias;
     size_t ldc;
+    size_t rows, columns; /* of a block of c */
     mpt_activation act;
     int turned; /* a is b and b is a, m is n and n is m: they give c's transpose */
     int plain;  /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
@@ -3472,7 +3501,7 @@ MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows,
 }
 
 MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
-    const size_t rows = mpt__min(p->m - i, MPT__BLOCK_M), columns = mpt__min(p->n - j, MPT__BLOCK_N);
+    const size_t rows = mpt__min(p->m - i, p->rows), columns = mpt__min(p->n - j, p->columns);
     const size_t parts = (p->k + MPT__BLOCK_K - 1) / MPT__BLOCK_K;
     float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
     float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (BLOCK_M,BLOCK_N), and room to read a run from any */
@@ -3493,10 +3522,9 @@ MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, f
 
 MPT__INLINE void mpt__product_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__product *p = (const mpt__product *)arg;
-    const size_t across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
+    const size_t across = (p->n + p->columns - 1) / p->columns;
     for (; begin < end; begin++)
-        mpt__product_block(p, begin / across * MPT__BLOCK_M, begin % across * MPT__BLOCK_N,
-                           mpt__worker_space(p->ctx, worker));
+        mpt__product_block(p, begin / across * p->rows, begin % across * p->columns, mpt__worker_space(p->ctx, worker));
 }
 MPT__TASKS(mpt__product_task)
 
@@ -3516,8 +3544,22 @@ static void mpt__turn(mpt__product *p) {
     p->turned = 1;
 }
 
+/* Chooses the size of a block; returns how many there are. Few would keep the threads unequally busy: then smaller
+   ones, of whole tiles, along the side that has more. */
+static size_t mpt__cut(mpt__product *p, size_t threads) {
+    const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
+    const int few = down * across < 4 * threads && down * across % threads, wide = across > down;
+    const size_t tile = wide ? p->ctx->simd.tile_n : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
+    p->rows = MPT__BLOCK_M, p->columns = MPT__BLOCK_N;
+    if (few) {
+        const size_t parts = (((wide ? across : down) - 1) / threads + 1) * threads;
+        *(wide ? &p->columns : &p->rows) = ((count - 1) / parts / tile + 1) * tile;
+    }
+    return ((p->m + p->rows - 1) / p->rows) * ((p->n + p->columns - 1) / p->columns);
+}
+
 static mpt_result mpt__product_run(mpt__product *p) {
-    size_t down, across, work;
+    size_t work;
     mpt__choose_runs(&p->a), mpt__choose_runs(&p->b);
     if (p->a.v_is_depth && p->b.v_is_depth &&
         p->n * ((p->m - 1) / MPT__BLOCK_M + 1) > p->m * ((p->n - 1) / MPT__BLOCK_M + 1))
@@ -3527,8 +3569,7 @@ static mpt_result mpt__product_run(mpt__product *p) {
     if (p->ctx->simd.pairs && p->a.data.type == MPT_BF16 && p->b.data.type == MPT_BF16)
         p->a.size = p->b.size = sizeof(uint16_t);
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
-    down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
-    mpt__parallel(p->ctx, down * across, work, MPT__TASK(p->ctx, mpt__product_task), p);
+    mpt__parallel(p->ctx, mpt__cut(p, mpt__threads_for(p->ctx, work)), work, MPT__TASK(p->ctx, mpt__product_task), p);
     return MPT_OK;
 }
 
@@ -3544,11 +3585,8 @@ static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth)
 
 static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_conv2d_op *op, size_t group,
                                  int v_is_depth) {
-    mpt__view view = MPT_ZERO;
+    mpt__view view = mpt__matrix_view(data, 0, v_is_depth);
     view.kind = kind;
-    view.v_is_depth = v_is_depth;
-    view.data = data;
-    view.size = sizeof(float);
     view.op = op;
     view.group = group;
     return view;
@@ -3755,9 +3793,7 @@ MPT__INLINE void mpt__map_task_body(void *arg, size_t begin, size_t end, int wor
 MPT__TASKS(mpt__map_task)
 
 static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
-    mpt__work w;
-    w.ctx = ctx;
-    w.op = op;
+    mpt__work w = {ctx, op};
     mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n,
                   op->map == MPT_MAP_CAST ? mpt__cast_task : MPT__TASK(ctx, mpt__map_task), &w);
     return MPT_OK;
@@ -3781,9 +3817,7 @@ MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int
 MPT__TASKS(mpt__columns_task)
 
 static mpt_result mpt__cpu_copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
-    mpt__work w;
-    w.ctx = ctx;
-    w.op = op;
+    mpt__work w = {ctx, op};
     mpt__parallel(ctx, op->rows, op->rows * op->C, MPT__TASK(ctx, mpt__columns_task), &w);
     return MPT_OK;
 }
@@ -3983,8 +4017,7 @@ MPT__INLINE void mpt__norm_dx(const mpt__norm_run *MPT__RESTRICT r, const float 
     }
 }
 
-/* y or dx of rows begin .. end */
-/* Rows begin .. end: so few that their other channels are still in cache when it is their turn. Two runs follow r. */
+/* y or dx of rows begin .. end: so few that they stay in cache for their other channels. Two runs follow r. */
 MPT__INLINE void mpt__norm_rows(const mpt__norm_work *w, size_t begin, size_t end, mpt__norm_run *r) {
     const mpt_norm_op *op = w->op;
     const size_t C = op->shape.C, pixels = op->shape.pixels;
@@ -4017,13 +4050,9 @@ MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, i
 MPT__TASKS(mpt__norm_rows_task)
 
 static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op) {
-    mpt__norm_work w;
-    w.ctx = ctx;
-    w.op = op;
-    w.rows = op->shape.N * op->shape.pixels;
-    w.count = op->shape.pixels * (op->shape.C / op->shape.groups);
-    w.first = w.columns = 0;
-    w.sums = (double *)(void *)ctx->workspace;
+    const mpt_norm_shape *z = &op->shape;
+    const size_t count = z->pixels * (z->C / z->groups);
+    mpt__norm_work w = {ctx, op, z->N * z->pixels, count, 0, 0, (double *)(void *)ctx->workspace};
     return w;
 }
 
@@ -4160,9 +4189,7 @@ MPT__TASKS(mpt__pool_task)
 
 static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     const mpt_pool2d_shape *z = &op->shape;
-    mpt__work w;
-    w.ctx = ctx;
-    w.op = op;
+    mpt__work w = {ctx, op};
     mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C,
                   MPT__TASK(ctx, mpt__pool_task), &w);
     return MPT_OK;
@@ -4300,14 +4327,9 @@ static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
 }
 
 static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
-    mpt__scan_work w;
+    mpt__scan_work w = {ctx, factor, x, n, n / MPT__CHUNK + (n % MPT__CHUNK != 0)};
     size_t b;
     memset(ctx->scans, 0, sizeof ctx->scans);
-    w.ctx = ctx;
-    w.factor = factor;
-    w.x = x;
-    w.n = n;
-    w.chunks = n / MPT__CHUNK + (n % MPT__CHUNK != 0);
     mpt__parallel(ctx, MPT__SCAN_BLOCKS, n, mpt__scan_task, &w);
     memset(out, 0, sizeof *out);
     out->first = n;
@@ -4315,8 +4337,7 @@ static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_ar
         const mpt_scan *block = &ctx->scans[b];
         if (out->first == n && block->inf + block->nan) out->first = block->first;
         out->sum_squares += block->sum_squares;
-        out->inf += block->inf;
-        out->nan += block->nan;
+        out->inf += block->inf, out->nan += block->nan;
     }
     return MPT_OK;
 }
@@ -5394,7 +5415,10 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     return node;
 }
 
-static int mpt__layer_done(mpt_model *net) { return ++net->count; }
+/* Ends what mpt__layer began. Returns the node's id, or 0. */
+static int mpt__layer_done(mpt_model *net, mpt_result r) {
+    return r == MPT_OK ? ++net->count : mpt__layer_failed(net, r);
+}
 
 /* Sizes of a sample are ints; what does not fit into one is refused here. */
 static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
@@ -5419,7 +5443,7 @@ MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
     else if (H < 1 || W < 1 || C < 1)
         r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "input: H %d, W %d, C %d must be at least 1", H, W, C);
     else r = mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    return mpt__layer_done(net, r);
 }
 
 static mpt_result mpt__init_check(mpt_model *net, const mpt__node *node) {
@@ -5434,12 +5458,11 @@ MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_des
     if (desc) d = *desc;
     node = mpt__layer(net, MPT__LINEAR, "linear", d.name, in);
     if (!node) return 0;
-    node->no_bias = d.no_bias;
-    node->init = d.init;
+    node->no_bias = d.no_bias, node->init = d.init;
     r = mpt__layer_positive(net, node, "outputs", outputs, 1);
     if (r == MPT_OK) r = mpt__init_check(net, node);
     if (r == MPT_OK) r = mpt__layer_size(net, node, 1, 1, (size_t)outputs);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    return mpt__layer_done(net, r);
 }
 
 /* Shape of a convolution node from its descriptor. */
@@ -5475,14 +5498,11 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
 MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mpt_conv2d_desc *desc) {
     mpt_conv2d_desc d = MPT_ZERO;
     mpt__node *node;
-    mpt_result r;
     if (desc) d = *desc;
     node = mpt__layer(net, MPT__CONV2D, "conv", d.name, in);
     if (!node) return 0;
-    node->no_bias = d.no_bias;
-    node->init = d.init;
-    r = mpt__conv2d_layer(net, node, filters, kernel, &d);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    node->no_bias = d.no_bias, node->init = d.init;
+    return mpt__layer_done(net, mpt__conv2d_layer(net, node, filters, kernel, &d));
 }
 
 static int mpt__norm_node(mpt_model *net, int in, mpt__norm_kind kind, int groups, const mpt_norm_desc *desc) {
@@ -5508,7 +5528,7 @@ static int mpt__norm_node(mpt_model *net, int in, mpt__norm_kind kind, int group
     else if (kind == MPT__NORM_GROUP && (groups < 1 || node->C % groups))
         r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels", node->name, groups, node->C);
     else r = mpt__need_share(net->ctx, node->name, "momentum", node->momentum, 0);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    return mpt__layer_done(net, r);
 }
 
 MPT_DEF int mpt_batch_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
@@ -5523,18 +5543,16 @@ MPT_DEF int mpt_group_norm(mpt_model *net, int in, int groups, const mpt_norm_de
 
 MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
     mpt__node *node = mpt__layer(net, MPT__DROPOUT, "dropout", NULL, in);
-    mpt_result r;
     if (!node) return 0;
     node->p = p;
-    r = mpt__need_share(net->ctx, node->name, "p", p, 1);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    return mpt__layer_done(net, mpt__need_share(net->ctx, node->name, "p", p, 1));
 }
 
 static int mpt__activation_node(mpt_model *net, int in, const char *word, mpt_activation act) {
     mpt__node *node = mpt__layer(net, MPT__ACTIVATION, word, NULL, in);
     if (!node) return 0;
     node->act = act;
-    return mpt__layer_done(net);
+    return mpt__layer_done(net, MPT_OK);
 }
 
 MPT_DEF int mpt_relu(mpt_model *net, int in) { return mpt__activation_node(net, in, "relu", MPT_RELU); }
@@ -5567,22 +5585,18 @@ static int mpt__pool_node(mpt_model *net, int in, mpt_pool kind, int window, con
     mpt__node *node = mpt__layer(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
     mpt_pool2d_desc d = MPT_ZERO;
     const int global = window == -1;
-    mpt_result r;
     if (!node) return 0;
     if (desc) d = *desc;
     node->pool_kind = kind;
-    r = mpt__pool_layer(net, node, global ? node->H : window, global ? node->W : window, &d);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    return mpt__layer_done(net, mpt__pool_layer(net, node, global ? node->H : window, global ? node->W : window, &d));
 }
 
 MPT_DEF int mpt_max_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
     return mpt__pool_node(net, in, MPT_POOL_MAX, window < 0 ? 0 : window, desc);
 }
-
 MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
     return mpt__pool_node(net, in, MPT_POOL_AVERAGE, window < 0 ? 0 : window, desc);
 }
-
 MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) {
     return mpt__pool_node(net, in, MPT_POOL_AVERAGE, -1, NULL);
 }
@@ -5592,7 +5606,7 @@ MPT_DEF int mpt_flatten(mpt_model *net, int in) {
     if (!node) return 0;
     node->C *= node->H * node->W;
     node->H = node->W = 1;
-    return mpt__layer_done(net);
+    return mpt__layer_done(net, MPT_OK);
 }
 
 /* A node of two inputs of the same height and width; channels: and as many channels. NULL: failed, and remembered. */
@@ -5615,15 +5629,15 @@ static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *wor
 }
 
 MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
-    return mpt__join(net, MPT__ADD, "add", a, b, 1) ? mpt__layer_done(net) : 0;
+    return mpt__join(net, MPT__ADD, "add", a, b, 1) ? mpt__layer_done(net, MPT_OK) : 0;
 }
 
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b) {
     mpt__node *node = mpt__join(net, MPT__CONCAT, "concat", a, b, 0);
-    mpt_result r;
+    size_t C;
     if (!node) return 0;
-    r = mpt__layer_size(net, node, (size_t)node->H, (size_t)node->W, (size_t)node->C + (size_t)mpt__node_of(net, b)->C);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    C = (size_t)node->C + (size_t)mpt__node_of(net, b)->C;
+    return mpt__layer_done(net, mpt__layer_size(net, node, (size_t)node->H, (size_t)node->W, C));
 }
 
 static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node) {
@@ -5640,19 +5654,17 @@ static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node
 
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
     mpt__node *node = mpt__layer(net, MPT__LOSS, "cross_entropy", NULL, in);
-    mpt_result r;
     if (!node) return 0;
     node->loss = MPT_LOSS_CROSS_ENTROPY;
     if (desc) node->cross_entropy = *desc;
-    r = mpt__cross_entropy_check(net, node);
-    return r == MPT_OK ? mpt__layer_done(net) : mpt__layer_failed(net, r);
+    return mpt__layer_done(net, mpt__cross_entropy_check(net, node));
 }
 
 static int mpt__loss_node(mpt_model *net, int in, const char *word, mpt_loss_kind loss) {
     mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
     if (!node) return 0;
     node->loss = loss;
-    return mpt__layer_done(net);
+    return mpt__layer_done(net, MPT_OK);
 }
 
 MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_node(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
