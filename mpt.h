@@ -3164,13 +3164,13 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
    tests/reference.h has all operations as plain loops: what they mean. */
 
 enum {
-    MPT__BLOCK_M = 192, /* rows and columns of a block of the result: multiples of every kernel's tile */
-    MPT__BLOCK_N = 128,
-    MPT__BLOCK_K = 256,       /* depth at most: what a block needs of both operands stays within L2 (192 + 128 KiB) */
-    MPT__TILE_N = 32,         /* the widest tile */
-    MPT__ROOM = 8 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
-    MPT__WORKSPACE =
-        (MPT__BLOCK_M + MPT__BLOCK_N + MPT__TILE_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
+    MPT__BLOCK_M = 576, /* rows and columns of a block of the result: multiples of every kernel's tile */
+    MPT__BLOCK_N = 256,
+    MPT__BLOCK_K = 256,        /* depth at most: the rows that are packed at a time then stay within L2 (192 KiB) */
+    MPT__LEFT_M = 192,         /* those rows; columns come by in panels that fit L1 */
+    MPT__TILE_N = 32,          /* the widest tile */
+    MPT__ROOM = 10 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
+    MPT__WORKSPACE = (MPT__LEFT_M + MPT__BLOCK_N + MPT__TILE_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
 };
 
 static float *mpt__worker_space(const mpt_context *ctx, int worker) {
@@ -3358,11 +3358,11 @@ MPT__INLINE void mpt__pair_run(const uint16_t *MPT__RESTRICT low, const uint16_t
 }
 
 /* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to
-   `padded`. `room` holds two such rows in 16 bits, and a run; n is a block's rows or columns. */
+   `padded`. `room` holds two such rows in 16 bits, and a run; n is BLOCK_N at most. */
 MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view, size_t l, size_t depth, size_t d,
                                   size_t v, size_t n, size_t padded, float *to, float *room) {
-    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_M;
-    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_M);
+    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_N;
+    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_N);
     size_t i;
     if (view->size == sizeof *to) mpt__view_run(ctx, view, l + d, v, n, to);
     else {
@@ -3399,8 +3399,7 @@ MPT__INLINE mpt__left mpt__pack_left(const mpt_context *ctx, const mpt__view *vi
         return left;
     }
     left.at = to, left.rows = rows;
-    left.row = view->v_is_depth ? words : 1;
-    left.step = view->v_is_depth ? 1 : padded;
+    left.row = view->v_is_depth ? words : 1, left.step = view->v_is_depth ? 1 : padded;
     for (r = 0; r < rows && view->v_is_depth; r++) mpt__pack_along(ctx, view, i + r, l, depth, to + r * words);
     if (view->v_is_depth) memset(to + rows * words, 0, (padded - rows) * words * sizeof *to);
     for (r = 0; r < words && !view->v_is_depth; r++)
@@ -3478,10 +3477,10 @@ MPT__INLINE void mpt__product_tiles(const mpt__product *p, const mpt__left *left
     for (c = 0; c < columns; c += simd->tile_n)
         for (t = 0; t < left->rows; t += simd->tile_m) {
             const int whole = p->plain && t + simd->tile_m <= left->rows && c + simd->tile_n <= columns;
-            float *out = whole ? (float *)p->c.data + (i + r + t) * p->ldc + j + c : sums + (r + t) * MPT__BLOCK_N + c;
-            (p->b.size < sizeof *b ? simd->pairs : simd->tile)(
-                words, left->at + t * left->row, left->row, left->step, b + c * words, out,
-                whole ? p->ldc : (size_t)MPT__BLOCK_N, add || (whole && p->beta != 0));
+            float *out = whole ? (float *)p->c.data + (i + r + t) * p->ldc + j + c : sums + (r + t) * p->columns + c;
+            (p->b.size < sizeof *b ? simd->pairs : simd->tile)(words, left->at + t * left->row, left->row, left->step,
+                                                               b + c * words, out, whole ? p->ldc : p->columns,
+                                                               add || (whole && p->beta != 0));
         }
 }
 
@@ -3489,10 +3488,10 @@ MPT__INLINE void mpt__product_tiles(const mpt__product *p, const mpt__left *left
 MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns,
                                    const float *sums, float *turned, float *room) {
     const mpt__simd *simd = &p->ctx->simd;
-    const size_t along = p->turned ? (rows + 3) / 4 * 4 : (size_t)MPT__BLOCK_N, lines = p->turned ? columns : rows;
+    const size_t along = p->turned ? (rows + 3) / 4 * 4 : p->columns, lines = p->turned ? columns : rows;
     const size_t whole = p->plain ? columns / simd->tile_n * simd->tile_n : 0;
     size_t r;
-    if (p->turned) simd->transpose(sums, MPT__BLOCK_N, columns, along, turned);
+    if (p->turned) simd->transpose(sums, p->columns, columns, along, turned);
     for (r = 0; r < lines; r++) {
         const size_t c = r < rows / simd->tile_m * simd->tile_m ? whole : 0;
         mpt__finish_row(p, (p->turned ? j : i) + r, (p->turned ? i : j) + c, (p->turned ? rows : columns) - c,
@@ -3503,8 +3502,8 @@ MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows,
 MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
     const size_t rows = mpt__min(p->m - i, p->rows), columns = mpt__min(p->n - j, p->columns);
     const size_t parts = (p->k + MPT__BLOCK_K - 1) / MPT__BLOCK_K;
-    float *a = workspace, *b = a + MPT__BLOCK_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
-    float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (BLOCK_M,BLOCK_N), and room to read a run from any */
+    float *a = workspace, *b = a + MPT__LEFT_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
+    float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (rows,columns) of p, and room to read a run from any */
     float *room = workspace + MPT__WORKSPACE - MPT__ROOM;
     size_t l, r, depth = 0;
     if (!p->k) memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
@@ -3513,7 +3512,7 @@ MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, f
         depth = mpt__min(p->k - l, ((p->k - 1) / parts + 8) / 8 * 8); /* even parts, of whole pairs and transposes */
         mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines, room);
         for (r = 0; r < rows; r += left.rows) {
-            left = mpt__pack_left(p->ctx, &p->a, i + r, rows - r, l, depth, a, room);
+            left = mpt__pack_left(p->ctx, &p->a, i + r, mpt__min(rows - r, MPT__LEFT_M), l, depth, a, room);
             mpt__product_tiles(p, &left, i, r, j, columns, mpt__words(&p->b, depth), b, sums, l > 0);
         }
     }
@@ -3547,10 +3546,11 @@ static void mpt__turn(mpt__product *p) {
 /* Chooses the size of a block; returns how many there are. Few would keep the threads unequally busy: then smaller
    ones, of whole tiles, along the side that has more. */
 static size_t mpt__cut(mpt__product *p, size_t threads) {
-    const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + MPT__BLOCK_N - 1) / MPT__BLOCK_N;
+    const size_t widest = p->turned ? MPT__BLOCK_N / 2 : MPT__BLOCK_N; /* sums are turned back in a and b's space */
+    const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + widest - 1) / widest;
     const int few = down * across < 4 * threads && down * across % threads, wide = across > down;
     const size_t tile = wide ? p->ctx->simd.tile_n : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
-    p->rows = MPT__BLOCK_M, p->columns = MPT__BLOCK_N;
+    p->rows = MPT__BLOCK_M, p->columns = mpt__min((p->n + MPT__RUN - 1) / MPT__RUN * MPT__RUN, widest);
     if (few) {
         const size_t parts = (((wide ? across : down) - 1) / threads + 1) * threads;
         *(wide ? &p->columns : &p->rows) = ((count - 1) / parts / tile + 1) * tile;
@@ -3577,8 +3577,7 @@ static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth)
     mpt__view view = MPT_ZERO;
     view.kind = MPT__MATRIX;
     view.v_is_depth = v_is_depth;
-    view.data = data;
-    view.size = sizeof(float);
+    view.data = data, view.size = sizeof(float);
     view.stride = stride;
     return view;
 }
@@ -3887,9 +3886,10 @@ MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end
     float *mean = mpt__worker_room(w->ctx, worker), *inverse = mean + MPT__RUN;
     for (; begin < end; begin++) {
         const size_t last = mpt__min((begin + 1) * each, w->rows);
+        const size_t bytes = (w->columns + MPT__RUN - 1) / MPT__RUN * MPT__RUN * sizeof(double);
         double *sums = w->sums + begin * 2 * MPT__COLUMNS;
         size_t first, c, i;
-        memset(sums, 0, 2 * MPT__COLUMNS * sizeof *sums);
+        memset(sums, 0, bytes), memset(sums + MPT__COLUMNS, 0, bytes);
         for (first = begin * each; first < last; first += MPT__RUN) /* few rows: see mpt__norm_rows */
             for (c = 0; c < w->columns; c += MPT__RUN) {
                 const size_t n = mpt__min(w->columns - c, MPT__RUN);

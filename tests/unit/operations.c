@@ -140,8 +140,9 @@ static void test_gemm(const product *p, mpt_dtype type_a, mpt_dtype type_b, mpt_
 }
 
 static void test_gemms(void) {
-    static const size_t shapes[][3] = {{1, 1, 1},    {3, 5, 7},    {2, 3, 1},   {1, 33, 5},      {29, 1, 31},
-                                       {17, 31, 13}, {64, 64, 64}, {5, 4, 300}, {129, 127, 257}, {200, 10, 784}};
+    static const size_t shapes[][3] = {{1, 1, 1},      {3, 5, 7},      {2, 3, 1},    {1, 33, 5},      {29, 1, 31},
+                                       {17, 31, 13},   {64, 64, 64},   {5, 4, 300},  {129, 127, 257}, {200, 10, 784},
+                                       {601, 263, 17}, {140, 601, 19}, {193, 5, 521}};
     static const float factors[][2] = {{1, 0}, {-1.5f, 1}, {0.75f, -0.5f}, {1, 1}};
     size_t i;
     int trans, mix;
