@@ -29,6 +29,10 @@ $(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
+# What peers.cpp measures beside mpt, where it is installed.
+has     = $(shell echo '\#include <$(1)>' | $(CXX) -E -x c++ - >/dev/null 2>&1 && echo yes)
+PEERS := $(strip $(if $(call has,cblas.h),OPENBLAS) $(if $(call has,dnnl.hpp),ONEDNN))
+
 .PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean help detect FORCE
 
 all: detect $(EXAMPLES)
@@ -65,8 +69,14 @@ mutants:
 bench: detect $(BUILD)/tests/bench/bench
 	@$(BUILD)/tests/bench/bench
 
-bench-peers: detect $(BUILD)/tests/bench/bench
+bench-peers: detect $(BUILD)/tests/bench/bench $(if $(PEERS),$(BUILD)/tests/bench/peers)
+	@$(if $(PEERS),for t in 1 2; do OMP_NUM_THREADS=$$t OPENBLAS_NUM_THREADS=$$t $(BUILD)/tests/bench/peers $$t; done)
 	@$(PYTHON) tests/bench/peers.py $(BUILD)/tests/bench/bench
+
+$(BUILD)/tests/bench/peers: tests/bench/peers.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++11 -Wall -Wextra -Wpedantic $(OPTIMISE) -I. $(patsubst %,-DBENCH_%,$(PEERS)) $< -o $@ $(LIBS) \
+		$(if $(filter OPENBLAS,$(PEERS)),-lopenblas) $(if $(filter ONEDNN,$(PEERS)),-ldnnl)
 
 bench-cuda: detect
 	@mkdir -p $(BUILD)/cuda

@@ -5,99 +5,19 @@
        name key=value ... value= unit= peak= ratio=
 
    value is the median of REPEATS runs. peak, in the same unit, is the median of a yardstick run in turn with it on the
-   same threads: memcpy of as many bytes, a loop that only reads, a loop of multiply-adds. ratio is how much of the
-   yardstick's speed is reached; 1 is all of it. Takes a few minutes; other load on the machine spoils it. */
+   same threads: memcpy of as many bytes, a loop that only reads, a loop of multiply-adds (of pairs of bf16 where the
+   CPU has them and the operands are bf16). ratio is how much of the yardstick's speed is reached; 1 is all of it. Takes
+   a few minutes; other load on the machine spoils it. */
 #define _POSIX_C_SOURCE 199309L
 #define MPT_IMPLEMENTATION
-#include "../../mpt.h"
-#include "../../mpt_tools.h"
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include "bench.h"
 
-enum { REPEATS = 9, MANY = 10000000, FEW = 16384 }; /* elements in main memory, in cache */
+enum { MANY = 10000000, FEW = 16384, LOOPS = 100000 }; /* elements in main memory, in cache; under a millisecond */
 
-#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define BENCH_X86
 #include <immintrin.h>
 #endif
-
-static void *need(void *p) {
-    if (p) return p;
-    printf("out of memory\n");
-    exit(1);
-}
-
-static void ok(mpt_context *ctx, mpt_result result) {
-    if (result == MPT_OK) return;
-    printf("failed: %s\n", mpt_why(ctx));
-    exit(1);
-}
-
-static mpt_context *open_threads(int threads) {
-    mpt_context_desc desc = MPT_ZERO;
-    desc.threads = threads;
-    return (mpt_context *)need(mpt_open(&desc));
-}
-
-/* ==== TIME ==== */
-
-typedef void (*work)(void *arg);
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static double time_of(work run, void *arg, int times) {
-    const double start = seconds();
-    int i;
-    for (i = 0; i < times; i++) run(arg);
-    return (seconds() - start) / times;
-}
-
-/* How often to run it in one repetition: for 4 ms at the least. The quickest of three tries tells, so that a pause of
-   this process does not. */
-static int times_for(work run, void *arg) {
-    int times, i;
-    for (times = 1;; times *= 2) {
-        double best = time_of(run, arg, times);
-        for (i = 0; i < 2; i++) {
-            const double t = time_of(run, arg, times);
-            if (t < best) best = t;
-        }
-        if (best * times >= 4e-3) return times;
-    }
-}
-
-static int compare(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *x) {
-    qsort(x, REPEATS, sizeof *x, compare);
-    return x[REPEATS / 2];
-}
-
-typedef struct timing {
-    double value, peak; /* seconds of one call; peak 0: there is no yardstick */
-} timing;
-
-static timing measure(work run, void *arg, work yardstick, void *yardstick_arg) {
-    const int times = times_for(run, arg), yardstick_times = yardstick ? times_for(yardstick, yardstick_arg) : 0;
-    double value[REPEATS], peak[REPEATS] = {0};
-    timing t;
-    int i;
-    for (i = 0; i < REPEATS; i++) {
-        if (yardstick) peak[i] = time_of(yardstick, yardstick_arg, yardstick_times);
-        value[i] = time_of(run, arg, times);
-    }
-    t.value = median(value), t.peak = median(peak);
-    return t;
-}
 
 /* Ends a row. amount: what one call does, in the unit times seconds; rates rise with speed. */
 static void print_rate(timing t, double amount, double yardstick_amount, const char *unit) {
@@ -114,7 +34,8 @@ typedef struct yardstick {
     mpt_context *ctx;
     unsigned char *from, *to;
     size_t bytes; /* of each */
-    size_t loops; /* of multiply-adds */
+    float (*arithmetic)(size_t loops);
+    double operations; /* in LOOPS of its loops on each thread */
     int threads;
     float sink[64];
 } yardstick;
@@ -150,21 +71,30 @@ __attribute__((target("avx2"))) static uint32_t read_avx2(const unsigned char *p
     return out[0] ^ out[3];
 }
 
-/* Twelve sums: enough to hide the latency of two multiply-adds a cycle. 192 operations a loop. */
-__attribute__((target("avx2,fma"))) static float multiply_add_avx2(size_t loops) {
-    const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-3f);
-    __m256 sum[12];
-    float out[8];
-    size_t l;
-    int i;
-    for (i = 0; i < 12; i++) sum[i] = _mm256_set1_ps((float)i);
-    for (l = 0; l < loops; l++)
-#pragma GCC unroll 12
-        for (i = 0; i < 12; i++) sum[i] = _mm256_fmadd_ps(sum[i], a, b);
-    for (i = 1; i < 12; i++) sum[0] = _mm256_add_ps(sum[0], sum[i]);
-    _mm256_storeu_ps(out, sum[0]);
-    return out[0];
-}
+/* Loops of twelve sums, enough to hide the latency of two multiply-adds a cycle. They begin unequal, or were one. */
+#define ARITHMETIC(name, isa, vector, operand, one, set, add, store)                                         \
+    __attribute__((target(isa))) static float name(size_t loops) {                                           \
+        const operand unit = one;                                                                            \
+        vector sum[12];                                                                                      \
+        float out[16], total = 0;                                                                            \
+        int i;                                                                                               \
+        for (i = 0; i < 12; i++) sum[i] = set((float)i);                                                     \
+        for (; loops; loops--) _Pragma("GCC unroll 12") for (i = 0; i < 12; i++) sum[i] = add(sum[i], unit); \
+        for (i = 0; i < 12; i++) {                                                                           \
+            store(out, sum[i]);                                                                              \
+            total += out[0];                                                                                 \
+        }                                                                                                    \
+        return total;                                                                                        \
+    }
+#define ADD_AVX2(sum, x) _mm256_fmadd_ps(x, x, sum)
+#define ADD_AVX512(sum, x) _mm512_fmadd_ps(x, x, sum)
+#define ADD_BF16(sum, x) _mm512_dpbf16_ps(sum, x, x)
+ARITHMETIC(arithmetic_avx2, "avx2,fma", __m256, __m256, _mm256_set1_ps(1e-3f), _mm256_set1_ps, ADD_AVX2,
+           _mm256_storeu_ps)
+ARITHMETIC(arithmetic_avx512, "avx512f", __m512, __m512, _mm512_set1_ps(1e-3f), _mm512_set1_ps, ADD_AVX512,
+           _mm512_storeu_ps)
+ARITHMETIC(arithmetic_bf16, "avx512f,avx512bw,avx512bf16", __m512, __m512bh, (__m512bh)_mm512_set1_epi16(0x3a83),
+           _mm512_set1_ps, ADD_BF16, _mm512_storeu_ps)
 #endif
 
 static uint32_t read_all(const unsigned char *p, size_t bytes) {
@@ -191,13 +121,11 @@ static void read_task(void *arg, size_t part, size_t end, int worker) {
     }
 }
 
-#ifdef BENCH_X86
-static void multiply_add_task(void *arg, size_t part, size_t end, int worker) {
+static void arithmetic_task(void *arg, size_t part, size_t end, int worker) {
     yardstick *y = (yardstick *)arg;
     (void)worker;
-    for (; part < end; part++) y->sink[part] += multiply_add_avx2(y->loops);
+    for (; part < end; part++) y->sink[part] += y->arithmetic(LOOPS);
 }
-#endif
 
 static void on_threads(yardstick *y, mpt__task task) {
     mpt__parallel(y->ctx, (size_t)y->threads, (size_t)1 << 30, task, y);
@@ -206,14 +134,7 @@ static void on_threads(yardstick *y, mpt__task task) {
 static void run_copy(void *arg) { on_threads((yardstick *)arg, copy_task); }
 static void run_read(void *arg) { on_threads((yardstick *)arg, read_task); }
 
-#ifdef BENCH_X86
-static void run_multiply_add(void *arg) { on_threads((yardstick *)arg, multiply_add_task); }
-static work multiply_add(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? run_multiply_add : NULL;
-}
-#else
-static work multiply_add(void) { return NULL; }
-#endif
+static void run_arithmetic(void *arg) { on_threads((yardstick *)arg, arithmetic_task); }
 
 /* What is small stays on one thread, here and in mpt. `to` lies half a page off `from`: at some distances modulo a page
    memcpy is many times slower, which would be no yardstick. */
@@ -231,18 +152,21 @@ static yardstick yardstick_new(mpt_context *ctx, size_t bytes, int small) {
 
 static void yardstick_free(yardstick *y) { mpt_free(y->ctx, y->from); }
 
-/* ==== CASES ==== */
-
-/* n elements of a type between -1 and 1. */
-static mpt_array filled(mpt_context *ctx, mpt_dtype type, size_t n) {
-    float *x = (float *)need(mpt_alloc(ctx, n * sizeof *x));
-    const mpt_array a = mpt_typed_array(need(mpt_alloc(ctx, n * mpt_dtype_size(type))), type);
-    size_t i;
-    for (i = 0; i < n; i++) x[i] = 2 * mpt_uniform(1, 0, 0, i) - 1;
-    ok(ctx, mpt_cast(ctx, n, mpt_f32_array(x), a, NULL));
-    mpt_free(ctx, x);
-    return a;
+/* The most operations that operands of a type allow here: two a lane of a vector, four with pairs of bf16. */
+static yardstick arithmetic_new(mpt_context *ctx, mpt_dtype type) {
+    yardstick y = yardstick_new(ctx, 0, 0);
+    double lanes = 0;
+    (void)type;
+#ifdef BENCH_X86
+    if (type == MPT_BF16 && __builtin_cpu_supports("avx512bf16")) y.arithmetic = arithmetic_bf16, lanes = 32;
+    else if (__builtin_cpu_supports("avx512f")) y.arithmetic = arithmetic_avx512, lanes = 16;
+    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) y.arithmetic = arithmetic_avx2, lanes = 8;
+#endif
+    y.operations = 2 * lanes * 12 * LOOPS * y.threads;
+    return y;
 }
+
+/* ==== CASES ==== */
 
 typedef struct arrays {
     mpt_context *ctx;
@@ -331,84 +255,44 @@ static void bench_step(mpt_context *ctx, const char *name, const mpt_optimizer_d
     yardstick_free(&y);
 }
 
-typedef struct product {
-    mpt_context *ctx;
-    int trans_a, trans_b;
-    size_t m, n, k;
-    mpt_array a, b, c;
-} product;
-
-static void run_gemm(void *arg) {
-    const product *p = (const product *)arg;
-    ok(p->ctx, mpt_gemm(p->ctx, p->trans_a, p->trans_b, p->m, p->n, p->k, 1, p->a, p->trans_a ? p->m : p->k, p->b,
-                        p->trans_b ? p->k : p->n, 0, p->c, p->n));
+/* work / yardstick, or without one where none is known for this CPU */
+static timing against_arithmetic(work run, void *arg, yardstick *y) {
+    return measure(run, arg, y->arithmetic ? run_arithmetic : NULL, y);
 }
 
-static void bench_gemm(mpt_context *ctx, const char *pass, int trans_a, int trans_b, size_t m, size_t n, size_t k,
-                       mpt_dtype type, mpt_dtype out) {
-    yardstick y = yardstick_new(ctx, 0, 0);
-    product p;
+static void product_row(product *p) {
+    yardstick y = arithmetic_new(p->ctx, p->a.type);
+    const timing t = against_arithmetic(run_product, p, &y);
+    print_product(p);
+    print_rate(t, 1e-9 * product_operations(p), 1e-9 * y.operations, "GFLOP/s");
+    yardstick_free(&y);
+}
+
+static void convolution_row(convolution *c) {
+    yardstick y = arithmetic_new(c->ctx, c->x.type);
+    const timing t = against_arithmetic(run_convolution, c, &y);
+    print_convolution(c);
+    print_rate(t, 1e-9 * convolution_operations(c), 1e-9 * y.operations, "GFLOP/s");
+    yardstick_free(&y);
+}
+
+/* The same product in plain C is the yardstick. */
+static void bench_plain(mpt_context *ctx, size_t size) {
+    mpt_context_desc desc = MPT_ZERO;
+    product p = MPT_ZERO, plain;
     timing t;
-    p.ctx = ctx, p.trans_a = trans_a, p.trans_b = trans_b, p.m = m, p.n = n, p.k = k;
-    p.a = filled(ctx, type, m * k), p.b = filled(ctx, type, k * n), p.c = filled(ctx, out, m * n);
-    y.loops = 100000; /* under a millisecond */
-    t = measure(run_gemm, &p, multiply_add(), &y);
-    printf("gemm pass=%s type=%s out=%s m=%lu n=%lu k=%lu threads=%d", pass, mpt_dtype_name(type), mpt_dtype_name(out),
-           (unsigned long)m, (unsigned long)n, (unsigned long)k, mpt_thread_count(ctx));
-    print_rate(t, 2e-9 * (double)m * (double)n * (double)k, 192e-9 * (double)y.loops * y.threads, "GFLOP/s");
+    desc.threads = mpt_thread_count(ctx);
+    desc.isa = MPT_ISA_PLAIN;
+    p.ctx = ctx, p.m = p.n = p.k = size;
+    p.a = filled(ctx, MPT_F32, size * size), p.b = filled(ctx, MPT_F32, size * size);
+    p.c = filled(ctx, MPT_F32, size * size);
+    plain = p;
+    plain.ctx = (mpt_context *)need(mpt_open(&desc));
+    t = measure(run_product, &p, run_product, &plain);
+    printf("plain n=%lu threads=%d", (unsigned long)size, desc.threads);
+    print_rate(t, 1e-9 * product_operations(&p), 1e-9 * product_operations(&p), "GFLOP/s");
     mpt_free(ctx, p.a.data), mpt_free(ctx, p.b.data), mpt_free(ctx, p.c.data);
-    yardstick_free(&y);
-}
-
-/* The three products of a linear layer, as mpt_linear_forward and its gradients make them. */
-static void bench_linear(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_dtype type, int first) {
-    bench_gemm(ctx, "forward", 0, 1, N, O, I, type, type);
-    if (!first) bench_gemm(ctx, "dX", 0, 0, N, I, O, type, type);
-    bench_gemm(ctx, "dW", 1, 0, O, I, N, type, MPT_F32);
-}
-
-typedef struct convolution {
-    mpt_context *ctx;
-    mpt_conv2d_shape shape;
-    mpt_pass pass;
-    mpt_array x, w, y;
-} convolution;
-
-static void run_conv(void *arg) {
-    const convolution *c = (const convolution *)arg;
-    const mpt_array none = MPT_ZERO;
-    ok(c->ctx, c->pass == MPT_FORWARD ? mpt_conv2d_forward(c->ctx, &c->shape, c->x, c->w, none, MPT_IDENTITY, c->y)
-               : c->pass == MPT_BACKWARD_DATA ? mpt_conv2d_backward_data(c->ctx, &c->shape, c->y, c->w, 0, c->x)
-                                              : mpt_conv2d_backward_weight(c->ctx, &c->shape, c->y, c->x, 0, c->w));
-}
-
-/* A 3x3 convolution that keeps the size, batch 64: forward and both gradients. Operations in the padding count. */
-static void bench_conv(mpt_context *ctx, size_t side, size_t C, size_t K, mpt_dtype type) {
-    static const char *const passes[] = {"forward", "dX", "dW"};
-    const size_t N = 64, image = N * side * side;
-    yardstick y = yardstick_new(ctx, 0, 0);
-    convolution c;
-    timing t;
-    int pass;
-    memset(&c, 0, sizeof c);
-    c.ctx = ctx;
-    c.shape.N = N, c.shape.H = c.shape.W = side, c.shape.C = C, c.shape.K = K;
-    c.shape.R = c.shape.S = 3, c.shape.padding = 1;
-    c.x = filled(ctx, type, image * C), c.y = filled(ctx, type, image * K);
-    y.loops = 100000;
-    for (pass = 0; pass < 3; pass++) {
-        if (pass == MPT_BACKWARD_DATA && C < 4) continue; /* of the input */
-        c.pass = (mpt_pass)pass;
-        c.w = filled(ctx, pass == MPT_BACKWARD_WEIGHT ? MPT_F32 : type, K * 9 * C);
-        t = measure(run_conv, &c, multiply_add(), &y);
-        printf("conv pass=%s type=%s h=%lu w=%lu c=%lu k=%lu threads=%d", passes[pass], mpt_dtype_name(type),
-               (unsigned long)side, (unsigned long)side, (unsigned long)C, (unsigned long)K, mpt_thread_count(ctx));
-        print_rate(t, 2e-9 * (double)image * (double)K * 9 * (double)C, 192e-9 * (double)y.loops * y.threads,
-                   "GFLOP/s");
-        mpt_free(ctx, c.w.data);
-    }
-    mpt_free(ctx, c.x.data), mpt_free(ctx, c.y.data);
-    yardstick_free(&y);
+    mpt_close(plain.ctx);
 }
 
 /* ==== NETS ==== the three that peers.py trains as well */
@@ -497,19 +381,38 @@ static double step_products(const trained *s, int batch) {
     return 3 * sum * batch;
 }
 
-/* peak: what the multiply-adds alone allow, in fp32 */
+/* peak: what the multiply-adds alone allow */
 static void bench_train(int threads, const net_kind *kind, mpt_level level, mpt_dtype type, const char *name,
                         mpt_optimizer_desc optimizer) {
     trained s = trained_new(threads, kind, mpt_policy_preset(level, type), optimizer);
-    yardstick y = yardstick_new(s.ctx, 0, 0);
-    timing t;
-    y.loops = 100000;
-    t = measure(run_train, &s, multiply_add(), &y);
+    yardstick y = arithmetic_new(s.ctx, level ? type : MPT_F32);
+    const timing t = against_arithmetic(run_train, &s, &y);
     printf("train net=%s batch=%d optimizer=%s level=O%d type=%s threads=%d", kind->name, kind->batch, name, (int)level,
            mpt_dtype_name(level ? type : MPT_F32), threads);
-    print_rate(t, kind->batch, 96.0 * (double)y.loops * y.threads / step_products(&s, 1), "samples/s");
+    print_rate(t, kind->batch, y.operations / (2 * step_products(&s, 1)), "samples/s");
     yardstick_free(&y);
     trained_free(&s);
+}
+
+static void *keep_busy(void *stop) {
+    while (!*(volatile int *)stop) {}
+    return NULL;
+}
+
+/* While another program keeps a core busy: all threads, beside a single one. */
+static void bench_foreign(const net_kind *kind, int threads) {
+    trained all = trained_new(threads, kind, mpt_policy_preset(MPT_O0, MPT_F32), mpt_sgd(1e-3, 0.9));
+    trained one = trained_new(1, kind, mpt_policy_preset(MPT_O0, MPT_F32), mpt_sgd(1e-3, 0.9));
+    volatile int stop = 0;
+    pthread_t foreign;
+    timing t;
+    if (pthread_create(&foreign, NULL, keep_busy, (void *)&stop)) exit(1);
+    t = measure(run_train, &all, run_train, &one);
+    stop = 1;
+    pthread_join(foreign, NULL);
+    printf("foreign net=%s batch=%d threads=%d", kind->name, kind->batch, threads);
+    print_rate(t, kind->batch, kind->batch, "samples/s");
+    trained_free(&all), trained_free(&one);
 }
 
 static void bench_nets(int threads) {
@@ -587,31 +490,11 @@ static void bench_steps(mpt_context *ctx) {
     bench_step(ctx, "adam", &adam, 2, MPT_BF16);
 }
 
-static void bench_products(mpt_context *ctx) {
-    static const mpt_dtype types[] = {MPT_F32, MPT_BF16, MPT_F16};
-    static const size_t patches[][3] = {{1024, 64, 576}, {196, 64, 288}, {256, 128, 576}}; /* of the nets below */
-    size_t size, batch, i, j;
-    for (i = 0; i < 3; i++) {
-        for (j = 0; j < 3; j++)
-            bench_gemm(ctx, "patches", 0, 1, patches[j][0], patches[j][1], patches[j][2], types[i], types[i]);
-        for (size = 256; size <= 1024; size *= 2) bench_gemm(ctx, "square", 0, 0, size, size, size, types[i], types[i]);
-        for (batch = 64; batch <= 512; batch *= 8) { /* the net 784-512-512-10 */
-            bench_linear(ctx, batch, 784, 512, types[i], 1);
-            bench_linear(ctx, batch, 512, 512, types[i], 0);
-            bench_linear(ctx, batch, 512, 10, types[i], 0);
-        }
-        bench_conv(ctx, 28, 1, 32, types[i]);
-        bench_conv(ctx, 14, 32, 64, types[i]);
-        bench_conv(ctx, 32, 3, 64, types[i]);
-        bench_conv(ctx, 32, 64, 64, types[i]);
-    }
-}
-
 /* `bench` prints all rows on 1 and 2 threads; `bench nets N` those of the nets on N, for peers.py. */
 int main(int argc, char **argv) {
     const int only = argc == 3 && !strcmp(argv[1], "nets") ? atoi(argv[2]) : 0;
     mpt_context *ctx = open_threads(0);
-    int threads;
+    int threads, type;
     print_machine(ctx);
     mpt_close(ctx);
     if (only) bench_nets(only);
@@ -619,10 +502,12 @@ int main(int argc, char **argv) {
         ctx = open_threads(threads);
         bench_arrays(ctx);
         bench_steps(ctx);
-        bench_products(ctx);
+        for (type = MPT_F32; type <= MPT_BF16; type++) bench_products(ctx, (mpt_dtype)type);
+        bench_plain(ctx, 512);
         mpt_close(ctx);
         bench_nets(threads);
         bench_lenses(threads);
+        if (threads > 1) bench_foreign(&mlp64, threads);
     }
     return 0;
 }

@@ -319,6 +319,7 @@ static const size_t conv_shapes[][11] = {
     {1, 8, 8, 5, 10, 3, 3, 1, 1, 1, 5},       {1, 6, 6, 8, 4, 3, 3, 1, 1, 1, 4},
     {1, 11, 11, 3, 3, 5, 5, 2, 2, 2, 3},      {2, 9, 7, 37, 37, 3, 3, 1, 1, 1, 37},
     {1, 21, 21, 34, 34, 17, 17, 3, 0, 1, 34}, {1, 2, 2, 2, 2, 3, 3, 1, 1, 1, 2},
+    {2, 1, 1, 2, 3, 3, 3, 1, 1, 1, 1},        {1, 1, 2, 3, 2, 5, 5, 1, 2, 1, 1},
     {2, 13, 11, 66, 44, 3, 3, 1, 1, 1, 11},   {4, 14, 14, 100, 100, 3, 3, 2, 1, 1, 100},
     {4, 14, 14, 16, 32, 3, 3, 1, 1, 1, 1},
 };
@@ -536,9 +537,10 @@ static void test_pool(pooling p, mpt_dtype type) {
 }
 
 static void test_pools(void) {
-    static const size_t shapes[][8] = {{1, 4, 4, 1, 2, 2, 0, 0}, {2, 7, 5, 3, 3, 2, 2, 1},   {1, 6, 6, 5, 3, 3, 1, 1},
-                                       {2, 5, 4, 7, 5, 4, 0, 0}, {1, 9, 9, 2, 2, 2, 3, 0},   {1, 5, 5, 3, 1, 1, 1, 0},
-                                       {3, 7, 8, 2, 2, 3, 0, 1}, {8, 32, 32, 17, 3, 3, 2, 1}};
+    static const size_t shapes[][8] = {
+        {1, 4, 4, 1, 2, 2, 0, 0}, {2, 7, 5, 3, 3, 2, 2, 1},  {1, 6, 6, 5, 3, 3, 1, 1},
+        {2, 5, 4, 7, 5, 4, 0, 0}, {1, 9, 9, 2, 2, 2, 3, 0},  {1, 5, 5, 3, 1, 1, 1, 0},
+        {3, 7, 8, 2, 2, 3, 0, 1}, {2, 5, 6, 45, 2, 3, 1, 1}, {8, 32, 32, 17, 3, 3, 2, 1}};
     size_t i;
     int type, kind;
     for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
@@ -1680,6 +1682,25 @@ static void test_all_ignored(void) {
     }
 }
 
+/* Where x is what it should be, elementwise losses are flat: L1's slope is 0 between -1 and 1, as PyTorch's. */
+static void test_loss_at_target(void) {
+    int kind;
+    size_t i;
+    for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++) {
+        loss_case c = MPT_ZERO;
+        loss_data d;
+        if (kind == MPT_LOSS_BCE_WITH_LOGITS) continue; /* x is no probability */
+        c.kind = (mpt_loss_kind)kind, c.N = 3, c.C = 4, c.width = 1, c.grad_scale = 1;
+        d = loss_new(&c);
+        for (i = 0; i < 12; i++) d.x.value[i] = d.target.value[i];
+        test_tensor_upload(&d.x);
+        CHECK_EQUAL(call_loss(context, &c, &d, d.dx.array).loss, 1); /* what was there before */
+        test_tensor_download(&d.dx);
+        for (i = 0; i < 12; i++) CHECK_EQUAL(d.dx.value[i], 0);
+        loss_free(&d);
+    }
+}
+
 /* A NaN in x is one in the loss, and in the gradient of what it went into: its row's, or its own. */
 static void test_loss_nan(void) {
     int kind;
@@ -1858,6 +1879,7 @@ int main(void) {
     test_reference_losses();
     test_bad_labels();
     test_all_ignored();
+    test_loss_at_target();
     test_loss_nan();
     test_loss_errors();
     close_all();
