@@ -2,9 +2,9 @@
 """Do the tests notice a wrong operator or constant in mpt.h? `make mutants`, N=30 of them (N=300 takes an hour or two).
 
 One operator or number in the casts, the scaler, the optimizers or an operation is changed in a copy of mpt.h, the tests
-of that part are built against it and run, quickest first, until one fails. A mutant that no test notices survives: it
-is printed, and fails the run if over 5 % do (one is allowed). equivalent.txt lists those that cannot be noticed, and
-why.
+of that part are built against it, with checked array bounds, and run, quickest first, until one fails. A mutant that no
+test notices survives: it is printed, and fails the run if over 5 % do (one is allowed). equivalent.txt lists those that
+cannot be noticed, and why.
 The same seed gives the same mutants; results are kept beside the copy, so that an interrupted run goes on.
 
 Usage: mutants.py [N [folder]]   from the repository's root
@@ -25,7 +25,7 @@ PATIENCE = 10, 20  # a test may take so many times as long as without a mutant, 
 NUMBERS = ["unit/numbers", "unit/casts"]
 TRAINING = ["parity/optimizers", "unit/training", "unit/weights"]
 SCALER = ["unit/training", "unit/scaler"]
-OPERATIONS = ["parity/operations", "unit/operations"]
+OPERATIONS = ["parity/operations", "unit/operations", "unit/model"]
 PARTS = [
     (r"mpt_narrow|mpt_widen|mpt_\w+_from_\w+|mpt__mix|mpt_hash|mpt_uniform|mpt__format_of|mpt__\w+_bf16_plain",
      NUMBERS),
@@ -84,8 +84,8 @@ def sites(lines):
 def run(folder, test, limit=None):
     """What the test returns, built against the mpt.h in the folder; None if that is no C, a word if it takes too long."""
     program = os.path.join(folder, "program")
-    command = ["cc", "-std=c99", "-O0", "-w", "-DTEST_STRIDE=65536", "-DTEST_FIRST", "-I.", f"tests/{test}.c", "-o",
-               program, "-lm", "-pthread"]
+    command = ["cc", "-std=c99", "-O0", "-w", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error",
+               "-DTEST_STRIDE=65536", "-DTEST_FIRST", "-I.", f"tests/{test}.c", "-o", program, "-lm", "-pthread"]
     if subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL).returncode:
         return None
     try:
