@@ -98,7 +98,7 @@ help: detect
 	@echo 'make coverage   which lines of mpt.h the tests run, by gcov'
 	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300: do the tests notice?'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
-	@echo 'make bench-peers  trains the nets of bench by PyTorch as well; PYTHON=... for one that has it'
+	@echo 'make bench-peers  the same beside OpenBLAS, oneDNN and PyTorch where they are; PYTHON=... for one that has it'
 	@echo 'make bench-cuda  as bench, for mpt_cuda.cuh on a GPU; also as build/cuda/bench.csv'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
