@@ -1988,16 +1988,16 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
         const size_t c = i % packs * MPTC__PACK, in = i / packs * z.C + c;
         const mptc__position at = mptc__position_of((unsigned)(i / packs), z.H, z.W);
         const unsigned some = mptc__left(z.C, c);
+        const unsigned y = at.down + (unsigned)z.padding, x = at.across + (unsigned)z.padding;
         float sum[MPTC__PACK] = {0}, dy[MPTC__PACK];
         uint16_t place[MPTC__PACK];
         if (op.beta != 0) mptc__load(op.x, in, some, sum);
         MPTC__EACH(e) sum[e] = op.beta != 0 ? op.beta * sum[e] : 0;
-        for (unsigned r = 0; r < R; r++)
-            for (unsigned s = 0; s < S; s++) { /* the output whose tap (r,s) is this input, if there is one */
-                const unsigned y = at.down + (unsigned)z.padding - r, x = at.across + (unsigned)z.padding - s;
-                const unsigned p = y / down, q = x / across;
+        for (unsigned r = y % down; r < R && r <= y; r += down)
+            for (unsigned s = x % across; s < S && s <= x; s += across) { /* the output whose tap (r,s) is this input */
+                const unsigned p = (y - r) / down, q = (x - s) / across;
                 const size_t out = ((size_t)(at.n * P + p) * Q + q) * z.C + c;
-                if (y % down || x % across || p >= P || q >= Q) continue;
+                if (p >= P || q >= Q) continue;
                 mptc__load(op.y, out, some, dy);
                 if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
                 MPTC__EACH(e) {
