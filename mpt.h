@@ -5576,8 +5576,8 @@ static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S,
     s->R = (size_t)R, s->S = (size_t)S;
     s->stride = (size_t)d->stride, s->padding = (size_t)d->padding;
     if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d on a %dx%d input with padding %d", node->name, R,
-                        S, node->H, node->W, d->padding);
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d (max: 65536 values) on a %dx%d input, padding %d",
+                        node->name, R, S, node->H, node->W, d->padding);
     return mpt__layer_size(net, node, P, Q, s->C);
 }
 

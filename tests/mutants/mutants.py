@@ -25,7 +25,7 @@ PATIENCE = 10, 20  # a test may take so many times as long as without a mutant, 
 NUMBERS = ["unit/numbers", "unit/casts"]
 TRAINING = ["parity/optimizers", "unit/training", "unit/weights"]
 SCALER = ["unit/training", "unit/scaler"]
-OPERATIONS = ["parity/operations", "unit/operations", "unit/model"]
+OPERATIONS = ["parity/operations", "unit/operations", "unit/model", "unit/lens"]
 PARTS = [
     (r"mpt_narrow|mpt_widen|mpt_\w+_from_\w+|mpt__mix|mpt_hash|mpt_uniform|mpt__format_of|mpt__\w+_bf16_plain",
      NUMBERS),

@@ -1337,6 +1337,13 @@ static void test_window_errors(mpt_context *ctx) {
     CHECK_LAYER(mpt_max_pool2d(net, in, -1, NULL), MPT_ERROR_ARGUMENT, "window");
     CHECK_LAYER(mpt_avg_pool2d(net, in, -1, NULL), MPT_ERROR_ARGUMENT, "avg_pool1");
     CHECK_LAYER(mpt_max_pool2d(net, in, 9, NULL), MPT_ERROR_SHAPE, "max_pool1");
+    net = mpt_model_new(ctx, policy_of(0)); /* an index of 16 bits tells 256 x 256 elements of a window apart */
+    check_layer(ctx, net, mpt_max_pool2d(net, mpt_input(net, 257, 257, 1), 257, NULL), MPT_ERROR_SHAPE, "65536",
+                __LINE__);
+    net = mpt_model_new(ctx, policy_of(0));
+    CHECK(mpt_max_pool2d(net, mpt_input(net, 257, 257, 1), 256, NULL) != 0);
+    CHECK(mpt_avg_pool2d(net, 1, 257, NULL) != 0);
+    mpt_model_free(net);
     p.stride = -1, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "stride");
     p.stride = 0, p.padding = 2, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_SHAPE, "padding");
     p.padding = -1, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "padding");
