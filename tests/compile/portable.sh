@@ -46,7 +46,7 @@ build() { # build SOURCE OUT OPTIONS...
     source=$1 out=$2
     shift 2
     with="$shared" and=$object
-    grep -q mpt__ "$source" && with= and= # private names need an implementation beside them
+    grep -q -e mpt__ -e 'ctx->' "$source" && with= and= # private names need an implementation beside them
     # shellcheck disable=SC2086
     $compiler $options $with $warn $define $language -I. "$@" "$source" -x none $and $link -o "$out" >"$dir/log" 2>&1
     count $? "build $source"

@@ -768,6 +768,10 @@ static void test_running(mpt_context *ctx) {
     CHECK_OK(ctx, mpt_backward(model)); /* until its step, evaluation knows nothing of it */
     CHECK_OK(ctx, mpt_evaluate(model, s.x, s.label, 10, &again));
     CHECK_EQUAL(again.loss, m.loss);
+    CHECK_ERROR(ctx, mpt_model_set_running(model, 1, s.x), MPT_ERROR_ARGUMENT, "1"); /* the input */
+    CHECK_ERROR(ctx, mpt_model_set_running(model, 0, s.x), MPT_ERROR_ARGUMENT, "0");
+    CHECK_ERROR(ctx, mpt_model_set_running(model, 99, s.x), MPT_ERROR_ARGUMENT, "99");
+    CHECK_ERROR(ctx, mpt_model_set_running(model, batch_norms[0] + 1, NULL), MPT_ERROR_ARGUMENT, "host");
     net64_free(&net), samples_free(&s);
     mpt_model_free(model);
 }

@@ -1,5 +1,6 @@
 /* surroundings.c - what a program around mpt may do without a change in results, and what mpt leaves as it was: other
-   contexts at work in other threads, errno, the floating-point environment, flushed subnormals.
+   contexts at work in other threads, errno, the floating-point environment, flushed subnormals, a table of functions
+   that stands before the backend's and looks on.
 
    matrix.sh has the rest: no symbol that prints, exits or reads a locale, no malloc in a step. */
 #define MPT_IMPLEMENTATION
@@ -26,6 +27,39 @@ typedef struct outcome {
     int64_t applied, skipped, failed;
 } outcome;
 
+/* Where the products of a training ran, in order, by a table that stands before the backend's */
+typedef struct watch {
+    mpt_backend before;
+    mpt_place products[5 * STEPS];
+    int count;
+} watch;
+
+static mpt_result watch_product(mpt_context *ctx, mpt_result result) {
+    watch *w = (watch *)mpt_context_backend(ctx)->user;
+    if (w->count < 5 * STEPS) w->products[w->count] = mpt_context_place(ctx);
+    w->count++;
+    return result;
+}
+
+static mpt_result watched_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+    const watch *w = (const watch *)mpt_context_backend(ctx)->user;
+    return watch_product(ctx, w->before.gemm(ctx, op));
+}
+
+static mpt_result watched_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const watch *w = (const watch *)mpt_context_backend(ctx)->user;
+    return watch_product(ctx, w->before.conv2d(ctx, op));
+}
+
+static void stand_before(mpt_context *ctx, watch *w) {
+    mpt_backend *table = mpt_context_backend(ctx);
+    w->before = *table;
+    table->user = w;
+    table->gemm = watched_gemm, table->conv2d = watched_conv2d;
+}
+
+enum { CONV = 2, GELU = 7, LINEAR = 8 }; /* nodes */
+
 static int layers(mpt_model *net) {
     int h = mpt_input(net, SIDE, SIDE, 3);
     h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 24, 3, NULL), NULL));
@@ -34,7 +68,7 @@ static int layers(mpt_model *net) {
 }
 
 /* From a scale so large that the first steps are skipped. */
-static void train(uint64_t seed, int threads, outcome *out) {
+static void train(uint64_t seed, int threads, watch *watched, outcome *out) {
     mpt_context *ctx = test_open_threads(threads);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     mpt_train_desc desc = MPT_ZERO;
@@ -43,6 +77,7 @@ static void train(uint64_t seed, int threads, outcome *out) {
     int i, step;
     memset(out, 0, sizeof *out);
     layers(net);
+    if (watched) stand_before(ctx, watched);
     desc.batch = BATCH, desc.clip_norm = 1, desc.seed = seed, desc.scaler.init_scale = 16777216;
     out->failed += mpt_model_build(net, &desc) != MPT_OK || mpt_params_count(mpt_model_params(net), 0) > MOST;
     for (step = 0; step < STEPS && !out->failed; step++) {
@@ -58,9 +93,9 @@ static void train(uint64_t seed, int threads, outcome *out) {
     mpt_close(ctx);
 }
 
-static outcome *trained(uint64_t seed, int threads) {
+static outcome *trained(uint64_t seed, int threads, watch *watched) {
     outcome *out = (outcome *)test_memory(sizeof *out);
-    train(seed, threads, out);
+    train(seed, threads, watched, out);
     CHECK(!out->failed && out->applied > 0 && out->skipped > 0);
     return out;
 }
@@ -86,7 +121,7 @@ typedef struct job {
 
 static void *run_job(void *arg) {
     job *j = (job *)arg;
-    train(j->seed, j->threads, j->out);
+    train(j->seed, j->threads, NULL, j->out);
     return NULL;
 }
 
@@ -101,7 +136,7 @@ static void test_at_once(void) {
         }
         for (i = 0; i < AT_ONCE; i++) CHECK(pthread_join(jobs[i].thread, NULL) == 0);
         for (i = 0; i < AT_ONCE; i++) {
-            outcome *alone = trained(jobs[i].seed, 1);
+            outcome *alone = trained(jobs[i].seed, 1, NULL);
             CHECK(same(alone, jobs[i].out));
             free(alone);
         }
@@ -122,11 +157,11 @@ static unsigned control_word(void) {
 static void test_environment(void) {
     const int rounding = fegetround();
     const unsigned control = control_word();
-    outcome *first = trained(1, 2);
+    outcome *first = trained(1, 2, NULL);
     CHECK_EQUAL(fegetround(), rounding);
     CHECK_EQUAL(control_word(), control);
     errno = ERANGE;
-    CHECK(same(first, trained(1, 2)));
+    CHECK(same(first, trained(1, 2, NULL)));
     errno = EINTR;
     CHECK(mpt_upload(NULL, NULL, NULL, 1) == MPT_ERROR_ARGUMENT);
     CHECK_EQUAL(errno, EINTR);
@@ -202,11 +237,33 @@ static void test_flushed(void) {
 static void test_flushed(void) { test_counts.skipped++; } /* no such flags known here */
 #endif
 
+/* ==== A TABLE BEFORE THE BACKEND'S ==== is told which layer, pass and output each call is for */
+
+static void test_watched(void) {
+    static const mpt_place step[] = {{CONV, MPT_FORWARD, CONV},
+                                     {LINEAR, MPT_FORWARD, LINEAR},
+                                     {LINEAR, MPT_BACKWARD_WEIGHT, LINEAR},
+                                     {LINEAR, MPT_BACKWARD_DATA, GELU},
+                                     {CONV, MPT_BACKWARD_WEIGHT, CONV}};
+    watch w = MPT_ZERO;
+    outcome *alone = trained(3, 2, NULL);
+    int i;
+    CHECK(same(alone, trained(3, 2, &w)));
+    CHECK_EQUAL(w.count, 5 * STEPS);
+    for (i = 0; i < 5 * STEPS; i++) {
+        CHECK_EQUAL(w.products[i].node, step[i % 5].node);
+        CHECK_EQUAL(w.products[i].pass, step[i % 5].pass);
+        CHECK_EQUAL(w.products[i].output, step[i % 5].output);
+    }
+    free(alone);
+}
+
 int main(void) {
 #ifndef MPT_NO_THREADS
     test_at_once();
 #endif
     test_environment();
     test_flushed();
+    test_watched();
     return test_finish("surroundings");
 }
