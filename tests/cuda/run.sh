@@ -17,6 +17,7 @@ elif [ -n "${CUDACPU:-}" ]; then
     make -s -C "$CUDACPU" BUILD="$runner" >/dev/null || exit 1
     target="-gencode arch=compute_80,code=compute_80 -cudart none"
     libraries="-L$runner -lcudacpu -Xlinker -rpath -Xlinker $runner"
+    flags="$flags -DMPT_TEST_RUNNER"
 else
     target= libraries="-lcublas -lcublasLt"
     for n in 75 80 86 89 90 100 120; do
