@@ -69,7 +69,7 @@ static void climb(course *c, mpt_context *ctx, const way *w, double *mean, doubl
 /* An MLP on the digits with Adam at lr 3e-5: its test accuracy, and in *lost the share of updates that 16 bits alone
    would not see. */
 static double learn(course *c, mpt_context *ctx, const course_digits *d, const way *w, uint64_t seed, double *lost) {
-    static float x[BATCH * PIXELS];
+    static float x[(size_t)BATCH * PIXELS];
     static int32_t y[BATCH];
     mpt_policy policy = mpt_policy_preset(w->type == MPT_F32 ? MPT_O0 : MPT_O2, w->type);
     mpt_train_desc train = MPT_ZERO;

@@ -47,7 +47,7 @@ static mpt_model *build(const course *c, mpt_context *ctx, int which, mpt_policy
 /* Trains it; loss is the mean over the last 50 steps. A lens looks on from the half of the training to its end. */
 static double learn(const course *c, mpt_context *ctx, const course_digits *d, int which, mpt_model *net, uint64_t seed,
                     mpt_lens *lens) {
-    static float x[LARGEST_BATCH * PIXELS];
+    static float x[(size_t)LARGEST_BATCH * PIXELS];
     static int32_t y[LARGEST_BATCH];
     double loss = 0;
     for (int step = 0; step < steps[which]; step++) {

@@ -49,7 +49,7 @@ typedef struct run {
 
 /* A row for each change of the scale in the first steps; every step into the figure. */
 static run train_digits(const course *c, mpt_context *ctx, mpt_model *net, const course_digits *d) {
-    static float x[BATCH * PIXELS];
+    static float x[(size_t)BATCH * PIXELS];
     static int32_t y[BATCH];
     run r = MPT_ZERO;
     int clean = 0, told = 0;

@@ -35,7 +35,7 @@ typedef struct result {
 } result;
 
 static double train(const course *c, mpt_context *ctx, const course_digits *d, const way *w, uint64_t seed, result *r) {
-    static float x[BATCH * PIXELS];
+    static float x[(size_t)BATCH * PIXELS];
     static int32_t y[BATCH];
     mpt_train_desc desc = MPT_ZERO;
     mpt_metrics test;

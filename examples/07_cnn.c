@@ -31,13 +31,13 @@ static int unpack(const char *command, size_t header, unsigned char *out, size_t
 }
 
 static pictures load(const course *c) {
-    enum { ALL = FASHION_TRAINING + FASHION_TEST };
-    unsigned char *bytes = (unsigned char *)malloc(ALL * LARGEST + ALL), *labels = bytes + ALL * LARGEST;
+    enum { ALL = FASHION_TRAINING + FASHION_TEST, BYTES = ALL * LARGEST };
+    unsigned char *bytes = (unsigned char *)malloc(BYTES + ALL), *labels = bytes + BYTES;
     pictures p = {28,
                   FASHION_TRAINING,
                   FASHION_TEST,
                   3,
-                  (float *)malloc(sizeof(float) * ALL * LARGEST),
+                  (float *)malloc(sizeof(float) * BYTES),
                   (int32_t *)malloc(sizeof(int32_t) * ALL)};
     course_need(c, bytes && p.x && p.y, "no memory");
     if (unpack("gzip -dc " FASHION "train-images-idx3-ubyte.gz 2>/dev/null", 16, bytes, FASHION_TRAINING * LARGEST) &&
@@ -46,7 +46,7 @@ static pictures load(const course *c) {
                FASHION_TEST * LARGEST) &&
         unpack("gzip -dc " FASHION "t10k-labels-idx1-ubyte.gz 2>/dev/null", 8, labels + FASHION_TRAINING,
                FASHION_TEST)) {
-        for (int i = 0; i < ALL * LARGEST; i++) p.x[i] = (float)bytes[i] / 255;
+        for (int i = 0; i < BYTES; i++) p.x[i] = (float)bytes[i] / 255;
         for (int i = 0; i < ALL; i++) p.y[i] = labels[i];
     } else {
         course_digits *d = course_digits_read(c);

@@ -11,7 +11,7 @@
 #include "../mpt.h"
 #include "course.h"
 
-enum { BATCH = 32, EPOCHS = 20 };
+enum { BATCH = 32, EPOCHS = 20, BATCHES = TRAINING / BATCH };
 
 static mpt_f16 images[DIGITS][PIXELS];
 
@@ -85,7 +85,7 @@ int main(int argc, char **argv) {
         }
         for (int n = TRAINING; n < DIGITS; n++) right += forward(w, b, images[n], p) == d->y[n];
         accuracy = (double)right / (double)TEST;
-        loss /= (double)(TRAINING / BATCH * BATCH);
+        loss /= (double)(BATCHES * BATCH);
         course_need(&c, mpt_optimizer_get_state(opt, &state) == MPT_OK, mpt_why(ctx));
         printf("%5d%8.4f%10.0f%9d%13.2f %%\n", epoch, loss, (double)mpt_scaler_scale(scaler), (int)state.skipped,
                100 * accuracy);
@@ -94,8 +94,7 @@ int main(int argc, char **argv) {
     }
     course_claim(&c, accuracy > 0.93, "the digits are learnt");
     course_claim(&c, state.journal[0].step == 1 && state.skipped >= 4, "2^24 overflows at once and is halved");
-    course_claim(&c, state.skipped + state.applied == (uint64_t)(EPOCHS * (TRAINING / BATCH)),
-                 "no step is lost count of");
+    course_claim(&c, state.skipped + state.applied == (uint64_t)(EPOCHS * BATCHES), "no step is lost count of");
     mpt_optimizer_free(opt), mpt_scaler_free(scaler), mpt_params_free(params);
     free(d), mpt_close(ctx);
     return course_end(&c);

@@ -70,7 +70,7 @@ static void simulate(const course *c, mpt_lens *lens, int node, unsigned passes,
 }
 
 static double learn(const course *c, mpt_context *ctx, const course_digits *d, const choice *w, uint64_t seed) {
-    static float x[BATCH * PIXELS];
+    static float x[(size_t)BATCH * PIXELS];
     static int32_t y[BATCH];
     mpt_train_desc train = MPT_ZERO;
     double window = 0, loss = 0;

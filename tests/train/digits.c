@@ -47,9 +47,7 @@ static digits part(const unsigned char *images, const unsigned char *labels, siz
     return d;
 }
 
-static void free_digits(digits *d) {
-    free(d->x), free(d->label);
-}
+static void free_digits(digits *d) { free(d->x), free(d->label); }
 
 /* ==== TRAINING ==== */
 

@@ -209,7 +209,7 @@ static void test_augment(void) {
         for (int w = 0; w < SIDE; w++) {
             const int ways = abs(h - H) > SHIFT ? 0 : (abs(w - W) <= SHIFT) + (abs(w - (SIDE - 1 - W)) <= SHIFT);
             const double p = ways / 50.0; /* of 5x5 shifts and 2 sides */
-            CHECK_NEAR(seen[h][w], DRAWS * p, 5 * sqrt(DRAWS * p * (1 - p)));
+            CHECK_NEAR(seen[h][w], (double)DRAWS * p, 5 * sqrt((double)DRAWS * p * (1 - p)));
         }
 }
 
@@ -237,8 +237,8 @@ static void test_normalise(void) {
     for (size_t i = 0; i < N; i++) x[i] = (unsigned char)(mpt_hash(4, i, 0, 0) % 200 * (i % 3 != 0));
     normalise(&data);
     for (size_t i = 0; i < N; i++) sum += (double)data.value[x[i]], squares += pow((double)data.value[x[i]], 2);
-    CHECK_NEAR(sum / N, 0, ldexp(1, -24));
-    CHECK_NEAR(squares / N, 1, ldexp(1, -23));
+    CHECK_NEAR(sum / (double)N, 0, ldexp(1, -24));
+    CHECK_NEAR(squares / (double)N, 1, ldexp(1, -23));
     memset(x, 5, sizeof x);
     normalise(&data);
     CHECK_EQUAL(data.value[5], 0); /* all alike: no deviation to divide by */

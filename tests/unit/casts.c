@@ -13,9 +13,9 @@
 #define TEST_STRIDE 256 /* a power of two up to 65536 */
 #endif
 
-enum { COUNTS = 3 }; /* of threads: 1, 2, 4 */
+enum { COUNTS = 3, CONTEXTS = MPT_ISA_COUNT * COUNTS }; /* of threads: 1, 2, 4 */
 
-static mpt_context *contexts[MPT_ISA_COUNT * COUNTS]; /* plain C with 1, 2, 4 threads, then the others */
+static mpt_context *contexts[CONTEXTS]; /* plain C with 1, 2, 4 threads, then the others */
 static int context_count;
 
 static void open_contexts(void) {
@@ -318,7 +318,7 @@ static void check_unbiased(mpt_context *ctx, mpt_dtype type, uint32_t below, dou
         elsewhere += buffer_get(&dst, i) != below && buffer_get(&dst, i) != below + 1;
     }
     CHECK_EQUAL(elsewhere, 0);
-    CHECK_NEAR(up, N * exact, 5 * sqrt(N * exact * (1 - exact)));
+    CHECK_NEAR(up, (double)N * exact, 5 * sqrt((double)N * exact * (1 - exact)));
     buffer_free(&src), buffer_free(&dst);
 }
 

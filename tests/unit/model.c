@@ -914,7 +914,7 @@ static void test_single_value(mpt_context *ctx) {
 
 /* Sample i has one feature, the i-th, so that the gradient of the first layer's weights tells of each sample and output
    alone: it is 0 where that is dropped, and nowhere else. */
-enum { ONE_HOT = 7, WIDTH = 64 };
+enum { ONE_HOT = 7, WIDTH = 64, OUTPUTS = ONE_HOT * CLASSES };
 static const item dropped[] = {{'i', 1, 1, ONE_HOT, 0, 0, 0},
                                {'l', 0, 0, WIDTH, 0, 0, 0},
                                {'D', 1, 0, 0, 0, 0, 0},
@@ -972,8 +972,8 @@ static void check_share(const double *mask, double p) {
 static void test_dropout(mpt_context *ctx) {
     mpt_train_desc train = MPT_ZERO;
     samples s = one_hot();
-    double error, expected[ONE_HOT * CLASSES], is[ONE_HOT * CLASSES], tolerance[ONE_HOT * CLASSES];
-    float out[ONE_HOT * CLASSES];
+    double error, expected[OUTPUTS], is[OUTPUTS], tolerance[OUTPUTS];
+    float out[OUTPUTS];
     mpt_model *model;
     net64 net;
     size_t i;
@@ -983,11 +983,11 @@ static void test_dropout(mpt_context *ctx) {
     error = roundings(&net) * test_unit(MPT_F32);
     loss64(&net);
     CHECK_OK(ctx, mpt_predict(model, s.x, ONE_HOT, out));
-    for (i = 0; i < ONE_HOT * CLASSES; i++) {
+    for (i = 0; i < OUTPUTS; i++) {
         expected[i] = net.value[net.last][i], is[i] = (double)out[i];
-        tolerance[i] = error * largest_of(net.value[net.last], ONE_HOT * CLASSES);
+        tolerance[i] = error * largest_of(net.value[net.last], OUTPUTS);
     }
-    CHECK_ALL(is, ONE_HOT * CLASSES, expected, tolerance);
+    CHECK_ALL(is, OUTPUTS, expected, tolerance);
     net.mask = next_mask(ctx, model, &s, NULL);
     check_share(net.mask, (double)drop_share);
     CHECK_NEAR(mpt_loss(model), loss64(&net), error * loss64(&net));

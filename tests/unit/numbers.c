@@ -29,8 +29,9 @@ static int widens(uint32_t bits, mpt_dtype type) {
     case REFERENCE_NAN:
         if (type == MPT_E4M3) return (wide & 0x7fc00000u) == 0x7fc00000u;
         return wide == (sign | 0x7fc00000u | (bits & ((f.sign - 1) ^ f.inf)) << (24 - f.significant));
-    default: return reference_kind_of(wide, MPT_F32) == REFERENCE_FINITE &&
-                    fabs(reference_widen(wide, MPT_F32) - reference_widen(bits, type)) <= 0;
+    default:
+        return reference_kind_of(wide, MPT_F32) == REFERENCE_FINITE &&
+               fabs(reference_widen(wide, MPT_F32) - reference_widen(bits, type)) <= 0;
     }
 }
 
@@ -170,8 +171,8 @@ static void check_unbiased(mpt_dtype type, uint32_t below, double share, uint64_
     const int n = 65536;
     int i, up = 0, elsewhere = 0;
     for (i = 0; i < n; i++) {
-        const uint32_t y = mpt_narrow(test_float(x), type, MPT_ROUND_STOCHASTIC, MPT_OVERFLOW_INF,
-                                      mpt_hash(seed, 0, 0, (uint64_t)i));
+        const uint32_t y =
+            mpt_narrow(test_float(x), type, MPT_ROUND_STOCHASTIC, MPT_OVERFLOW_INF, mpt_hash(seed, 0, 0, (uint64_t)i));
         up += y == below + 1;
         elsewhere += y != below && y != below + 1;
     }

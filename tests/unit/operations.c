@@ -328,11 +328,11 @@ enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes, LARGE_SHAPES = 3,
 /* N I O of linear layers */
 static const size_t linear_shapes[][3] = {{1, 1, 1},   {3, 5, 7},     {31, 17, 13},
                                           {1, 64, 10}, {65, 129, 33}, {32, 784, 10}};
-enum { LINEAR_SHAPES = sizeof linear_shapes / sizeof *linear_shapes };
+enum { LINEAR_SHAPES = sizeof linear_shapes / sizeof *linear_shapes, SHAPES = CONV_SHAPES + LINEAR_SHAPES };
 
 static void test_layers(void) {
     int i, mix;
-    for (i = 0; i < CONV_SHAPES + LINEAR_SHAPES; i++) {
+    for (i = 0; i < SHAPES; i++) {
         size_t s[11] = {0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1};
         layer l;
         if (i < CONV_SHAPES) l = make_layer(0, conv_shapes[i]);

@@ -293,7 +293,7 @@ static void test_climb(mpt_context *ctx, const mode *m) {
     const double gap = m->type == MPT_BF16 ? ldexp(1, -7) : ldexp(1, -10), p = ldexp(1, -11) / gap;
     double share;
     const double mean = climb(ctx, m, N, &share);
-    if (m->master == MPT_MASTER_STOCHASTIC) CHECK_NEAR(mean, 1.25, 5 * gap * sqrt(512 * p * (1 - p) / N));
+    if (m->master == MPT_MASTER_STOCHASTIC) CHECK_NEAR(mean, 1.25, 5 * gap * sqrt(512 * p * (1 - p) / (double)N));
     else CHECK_NEAR(mean, m->master == MPT_MASTER_NONE ? 1 : 1.25, ldexp(1, -40)); /* of the sum */
     if (m->master == MPT_MASTER_NONE) CHECK_EQUAL(share, 1);
     else CHECK(share > 0 && (share < 1 || m->master == MPT_MASTER_STOCHASTIC));
