@@ -108,10 +108,10 @@ static inline int test_number(int number) {
 #ifdef MPT_TEST_CUDA
 #include "../mpt_cuda.cuh"
 
-/* All contexts of a program work on one stream, so that they may share arrays. A small workspace: large shapes go in
+/* All contexts of a thread work on one stream, so that they may share arrays. A small workspace: large shapes go in
    slices. */
 static inline mpt_context *test_open(const mpt_context_desc *desc) {
-    static cudaStream_t stream;
+    static thread_local cudaStream_t stream;
     mpt_cuda_desc cuda = MPT_ZERO;
     if (!stream) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (desc) cuda.context = *desc;
