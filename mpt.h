@@ -1670,12 +1670,11 @@ enum {
     MPT__OVERHEAD = MPT__ALIGN + 16, /* room to align, and the header below */
     MPT__RUN = 32,                   /* elements that elementwise loops take at a time, in fp32 on the stack */
     MPT__MAX_THREADS = 64,
-    MPT__SCAN_BLOCKS = 64 /* partial results of a scan */
+    MPT__SCAN_BLOCKS = 64, /* partial results of a scan */
+    MPT__LANES = 32        /* sums that each of them keeps side by side */
 };
 
 typedef struct mpt__pool mpt__pool;
-
-enum { MPT__LANES = 32 }; /* sums that a scan keeps side by side */
 
 typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     const char *name;
@@ -2663,8 +2662,7 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
     if (!ctx) return mpt__open_failed(&desc, "open: out of memory");
     memset(ctx, 0, sizeof *ctx);
     ctx->desc = desc;
-    ctx->backend = *backend;
-    ctx->device = device;
+    ctx->backend = *backend, ctx->device = device;
     ctx->simd = simd;
     ctx->threads = desc.threads;
     return ctx;
@@ -2733,10 +2731,8 @@ MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array
     MPT__TRY(mpt__need_any(ctx, "cast", "src", src));
     MPT__TRY(mpt__need_any(ctx, "cast", "dst", dst));
     MPT__TRY(mpt__need_size(ctx, "cast", "src", n, 1, 1, 1));
-    op.map = MPT_MAP_CAST;
-    op.n = n;
-    op.a = src;
-    op.out = dst;
+    op.map = MPT_MAP_CAST, op.n = n;
+    op.a = src, op.out = dst;
     if (rounding) op.rounding = *rounding;
     if ((unsigned)op.rounding.round > MPT_ROUND_STOCHASTIC || (unsigned)op.rounding.overflow > MPT_OVERFLOW_SATURATE)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cast: unknown rounding %d or overflow %d", (int)op.rounding.round,
@@ -2804,8 +2800,7 @@ MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m
 MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array x, mpt_array w,
                                       mpt_array b, mpt_activation act, mpt_array y) {
     mpt_gemm_op op = mpt__gemm_op(0, 1, N, O, D, 1, x, D, w, D, 0, y, O);
-    op.bias = b;
-    op.act = act;
+    op.bias = b, op.act = act;
     return mpt__gemm_run(ctx, "linear_forward", "x", "w", "y", &op);
 }
 
@@ -2886,9 +2881,7 @@ static mpt_result mpt__conv2d_run(mpt_context *ctx, const char *call, mpt_pass p
     MPT__TRY(mpt__need_act(ctx, call, act));
     op.pass = pass;
     op.x = x, op.w = w, op.y = y;
-    op.beta = beta;
-    op.bias = bias;
-    op.act = act;
+    op.beta = beta, op.bias = bias, op.act = act;
     return ctx->backend.conv2d(ctx, &op);
 }
 
@@ -2921,11 +2914,9 @@ static mpt_result mpt__map_call(mpt_context *ctx, const char *call, mpt_map map,
     MPT__TRY(mpt__need(ctx, call, gradient ? "dx" : "y", out));
     MPT__TRY(mpt__need_act(ctx, call, act));
     MPT__TRY(mpt__need_size(ctx, call, "n", n, 1, 1, 1));
-    op.map = map;
-    op.n = n;
+    op.map = map, op.n = n;
     op.a = a, op.b = b, op.out = out;
-    op.beta = beta;
-    op.act = act;
+    op.beta = beta, op.act = act;
     if (mask) op.mask = *mask;
     return ctx->backend.map(ctx, &op);
 }
@@ -3016,10 +3007,9 @@ MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape,
 MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
                                     mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y) {
     mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_FORWARD;
+    op.pass = MPT_NORM_FORWARD, op.act = act;
     op.x = x, op.y = y;
     op.gamma = gamma, op.beta = beta;
-    op.act = act;
     return mpt__norm_call(ctx, "norm_forward", shape, stats, &op);
 }
 
@@ -3027,10 +3017,8 @@ MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *sha
                                      int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
                                      float scale, mpt_array dgamma, mpt_array dbeta) {
     mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_BACKWARD;
-    op.x = x, op.y = dy;
-    op.frozen = frozen;
-    op.gamma = gamma;
+    op.pass = MPT_NORM_BACKWARD, op.frozen = frozen;
+    op.x = x, op.y = dy, op.gamma = gamma;
     op.dx = dx, op.scale_x = scale_x;
     op.dgamma = dgamma, op.dbeta = dbeta, op.scale = scale;
     return mpt__norm_call(ctx, "norm_backward", shape, stats, &op);
@@ -3043,8 +3031,7 @@ MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shap
     MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 0));
     if (!running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm_running: running is NULL");
     op.pass = MPT_NORM_RUNNING;
-    op.momentum = momentum;
-    op.running = running;
+    op.momentum = momentum, op.running = running;
     return mpt__norm_call(ctx, "norm_running", shape, stats, &op);
 }
 
@@ -3064,8 +3051,8 @@ static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_po
                         s->S);
     op->stride_h = s->stride ? s->stride : s->R;
     op->stride_w = s->stride ? s->stride : s->S;
-    op->P = s->R > s->H + 2 * s->padding ? 0 : mpt__window_count(s->H, s->padding, s->R, op->stride_h);
-    op->Q = s->S > s->W + 2 * s->padding ? 0 : mpt__window_count(s->W, s->padding, s->S, op->stride_w);
+    op->P = mpt__window_count(s->H, s->padding, s->R, op->stride_h);
+    op->Q = mpt__window_count(s->W, s->padding, s->S, op->stride_w);
     if (!op->P || !op->Q)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zx%z on a %zx%z input with padding %z", s->R, s->S, s->H,
                         s->W, s->padding);
@@ -3091,10 +3078,9 @@ static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pass pass, mpt_pool kind
     MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "x" : "dx", x));
     MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "y" : "dy", y));
     if (kind == MPT_POOL_MAX && !index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
-    op.pass = pass;
+    op.pass = pass, op.beta = beta;
     op.x = x, op.y = y;
     memcpy(&op.index, &index, sizeof index); /* written only in the forward pass, where the caller's is not const */
-    op.beta = beta;
     return ctx->backend.pool2d(ctx, &op);
 }
 
@@ -3128,8 +3114,7 @@ static mpt_loss_op mpt__loss_op(mpt_loss_kind kind, size_t N, size_t C, mpt_arra
     mpt_loss_op op = MPT_ZERO;
     op.kind = kind;
     op.N = N, op.C = C;
-    op.x = x, op.dx = dx;
-    op.target = target;
+    op.x = x, op.dx = dx, op.target = target;
     op.grad_scale = grad_scale, op.loss_scale = loss_scale;
     op.sum = sum;
     return op;
@@ -3166,11 +3151,15 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
 enum {
     MPT__BLOCK_M = 576, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 256,
-    MPT__BLOCK_K = 256,        /* depth at most: the rows that are packed at a time then stay within L2 (192 KiB) */
-    MPT__LEFT_M = 192,         /* those rows; columns come by in panels that fit L1 */
-    MPT__TILE_N = 32,          /* the widest tile */
-    MPT__ROOM = 10 * MPT__RUN, /* at the end of a workspace, for runs that would make a frame too large */
-    MPT__WORKSPACE = (MPT__LEFT_M + MPT__BLOCK_N + MPT__TILE_N) * MPT__BLOCK_K + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
+    MPT__TURNED_N = 192,          /* columns of one that is turned back: then it fits where the packed words were */
+    MPT__DEEP = 576,              /* depth that is packed at a time, */
+    MPT__SHALLOW = 192,           /* or where a tile reads another cache line for each of its words */
+    MPT__LEFT_WORDS = 96 * 576,   /* packed of the left operand: rows that stay within L2 (216 KiB) */
+    MPT__RIGHT_WORDS = 128 * 576, /* of the right one, which comes by in panels as wide as a tile */
+    MPT__TILE_N = 32,             /* the widest tile */
+    MPT__ROOM = 20 * MPT__RUN,    /* at the end of a workspace, for runs that would make a frame too large */
+    MPT__SUMS_AT = MPT__LEFT_WORDS + MPT__RIGHT_WORDS + MPT__TILE_N * MPT__DEEP,
+    MPT__WORKSPACE = MPT__SUMS_AT + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
 };
 
 static float *mpt__worker_space(const mpt_context *ctx, int worker) {
@@ -3358,11 +3347,11 @@ MPT__INLINE void mpt__pair_run(const uint16_t *MPT__RESTRICT low, const uint16_t
 }
 
 /* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to
-   `padded`. `room` holds two such rows in 16 bits, and a run; n is BLOCK_N at most. */
+   `padded`. `room` holds two such rows in 16 bits, and a run; n is BLOCK_M at most. */
 MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view, size_t l, size_t depth, size_t d,
                                   size_t v, size_t n, size_t padded, float *to, float *room) {
-    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_N;
-    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_N);
+    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_M;
+    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_M);
     size_t i;
     if (view->size == sizeof *to) mpt__view_run(ctx, view, l + d, v, n, to);
     else {
@@ -3448,6 +3437,7 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     mpt_array c, bias;
     size_t ldc;
     size_t rows, columns; /* of a block of c */
+    size_t deepest;       /* part of k; the order of sums hangs on it, and not on threads */
     mpt_activation act;
     int turned; /* a is b and b is a, m is n and n is m: they give c's transpose */
     int plain;  /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
@@ -3499,20 +3489,22 @@ MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows,
     }
 }
 
-MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, float *workspace) {
+/* `packed`: b holds the columns still, from the block before */
+MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, int packed, float *workspace) {
     const size_t rows = mpt__min(p->m - i, p->rows), columns = mpt__min(p->n - j, p->columns);
-    const size_t parts = (p->k + MPT__BLOCK_K - 1) / MPT__BLOCK_K;
-    float *a = workspace, *b = a + MPT__LEFT_M * MPT__BLOCK_K, *lines = b + MPT__BLOCK_N * MPT__BLOCK_K;
-    float *sums = lines + MPT__TILE_N * MPT__BLOCK_K; /* (rows,columns) of p, and room to read a run from any */
+    const size_t parts = (p->k + p->deepest - 1) / p->deepest, tile = p->ctx->simd.tile_m;
+    float *a = workspace, *b = a + MPT__LEFT_WORDS, *lines = b + MPT__RIGHT_WORDS;
+    float *sums = workspace + MPT__SUMS_AT; /* (rows,columns) of p, and room to read a run from any */
     float *room = workspace + MPT__WORKSPACE - MPT__ROOM;
-    size_t l, r, depth = 0;
+    size_t l, r, most, depth = 0;
     if (!p->k) memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
     for (l = 0; l < p->k; l += depth) {
         mpt__left left;
         depth = mpt__min(p->k - l, ((p->k - 1) / parts + 8) / 8 * 8); /* even parts, of whole pairs and transposes */
-        mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines, room);
+        most = MPT__LEFT_WORDS / depth;
+        if (!packed) mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines, room);
         for (r = 0; r < rows; r += left.rows) {
-            left = mpt__pack_left(p->ctx, &p->a, i + r, mpt__min(rows - r, MPT__LEFT_M), l, depth, a, room);
+            left = mpt__pack_left(p->ctx, &p->a, i + r, mpt__min(rows - r, most / tile * tile), l, depth, a, room);
             mpt__product_tiles(p, &left, i, r, j, columns, mpt__words(&p->b, depth), b, sums, l > 0);
         }
     }
@@ -3521,9 +3513,11 @@ MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, f
 
 MPT__INLINE void mpt__product_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__product *p = (const mpt__product *)arg;
-    const size_t across = (p->n + p->columns - 1) / p->columns;
+    const size_t across = (p->n + p->columns - 1) / p->columns, first = begin;
+    const int same = across == 1 && p->k <= p->deepest && !p->turned;
     for (; begin < end; begin++)
-        mpt__product_block(p, begin / across * p->rows, begin % across * p->columns, mpt__worker_space(p->ctx, worker));
+        mpt__product_block(p, begin / across * p->rows, begin % across * p->columns, same && begin > first,
+                           mpt__worker_space(p->ctx, worker));
 }
 MPT__TASKS(mpt__product_task)
 
@@ -3534,7 +3528,8 @@ static void mpt__choose_runs(mpt__view *view) {
     view->v_is_depth = !view->v_is_depth;
 }
 
-/* Only the right operand is turned about for its panels: let that be the smaller one. */
+/* Only the right operand is turned about for its panels: let that be the smaller one; and never an image, whose runs
+   would be copied twice. */
 static void mpt__turn(mpt__product *p) {
     const mpt__view a = p->a;
     const size_t m = p->m;
@@ -3546,11 +3541,12 @@ static void mpt__turn(mpt__product *p) {
 /* Chooses the size of a block; returns how many there are. Few would keep the threads unequally busy: then smaller
    ones, of whole tiles, along the side that has more. */
 static size_t mpt__cut(mpt__product *p, size_t threads) {
-    const size_t widest = p->turned ? MPT__BLOCK_N / 2 : MPT__BLOCK_N; /* sums are turned back in a and b's space */
+    const size_t widest = p->turned ? MPT__TURNED_N : MPT__BLOCK_N; /* sums are turned back in a and b's space */
     const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + widest - 1) / widest;
     const int few = down * across < 4 * threads && down * across % threads, wide = across > down;
     const size_t tile = wide ? p->ctx->simd.tile_n : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
-    p->rows = MPT__BLOCK_M, p->columns = mpt__min((p->n + MPT__RUN - 1) / MPT__RUN * MPT__RUN, widest);
+    p->rows = MPT__BLOCK_M, p->columns = (p->n ? (p->n - 1) / across / MPT__RUN + 1 : 1) * MPT__RUN;
+    p->deepest = mpt__min(p->a.v_is_depth ? MPT__DEEP : MPT__SHALLOW, MPT__RIGHT_WORDS / p->columns / 8 * 8);
     if (few) {
         const size_t parts = (((wide ? across : down) - 1) / threads + 1) * threads;
         *(wide ? &p->columns : &p->rows) = ((count - 1) / parts / tile + 1) * tile;
@@ -3559,10 +3555,11 @@ static size_t mpt__cut(mpt__product *p, size_t threads) {
 }
 
 static mpt_result mpt__product_run(mpt__product *p) {
+    const int image = p->b.kind == MPT__PATCHES;
     size_t work;
     mpt__choose_runs(&p->a), mpt__choose_runs(&p->b);
-    if (p->a.v_is_depth && p->b.v_is_depth &&
-        p->n * ((p->m - 1) / MPT__BLOCK_M + 1) > p->m * ((p->n - 1) / MPT__BLOCK_M + 1))
+    if (image || (p->a.v_is_depth && p->b.v_is_depth &&
+                  p->n * ((p->m - 1) / MPT__BLOCK_M + 1) > p->m * ((p->n - 1) / MPT__BLOCK_M + 1)))
         mpt__turn(p);
     p->plain = !p->turned && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
                !p->bias.data && p->act == MPT_IDENTITY;
@@ -3575,10 +3572,8 @@ static mpt_result mpt__product_run(mpt__product *p) {
 
 static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth) {
     mpt__view view = MPT_ZERO;
-    view.kind = MPT__MATRIX;
-    view.v_is_depth = v_is_depth;
-    view.data = data, view.size = sizeof(float);
-    view.stride = stride;
+    view.kind = MPT__MATRIX, view.v_is_depth = v_is_depth;
+    view.data = data, view.size = sizeof(float), view.stride = stride;
     return view;
 }
 
@@ -3586,8 +3581,7 @@ static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_
                                  int v_is_depth) {
     mpt__view view = mpt__matrix_view(data, 0, v_is_depth);
     view.kind = kind;
-    view.op = op;
-    view.group = group;
+    view.op = op, view.group = group;
     return view;
 }
 
@@ -3599,8 +3593,7 @@ static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     p.b = mpt__matrix_view(op->b, op->ldb, op->trans_b != 0);
     p.alpha = op->alpha, p.beta = op->beta;
     p.c = op->c, p.ldc = op->ldc;
-    p.bias = op->bias;
-    p.act = op->act;
+    p.bias = op->bias, p.act = op->act;
     return mpt__product_run(&p);
 }
 
@@ -3806,8 +3799,7 @@ MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int
     (void)worker;
     for (; begin < end; begin++)
         for (c = 0; c < op->C; c += MPT__RUN) {
-            const size_t n = mpt__min(op->C - c, MPT__RUN);
-            const size_t at = begin * op->y_stride + c;
+            const size_t n = mpt__min(op->C - c, MPT__RUN), at = begin * op->y_stride + c;
             mpt__scale_run(out, 1, mpt__read_run(w->ctx, op->x, begin * op->x_stride + c, n, room));
             if (op->beta != 0) mpt__add_run(out, op->beta, mpt__read_run(w->ctx, op->y, at, n, room));
             mpt__write_run(w->ctx, op->y, at, n, out);
