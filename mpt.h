@@ -5246,9 +5246,10 @@ typedef struct mpt__node {
     mpt_loss_kind loss;
     mpt_cross_entropy_desc cross_entropy;
     /* the plan */
-    int consumers;      /* nodes that read this one */
-    int fused;          /* an activation that its input node computes */
-    int needs_gradient; /* a parameter lies at or below it */
+    int consumers;        /* nodes that read this one */
+    int fused;            /* an activation that its input node computes */
+    mpt_activation slope; /* whose derivative the backward pass takes here: act, or a ReLU's before a max pool */
+    int needs_gradient;   /* a parameter lies at or below it */
     mpt_dtype type, grad_type;
     const char *reason; /* of the type */
     int value, grad;    /* buffers; 0: none */
@@ -5762,7 +5763,13 @@ static void mpt__build_types(mpt_model *net) {
             node->type == in->type && node->grad_type == in->grad_type &&
             (mpt__has_parameters(in) || in->kind == MPT__ADD)) {
             node->fused = 1;
-            in->act = node->act;
+            in->act = in->slope = node->act;
+        }
+        node->slope = node->act;
+        if (node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX && in->fused && in->act == MPT_RELU &&
+            in->consumers == 1 && node->type == in->type && node->grad_type == in->grad_type) {
+            node->slope = MPT_RELU; /* a maximum is over 0 if what it was taken from is, and there are fewer of them */
+            in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
         }
     }
 }
@@ -5924,7 +5931,7 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     for (i = 0; i < n; i++) { /* lives, from the readers and writers */
         const mpt__node *node = &net->nodes[i];
         int side;
-        if (node->act && !mpt__act_saves_input(node->act) && node->needs_gradient)
+        if (node->slope && !mpt__act_saves_input(node->slope) && node->needs_gradient)
             mpt__plan_extend(net, node->value, end - i);
         for (side = 0; side < 2 && node->in[side]; side++) {
             const mpt__node *in = mpt__node_of(net, node->in[side]);
@@ -6196,8 +6203,8 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
     int side;
     if (!node->needs_gradient || node->fused) return MPT_OK;
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
-    if (node->act && node->kind != MPT__ACTIVATION)
-        MPT__TRY(mpt_activation_backward(net->ctx, node->act, rows * mpt__node_count(node), y, dy, 0, dy));
+    if (node->slope && node->kind != MPT__ACTIVATION)
+        MPT__TRY(mpt_activation_backward(net->ctx, node->slope, rows * mpt__node_count(node), y, dy, 0, dy));
     mpt__enter(net, id, MPT_BACKWARD_WEIGHT, node->kind == MPT__NORM ? node->in[0] : id);
     if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
     if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, dy, rows);
