@@ -3145,17 +3145,18 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
    the left one stay where they are if they are fp32 already), multiplies them with a small kernel that keeps its tile
    in registers, and finishes the block: scale, add, bias, activation, round, store. Where none of that is to be done
    tiles are stored at once. Operands are read through views, so a convolution is the same product with another way
-   to read an image; no patch matrix is ever stored. Blocks do not depend on the number of threads.
+   to read an image; no patch matrix is ever stored. In which order a sum is taken depends on the sizes and the kernel
+   alone, not on the number of threads or the CPU's caches: so do the bits.
    tests/reference.h has all operations as plain loops: what they mean. */
 
 enum {
     MPT__BLOCK_M = 576, /* rows and columns of a block of the result: multiples of every kernel's tile */
     MPT__BLOCK_N = 256,
     MPT__TURNED_N = 192,          /* columns of one that is turned back: then it fits where the packed words were */
-    MPT__DEEP = 576,              /* depth that is packed at a time, */
-    MPT__SHALLOW = 192,           /* or where a tile reads another cache line for each of its words */
-    MPT__LEFT_WORDS = 96 * 576,   /* packed of the left operand: rows that stay within L2 (216 KiB) */
-    MPT__RIGHT_WORDS = 128 * 576, /* of the right one, which comes by in panels as wide as a tile */
+    MPT__DEEP = 576,              /* depth at most of what is packed at a time, if a row's words are neighbours; */
+    MPT__SHALLOW = 192,           /* and if a tile finds each of them in another cache line */
+    MPT__LEFT_WORDS = 96 * 576,   /* of the left operand: rows that stay within L2 (216 KiB) */
+    MPT__RIGHT_WORDS = 128 * 576, /* and of the right one, which comes by in panels as wide as a tile */
     MPT__TILE_N = 32,             /* the widest tile */
     MPT__ROOM = 20 * MPT__RUN,    /* at the end of a workspace, for runs that would make a frame too large */
     MPT__SUMS_AT = MPT__LEFT_WORDS + MPT__RIGHT_WORDS + MPT__TILE_N * MPT__DEEP,

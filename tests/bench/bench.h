@@ -76,13 +76,19 @@ typedef struct timing {
     double value, peak; /* seconds of one call; peak 0: there is no yardstick */
 } timing;
 
+/* OpenMP's threads look for more work some milliseconds before they sleep, on the cores that the next one needs. */
+static inline void settle(void) {
+    const struct timespec pause = {0, 10000000};
+    nanosleep(&pause, NULL);
+}
+
 static inline timing measure(work run, void *arg, work yardstick, void *yardstick_arg) {
     const int times = times_for(run, arg), yardstick_times = yardstick ? times_for(yardstick, yardstick_arg) : 0;
     double value[REPEATS], peak[REPEATS] = {0};
     timing t;
     int i;
     for (i = 0; i < REPEATS; i++) {
-        if (yardstick) peak[i] = time_of(yardstick, yardstick_arg, yardstick_times);
+        if (yardstick) peak[i] = time_of(yardstick, yardstick_arg, yardstick_times), settle();
         value[i] = time_of(run, arg, times);
     }
     t.value = median(value), t.peak = median(peak);

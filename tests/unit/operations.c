@@ -140,9 +140,9 @@ static void test_gemm(const product *p, mpt_dtype type_a, mpt_dtype type_b, mpt_
 }
 
 static void test_gemms(void) {
-    static const size_t shapes[][3] = {{1, 1, 1},      {3, 5, 7},      {2, 3, 1},    {1, 33, 5},      {29, 1, 31},
-                                       {17, 31, 13},   {64, 64, 64},   {5, 4, 300},  {129, 127, 257}, {200, 10, 784},
-                                       {601, 263, 17}, {140, 601, 19}, {193, 5, 521}};
+    static const size_t shapes[][3] = {{1, 1, 1},      {3, 5, 7},      {2, 3, 1},     {1, 33, 5},      {29, 1, 31},
+                                       {17, 31, 13},   {64, 64, 64},   {5, 4, 300},   {129, 127, 257}, {200, 10, 784},
+                                       {601, 263, 17}, {140, 601, 19}, {193, 5, 521}, {31, 199, 397}};
     static const float factors[][2] = {{1, 0}, {-1.5f, 1}, {0.75f, -0.5f}, {1, 1}};
     size_t i;
     int trans, mix;
@@ -321,9 +321,10 @@ static const size_t conv_shapes[][11] = {
     {1, 21, 21, 34, 34, 17, 17, 3, 0, 1, 34}, {1, 2, 2, 2, 2, 3, 3, 1, 1, 1, 2},
     {2, 1, 1, 2, 3, 3, 3, 1, 1, 1, 1},        {1, 1, 2, 3, 2, 5, 5, 1, 2, 1, 1},
     {2, 13, 11, 66, 44, 3, 3, 1, 1, 1, 11},   {4, 14, 14, 100, 100, 3, 3, 2, 1, 1, 100},
-    {4, 14, 14, 16, 32, 3, 3, 1, 1, 1, 1},
+    {4, 14, 14, 16, 32, 3, 3, 1, 1, 1, 1},    {1, 9, 7, 3, 211, 3, 3, 1, 1, 1, 1},
+    {1, 5, 7, 67, 5, 3, 3, 1, 1, 1, 1},
 };
-enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes, LARGE_SHAPES = 3, GROUPED = 15, DEPTHWISE = 20 };
+enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes, LARGE_SHAPES = 5, GROUPED = 15, DEPTHWISE = 20 };
 
 /* N I O of linear layers */
 static const size_t linear_shapes[][3] = {{1, 1, 1},   {3, 5, 7},     {31, 17, 13},
