@@ -1854,7 +1854,7 @@ static mpt__part *mpt__part_add(mpt__job *job, const char *prefix, const char *n
     part->kind = kind;
     part->type = type;
     part->dims = 1;
-    part->count = part->columns = part->shape[0] = count;
+    part->shape[0] = part->count = part->columns = count;
     return part;
 }
 
@@ -1871,7 +1871,7 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     if (tensor == node->bias || node->kind == MPT__NORM) return;
     part->dims = node->kind == MPT__CONV2D ? 4 : 2;
     part->shape[0] = (size_t)node->C;
-    part->shape[1] = part->columns = part->count / part->shape[0];
+    part->shape[1] = part->columns = part->count / (size_t)node->C;
     if (node->kind == MPT__LINEAR) part->reads = node->in[0];
     else {
         part->shape[1] = part->inner = node->conv.C / node->conv.groups;
