@@ -4997,7 +4997,7 @@ static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
                         "schedule: warmup_start %g, low %g, start %g must be finite and at least 0", s->warmup_start,
                         s->low, s->start);
     if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
-    if (one_cycle && !(s->peak * (double)s->steps > 1 && s->peak < 1))
+    if (one_cycle && !((double)(s->peak * (double)s->steps) > 1 && s->peak < 1)) /* not in x87's 64 bits */
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %z steps is not between the first and the last",
                         s->peak, (size_t)s->steps);
     return MPT_OK;

@@ -1671,7 +1671,10 @@ static const mpt__disk mpt__stdio = MPT_ZERO;
 
 #if defined(_WIN32)
 #include <io.h>
-__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long flags);
+#ifdef __cplusplus
+extern "C"
+#endif
+    __declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long flags);
 static int mpt__sync(FILE *file) { return _commit(_fileno(file)) == 0; }
 static int mpt__rename(const char *from, const char *to) { return MoveFileExA(from, to, 1 | 8); } /* replace, flush */
 #else

@@ -38,7 +38,10 @@ static inline course course_begin(int argc, char **argv, const char *name) {
 }
 
 /* Writes to the file of the figure, if there is one. */
-#ifdef __GNUC__
+#ifdef __MINGW_PRINTF_FORMAT /* Windows has two printfs, and only one of them knows %zu */
+static inline void course_data(const course *c, const char *format, ...)
+    __attribute__((format(__MINGW_PRINTF_FORMAT, 2, 3)));
+#elif defined(__GNUC__)
 static inline void course_data(const course *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
 #endif
 static inline void course_data(const course *c, const char *format, ...) {
