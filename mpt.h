@@ -3542,7 +3542,7 @@ static void mpt__turn(mpt__product *p) {
 /* Chooses the size of a block; returns how many there are. Few would keep the threads unequally busy: then smaller
    ones, of whole tiles, along the side that has more. */
 static size_t mpt__cut(mpt__product *p, size_t threads) {
-    const size_t widest = p->turned ? MPT__TURNED_N : MPT__BLOCK_N; /* sums are turned back in a and b's space */
+    const size_t widest = p->turned ? MPT__TURNED_N : MPT__BLOCK_N;
     const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + widest - 1) / widest;
     const int few = down * across < 4 * threads && down * across % threads, wide = across > down;
     const size_t tile = wide ? p->ctx->simd.tile_n : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
@@ -4997,7 +4997,7 @@ static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
                         "schedule: warmup_start %g, low %g, start %g must be finite and at least 0", s->warmup_start,
                         s->low, s->start);
     if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
-    if (one_cycle && !((double)(s->peak * (double)s->steps) > 1 && s->peak < 1)) /* not in x87's 64 bits */
+    if (one_cycle && !(mpt__mul_add(s->peak, (double)s->steps, -1) > 0 && s->peak < 1)) /* as the rule finds its top */
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %z steps is not between the first and the last",
                         s->peak, (size_t)s->steps);
     return MPT_OK;

@@ -13,7 +13,7 @@
 #define TEST_STRIDE 256 /* a power of two up to 65536 */
 #endif
 
-enum { COUNTS = 3, CONTEXTS = MPT_ISA_COUNT * COUNTS }; /* of threads: 1, 2, 4 */
+enum { COUNTS = 3 /* of threads: 1, 2, 4 */, CONTEXTS = MPT_ISA_COUNT * COUNTS };
 
 static mpt_context *contexts[CONTEXTS]; /* plain C with 1, 2, 4 threads, then the others */
 static int context_count;
