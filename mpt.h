@@ -89,7 +89,11 @@
 
    3. A step is a transaction. If any gradient is inf or NaN, mpt_step changes nothing: not the weights, the moments,
    the step count of Adam's bias correction, nor the learning-rate schedule. Only S and the counters change, and the
-   journal says which tensor it was (mpt_optimizer_skips).
+   journal in mpt_optimizer_state says which tensor it was. The same holds for a step that would leave a moment or a
+   running statistic inf or NaN, and for one in which no sample has any weight: see mpt_skip_reason.
+
+   A step is defined by its samples, however they are split: it follows the gradient of the sum of their losses over
+   the sum of their weights, whether one pass has all samples or several accumulate them.
 
    4. Errors. Calls return an mpt_result; MPT_OK is 0. The context keeps the reason with names and values: mpt_why(ctx).
    Calls that return a node or tensor id return 0 for "failed"; 0 passes through later calls, and the build reports the
@@ -479,6 +483,7 @@ typedef struct mpt_loss_sum {
     double weight;    /* sum of the weights of their labels; without class weights the number of rows */
     uint64_t rows;    /* rows seen, but for ignored ones */
     uint64_t correct; /* of them: those whose largest logit is the label's (the first largest; cross-entropy only) */
+    double unit;      /* of a model's step: what its gradients are divided by so far, see mpt_loss_op; else 0 */
 } mpt_loss_sum;
 
 typedef struct mpt_cross_entropy_desc {
@@ -540,8 +545,8 @@ typedef struct mpt_scaler_desc {
     int patience;          /* overflows in a row at the smallest scale before MPT_ERROR_DIVERGED; 0: 10 */
     int refill_when_clean; /* 1: a clean update restores hysteresis (Apex kernel); 0: only growth does (Megatron) */
     int late_growth;       /* 1: growth after an overflow and at the start takes interval + 1 (DeepSpeed) */
-    int unguarded;         /* 1: growth may reach inf (Keras, Megatron, DeepSpeed) */
-    int no_min;            /* 1: no smallest scale (torch, Keras) */
+    int unguarded;         /* 1: growth may reach inf (Keras, Megatron, DeepSpeed), where every update is an error */
+    int no_min;            /* 1: no smallest scale (torch, Keras) but 2^-126, whose inverse fp32 still holds */
     int no_max;            /* 1: no largest scale */
 } mpt_scaler_desc;
 
@@ -552,7 +557,7 @@ typedef struct mpt_scaler_state {
     float scale;             /* multiply the loss by this */
     int32_t growth_tracker;  /* clean updates since the last change */
     int32_t hysteresis_left; /* overflows that are still forgiven, plus one */
-    int32_t stuck;           /* overflows in a row at the smallest scale */
+    int32_t stuck;           /* skips in a row that a smaller scale cannot mend; at least patience when the scale is inf */
     int32_t reserved;        /* 0 */
     uint64_t updates;        /* calls of the rule */
     uint64_t overflows;      /* of them with found = 1 */
@@ -711,38 +716,52 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
    order returns MPT_ERROR_ORDER and changes nothing. Two passes over memory: unscale reads the gradients, step reads
    and writes everything. The gradients in memory stay S times too large; step divides as it reads. */
 
-/* Looks at every gradient: are all finite, what is their norm? A gradient that is inf or NaN, or a norm that fp32 does
-   not hold, will make mpt_step skip. torch: GradScaler.unscale_ */
+/* Looks at every gradient: are all finite, what is their norm? What will make mpt_step skip is in mpt_skip_reason.
+   torch: GradScaler.unscale_ */
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt);
 /* Scales the gradients by min(1, max_norm / (norm + 1e-6)). torch.nn.utils.clip_grad_norm_ */
 MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm);
 /* Limits every gradient to -value..value, after mpt_clip_norm where there are both. torch.nn.utils.clip_grad_value_ */
 MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value);
-/* Updates masters, moments and copies; or, if a gradient was inf or NaN, nothing. Unscales first if you did not. */
+/* Updates masters, moments and copies; or, if there is a reason to skip, nothing. Unscales first if you did not. */
 MPT_DEF mpt_result mpt_step(mpt_optimizer *opt);
-/* Adapts the scale to what its optimizers found. MPT_ERROR_DIVERGED, naming the tensor, from the `patience`th overflow
-   in a row at the smallest scale on; the update is done all the same. */
+/* Adapts the scale to what its optimizers found. MPT_ERROR_DIVERGED, naming the tensor, from the `patience`th skip in a
+   row on that no smaller scale can mend (an overflow at the smallest scale; statistics or moments that would not be
+   finite), and whenever the scale itself is inf; the update is done all the same. */
 MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler);
+
+/* Why a step is skipped. */
+typedef enum mpt_skip_reason {
+    MPT_SKIP_NONE = 0,   /* it is not */
+    MPT_SKIP_GRADIENT,   /* a gradient is inf or NaN, or fp32 does not hold their norm: the scale backs off */
+    MPT_SKIP_EMPTY,      /* the samples of a model's step weigh 0, as with all labels ignored: the scaler passes it over */
+    MPT_SKIP_STATISTICS, /* a value of mpt_optimizer_commit, such as a running variance, would be inf or NaN */
+    MPT_SKIP_MOMENT      /* the gradients are so large that a moment could become inf: their norm is over 2^63 for
+                            Adam, which squares them, 2^124 (1 - momentum) for SGD with momentum */
+} mpt_skip_reason;
 
 /* One skipped step. */
 typedef struct mpt_skip {
     uint64_t step;     /* number of the attempt, from 1 */
     float scale;       /* scale it was made with */
-    int32_t tensor;    /* first tensor with an inf or NaN: mpt_params_name(params, tensor) */
+    int32_t tensor;    /* first tensor with an inf or NaN: mpt_params_name(params, tensor); 0: none */
     uint64_t inf, nan; /* how many, in all tensors */
+    int32_t reason;    /* mpt_skip_reason */
+    int32_t reserved;  /* 0 */
 } mpt_skip;
 
 enum { MPT_JOURNAL = 64 };
 
 /* An optimizer's counters as plain data, in device memory while it runs. */
-#define MPT_OPTIMIZER_STATE_VERSION 1u
+#define MPT_OPTIMIZER_STATE_VERSION 2u
 typedef struct mpt_optimizer_state {
     uint32_t version;                     /* MPT_OPTIMIZER_STATE_VERSION */
-    int32_t found;                        /* last check: 1 if the step must be skipped */
+    int32_t found;                        /* last check: mpt_skip_reason; 0 if the step is not to be skipped */
     uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
     double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction */
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
-    double inv_scale;                     /* last check: 1 / S */
+    double inv_scale;                     /* last check: 1 / S; of a model, times accumulate * W / weight of all passes */
+    double schedule;                      /* last check: factor of desc.schedule */
     double clip;                          /* factor of mpt_clip_norm; 1 without */
     double clip_value;                    /* limit of mpt_clip_value; 0 without */
     /* With desc.meter, last applied step: parameters whose update was not 0, and those of them that rounding to 16 bits
@@ -756,7 +775,8 @@ typedef struct mpt_optimizer_state {
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
 /* From now on an applied step copies `count` floats of device memory from `pending` to `committed`, and a skipped one
-   copies them back: statistics that a forward pass has gathered stand or fall with its step. count 0: no more. */
+   copies them back: statistics that a forward pass has gathered stand or fall with its step. A step whose pending
+   values are not all finite when mpt_unscale looks is skipped. count 0: no more. */
 MPT_DEF mpt_result mpt_optimizer_commit(mpt_optimizer *opt, size_t count, float *pending, float *committed);
 /* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: not there. */
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
@@ -884,11 +904,14 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
 
 /* One step on accumulate * batch samples in host memory: x(samples,H,W,C); target as the loss says.
    MPT_ERROR_VALUE, naming sample and value, if a label is out of range or an input is not finite; nothing changed then.
-   MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. */
+   MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
+   whose labels are all ignored, or of classes of weight 0: it changes nothing, not even the scale. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target);
 
-/* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of that loss,
-   times scale / accumulate, to the parameter gradients; the first call after a step overwrites them. */
+/* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
+   their losses, times scale / (accumulate * W), to the parameter gradients; the first call after a step overwrites
+   them. W is the weight of the samples of that first pass. mpt_unscale divides by the weight of all passes instead:
+   passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
@@ -1008,6 +1031,8 @@ typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_elementwise_loss */
     float grad_scale;
     const float *loss_scale;
     mpt_loss_sum *sum;
+    int part; /* 1: dx is not of the mean, but of the sum, / sum->unit. Where that is 0, it is set to the weight of this
+                 call's rows first, or to their number if they weigh nothing */
 } mpt_loss_op;
 
 typedef struct mpt_slice { /* a tensor in the flat arrays, and how its group is updated */
@@ -1023,6 +1048,8 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     int tensors;
     size_t count; /* elements of the flat arrays, padding included */
     const float *grad;
+    const mpt_loss_sum *loss;   /* of a model's step; NULL: grad is 1 / S of what it should be */
+    double parts;               /* grad is of the sum of losses / (parts * loss->unit) */
     double max_norm, max_value; /* clip limits of this step; 0: none */
     mpt_master mode;
     uint64_t seed;    /* STOCHASTIC */
@@ -1064,7 +1091,7 @@ typedef struct mpt_backend {
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
     mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
-    /* mpt_scaler_rule with the flags of the `count` optimizers that took part, pointers into device memory, at most
+    /* mpt__scaler_follow with the flags of the `count` optimizers that took part, pointers into device memory, at most
        MPT_OPTIMIZERS. *stuck, on the host: scaler->stuck after this update, or after an earlier one if it runs late. */
     mpt_result (*scale)(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                         int32_t *stuck);
@@ -1409,10 +1436,17 @@ MPT_HD float mpt__class_target(const mpt_cross_entropy_desc *d, size_t C, int32_
     return mpt__class_weight(d, c) * (all + one);
 }
 
+/* What sum->unit becomes by a call whose rows weigh `weight`. */
+MPT_HD double mpt__loss_unit(const mpt_loss_op *op, double weight) {
+    if (!op->part || op->sum->unit > 0) return op->sum->unit;
+    return weight > 0 ? weight : (double)op->N;
+}
+
 /* What the gradient of a row's loss is multiplied by, where the rows of the call weigh `weight`. */
 MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
+    const double divisor = op->part ? mpt__loss_unit(op, weight) : weight;
     if (!(weight > 0)) return 0;
-    return (float)((double)op->grad_scale / weight) * (op->loss_scale ? *op->loss_scale : 1.0f);
+    return (float)((double)op->grad_scale / divisor) * (op->loss_scale ? *op->loss_scale : 1.0f);
 }
 
 /* -1, 0, 1, or NaN, told by the bits. */
@@ -1436,7 +1470,8 @@ MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slop
 
 MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
     const mpt_scaler_desc *d = &s->desc;
-    const int lowest = d->mode != MPT_SCALER_DYNAMIC || (!d->no_min && s->scale <= d->min_scale);
+    const float floor = d->no_min ? mpt__float(0x00800000u) : d->min_scale; /* 2^-126 */
+    const int lowest = d->mode != MPT_SCALER_DYNAMIC || s->scale <= floor;
     s->updates++;
     s->overflows += found ? 1u : 0u;
     s->stuck = found && lowest ? s->stuck + 1 : 0;
@@ -1446,15 +1481,35 @@ MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
         const float smaller = (float)((double)s->scale * d->backoff_factor);
         s->growth_tracker = d->late_growth ? -1 : 0;
         if (s->hysteresis_left > 0) s->hysteresis_left--;
-        if (s->hysteresis_left == 0) s->scale = !d->no_min && smaller < d->min_scale ? d->min_scale : smaller;
+        if (s->hysteresis_left == 0) s->scale = smaller < floor ? floor : smaller;
+        if (!mpt__finite(s->scale) && s->stuck < d->patience) s->stuck = d->patience; /* inf stays inf */
         return;
     }
     if (d->refill_when_clean) s->hysteresis_left = d->hysteresis;
     if (++s->growth_tracker == d->growth_interval) {
         const float larger = (float)((double)s->scale * d->growth_factor);
         if (d->unguarded || mpt__finite(larger)) s->scale = d->no_max || larger < d->max_scale ? larger : d->max_scale;
+        if (!mpt__finite(s->scale)) s->stuck = d->patience;
         s->growth_tracker = 0;
         s->hysteresis_left = d->hysteresis;
+    }
+}
+
+/* The update that follows what the optimizers found, mpt_skip_reason each: an overflow of one counts for all; steps
+   without weight for none. What a smaller scale cannot mend leaves the scale as it is. */
+MPT_HD void mpt__scaler_follow(mpt_scaler_state *s, const int32_t *const *found, int count) {
+    int i, overflow = 0, hopeless = 0, clean = 0;
+    for (i = 0; i < count; i++) {
+        overflow |= *found[i] == MPT_SKIP_GRADIENT;
+        hopeless |= *found[i] >= MPT_SKIP_STATISTICS;
+        clean |= *found[i] == MPT_SKIP_NONE;
+    }
+    if (hopeless && !overflow) {
+        s->updates++;
+        s->overflows++;
+        s->stuck++;
+    } else if (overflow || clean) {
+        mpt_scaler_rule(s, overflow);
     }
 }
 
@@ -1482,14 +1537,17 @@ MPT_HD double mpt__anneal(int cosine, double from, double to, double share) {
 MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
     const double steps = (double)s->steps, top = mpt__mul_add(s->peak, steps, -1);
     const int cosine = s->kind != MPT_SCHEDULE_ONE_CYCLE_LINEAR;
-    double t, factor = 1;
+    double t, power = s->low, factor = 1;
     uint64_t i;
     if (applied < s->warmup) return mpt__anneal(0, s->warmup_start, 1, (double)applied / (double)s->warmup);
     t = (double)(applied - s->warmup);
     switch (s->kind) {
     case MPT_SCHEDULE_COSINE: return mpt__anneal(1, 1, s->low, t < steps ? t / steps : 1);
-    case MPT_SCHEDULE_STEP:
-        for (i = (applied - s->warmup) / s->steps; i && factor > 0; i--) factor *= s->low;
+    case MPT_SCHEDULE_STEP: /* low to the power of the steps, by squaring */
+        for (i = (applied - s->warmup) / (s->steps ? s->steps : 1); i; i /= 2) {
+            if (i % 2) factor *= power;
+            power *= power;
+        }
         return factor;
     case MPT_SCHEDULE_ONE_CYCLE:
     case MPT_SCHEDULE_ONE_CYCLE_LINEAR:
@@ -1553,7 +1611,7 @@ MPT_HD double mpt__clip_factor(const mpt_optimizer_state *s, double max_norm) {
 MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice) {
     const mpt_optimizer_desc *d = &op->desc;
     const mpt_optimizer_state *s = op->state;
-    const double lr = slice->lr * mpt_schedule_factor(&d->schedule, s->applied);
+    const double lr = slice->lr * s->schedule;
     mpt__rates r;
     r.kind = d->kind;
     r.nesterov = d->nesterov;
@@ -1577,10 +1635,14 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice)
     return r;
 }
 
+/* Moments below the smallest normal number become 0: many CPUs take a hundred cycles for a subnormal. By the bits, for
+   -ffast-math. */
+MPT_HD float mpt__flush(float x) { return mpt__bits(x) & 0x7f800000u ? x : 0; }
+
 MPT_HD float mpt__sgd_element(const mpt__rates *r, float p, float g, float *buffer) {
     if (r->decay != 0) g = mpt__fma(r->decay, p, g);
     if (r->has_momentum) {
-        const float b = r->first ? g : mpt__fma(r->undamped, g, mpt__mul(*buffer, r->momentum));
+        const float b = mpt__flush(r->first ? g : mpt__fma(r->undamped, g, mpt__mul(*buffer, r->momentum)));
         *buffer = b;
         g = r->nesterov ? mpt__fma(r->momentum, b, g) : b;
     }
@@ -1592,7 +1654,8 @@ MPT_HD float mpt__adam_element(const mpt__rates *r, float p, float g, float *m, 
     if (r->kind == MPT_ADAMW) p = mpt__mul(p, r->decay);
     else if (r->decay != 0) g = mpt__fma(r->decay, p, g);
     *m = r->lerp < 0.5f ? mpt__fma(r->lerp, mpt__add(g, -*m), *m) : mpt__fma(r->lerp - 1, mpt__add(g, -*m), g);
-    *v = mpt__fma(mpt__mul(r->square, g), g, mpt__mul(*v, r->beta2));
+    *m = mpt__flush(*m);
+    *v = mpt__flush(mpt__fma(mpt__mul(r->square, g), g, mpt__mul(*v, r->beta2)));
     square = *v;
     if (r->amsgrad) square = *largest = square > *largest ? square : *largest;
     denominator = mpt__add(mpt__div(mpt__sqrt(square), r->root), r->eps);
@@ -1609,25 +1672,47 @@ MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m
 
 /* -- Optimizers: one step -- */
 
-/* After a check: scan is of the scaled gradients, with scan.first an element index of the flat arrays. */
-MPT_HD void mpt__state_checked(mpt_optimizer_state *s, const mpt_scaler_state *scaler, const mpt_slice *slices,
-                               int tensors, const mpt_scan *scan) {
+/* After a check: scan is of the scaled gradients, with scan.first an element index of the flat arrays; sound: the
+   pending values of mpt_optimizer_commit are finite. */
+MPT_HD void mpt__state_checked(const mpt_update_op *op, const mpt_scan *scan, int sound) {
+    mpt_optimizer_state *s = op->state;
+    const double weight = op->loss ? op->loss->weight : 1;
+    const double share = op->loss && weight > 0 ? op->parts * op->loss->unit / weight : 1;
     int t = 0;
     s->scan = *scan;
-    s->inv_scale = (float)(1.0 / scaler->scale);
+    s->inv_scale = (float)(share / op->scaler->scale);
+    s->schedule = mpt_schedule_factor(&op->desc.schedule, s->applied);
     s->grad_norm = sqrt(scan->sum_squares) * s->inv_scale;
     s->clip = 1;
     s->clip_value = 0;
+    s->found = MPT_SKIP_NONE;
+    if (!sound) s->found = MPT_SKIP_STATISTICS;
     /* A finite gradient may still overflow when it is divided by a scale below 1; then the norm does, too. */
-    s->found = scan->inf || scan->nan || !mpt__finite((float)s->grad_norm);
+    if (scan->inf || scan->nan || !mpt__finite((float)s->grad_norm)) s->found = MPT_SKIP_GRADIENT;
+    if (!(weight > 0)) s->found = MPT_SKIP_EMPTY;
     if (scan->inf || scan->nan)
-        while (t < tensors && slices[t].offset <= scan->first) t++;
+        while (t < op->tensors && op->slices[t].offset <= scan->first) t++;
     s->scan.first = (uint64_t)t;
+}
+
+/* What the step will do: found, or, now that the clip limits are known, a moment that might become inf. As the norm
+   bounds each gradient and moments are averages of them, or sums of 1 / (1 - momentum) of them at most, these limits
+   leave room for the roundings and for Nesterov's second helping. */
+MPT_HD int32_t mpt__step_found(const mpt_update_op *op) {
+    const mpt_optimizer_desc *d = &op->desc;
+    const double largest = op->state->grad_norm * mpt__clip_factor(op->state, op->max_norm);
+    const double undamped = d->dampening < 0 ? 1 - d->dampening : 1;
+    const double bound = op->max_value > 0 && op->max_value < largest ? op->max_value : largest;
+    double limit = 9223372036854775808.0; /* 2^63 */
+    if (op->state->found || (d->kind == MPT_SGD && (d->momentum <= 0 || d->momentum >= 1))) return op->state->found;
+    if (d->kind == MPT_SGD) limit *= limit * (1 - d->momentum) / (4 * undamped);
+    return bound > limit ? MPT_SKIP_MOMENT : MPT_SKIP_NONE;
 }
 
 /* After a step: the counters of an applied one, or the journal of a skipped one. */
 MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
     mpt_optimizer_state *s = op->state;
+    s->found = mpt__step_found(op);
     s->attempted++;
     s->clip = mpt__clip_factor(s, op->max_norm);
     s->clip_value = op->max_value;
@@ -1643,6 +1728,8 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
         skip->tensor = (int32_t)s->scan.first;
         skip->inf = s->scan.inf;
         skip->nan = s->scan.nan;
+        skip->reason = s->found;
+        skip->reserved = 0;
     }
 }
 
@@ -2279,13 +2366,20 @@ MPT__AVX2 static inline __m256 mpt__sqrt8(__m256 a) {
     return r;
 }
 
+/* mpt__flush, eight at a time */
+MPT__AVX2 static inline __m256 mpt__flush8(__m256 x) {
+    const __m256i exponent = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7f800000));
+    const __m256i small = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    return _mm256_andnot_ps(_mm256_castsi256_ps(small), x);
+}
+
 /* mpt__sgd_element, eight at a time */
 MPT__AVX2 static inline __m256 mpt__sgd8(const mpt__rates *r, __m256 p, __m256 g, float *buffer) {
     if (r->decay != 0) g = _mm256_fmadd_ps(_mm256_set1_ps(r->decay), p, g);
     if (r->has_momentum) {
         const __m256 momentum = _mm256_set1_ps(r->momentum);
         const __m256 old = mpt__mul8(_mm256_loadu_ps(buffer), momentum);
-        const __m256 b = r->first ? g : _mm256_fmadd_ps(_mm256_set1_ps(r->undamped), g, old);
+        const __m256 b = mpt__flush8(r->first ? g : _mm256_fmadd_ps(_mm256_set1_ps(r->undamped), g, old));
         _mm256_storeu_ps(buffer, b);
         g = r->nesterov ? _mm256_fmadd_ps(momentum, b, g) : b;
     }
@@ -2301,7 +2395,8 @@ MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 
     first = r->lerp < 0.5f ? _mm256_fmadd_ps(_mm256_set1_ps(r->lerp), _mm256_sub_ps(g, old), old)
                            : _mm256_fmadd_ps(_mm256_set1_ps(r->lerp - 1), _mm256_sub_ps(g, old), g);
     square = mpt__mul8(_mm256_loadu_ps(v), _mm256_set1_ps(r->beta2));
-    square = _mm256_fmadd_ps(mpt__mul8(_mm256_set1_ps(r->square), g), g, square);
+    square = mpt__flush8(_mm256_fmadd_ps(mpt__mul8(_mm256_set1_ps(r->square), g), g, square));
+    first = mpt__flush8(first);
     _mm256_storeu_ps(m, first);
     _mm256_storeu_ps(v, square);
     if (r->amsgrad) {
@@ -4251,6 +4346,7 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
                                          : mpt__elementwise_row(ctx, op, row, scale));
         op->sum->rows++;
     }
+    op->sum->unit = mpt__loss_unit(op, weight);
     op->sum->weight += weight;
     return MPT_OK;
 }
@@ -4351,8 +4447,10 @@ static mpt_result mpt__cpu_histogram(mpt_context *ctx, size_t n, mpt_array x, mp
 
 static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
     mpt_scan scan;
+    size_t i = 0;
+    while (i < op->commits && mpt__finite(op->pending[i])) i++;
     MPT__TRY(mpt__cpu_scan(ctx, op->count, 1, mpt_f32_array(op->grad), &scan));
-    mpt__state_checked(op->state, op->scaler, op->slices, op->tensors, &scan);
+    mpt__state_checked(op, &scan, i == op->commits);
     return MPT_OK;
 }
 
@@ -4435,9 +4533,10 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
 
 static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
     mpt_optimizer_state *state = op->state;
+    const int found = mpt__step_found(op) != 0;
     mpt__update_work w;
     int t;
-    if (!state->found) {
+    if (!found) {
         memset(ctx->meters, 0, sizeof ctx->meters);
         w.ctx = ctx;
         w.op = op;
@@ -4454,7 +4553,7 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
         }
     }
     if (op->commits)
-        memcpy(state->found ? op->pending : op->committed, state->found ? op->committed : op->pending,
+        memcpy(found ? op->pending : op->committed, found ? op->committed : op->pending,
                op->commits * sizeof *op->pending);
     mpt__state_stepped(op);
     return MPT_OK;
@@ -4462,10 +4561,8 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
 
 static mpt_result mpt__cpu_scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                                  int32_t *stuck) {
-    int any = 0;
     (void)ctx;
-    while (count-- > 0) any |= *found[count] != 0;
-    mpt_scaler_rule(scaler, any);
+    mpt__scaler_follow(scaler, found, count);
     *stuck = scaler->stuck;
     return MPT_OK;
 }
@@ -4649,18 +4746,23 @@ MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
     return mpt_scaler_set_state(scaler, &s);
 }
 
-/* Names the tensor that keeps overflowing, of the optimizers that took part in this update. */
+/* Says what keeps steps from being applied, of the optimizers that took part in this update. */
 static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *stepped, int count, int stuck) {
     int i;
     for (i = 0; i < count; i++) {
         mpt_optimizer_state *s = &stepped[i]->mirror;
         MPT__TRY(mpt_optimizer_get_state(stepped[i], s));
-        if (s->found)
+        if (s->found == MPT_SKIP_GRADIENT)
             return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
                             "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of "
                             "'%s', %z inf, %z NaN",
-                            stuck, 1 / s->inv_scale, mpt_params_name(stepped[i]->params, (int)s->scan.first),
-                            (size_t)s->scan.inf, (size_t)s->scan.nan);
+                            stuck, (double)s->journal[(s->skipped - 1) % MPT_JOURNAL].scale,
+                            mpt_params_name(stepped[i]->params, (int)s->scan.first), (size_t)s->scan.inf,
+                            (size_t)s->scan.nan);
+        if (s->found >= MPT_SKIP_STATISTICS)
+            return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED, "scaler_update: %d steps in a row after which %s", stuck,
+                            s->found == MPT_SKIP_MOMENT ? "a moment of the optimizer could be inf"
+                                                        : "a running statistic would be inf or NaN");
     }
     return MPT_OK; /* a device that tells `stuck` late: this step was finite */
 }
@@ -4686,6 +4788,10 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
     for (i = 0; i < count; i++) stepped[i]->phase = MPT__READY;
     if (!stuck) return MPT_OK;
     MPT__TRY(mpt_scaler_get_state(scaler, &s));
+    if (!mpt__positive(s.scale))
+        return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
+                        "scaler_update: the scale is %g, and stays it; mpt_scaler_set_scale begins anew",
+                        (double)s.scale);
     return s.stuck >= s.desc.patience ? mpt__diverged(scaler, stepped, count, s.stuck) : MPT_OK; /* stuck may be late */
 }
 
@@ -5066,7 +5172,7 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     op->copy = params->copy;
     op->low = params->low;
     opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
-    opt->mirror.beta1_power = opt->mirror.beta2_power = opt->mirror.clip = 1;
+    opt->mirror.beta1_power = opt->mirror.beta2_power = opt->mirror.clip = opt->mirror.schedule = 1;
     MPT__TRY(mpt__slices_upload(opt));
     return mpt_upload(ctx, op->state, &opt->mirror, sizeof opt->mirror);
 }
@@ -5179,8 +5285,13 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     MPT__TRY(mpt_download(opt->ctx, out, opt->op.state, sizeof *out));
-    if (opt->phase == MPT__UNSCALED) /* as the step will have it */
-        out->clip = mpt__clip_factor(out, opt->op.max_norm), out->clip_value = opt->op.max_value;
+    if (opt->phase == MPT__UNSCALED) { /* as the step will have it */
+        mpt_update_op op = opt->op;
+        op.state = out;
+        out->found = mpt__step_found(&op);
+        out->clip = mpt__clip_factor(out, op.max_norm);
+        out->clip_value = op.max_value;
+    }
     return MPT_OK;
 }
 
@@ -5977,6 +6088,8 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     if (failed) return MPT_ERROR_NO_MEMORY;
     if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
+    net->opt->op.loss = &net->sums[0];
+    net->opt->op.parts = net->train.accumulate;
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
 }
 
@@ -6257,15 +6370,14 @@ static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows,
     const mpt_array none = MPT_ZERO, logits = mpt__value(net, loss->in[0]);
     const mpt_array dlogits = train ? mpt__grad(net, loss->in[0]) : none;
     const float grad_scale = (float)(1.0 / net->train.accumulate), *loss_scale = &net->scaler->state->scale;
-    mpt_cross_entropy_desc desc = loss->cross_entropy;
-    mpt_loss_sum *sum = &net->sums[!train];
-    desc.class_weights = net->class_weights;
+    mpt_loss_op op;
     MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * (classes ? 1 : outputs) * sizeof(float)));
-    if (classes)
-        return mpt_cross_entropy(net->ctx, &desc, rows, outputs, logits, (const int32_t *)net->target, grad_scale,
-                                 loss_scale, dlogits, sum);
-    return mpt_elementwise_loss(net->ctx, loss->loss, rows, outputs, logits, (const float *)net->target, grad_scale,
-                                loss_scale, dlogits, sum);
+    op = mpt__loss_op(loss->loss, rows, outputs, logits, net->target, grad_scale, loss_scale, dlogits,
+                      &net->sums[train ? 0 : 1]);
+    op.cross_entropy = loss->cross_entropy;
+    op.cross_entropy.class_weights = net->class_weights;
+    op.part = train;
+    return mpt__loss_run(net->ctx, loss->name, &op);
 }
 
 /* Forward over rows <= batch samples that were checked. target NULL: no loss. train: as training does, and with the
@@ -6291,8 +6403,11 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
 static mpt_result mpt__start_forward(mpt_model *net) {
     const size_t words = sizeof *net->sums / sizeof(float);
     const mpt_array sum = mpt_typed_array(&net->sums[0], MPT_F32), kept = mpt_typed_array(&net->sums[2], MPT_F32);
-    if (net->micro && net->steps_at_backward == net->opt->steps)
+    net->opt->op.loss = &net->sums[0];
+    if (net->micro && net->steps_at_backward == net->opt->steps) {
+        net->opt->op.loss = &net->sums[2]; /* until a backward pass follows */
         return mpt_cast(net->ctx, words, net->followed ? sum : kept, net->followed ? kept : sum, NULL);
+    }
     net->micro = 0;
     if (net->gathered && net->steps_at_backward == net->opt->steps)
         MPT__TRY(mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL));
@@ -6331,6 +6446,7 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     net->steps_at_backward = net->opt->steps;
     net->gathered = net->statistics != 0;
     net->followed = 1;
+    net->opt->op.loss = &net->sums[0];
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
     for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
     mpt__enter(net, 0, MPT_FORWARD, 0);
@@ -6370,6 +6486,7 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
     MPT__TRY(mpt__check_batch(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate));
     known = mpt__step_known(net);
+    net->opt->op.loss = &net->sums[0];
     do {
         r = known ? net->ctx->backend.begin(net->ctx, &net->opt->op, net->staging) : MPT_OK;
         if (again) net->opt->phase = MPT__READY;

@@ -1712,6 +1712,7 @@ static __device__ void mptc__scan_chunk(float factor, mpt_array x, size_t i, uns
 /* A warp a chunk; in the last block the chunks of each of 64 parts one after the other, then the parts. */
 static __global__ void mptc__scan_k(mptc__scan_work w) {
     __shared__ mpt_scan parts[MPTC__SCAN_BLOCKS];
+    __shared__ int unsound; /* pending values that are inf or NaN */
     const size_t each = (w.chunks + MPTC__SCAN_BLOCKS - 1) / MPTC__SCAN_BLOCKS;
     for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
         const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
@@ -1719,6 +1720,10 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
         mptc__scan_chunk(w.factor, w.x, i, some, &w.parts[chunk]);
     }
     if (!mptc__last_block(w.ticket)) return;
+    if (threadIdx.x == 0) unsound = 0;
+    __syncthreads();
+    for (size_t i = threadIdx.x; w.update.state && i < w.update.commits; i += MPTC__THREADS)
+        if (!mpt__finite(w.update.pending[i])) atomicAdd(&unsound, 1);
     if (threadIdx.x < MPTC__SCAN_BLOCKS) {
         const size_t begin = threadIdx.x * each, end = begin + each < w.chunks ? begin + each : w.chunks;
         mpt_scan sum = MPT_ZERO;
@@ -1737,7 +1742,7 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     if (threadIdx.x) return;
     for (unsigned b = 1; b < MPTC__SCAN_BLOCKS; b++) mptc__scan_join(&parts[0], &parts[b]);
     if (!w.update.state) *w.out = parts[0];
-    else mpt__state_checked(w.update.state, w.update.scaler, w.update.slices, w.update.tensors, &parts[0]);
+    else mpt__state_checked(&w.update, &parts[0], !unsound);
 }
 
 /* update NULL: the result is left at the start of the scratch block. */
@@ -1910,6 +1915,7 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *ro
     loss = mptc__team_sum(loss), weights = mptc__team_sum(weights);
     counts = mptc__team_sum(counts), correct = mptc__team_sum(correct);
     if (threadIdx.x) return;
+    op.sum->unit = mpt__loss_unit(&op, weight ? *weight : (double)op.N);
     op.sum->loss += loss;
     op.sum->weight += weights;
     op.sum->rows += (uint64_t)counts;
@@ -2114,8 +2120,10 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
                                       unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
     const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
+    const bool skip = mpt__step_found(&op) != 0;
+    const int32_t *found = &op.state->found;
     mptc__meter meter = {0, 0};
-    for (size_t tile = blockIdx.x; tile < tiles && !op.state->found; tile += gridDim.x) {
+    for (size_t tile = blockIdx.x; tile < tiles && !skip; tile += gridDim.x) {
         const size_t begin = tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
         const int first = mptc__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
         if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE)
@@ -2127,7 +2135,7 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
         __syncthreads();
     }
     for (size_t i = mptc__thread(); i < op.commits; i += mptc__stride()) {
-        if (op.state->found) op.pending[i] = op.committed[i];
+        if (skip) op.pending[i] = op.committed[i];
         else op.committed[i] = op.pending[i];
     }
     if (meter.moved) {
@@ -2135,12 +2143,12 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
         atomicAdd(&total->lost, meter.lost);
     }
     if (!mptc__last_block(ticket) || threadIdx.x) return;
-    if (!op.state->found) {
+    if (!skip) {
         op.state->moved = atomicExch(&total->moved, 0);
         op.state->lost = atomicExch(&total->lost, 0);
     }
     mpt__state_stepped(&op);
-    if (scaler) mpt_scaler_rule(scaler, op.state->found);
+    if (scaler) mpt__scaler_follow(scaler, &found, 1);
 }
 
 /* scaler: the only optimizer of which this is; NULL: mptc__scale follows */
@@ -2165,9 +2173,7 @@ typedef struct mptc__flags { /* found of each optimizer, in device memory */
 } mptc__flags;
 
 static __global__ void mptc__scale_k(mpt_scaler_state *scaler, mptc__flags flags) {
-    int any = 0;
-    for (int i = 0; i < flags.count; i++) any |= *flags.found[i] != 0;
-    mpt_scaler_rule(scaler, any);
+    mpt__scaler_follow(scaler, flags.found, flags.count);
 }
 
 /* The place of this scaler's mirror, a free one if it has none yet, or -1. */

@@ -87,7 +87,8 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
 /* Steps attempted, applied and skipped; norm of the last gradient; and with desc.meter the updates of the last step
    that 16-bit weights would lose: a name and a value a line. */
 MPT_DEF mpt_result mpt_optimizer_print(mpt_optimizer *opt, mpt_style style, mpt_write write, void *user);
-/* The journal of skipped steps, oldest first: number of the attempt, scale, first tensor, how many inf and NaN. */
+/* The journal of skipped steps, oldest first: number of the attempt, scale, first tensor, how many inf and NaN, and the
+   mpt_skip_reason. */
 MPT_DEF mpt_result mpt_skips_print(mpt_optimizer *opt, mpt_style style, mpt_write write, void *user);
 
 /* A matrix product that a node makes in a pass over a whole batch, as BLAS is given it, row-major: c(m,n) = op(a)(m,k)
@@ -565,7 +566,9 @@ MPT_DEF mpt_result mpt_optimizer_print(mpt_optimizer *opt, mpt_style style, mpt_
 }
 
 MPT_DEF mpt_result mpt_skips_print(mpt_optimizer *opt, mpt_style style, mpt_write write, void *user) {
-    static const mpt__column columns[] = {{"step", 10}, {"scale", 20}, {"first tensor", 40}, {"inf", 50}, {"nan", 0}};
+    static const char *const reasons[] = {"none", "gradient", "empty", "statistics", "moment"};
+    static const mpt__column columns[] = {{"step", 10}, {"scale", 20}, {"first tensor", 40},
+                                          {"inf", 50},  {"nan", 60},   {"reason", 0}};
     const mpt_optimizer_state *s;
     mpt__table t;
     uint64_t i;
@@ -576,9 +579,13 @@ MPT_DEF mpt_result mpt_skips_print(mpt_optimizer *opt, mpt_style style, mpt_writ
         const mpt_skip *skip = &s->journal[i % MPT_JOURNAL];
         mpt__cell(&t, "%z", (size_t)skip->step);
         mpt__number_cell(&t, (double)skip->scale);
-        mpt__cell(&t, "%s", skip->tensor ? mpt_params_name(opt->params, skip->tensor) : "the norm");
+        mpt__cell(&t, "%s",
+                  skip->tensor                        ? mpt_params_name(opt->params, skip->tensor)
+                  : skip->reason == MPT_SKIP_GRADIENT ? "the norm"
+                                                      : "none");
         mpt__cell(&t, "%z", (size_t)skip->inf);
         mpt__cell(&t, "%z", (size_t)skip->nan);
+        mpt__cell(&t, "%s", reasons[skip->reason]);
         mpt__row_end(&t);
     }
     return MPT_OK;
@@ -2017,12 +2024,13 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
 #define MPT__OPTIMIZER_MEMBERS(X) \
     X(uint32_t, int, version) X(int32_t, int, found) X(uint64_t, uint64_t, attempted) X(uint64_t, uint64_t, applied) \
     X(uint64_t, uint64_t, skipped) X(double, double, beta1_power) X(double, double, beta2_power) \
-    X(double, double, grad_norm) X(double, double, inv_scale) X(double, double, clip) X(double, double, clip_value) \
+    X(double, double, grad_norm) X(double, double, inv_scale) X(double, double, schedule) X(double, double, clip) \
+    X(double, double, clip_value) \
     X(uint64_t, uint64_t, moved) X(uint64_t, uint64_t, lost) X(double, double, scan.sum_squares) \
     X(uint64_t, uint64_t, scan.inf) X(uint64_t, uint64_t, scan.nan) X(uint64_t, uint64_t, scan.first)
 #define MPT__SKIP_MEMBERS(X) \
     X(uint64_t, uint64_t, step) X(float, float, scale) X(int32_t, int, tensor) X(uint64_t, uint64_t, inf) \
-    X(uint64_t, uint64_t, nan)
+    X(uint64_t, uint64_t, nan) X(int32_t, int, reason)
 #define MPT__TRAIN_MEMBERS(X) \
     X(int, int, batch) X(int, int, accumulate) X(double, double, clip_norm) X(uint64_t, uint64_t, seed) \
     X(mpt_optimizer_kind, int, optimizer.kind) X(int, int, optimizer.nesterov) X(int, int, optimizer.amsgrad) \

@@ -557,10 +557,6 @@ static void test_class_weights(mpt_context *ctx) {
     CHECK_NEAR(mpt_loss(model), loss64(&net), error * loss64(&net));
     CHECK_OK(ctx, mpt_backward(model));
     check_slopes(ctx, model, &net, error);
-    s.label[0] = s.label[1] = s.label[2] = s.label[3] = -100; /* nothing counts */
-    CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
-    CHECK_EQUAL(mpt_loss(model), 0);
-    CHECK_EQUAL(mpt_steps_applied(model), 1);
     s.label[1] = -1;
     CHECK_ERROR(ctx, mpt_train_step(model, s.x, s.label), MPT_ERROR_VALUE, "label");
     net64_free(&net), samples_free(&s);
@@ -678,6 +674,182 @@ static void test_accumulation(mpt_context *ctx, const item *items, mpt_loss_kind
     }
     net64_free(&net), samples_free(&s);
     mpt_model_free(once), mpt_model_free(twice);
+}
+
+/* One step on 8 samples by passes over `rows` of them; 0 ends the list, and `rows` alone is mpt_train_step. */
+static void step_by(mpt_context *ctx, mpt_model *model, const samples *s, mpt_loss_kind loss, const int *rows) {
+    size_t done = 0;
+    if (!rows) {
+        CHECK_OK(ctx, mpt_train_step(model, s->x, target_of(s, loss)));
+        return;
+    }
+    for (; *rows; done += (size_t)*rows++) {
+        const samples some = samples_from(s, done);
+        CHECK_OK(ctx, mpt_forward(model, some.x, target_of(&some, loss), *rows));
+        CHECK_OK(ctx, mpt_backward(model));
+    }
+    CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
+}
+
+/* A step is defined by its samples: however 8 of them are dealt out to passes, and whatever they weigh, it is the step
+   of the whole batch. The same sums in another order, so weights differ by at most twice the error of a gradient. */
+static void test_samples(mpt_context *ctx, mpt_policy policy, const recipe *r, int batch, int accumulate,
+                         const int *rows) {
+    mpt_train_desc train = MPT_ZERO;
+    samples s = samples_new(r->items, 8, 4);
+    mpt_optimizer_state a, b;
+    mpt_model *once, *split;
+    net64 net;
+    double error;
+    int tensor;
+    s.label[1] = s.label[4] = s.label[5] = r->desc && r->desc->ignore ? r->desc->ignore_index : s.label[1];
+    train.batch = 8, train.seed = 3, train.optimizer = mpt_sgd(0.1, 0), train.scaler.init_scale = 1024;
+    once = build_recipe(ctx, policy, r, &train);
+    train.batch = batch, train.accumulate = accumulate;
+    split = build_recipe(ctx, policy, r, &train);
+    net = net64_new(ctx, once, r->items, r->loss, &s, 8);
+    error = 2 * roundings(&net) * test_unit(policy.compute);
+    step_by(ctx, once, &s, r->loss, NULL);
+    step_by(ctx, split, &s, r->loss, rows);
+    CHECK_NEAR(mpt_loss(split), mpt_loss(once), error * mpt_loss(once));
+    CHECK_OK(ctx, mpt_optimizer_get_state(mpt_model_optimizer(once), &a));
+    CHECK_OK(ctx, mpt_optimizer_get_state(mpt_model_optimizer(split), &b));
+    CHECK(a.applied == 1 && b.applied == 1);
+    CHECK_NEAR(b.grad_norm, a.grad_norm, error * a.grad_norm);
+    for (tensor = 1; tensor <= mpt_params_tensors(mpt_model_params(once)); tensor++) {
+        const size_t n = mpt_params_count(mpt_model_params(once), tensor);
+        double *g = gradient_of(ctx, once, tensor);
+        double *p = doubles_of(once, tensor), *q = doubles_of(split, tensor), *tolerance = test_doubles(n);
+        size_t i;
+        for (i = 0; i < n; i++)
+            tolerance[i] = 0.1 * error * largest_of(g, n) + 4 * test_unit(MPT_F32) * (fabs(p[i]) + 0.1 * fabs(g[i]));
+        CHECK_ALL(q, n, p, tolerance);
+        free(g), free(p), free(q), free(tolerance);
+    }
+    net64_free(&net), samples_free(&s);
+    mpt_model_free(once), mpt_model_free(split);
+}
+
+static void test_all_samples(mpt_context *ctx) {
+    static const float weights[CLASSES] = {0.5f, 2, 0.25f, 1, 1.5f};
+    static const int uneven[] = {5, 2, 1, 0}, more[] = {1, 1, 3, 3, 0}, whole[] = {8, 0};
+    mpt_cross_entropy_desc descs[3];
+    recipe r = {mlp, MPT_LOSS_CROSS_ENTROPY, NULL, 0, 0};
+    int i, loss;
+    memset(descs, 0, sizeof descs);
+    descs[0].ignore = descs[2].ignore = 1, descs[0].ignore_index = descs[2].ignore_index = -100;
+    descs[1].class_weights = descs[2].class_weights = weights;
+    descs[2].label_smoothing = 0.1f;
+    for (i = 0; i < MPT_LOSS_KIND_COUNT + 3; i++) {
+        loss = i < MPT_LOSS_KIND_COUNT ? i : (int)MPT_LOSS_CROSS_ENTROPY;
+        r.loss = (mpt_loss_kind)loss;
+        r.desc = i < MPT_LOSS_KIND_COUNT ? NULL : &descs[i - MPT_LOSS_KIND_COUNT];
+        test_samples(ctx, policy_of(0), &r, 4, 2, NULL);
+        test_samples(ctx, policy_of(0), &r, 2, 4, NULL);
+        test_samples(ctx, policy_of(0), &r, 1, 8, NULL); /* the second pass weighs nothing where labels are ignored */
+        test_samples(ctx, policy_of(0), &r, 5, 3, uneven);
+        test_samples(ctx, policy_of(0), &r, 3, 1, more);
+        test_samples(ctx, policy_of(0), &r, 32, 1, whole);
+        test_samples(ctx, mpt_policy_preset(MPT_O1, MPT_F16), &r, 2, 4, NULL);
+    }
+}
+
+/* A sample that is ignored adds nothing, wherever it stands: the step of {0,-100},{1,2} is that of {0,1,2}. */
+static void test_ignored(mpt_context *ctx) {
+    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_train_desc train = MPT_ZERO;
+    recipe r = {mlp, MPT_LOSS_CROSS_ENTROPY, NULL, 0, 0};
+    samples s = samples_new(mlp, 4, 4), kept = samples_new(mlp, 4, 4);
+    const size_t features = 7;
+    mpt_model *all, *three;
+    double *p, *q, error;
+    net64 net;
+    size_t i, n;
+    desc.ignore = 1, desc.ignore_index = -100;
+    r.desc = &desc;
+    s.label[0] = kept.label[0] = 0, s.label[1] = -100, s.label[2] = kept.label[1] = 1, s.label[3] = kept.label[2] = 2;
+    memcpy(kept.x + features, s.x + 2 * features, 2 * features * sizeof *s.x);
+    train.batch = 2, train.accumulate = 2, train.seed = 3, train.optimizer = mpt_sgd(1, 0);
+    all = build_recipe(ctx, policy_of(0), &r, &train);
+    train.batch = 3, train.accumulate = 1;
+    three = build_recipe(ctx, policy_of(0), &r, &train);
+    CHECK_OK(ctx, mpt_train_step(all, s.x, s.label));
+    CHECK_OK(ctx, mpt_train_step(three, kept.x, kept.label));
+    net = net64_new(ctx, three, mlp, MPT_LOSS_CROSS_ENTROPY, &kept, 3);
+    error = 2 * roundings(&net) * test_unit(MPT_F32); /* of sizes about 1 */
+    CHECK_NEAR(mpt_loss(all), mpt_loss(three), error * mpt_loss(three));
+    n = mpt_params_count(mpt_model_params(all), 0);
+    p = doubles_of(all, 0), q = doubles_of(three, 0);
+    for (i = 0; i < n; i++) CHECK_NEAR(p[i], q[i], error);
+    free(p), free(q);
+    net64_free(&net);
+    mpt_model_free(all), mpt_model_free(three);
+    samples_free(&s), samples_free(&kept);
+}
+
+/* A step without any weight changes nothing but the counters and the journal: not the weights (which decay and old
+   moments would move), the statistics, nor the scale and its trackers. */
+static void test_empty_step(mpt_context *ctx, mpt_policy policy) {
+    static const float none[CLASSES] = {1, 1, 0, 1, 1};
+    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_train_desc train = MPT_ZERO;
+    recipe r = {mixed, MPT_LOSS_CROSS_ENTROPY, NULL, 0, 0};
+    samples s = samples_new(mixed, 4, 4);
+    training_state before, after;
+    mpt_model *model;
+    int i, round;
+    desc.ignore = 1, desc.ignore_index = -100, desc.class_weights = none;
+    r.desc = &desc;
+    train.batch = 4, train.optimizer = mpt_adamw(0.1), train.scaler.growth_interval = 3;
+    train.scaler.init_scale = 1024;
+    model = build_recipe(ctx, policy, &r, &train);
+    for (i = 0; i < 2; i++) CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
+    CHECK_EQUAL(mpt_steps_applied(model), 2);
+    for (round = 0; round < 12; round++) { /* over the patience */
+        for (i = 0; i < 4; i++) s.label[i] = round % 2 ? 2 : -100;
+        before = state_of(ctx, model);
+        CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
+        CHECK_EQUAL(mpt_loss(model), 0);
+        after = state_of(ctx, model);
+        CHECK_EQUAL(after.optimizer.skipped, round + 1);
+        CHECK_EQUAL(after.optimizer.applied, 2);
+        CHECK_EQUAL(after.optimizer.found, MPT_SKIP_EMPTY);
+        CHECK_EQUAL(after.optimizer.journal[round].reason, MPT_SKIP_EMPTY);
+        CHECK_EQUAL(after.optimizer.journal[round].tensor, 0);
+        CHECK(memcmp(&before.scaler, &after.scaler, sizeof before.scaler) == 0);
+        memset(&before.optimizer, 0, sizeof before.optimizer), memset(&after.optimizer, 0, sizeof after.optimizer);
+        CHECK(same(before, after));
+    }
+    for (i = 0; i < 4; i++) s.label[i] = 1;
+    CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
+    CHECK_EQUAL(mpt_steps_applied(model), 3);
+    mpt_model_free(model);
+    samples_free(&s);
+}
+
+/* A forward pass that no backward pass follows has no part in the step, nor in what the step is divided by. */
+static void test_abandoned_weight(mpt_context *ctx) {
+    mpt_train_desc train = MPT_ZERO;
+    samples s = samples_new(mlp, 8, 4);
+    mpt_model *plain, *model;
+    train.batch = 4, train.seed = 3, train.optimizer = mpt_sgd(0.1, 0.9);
+    plain = build(ctx, policy_of(0), mlp, MPT_LOSS_CROSS_ENTROPY, &train);
+    model = build(ctx, policy_of(0), mlp, MPT_LOSS_CROSS_ENTROPY, &train);
+    CHECK_OK(ctx, mpt_train_step(plain, s.x, s.label));
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 4));
+    CHECK_OK(ctx, mpt_backward(model));
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 3));
+    CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
+    CHECK(same(state_of(ctx, plain), state_of(ctx, model)));
+    CHECK_OK(ctx, mpt_train_step(plain, s.x, s.label));
+    CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
+    CHECK(same(state_of(ctx, plain), state_of(ctx, model)));
+    mpt_model_free(plain), mpt_model_free(model);
+    samples_free(&s);
 }
 
 /* A model large enough to be split between threads. */
@@ -798,6 +970,38 @@ static void test_running_skips(mpt_context *ctx, mpt_policy policy) {
 }
 
 /* Weights that overflow make the statistics NaN; they do not outlive the step. */
+/* A batch whose variance fp32 cannot hold: the step is skipped, whatever the scale, the statistics stay what they were,
+   and where nothing else comes it is told. Then ordinary batches train again. */
+static void test_running_infinite(mpt_context *ctx, mpt_policy policy) {
+    mpt_train_desc train = MPT_ZERO;
+    training_state before, after;
+    float x[4], ordinary[4] = {1, 2, 3, 4};
+    int32_t label[4] = {0, 1, 0, 1};
+    mpt_model *model = mpt_model_new(ctx, policy);
+    int i, id;
+    id = mpt_batch_norm(model, mpt_input(model, 1, 1, 1), NULL);
+    mpt_softmax_cross_entropy(model, mpt_linear(model, id, 2, NULL), NULL);
+    train.batch = 4, train.scaler.patience = 3;
+    CHECK_OK(ctx, mpt_model_build(model, &train));
+    for (i = 0; i < 4; i++) x[i] = (float)(i + 1) * 1e20f;
+    before = state_of(ctx, model);
+    for (i = 1; i <= 4; i++) {
+        if (i < 3) CHECK_OK(ctx, mpt_train_step(model, x, label));
+        else CHECK_ERROR(ctx, mpt_train_step(model, x, label), MPT_ERROR_DIVERGED, "statistic");
+    }
+    after = state_of(ctx, model);
+    CHECK_EQUAL(after.optimizer.applied, 0);
+    CHECK_EQUAL(after.optimizer.skipped, 4);
+    CHECK_EQUAL(after.optimizer.journal[3].reason, MPT_SKIP_STATISTICS);
+    CHECK_EQUAL(after.scaler.scale, before.scaler.scale);
+    CHECK(memcmp(before.weight, after.weight, before.count * sizeof *before.weight) == 0);
+    CHECK_OK(ctx, mpt_train_step(model, ordinary, label));
+    CHECK_EQUAL(mpt_steps_applied(model), 1);
+    CHECK(same(before, state_of(ctx, model)) == 0);
+    free(after.weight);
+    mpt_model_free(model);
+}
+
 static void test_running_overflow(mpt_context *ctx) {
     mpt_train_desc train = MPT_ZERO;
     samples s = samples_new(normed, 5, 4);
@@ -1843,10 +2047,17 @@ int main(void) {
         test_threads(policy_of(i), wide);
         test_threads(policy_of(i), broad);
     }
+    test_all_samples(ctx);
+    test_ignored(ctx);
+    test_empty_step(ctx, policy_of(0));
+    test_empty_step(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    test_abandoned_weight(ctx);
     test_running(ctx);
     test_running_skips(ctx, mpt_policy_preset(MPT_O1, MPT_F16));
     test_running_skips(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     test_running_overflow(ctx);
+    test_running_infinite(ctx, policy_of(0));
+    test_running_infinite(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
     test_all_abandoned(ctx);
     test_single_value(ctx);
     test_dropout(ctx);

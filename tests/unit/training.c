@@ -64,10 +64,13 @@ static void test_scaler_limits(void) {
     CHECK_EQUAL(after(&d, 0, 40).scale, 100000);
     d.no_min = 1;
     CHECK_EQUAL(after(&d, 1, 20).scale, 0.0625);
+    CHECK_EQUAL(after(&d, 1, 500).scale, ldexp(1, -126)); /* not 0, from which nothing comes back */
+    CHECK_EQUAL(after(&d, 1, 500).stuck, 500 - 142);
     d.no_max = 1; /* the guard: growth to inf is refused */
     CHECK_EQUAL(after(&d, 0, 500).scale, ldexp(1, 127));
     d.unguarded = 1;
     CHECK(test_bits(after(&d, 0, 500).scale) == inf_bits);
+    CHECK(after(&d, 0, 112).stuck >= d.patience && after(&d, 0, 111).stuck == 0);
 }
 
 /* Static and off: the scale stays whatever happens. */
@@ -768,6 +771,7 @@ static void test_skip(mpt_context *ctx, const mpt_optimizer_desc *d, mpt_dtype t
     CHECK_EQUAL(now.journal[0].tensor, 2);
     CHECK_EQUAL(now.journal[0].inf, 1);
     CHECK_EQUAL(now.journal[0].nan, 1);
+    CHECK_EQUAL(now.journal[0].reason, MPT_SKIP_GRADIENT);
     CHECK_EQUAL(mpt_scaler_scale(t.scaler), 32768);
     set_gradients(&t, 32768, 3);
     kept = take(&t);
@@ -840,6 +844,58 @@ static void test_divergence(mpt_context *ctx, mpt_scaler_mode mode) {
     trainer_free(&t);
 }
 
+/* No scale from which nothing comes back, but by a system's own rule: then every update is an error until it is set. */
+static void test_dead_scale(mpt_context *ctx) {
+    mpt_scaler_desc scaler = MPT_ZERO;
+    mpt_result r = MPT_OK;
+    trainer t;
+    int i;
+    scaler.no_min = 1;
+    t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, &scaler, 10, 10);
+    for (i = 0; i < 200 && r == MPT_OK; i++) {
+        set_gradient(&t, 2, 4, test_float(inf_bits));
+        CHECK_OK(ctx, mpt_step(t.opt));
+        r = mpt_scaler_update(t.scaler);
+    }
+    CHECK(r == MPT_ERROR_DIVERGED && i == 142 + 10); /* 142 halvings, and the patience */
+    test_check_reason(ctx, "bias", __FILE__, __LINE__);
+    set_gradients(&t, 0, 1);
+    step(&t);
+    CHECK_EQUAL(state_of(&t).applied, 1);
+    trainer_free(&t);
+    scaler.no_max = scaler.unguarded = 1, scaler.growth_interval = 1;
+    t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, &scaler, 10, 10);
+    for (i = 0, r = MPT_OK; i < 200 && r == MPT_OK; i++) {
+        set_gradients(&t, 0, 1);
+        CHECK_OK(ctx, mpt_step(t.opt));
+        r = mpt_scaler_update(t.scaler);
+    }
+    CHECK(r == MPT_ERROR_DIVERGED && i == 112);
+    test_check_reason(ctx, "inf", __FILE__, __LINE__);
+    CHECK_OK(ctx, mpt_step(t.opt));
+    CHECK_ERROR(ctx, mpt_scaler_update(t.scaler), MPT_ERROR_DIVERGED, "mpt_scaler_set_scale");
+    CHECK_OK(ctx, mpt_scaler_set_scale(t.scaler, 1024));
+    step(&t);
+    trainer_free(&t);
+}
+
+/* lr times low once per step: by squaring, so that a run of any length costs no more. Each squaring doubles the
+   relative error, so that the k-th power has at most 2 k roundings. */
+static void test_schedule_power(void) {
+    mpt_schedule s = MPT_ZERO;
+    double chain = 1;
+    uint64_t k;
+    s.kind = MPT_SCHEDULE_STEP, s.steps = 3, s.low = 0.9995;
+    for (k = 0; k < 3000; k++, chain *= s.low)
+        CHECK_NEAR(mpt_schedule_factor(&s, 3 * k + k % 3), chain, 4 * ldexp((double)(k + 1), -53) * chain);
+    s.low = 1;
+    CHECK_EQUAL(mpt_schedule_factor(&s, (uint64_t)-1), 1); /* 64 squarings, not 6e18 products */
+    s.steps = 0; /* no division by it */
+    CHECK_EQUAL(mpt_schedule_factor(&s, 12345), 1);
+    s.low = 0.5;
+    CHECK_EQUAL(mpt_schedule_factor(&s, 3), 0.125);
+}
+
 /* A scale so small that 1 / scale is inf in fp32 must not make NaN of zeros. */
 static void test_tiny_scale(mpt_context *ctx) {
     const volatile float tiny = test_float(0x00000001u); /* 2^-149 */
@@ -863,12 +919,13 @@ static void test_tiny_scale(mpt_context *ctx) {
 
 /* Finite gradients whose norm fp32 cannot hold would make the clip factor 0: skipped as well. */
 static void test_huge_norm(mpt_context *ctx) {
+    const mpt_optimizer_desc sgd = mpt_sgd(1e-3, 0);
     const float huge = 3e38f;
     trainer t;
     snapshot kept;
     mpt_scaler_desc off = MPT_ZERO;
     off.mode = MPT_SCALER_OFF;
-    t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, &off, 10, 10);
+    t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, &sgd, &off, 10, 10);
     set_weights(&t, 1);
     kept = take(&t);
     set_gradient(&t, 1, 0, huge), set_gradient(&t, 2, 9, huge);
@@ -881,6 +938,86 @@ static void test_huge_norm(mpt_context *ctx) {
     step(&t);
     CHECK_EQUAL(state_of(&t).applied, 1);
     trainer_free(&t);
+}
+
+/* Gradients that would make a moment inf, for ever: the step is skipped; as the scale is not to blame it stays, and in
+   the end it is told. Clipping saves the step. */
+static void test_huge_moments(mpt_context *ctx, const mpt_optimizer_desc *d, float fits, float huge) {
+    mpt_scaler_desc scaler = MPT_ZERO;
+    mpt_optimizer_state s;
+    snapshot kept;
+    trainer t;
+    float m = 0;
+    int i, moment;
+    scaler.init_scale = 1, scaler.patience = 3;
+    t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, d, &scaler, 10, 10);
+    set_weights(&t, 1);
+    kept = take(&t);
+    set_gradients(&t, 0, 1);
+    set_gradient(&t, 2, 3, huge);
+    for (i = 1; i <= 4; i++) {
+        CHECK_OK(ctx, mpt_step(t.opt));
+        if (i < 3) CHECK_OK(ctx, mpt_scaler_update(t.scaler));
+        else CHECK_ERROR(ctx, mpt_scaler_update(t.scaler), MPT_ERROR_DIVERGED, "moment");
+    }
+    CHECK(same(kept, take(&t)));
+    s = state_of(&t);
+    CHECK_EQUAL(s.skipped, 4);
+    CHECK_EQUAL(s.journal[0].reason, MPT_SKIP_MOMENT);
+    CHECK_EQUAL(mpt_scaler_scale(t.scaler), 1);
+    CHECK_OK(ctx, mpt_unscale(t.opt));
+    CHECK_EQUAL(state_of(&t).found, MPT_SKIP_MOMENT);
+    CHECK_OK(ctx, mpt_clip_norm(t.opt, 1));
+    CHECK_EQUAL(state_of(&t).found, MPT_SKIP_NONE);
+    step(&t);
+    set_gradient(&t, 2, 3, fits);
+    for (i = 0; i < 300; i++) step(&t); /* the moments reach their largest */
+    CHECK_EQUAL(state_of(&t).applied, 301);
+    for (moment = 1; moment <= 3 && mpt_optimizer_moment(t.opt, moment, 2); moment++) {
+        CHECK_OK(ctx, mpt_download(ctx, &m, mpt_optimizer_moment(t.opt, moment, 2) + 3, sizeof m));
+        CHECK(test_is_finite((double)m) && (m > 1 || m < -1));
+    }
+    trainer_free(&t);
+}
+
+/* Moments that shrink do not stay among the subnormals: 0, on every device. Zero gradients let them shrink. */
+static void test_small_moments(mpt_context *ctx, const mpt_optimizer_desc *d) {
+    trainer t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, d, NULL, 37, 10);
+    float m[37];
+    int i, j, moment;
+    set_weights(&t, 1);
+    set_gradients(&t, 1e-13, 1);
+    step(&t);
+    set_gradients(&t, 0, 1);
+    for (i = 0; i < 1200; i++) {
+        step(&t);
+        if (i % 100) continue;
+        for (moment = 1; moment <= 2 && mpt_optimizer_moment(t.opt, moment, 1); moment++) {
+            CHECK_OK(ctx, mpt_download(ctx, m, mpt_optimizer_moment(t.opt, moment, 1), sizeof m));
+            for (j = 0; j < 37; j++)
+                CHECK((test_bits(m[j]) & 0x7f800000u) != 0 || (test_bits(m[j]) & 0x7fffffffu) == 0);
+        }
+    }
+    CHECK_OK(ctx, mpt_download(ctx, m, mpt_optimizer_moment(t.opt, 1, 1), sizeof m));
+    for (j = 0; j < 37; j++) CHECK_EQUAL(m[j], 0);
+    trainer_free(&t);
+}
+
+static void test_moment_limits(mpt_context *ctx) {
+    mpt_optimizer_desc d = mpt_adam(1e-3);
+    test_huge_moments(ctx, &d, 9e18f, 1e22f);
+    test_small_moments(ctx, &d);
+    d.amsgrad = 1, d.weight_decay = 0;
+    test_huge_moments(ctx, &d, 9e18f, 1e22f);
+    d = mpt_adamw(1e-3);
+    test_huge_moments(ctx, &d, 9e18f, 3e38f);
+    d.beta1 = 0.4;
+    test_small_moments(ctx, &d);
+    d = mpt_sgd(1e-3, 0.9);
+    test_huge_moments(ctx, &d, 2e36f, 1e38f);
+    test_small_moments(ctx, &d);
+    d.nesterov = 1;
+    test_huge_moments(ctx, &d, 2e36f, 1e38f);
 }
 
 /* ==== CLIPPING ==== */
@@ -1125,6 +1262,9 @@ int main(void) {
     test_moments(ctx);
     test_skips(ctx);
     test_journal(ctx);
+    test_moment_limits(ctx);
+    test_dead_scale(ctx);
+    test_schedule_power();
     test_divergence(ctx, MPT_SCALER_DYNAMIC);
     test_divergence(ctx, MPT_SCALER_STATIC);
     test_divergence(ctx, MPT_SCALER_OFF);
