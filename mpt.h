@@ -1763,6 +1763,16 @@ enum {
 
 typedef struct mpt__pool mpt__pool;
 
+/* A left operand: word d of run r of its row i is at base + rows[i] + runs[r] + d * step, in bytes. A word is a float
+   or a pair of bf16 that are neighbours in depth. Rows may lie anywhere: in an array of the caller or in a workspace. */
+typedef struct mpt__left {
+    const char *base;
+    const size_t *rows, *runs;
+    size_t count, length, step; /* runs, words of each, bytes between two */
+} mpt__left;
+
+typedef void (*mpt__tile)(const mpt__left *left, size_t row, const float *b, float *sums, size_t stride, int add);
+
 typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     const char *name;
     void (*load_f16)(const uint16_t *src, size_t n, float *dst);
@@ -1774,14 +1784,14 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     int (*squares[3])(const void *x, size_t n, double *lanes);
     /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
     void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
-    /* sums(tile_m,tile_n) = a(tile_m,depth) b(depth,tile_n), + sums if add. Element (i,d) of a is a[i * row + d *
-       step]; rows of sums are `stride` apart */
-    void (*tile)(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, size_t stride,
-                 int add);
-    /* the same where what stands for a float is a pair of bf16: element 2 d low, 2 d + 1 high; or NULL */
-    void (*pairs)(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, size_t stride,
-                  int add);
-    /* panel(depth,n) = the transpose of x(n,depth), whose rows are `stride` apart; n a multiple of 4 */
+    /* sums(tile_m,tile_n) = rows row.. of left times the panel b(words,tile_n), + sums if add; rows of sums are
+       `stride` apart. [0]: floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns. Another kind
+       of word is another row: pairs of bf16 or fp16 for AMX, whose tiles are larger. (AVX512-FP16 is of no use here: it
+       sums in fp16.) */
+    mpt__tile tile[2][2];
+    /* out[e] = low[e], high[e] as a pair */
+    void (*pair)(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out);
+    /* panel(depth,n) = the transpose of x(n,depth), whose rows are `stride` words apart; n a multiple of 4 */
     void (*transpose)(const float *x, size_t stride, size_t depth, size_t n, float *panel);
     size_t tile_m, tile_n;
     int avx2; /* tasks are there compiled for AVX2, too */
@@ -2226,16 +2236,25 @@ static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const
 
 enum { MPT__PLAIN_M = 4, MPT__PLAIN_N = 8 };
 
-static void mpt__tile_plain(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums,
-                            size_t stride, int add) {
-    float tile[MPT__PLAIN_M][MPT__PLAIN_N] = {{0}};
-    size_t d;
+static void mpt__tile_plain(const mpt__left *left, size_t row, const float *b, float *sums, size_t stride, int add) {
+    float tile[MPT__PLAIN_M][MPT__PLAIN_N] = {{0}}, a;
+    const char *rows[MPT__PLAIN_M];
+    size_t r, d;
     int i, j;
-    for (d = 0; d < depth; d++, a += step, b += MPT__PLAIN_N)
-        for (i = 0; i < MPT__PLAIN_M; i++)
-            for (j = 0; j < MPT__PLAIN_N; j++) tile[i][j] += a[(size_t)i * row] * b[j];
+    for (i = 0; i < MPT__PLAIN_M; i++) rows[i] = left->base + left->rows[row + (size_t)i];
+    for (r = 0; r < left->count; r++)
+        for (d = 0; d < left->length; d++, b += MPT__PLAIN_N)
+            for (i = 0; i < MPT__PLAIN_M; i++) {
+                memcpy(&a, rows[i] + left->runs[r] + d * left->step, sizeof a);
+                for (j = 0; j < MPT__PLAIN_N; j++) tile[i][j] += a * b[j];
+            }
     for (i = 0; i < MPT__PLAIN_M; i++, sums += stride)
         for (j = 0; j < MPT__PLAIN_N; j++) sums[j] = add ? sums[j] + tile[i][j] : tile[i][j];
+}
+
+static void mpt__pair_plain(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out) {
+    size_t e;
+    for (e = 0; e < n; e++) out[e] = low[e] | (uint32_t)high[e] << 16;
 }
 
 static void mpt__transpose_plain(const float *x, size_t stride, size_t depth, size_t n, float *panel) {
@@ -2251,7 +2270,8 @@ static mpt__simd mpt__simd_plain(void) {
     s.load_bf16 = mpt__load_bf16_plain, s.store_bf16 = mpt__store_bf16_plain;
     s.squares[MPT_F32] = mpt__squares_plain;
     s.update = mpt__update_plain;
-    s.tile = mpt__tile_plain, s.tile_m = MPT__PLAIN_M, s.tile_n = MPT__PLAIN_N;
+    s.tile[0][0] = s.tile[0][1] = mpt__tile_plain, s.tile_m = MPT__PLAIN_M, s.tile_n = MPT__PLAIN_N;
+    s.pair = mpt__pair_plain;
     s.transpose = mpt__transpose_plain;
     return s;
 }
@@ -2407,60 +2427,95 @@ MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 
     return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), step));
 }
 
-MPT__AVX2 static void mpt__update_avx2(const mpt__rates *r, size_t n, float *p, const float *g, float *m, float *v,
-                                       float *largest) {
-    const __m256 limit = _mm256_set1_ps(r->clip_value);
-    const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi32(r->maximize ? INT32_MIN : 0));
+/* Returns how many were whole eights. Inlined into each call, in which some rates are constants. */
+MPT__AVX2 __attribute__((always_inline)) static inline size_t
+mpt__update8(const mpt__rates *r, size_t n, float *p, const float *g, float *m, float *v, float *largest) {
+    const __m256 limit = _mm256_set1_ps(r->clip_value), zero = _mm256_setzero_ps();
     size_t i;
     for (i = 0; i + 8 <= n; i += 8) {
-        __m256 x = mpt__mul8(mpt__mul8(_mm256_loadu_ps(g + i), _mm256_set1_ps(r->inv_scale)), _mm256_set1_ps(r->clip));
-        __m256 w = _mm256_loadu_ps(p + i);
-        if (r->clip_value > 0) x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(_mm256_setzero_ps(), limit));
-        x = _mm256_xor_ps(x, sign);
+        __m256 x = mpt__mul8(_mm256_loadu_ps(g + i), _mm256_set1_ps(r->inv_scale)), w = _mm256_loadu_ps(p + i);
+        if (r->clip != 1) x = mpt__mul8(x, _mm256_set1_ps(r->clip));
+        if (r->clip_value > 0) x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(zero, limit));
+        if (r->maximize) x = _mm256_xor_ps(x, _mm256_set1_ps(-0.0f));
         w = r->kind == MPT_SGD ? mpt__sgd8(r, w, x, m ? m + i : NULL)
                                : mpt__adam8(r, w, x, m + i, v + i, largest ? largest + i : NULL);
         _mm256_storeu_ps(p + i, w);
     }
-    mpt__update_plain(r, n - i, p + i, g + i, m ? m + i : NULL, v ? v + i : NULL, largest ? largest + i : NULL);
+    return i;
 }
 
-/* A tile of as many rows as EACH has and two vectors across, its sums in registers. V: _mm256 or _mm512. STEP
-   multiplies one row: floats; or pairs of bf16 into one sum each (vdpbf16ps, which takes subnormals for zeros). */
+/* Works on a copy of the rates, which no store can change: else each would be read again after every store. What is
+   off in most steps is a constant there, so that the loop has no branch. */
+MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
+                                       float *largest) {
+    mpt__rates r = *rates;
+    const int clips = r.clip != 1 || r.clip_value > 0 || r.decay != 0;
+    size_t i;
+    if (clips || r.maximize || r.first || r.nesterov || r.amsgrad) i = mpt__update8(&r, n, p, g, m, v, largest);
+    else {
+        r.clip = 1, r.clip_value = r.decay = 0;
+        r.maximize = r.first = r.nesterov = r.amsgrad = 0;
+        if (r.kind == MPT_SGD && r.has_momentum) {
+            r.kind = MPT_SGD, r.has_momentum = 1;
+            i = mpt__update8(&r, n, p, g, m, NULL, NULL);
+        } else i = mpt__update8(&r, n, p, g, m, v, NULL);
+    }
+    mpt__update_plain(rates, n - i, p + i, g + i, m ? m + i : NULL, v ? v + i : NULL, largest ? largest + i : NULL);
+}
+
+/* A tile of as many rows as EACH has and two vectors across (VECTORS 1: one), its sums in registers. V: _mm256 or
+   _mm512. STEP multiplies one row: floats; or pairs of bf16 into one sum each (vdpbf16ps, which takes subnormals for
+   zeros). A word of the left operand is loaded wherever it lies, at an odd multiple of two bytes as well. */
 typedef __m256 mpt__vector_mm256;
-#define MPT__TILE(name, target, EACH, STEP, V)                                                                  \
-    target static void name(size_t depth, const float *a, size_t row, size_t step, const float *b, float *sums, \
-                            size_t stride, int add) {                                                           \
-        enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b };                                                    \
-        size_t d;                                                                                               \
-        EACH(MPT__TILE_ROW, V)                                                                                  \
-        for (d = 0; d < depth * step; d += step, b += 2 * WIDTH) {                                              \
-            const mpt__vector##V left = V##_loadu_ps(b), right = V##_loadu_ps(b + WIDTH);                       \
-            EACH(STEP, V)                                                                                       \
-        }                                                                                                       \
-        EACH(MPT__TILE_KEEP, V)                                                                                 \
+typedef float mpt__unaligned __attribute__((may_alias, aligned(1)));
+#define MPT__TILE(name, target, EACH, STEP, V, VECTORS)                                                            \
+    target static void name(const mpt__left *l, size_t row, const float *b, float *sums, size_t stride, int add) { \
+        enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b, two = VECTORS == 2 };                                   \
+        const size_t step = l->step;                                                                               \
+        size_t r, d, end;                                                                                          \
+        EACH(MPT__TILE_ROW, V)                                                                                     \
+        for (r = 0; r < l->count; r++)                                                                             \
+            for (d = l->runs[r], end = d + l->length * step; d < end; d += step, b += 2 * WIDTH) {                 \
+                const mpt__vector##V left = V##_loadu_ps(b), right = two ? V##_loadu_ps(b + WIDTH) : left;         \
+                EACH(STEP, V)                                                                                      \
+            }                                                                                                      \
+        EACH(MPT__TILE_KEEP, V)                                                                                    \
     }
-#define MPT__TILE_ROW(i, V)          \
-    const float *a##i = a + i * row; \
+#define MPT__TILE_ROW(i, V)                        \
+    const char *a##i = l->base + l->rows[row + i]; \
     mpt__vector##V left##i = V##_setzero_ps(), right##i = left##i;
-#define MPT__TILE_FLOATS(i, V)                         \
-    {                                                  \
-        const mpt__vector##V x = V##_set1_ps(a##i[d]); \
-        left##i = V##_fmadd_ps(x, left, left##i);      \
-        right##i = V##_fmadd_ps(x, right, right##i);   \
+#define MPT__TILE_WORD(i, V) V##_set1_ps(*(const mpt__unaligned *)(const void *)(a##i + d))
+#define MPT__TILE_FLOATS(i, V)                                \
+    {                                                         \
+        const mpt__vector##V x = MPT__TILE_WORD(i, V);        \
+        left##i = V##_fmadd_ps(x, left, left##i);             \
+        if (two) right##i = V##_fmadd_ps(x, right, right##i); \
     }
-#define MPT__TILE_PAIRS(i, V)                                   \
-    {                                                           \
-        const __m512bh x = (__m512bh)V##_set1_ps(a##i[d]);      \
-        left##i = V##_dpbf16_ps(left##i, x, (__m512bh)left);    \
-        right##i = V##_dpbf16_ps(right##i, x, (__m512bh)right); \
+#define MPT__TILE_PAIRS(i, V)                                            \
+    {                                                                    \
+        const __m512bh x = (__m512bh)MPT__TILE_WORD(i, V);               \
+        left##i = V##_dpbf16_ps(left##i, x, (__m512bh)left);             \
+        if (two) right##i = V##_dpbf16_ps(right##i, x, (__m512bh)right); \
     }
-#define MPT__TILE_KEEP(i, V)                                              \
-    if (add) left##i = V##_add_ps(V##_loadu_ps(sums), left##i);           \
-    if (add) right##i = V##_add_ps(V##_loadu_ps(sums + WIDTH), right##i); \
-    V##_storeu_ps(sums, left##i);                                         \
-    V##_storeu_ps(sums + WIDTH, right##i);                                \
+#define MPT__TILE_KEEP(i, V)                                                     \
+    if (add) left##i = V##_add_ps(V##_loadu_ps(sums), left##i);                  \
+    V##_storeu_ps(sums, left##i);                                                \
+    if (two && add) right##i = V##_add_ps(V##_loadu_ps(sums + WIDTH), right##i); \
+    if (two) V##_storeu_ps(sums + WIDTH, right##i);                              \
     sums += stride;
-MPT__TILE(mpt__tile_avx2, MPT__AVX2, MPT__EACH_6, MPT__TILE_FLOATS, _mm256)
+MPT__TILE(mpt__tile_avx2, MPT__AVX2, MPT__EACH_6, MPT__TILE_FLOATS, _mm256, 2)
+MPT__TILE(mpt__half_avx2, MPT__AVX2, MPT__EACH_6, MPT__TILE_FLOATS, _mm256, 1)
+
+MPT__AVX2 static void mpt__pair_avx2(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out) {
+    for (; n >= 16; n -= 16, low += 16, high += 16, out += 16) {
+        const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)low);
+        const __m256i y = _mm256_loadu_si256((const __m256i *)(const void *)high);
+        const __m256i a = _mm256_unpacklo_epi16(x, y), b = _mm256_unpackhi_epi16(x, y);
+        _mm256_storeu_si256((__m256i *)(void *)out, _mm256_permute2x128_si256(a, b, 0x20));
+        _mm256_storeu_si256((__m256i *)(void *)(out + 8), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+    mpt__pair_plain(low, high, n, out);
+}
 
 MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, size_t n, float *panel) {
     size_t d, r, e;
@@ -2474,7 +2529,7 @@ MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t 
             _mm_storeu_ps(panel + (d + 2) * n + r, x2), _mm_storeu_ps(panel + (d + 3) * n + r, x3);
         }
         for (; d < depth; d++)
-            for (e = 0; e < 4; e++) panel[d * n + r + e] = rows[e * stride + d];
+            for (e = 0; e < 4; e++) memcpy(&panel[d * n + r + e], (const char *)(rows + e * stride + d), sizeof *panel);
     }
 }
 
@@ -2486,7 +2541,8 @@ static mpt__simd mpt__simd_avx2(void) {
     s.squares[MPT_F32] = mpt__squares_f32_avx2;
     s.squares[MPT_F16] = mpt__squares_f16_avx2, s.squares[MPT_BF16] = mpt__squares_bf16_avx2;
     s.update = mpt__update_avx2;
-    s.tile = mpt__tile_avx2, s.tile_m = 6, s.tile_n = 16;
+    s.tile[0][0] = mpt__tile_avx2, s.tile[0][1] = mpt__half_avx2, s.tile_m = 6, s.tile_n = 16;
+    s.pair = mpt__pair_avx2;
     s.transpose = mpt__transpose_avx2;
     s.avx2 = 1;
     return s;
@@ -2510,23 +2566,55 @@ MPT__AVX512 static void mpt__store_f16_avx512(uint16_t *dst, size_t n, const flo
     mpt__store_f16_plain(dst, n, src);
 }
 
+/* Rounded to bf16, in the upper halves */
+MPT__AVX512 static inline __m512i mpt__round_bf16x16(__m512i u) {
+    const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, u, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan =
+        _mm512_cmpgt_epi32_mask(_mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff)), _mm512_set1_epi32(0x7f800000));
+    return _mm512_mask_or_epi32(sum, nan, u, _mm512_set1_epi32(0x400000));
+}
+
 MPT__AVX512 static void mpt__store_bf16_avx512(uint16_t *dst, size_t n, const float *src) {
+    static const uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i halves = _mm512_loadu_si512((const void *)upper);
+    for (; n >= 32; n -= 32, src += 32, dst += 32)
+        _mm512_storeu_si512(
+            (void *)dst, _mm512_permutex2var_epi16(mpt__round_bf16x16(_mm512_loadu_si512((const void *)src)), halves,
+                                                   mpt__round_bf16x16(_mm512_loadu_si512((const void *)(src + 16)))));
+    mpt__store_bf16_avx2(dst, n, src);
+}
+
+MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, float *dst) {
     for (; n >= 16; n -= 16, src += 16, dst += 16) {
-        const __m512i u = _mm512_loadu_si512((const void *)src), top = _mm512_maskz_srli_epi32(0xffff, u, 16);
-        const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-        const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+        const __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)src);
+        const __m512i u = _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16);
         const __mmask16 nan =
             _mm512_cmpgt_epi32_mask(_mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff)), _mm512_set1_epi32(0x7f800000));
-        const __m512i rounded =
-            _mm512_mask_or_epi32(_mm512_maskz_srli_epi32(0xffff, sum, 16), nan, top, _mm512_set1_epi32(0x40));
-        _mm256_storeu_si256((__m256i *)(void *)dst, _mm512_maskz_cvtepi32_epi16(0xffff, rounded));
+        _mm512_storeu_si512((void *)dst, _mm512_mask_or_epi32(u, nan, u, _mm512_set1_epi32(0x400000)));
     }
-    mpt__store_bf16_plain(dst, n, src);
+    mpt__load_bf16_avx2(src, n, dst);
+}
+
+/* The instruction that rounds takes subnormals for zeros: those with one among them go the other way. */
+MPT__AVX512_BF16 static void mpt__store_bf16_native(uint16_t *dst, size_t n, const float *src) {
+    const __m512i one = _mm512_set1_epi32(1), least = _mm512_set1_epi32(0x00fffffe);
+    for (; n >= 32; n -= 32, src += 32, dst += 32) {
+        const __m512i low = _mm512_loadu_si512((const void *)src), high = _mm512_loadu_si512((const void *)(src + 16));
+        const __m512i a = _mm512_sub_epi32(_mm512_add_epi32(low, low), one);
+        const __m512i b = _mm512_sub_epi32(_mm512_add_epi32(high, high), one);
+        if (_mm512_cmple_epu32_mask(_mm512_min_epu32(a, b), least)) mpt__store_bf16_avx2(dst, 32, src);
+        else _mm512_storeu_si512((void *)dst, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+    mpt__store_bf16_avx2(dst, n, src);
 }
 
 typedef __m512 mpt__vector_mm512;
-MPT__TILE(mpt__tile_avx512, MPT__AVX512, MPT__EACH_8, MPT__TILE_FLOATS, _mm512)
-MPT__TILE(mpt__pairs_avx512, MPT__AVX512_BF16, MPT__EACH_8, MPT__TILE_PAIRS, _mm512)
+MPT__TILE(mpt__tile_avx512, MPT__AVX512, MPT__EACH_8, MPT__TILE_FLOATS, _mm512, 2)
+MPT__TILE(mpt__half_avx512, MPT__AVX512, MPT__EACH_8, MPT__TILE_FLOATS, _mm512, 1)
+MPT__TILE(mpt__pairs_avx512, MPT__AVX512_BF16, MPT__EACH_8, MPT__TILE_PAIRS, _mm512, 2)
+MPT__TILE(mpt__half_pairs_avx512, MPT__AVX512_BF16, MPT__EACH_8, MPT__TILE_PAIRS, _mm512, 1)
 
 static int mpt__cpu_has_bf16(void) {
     unsigned a, b, c, d;
@@ -2537,9 +2625,10 @@ static mpt__simd mpt__simd_avx512(void) {
     mpt__simd s = mpt__simd_avx2();
     s.name = "avx512";
     s.load_f16 = mpt__load_f16_avx512, s.store_f16 = mpt__store_f16_avx512;
-    s.store_bf16 = mpt__store_bf16_avx512;
-    s.tile = mpt__tile_avx512, s.tile_m = 8, s.tile_n = 32;
-    s.pairs = mpt__cpu_has_bf16() ? mpt__pairs_avx512 : NULL;
+    s.load_bf16 = mpt__load_bf16_avx512, s.store_bf16 = mpt__store_bf16_avx512;
+    s.tile[0][0] = mpt__tile_avx512, s.tile[0][1] = mpt__half_avx512, s.tile_m = 8, s.tile_n = 32;
+    if (mpt__cpu_has_bf16()) s.store_bf16 = mpt__store_bf16_native;
+    if (mpt__cpu_has_bf16()) s.tile[1][0] = mpt__pairs_avx512, s.tile[1][1] = mpt__half_pairs_avx512;
     return s;
 }
 
@@ -2652,9 +2741,27 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
    back from two halves just stored waits for them. */
 
 static const float mpt__zeros[MPT__RUN] = {0};
+/* A NaN that signals stays so: arithmetic or the rounding that follows makes it a quiet one. */
+MPT__INLINE void mpt__widen_run(const uint16_t *MPT__RESTRICT x, float *MPT__RESTRICT out) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) out[e] = mpt__float((uint32_t)x[e] << 16);
+}
+
+MPT__INLINE void mpt__narrow_run(const float *MPT__RESTRICT x, uint16_t *MPT__RESTRICT out) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const uint32_t u = mpt__bits(x[e]), nan = 0u - (uint32_t)((int32_t)(u & 0x7fffffffu) > 0x7f800000);
+        out[e] = (uint16_t)((((u + 0x7fffu + ((u >> 16) & 1u)) & ~nan) | ((u | 0x400000u) & nan)) >> 16);
+    }
+}
+
 /* Elements i .. i+n of a as fp32; of a short run the rest is 0. */
 MPT__INLINE const float *mpt__read_run(const mpt_context *ctx, mpt_array a, size_t i, size_t n, float *room) {
     if (a.type == MPT_F32 && n == MPT__RUN) return (const float *)a.data + i;
+    if (a.type == MPT_BF16 && n == MPT__RUN) {
+        mpt__widen_run((const uint16_t *)a.data + i, room);
+        return room;
+    }
     if (n < MPT__RUN) memset(room, 0, MPT__RUN * sizeof *room);
     mpt__load(ctx, a, i, n, room);
     return room;
@@ -2662,6 +2769,7 @@ MPT__INLINE const float *mpt__read_run(const mpt_context *ctx, mpt_array a, size
 
 MPT__INLINE void mpt__write_run(const mpt_context *ctx, mpt_array a, size_t i, size_t n, const float *x) {
     if (a.type == MPT_F32 && n == MPT__RUN) memcpy((float *)a.data + i, x, MPT__RUN * sizeof *x);
+    else if (a.type == MPT_BF16 && n == MPT__RUN) mpt__narrow_run(x, (uint16_t *)a.data + i);
     else mpt__store(ctx, a, i, n, x);
 }
 
@@ -3235,28 +3343,36 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
 
 /* ==== ENGINE ====
 
-   The CPU backend. One driver computes every matrix product, convolutions included: it cuts the result into blocks,
-   copies the parts of both operands that a block needs into fp32 (the right one in panels as wide as a tile; rows of
-   the left one stay where they are if they are fp32 already), multiplies them with a small kernel that keeps its tile
-   in registers, and finishes the block: scale, add, bias, activation, round, store. Where none of that is to be done
-   tiles are stored at once. Operands are read through views, so a convolution is the same product with another way
-   to read an image; no patch matrix is ever stored. In which order a sum is taken depends on the sizes and the kernel
-   alone, not on the number of threads or the CPU's caches: so do the bits.
+   The CPU backend. One driver computes every matrix product, convolutions included. It cuts the result into blocks and
+   the depth, the dimension that is summed, into parts. Of a part the right operand is packed into panels as wide as a
+   tile; the left one is read where it lies, in the caller's array or in a copy that has no element twice. A small
+   kernel keeps a tile of the result in registers; a group of rows is finished (scale, add, bias, activation, rounding)
+   while its sums are still in L1. No patch matrix is ever stored. In which order a sum is taken depends on the sizes
+   and the kernel alone, not on the number of threads or the CPU's caches: so do the bits.
    tests/reference.h has all operations as plain loops: what they mean. */
 
 enum {
-    MPT__BLOCK_M = 576, /* rows and columns of a block of the result: multiples of every kernel's tile */
+    MPT__BLOCK_M = 576, /* rows and columns at most of a block of the result */
     MPT__BLOCK_N = 256,
-    MPT__TURNED_N = 192,          /* columns of one that is turned back: then it fits where the packed words were */
-    MPT__DEEP = 576,              /* depth at most of what is packed at a time, if a row's words are neighbours; */
-    MPT__SHALLOW = 192,           /* and if a tile finds each of them in another cache line */
-    MPT__LEFT_WORDS = 96 * 576,   /* of the left operand: rows that stay within L2 (216 KiB) */
-    MPT__RIGHT_WORDS = 128 * 576, /* and of the right one, which comes by in panels as wide as a tile */
-    MPT__TILE_N = 32,             /* the widest tile */
-    MPT__ROOM = 20 * MPT__RUN,    /* at the end of a workspace, for runs that would make a frame too large */
-    MPT__SUMS_AT = MPT__LEFT_WORDS + MPT__RIGHT_WORDS + MPT__TILE_N * MPT__DEEP,
-    MPT__WORKSPACE = MPT__SUMS_AT + MPT__BLOCK_M * MPT__BLOCK_N + MPT__ROOM
+    MPT__GROUP = 96, /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
+    MPT__TILE_M = 8, /* the largest tile */
+    MPT__TILE_N = 32,
+    MPT__DEEP = 576,              /* words of a part's depth if the left operand is copied, */
+    MPT__DEEPEST = 1536,          /* and if it is read in place */
+    MPT__LEFT_WORDS = 96 * 576,   /* of the left operand: 216 KiB, and */
+    MPT__RIGHT_WORDS = 128 * 768, /* panels, 384 KiB: both stay in L2 */
+    MPT__LINE_WORDS = MPT__TILE_N * 256,
+    MPT__TABLE = MPT__DEEPEST + 2 * MPT__RUN, /* offsets; a block has fewer rows than DEEPEST */
+    MPT__ROOM = 32 * MPT__RUN,                /* for runs that would make a frame too large */
+    MPT__WORKSPACE = MPT__RIGHT_WORDS + MPT__LEFT_WORDS + MPT__LINE_WORDS + MPT__BLOCK_M * MPT__BLOCK_N +
+                     MPT__GROUP * MPT__BLOCK_N + 3 * MPT__TABLE * 2 + MPT__ROOM
 };
+
+/* The parts of a worker's workspace */
+typedef struct mpt__desk {
+    float *panels, *left, *line, *sums, *turned, *room;
+    size_t *rows, *runs, *strips; /* see mpt__left, mpt__right */
+} mpt__desk;
 
 static float *mpt__worker_space(const mpt_context *ctx, int worker) {
     return ctx->workspace + (size_t)worker * MPT__WORKSPACE;
@@ -3266,261 +3382,251 @@ static float *mpt__worker_room(const mpt_context *ctx, int worker) {
     return mpt__worker_space(ctx, worker) + MPT__WORKSPACE - MPT__ROOM;
 }
 
+static mpt__desk mpt__desk_of(const mpt_context *ctx, int worker) {
+    mpt__desk d;
+    d.panels = mpt__worker_space(ctx, worker);
+    d.left = d.panels + MPT__RIGHT_WORDS;
+    d.line = d.left + MPT__LEFT_WORDS;
+    d.sums = d.line + MPT__LINE_WORDS;
+    d.turned = d.sums + MPT__BLOCK_M * MPT__BLOCK_N;
+    d.rows = (size_t *)(void *)(d.turned + MPT__GROUP * MPT__BLOCK_N);
+    d.runs = d.rows + MPT__TABLE;
+    d.strips = d.runs + MPT__TABLE;
+    d.room = mpt__worker_room(ctx, worker);
+    return d;
+}
+
 static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
     ctx->workspace = (float *)mpt__host_alloc(ctx, (size_t)ctx->threads * MPT__WORKSPACE * sizeof(float));
     return ctx->workspace ? MPT_OK : MPT_ERROR_NO_MEMORY;
 }
 
-/* -- Views -- */
+static size_t mpt__pieces(size_t n, size_t most) { return (n + most - 1) / most; }
 
-/* The input row that output position p reads through kernel row r; past the end for padding. */
-static size_t mpt__tap(const mpt_conv2d_shape *s, size_t p, size_t r) {
-    return p * s->stride + r * s->dilation - s->padding; /* wraps below 0 to a huge number */
+/* n in pieces that are nearly the same, multiples of `unit`: the size of one */
+static size_t mpt__evenly(size_t n, size_t most, size_t unit) {
+    return mpt__pieces(mpt__pieces(n, mpt__pieces(n, most)), unit) * unit;
 }
 
-typedef enum mpt__view_kind {
-    MPT__MATRIX,  /* (u, v) = data[u * stride + v] */
-    MPT__PATCHES, /* u = (n,p,q), v = (r,s,c): the image under the kernel, zeros in the padding */
-    MPT__TAPS,    /* PATCHES turned about: u = (r,s,c), v = (n,p,q), for images of few channels */
-    MPT__SPREAD,  /* u = (n,h,w), v = (r,s,k): dy at the output that reads (h,w) through (r,S-1-s), 0 if none does */
-    MPT__FILTERS  /* u = (r,s,k), v = c: weights stored (k,r,S-1-s,c). Backwards, for then dy is read forwards */
-} mpt__view_kind;
+/* -- Operands --
 
-/* An operand as a table of rows u whose elements v lie in runs in memory. */
-typedef struct mpt__view {
-    mpt__view_kind kind;
-    int v_is_depth; /* v runs along the summed dimension (else along the result's rows or columns) */
+   The depth of the right operand is `count` strips of `length` elements; with pairs of bf16 an odd strip ends in a pair
+   with 0. Element e of strip r in column j is element strips[r] + e * step + j * column of the array. Strips and the
+   left operand's runs (see mpt__left) list the same words in the same order. */
+typedef struct mpt__right {
+    const size_t *strips;
+    size_t count, length, step, column;
+} mpt__right;
+
+typedef struct mpt__matrix {
     mpt_array data;
-    size_t size;             /* bytes of a packed element: 4, widened to fp32; 2, bf16 for pairs */
-    size_t stride;           /* MATRIX */
-    const mpt_conv2d_op *op; /* the others */
-    size_t group;            /* of its channels and filters, whose numbers C and K are below */
-} mpt__view;
+    size_t stride; /* between rows */
+    int along;     /* a row runs along the depth, else along the rows or columns of the result */
+} mpt__matrix;
 
-/* The image that a view reads, PATCHES x and SPREAD dy, and where tap (r,s) of its row u lies in it: at (y,x), from the
-   channel of its group on; y or x is past the end (or wraps below 0) for zeros. */
-typedef struct mpt__place {
-    size_t H, W, C, n, y, x;
-} mpt__place;
+/* What a convolution multiplies. Its outputs are (N,P,Q) with taps (R,S) on an image (N,H,W,C), of whose channels it
+   takes some. In the gradient of x the image is dy, `up` apart with zeros between, padded so that every x is an output,
+   and the filters are turned about.
 
-MPT__INLINE mpt__place mpt__tap_place(const mpt__view *view, size_t u, size_t r, size_t s) {
-    const mpt_conv2d_op *op = view->op;
-    const mpt_conv2d_shape *z = &op->shape;
-    mpt__place at;
-    if (view->kind == MPT__PATCHES) {
-        at.H = z->H, at.W = z->W, at.C = z->C;
-        at.n = u / (op->P * op->Q);
-        at.y = mpt__tap(z, u / op->Q % op->P, r), at.x = mpt__tap(z, u % op->Q, s);
-    } else {
-        at.H = op->P, at.W = op->Q, at.C = z->K;
-        at.n = u / (z->H * z->W);
-        at.y = u / z->W % z->H + z->padding - r * z->dilation;
-        at.x = u % z->W + z->padding - (z->S - 1 - s) * z->dilation;
-        at.y = at.y % z->stride ? at.H : at.y / z->stride; /* what wrapped below 0 stays huge */
-        at.x = at.x % z->stride ? at.W : at.x / z->stride;
-    }
-    return at;
+   A band of outputs under a slice of the kernel needs one rectangle of each image. It is copied once, with its padding,
+   into the halo buffer: here three outputs of two rows under a 3x3 kernel with stride 1 (. padding, x pixels of the
+   image, each with the slice's channels side by side):
+
+       . . . . .      The tile reads every tap where it lies. Output (p,q) finds tap (r,s), channel c at
+       . x x x .
+       . x x x .          p * stride * pitch + q * stride * pixel  +  r * dilation * pitch + s * dilation * pixel + c
+       . x x x .          \____________ rows[(p,q)] ____________/     \_ runs[r] _/   \_ S * C words in a row, if the
+                                                                                         dilation is 1; else each tap
+   `pitch` is the bytes of a row, `pixel` of a pixel.                                    is a run of C words
+
+   The gradient of w reads the same buffer the other way round: rows[(r,s,c)] is the second half of the sum, a run is a
+   row of outputs, and its words are stride * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs, so the
+   buffer has at each pixel the pair of it and the one `stride` to its right; step is two outputs. A row's last output
+   is a band of its own if there is no other to pair it with: beside 0, for an inf there would make 0 * inf. */
+typedef struct mpt__image {
+    mpt_array data;
+    size_t N, H, W, C, first, channels; /* channels first .. first+channels of C */
+    size_t up, above, before;           /* zeros above and left of the image; may wrap below 0 */
+    size_t P, Q, R, S, stride, dilation;
+    size_t images, lines, columns;       /* of a band: whole images or some lines of one; outputs of a line */
+    size_t alone;                        /* 1: the last output of a line is a band of its own */
+    size_t taps_down, taps_across, some; /* of a slice: tap rows, taps of one, channels */
+    size_t widest;                       /* elements of a halo's row at most */
+    int turned;                          /* the filters are */
+    enum { MPT__NO_IMAGE, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } kind;
+} mpt__image;
+
+typedef struct mpt__band { /* outputs, rows counted over all images */
+    size_t row, rows, q, columns;
+} mpt__band;
+
+typedef struct mpt__slice { /* of the kernel and its channels */
+    size_t r, R, s, S, c, C;
+} mpt__slice;
+
+static size_t mpt__bands_across(const mpt__image *image) {
+    return mpt__pieces(image->Q - image->alone, image->columns) + image->alone;
 }
 
-/* Index of the tap's first channel, or -1 for zeros */
-MPT__INLINE size_t mpt__tap_index(const mpt__view *view, size_t u, size_t r, size_t s) {
-    const mpt__place at = mpt__tap_place(view, u, r, s);
-    if (at.y >= at.H || at.x >= at.W) return (size_t)-1;
-    return ((at.n * at.H + at.y) * at.W + at.x) * at.C + view->group * (at.C / view->op->shape.groups);
+static mpt__band mpt__band_of(const mpt__image *image, size_t b) {
+    const size_t across = mpt__bands_across(image), last = image->Q - image->alone;
+    const size_t down = mpt__pieces(image->P, image->lines), p = b / across % down * image->lines;
+    mpt__band band;
+    band.row = b / across / down * image->images * image->P + p;
+    band.rows = image->images > 1 ? mpt__min(image->images * image->P, image->N * image->P - band.row)
+                                  : mpt__min(image->lines, image->P - p);
+    band.q = mpt__min(b % across * image->columns, last);
+    band.columns = band.q < last ? mpt__min(image->columns, last - band.q) : 1;
+    return band;
 }
 
-/* dst(n) = elements i .. i+n of the view's array, as packed */
-MPT__INLINE void mpt__fetch(const mpt_context *ctx, const mpt__view *view, size_t i, size_t n, void *dst) {
-    if (view->size == sizeof(uint16_t)) memcpy(dst, (const uint16_t *)view->data.data + i, n * sizeof(uint16_t));
-    else mpt__load(ctx, view->data, i, n, (float *)dst);
+static size_t mpt__bands(const mpt__image *image) {
+    return mpt__pieces(image->N, image->images) * mpt__pieces(image->P, image->lines) * mpt__bands_across(image);
 }
 
-/* dst(n) = elements v .. v+n of row u of an image view, one tap after the other */
-MPT__INLINE void mpt__taps_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, char *dst) {
-    const mpt_conv2d_shape *z = &view->op->shape;
-    const size_t channels = (view->kind == MPT__PATCHES ? z->C : z->K) / z->groups;
-    size_t some;
-    for (; n; dst += some * view->size, v += some, n -= some) {
-        const size_t tap = v / channels, first = v % channels, at = mpt__tap_index(view, u, tap / z->S, tap % z->S);
-        some = mpt__min(n, channels - first);
-        if (at == (size_t)-1) memset(dst, 0, some * view->size);
-        else mpt__fetch(ctx, view, at + first, some, dst);
-    }
+static mpt__slice mpt__slice_of(const mpt__image *image, size_t b) {
+    const size_t along = mpt__pieces(image->channels, image->some), across = mpt__pieces(image->S, image->taps_across);
+    mpt__slice slice;
+    slice.c = b % along * image->some, slice.C = mpt__min(image->some, image->channels - slice.c);
+    slice.s = b / along % across * image->taps_across, slice.S = mpt__min(image->taps_across, image->S - slice.s);
+    slice.r = b / along / across * image->taps_down, slice.R = mpt__min(image->taps_down, image->R - slice.r);
+    return slice;
 }
 
-/* The same where the taps of a kernel row lie side by side in memory: all those inside the image at once */
-MPT__INLINE void mpt__rows_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, char *dst) {
-    const size_t S = view->op->shape.S, size = view->size;
-    const mpt__place first = mpt__tap_place(view, u, 0, 0);
-    const size_t width = S * first.C, image = first.W * first.C, start = first.x * first.C; /* may wrap below 0 */
-    size_t y = first.y, step = view->kind == MPT__PATCHES ? 1 : (size_t)-1, some, begin, skip, inside;
-    y += v / width * step;
-    for (; n; dst += some * size, v += some, n -= some, y += step) {
-        begin = v % width;
-        some = mpt__min(n, width - begin);
-        begin += start;                                       /* of dst[0] in the image row */
-        skip = begin < image ? 0 : mpt__min(some, 0 - begin); /* left of it; all of it, if it is to the right */
-        inside = y < first.H && begin + skip < image ? mpt__min(some - skip, image - begin - skip) : 0;
-        if (inside < some) memset(dst, 0, some * size);
-        if (inside) mpt__fetch(ctx, view, (first.n * first.H + y) * image + begin + skip, inside, dst + skip * size);
-    }
+static size_t mpt__slices(const mpt__image *image) {
+    return mpt__pieces(image->channels, image->some) * mpt__pieces(image->S, image->taps_across) *
+           mpt__pieces(image->R, image->taps_down);
 }
 
-/* dst(n) = elements i, i + step, .. of the view's array, as packed */
-static void mpt__strided_run(const mpt_context *ctx, const mpt__view *view, size_t i, size_t step, size_t n,
-                             char *dst) {
-    const uint16_t *halves = (const uint16_t *)view->data.data + i;
-    const float *floats = (const float *)view->data.data + i;
-    uint16_t line[MPT__RUN];
-    mpt_array run = view->data;
-    size_t e, some;
-    run.data = line;
-    if (step == 1) mpt__fetch(ctx, view, i, n, dst);
-    else if (view->data.type == MPT_F32)
-        for (e = 0; e < n; e++) ((float *)(void *)dst)[e] = floats[e * step];
+/* -- Halo buffers -- */
+
+typedef struct mpt__halo { /* for a band and a slice */
+    size_t rows, width;    /* of one image: padded rows, pixels of a row */
+    size_t size, channels; /* bytes of an element and elements of a pixel, padding included */
+    size_t pixel, pitch;   /* bytes */
+    int pairs;             /* of neighbouring outputs */
+} mpt__halo;
+
+/* Rows of one image that `lines` lines of outputs need, and pixels of a row */
+static size_t mpt__halo_rows(const mpt__image *image, size_t lines, size_t R) {
+    return (lines - 1) * image->stride + (R - 1) * image->dilation + 1;
+}
+
+static size_t mpt__halo_width(const mpt__image *image, size_t columns, size_t S) {
+    return (columns - 1) * image->stride + (S - 1) * image->dilation + 1;
+}
+
+/* multiple: of the channels of a pixel. */
+static mpt__halo mpt__halo_of(const mpt__image *image, const mpt__band *band, const mpt__slice *slice, int pairs,
+                              size_t multiple) {
+    mpt__halo h;
+    h.rows = mpt__halo_rows(image, mpt__min(band->rows, image->lines), slice->R);
+    h.width = mpt__halo_width(image, band->columns, slice->S);
+    h.pairs = pairs && image->kind == MPT__OUTPUTS_ARE_DEPTH;
+    h.size = pairs && !h.pairs ? sizeof(uint16_t) : sizeof(float);
+    h.channels = mpt__pieces(slice->C, multiple) * multiple;
+    h.pixel = h.channels * h.size;
+    h.pitch = h.width * h.pixel;
+    return h;
+}
+
+/* dst(n) = elements i .. i+n of an array, in 16 bits as they are or widened to fp32 */
+static void mpt__fetch(const mpt_context *ctx, mpt_array data, size_t i, size_t n, size_t size, void *dst) {
+    if (size == sizeof(uint16_t)) memcpy(dst, (const uint16_t *)data.data + i, n * size);
+    else mpt__load(ctx, data, i, n, (float *)dst);
+}
+
+/* `count` pixels, elements i .. i+n of an array and so on every `stride`: each to the next place, `step` bytes apart */
+static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_t n, size_t stride, size_t count,
+                         size_t size, size_t step, char *to) {
+    const uint16_t *half = (const uint16_t *)data.data + i;
+    size_t c;
+    if (size == sizeof *half && n < MPT__RUN)
+        for (; count; count--, half += stride, to += step)
+            for (c = 0; c < n; c++) ((uint16_t *)(void *)to)[c] = half[c];
     else
-        for (; n; dst += some * view->size, halves += some * step, n -= some) {
-            some = mpt__min(n, MPT__RUN);
-            for (e = 0; e < some; e++) line[e] = halves[e * step];
-            if (view->size == sizeof *line) memcpy(dst, line, some * sizeof *line);
-            else mpt__load(ctx, run, 0, some, (float *)(void *)dst);
-        }
+        for (; count; count--, i += stride, to += step) mpt__fetch(ctx, data, i, n, size, to);
 }
 
-/* dst(n) = what tap u of an image reads for outputs v .. v+n, one output row after the other */
-static void mpt__tap_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, char *dst) {
-    const mpt_conv2d_shape *z = &view->op->shape;
-    const size_t P = view->op->P, Q = view->op->Q, C = z->C / z->groups, right = u / C % z->S * z->dilation;
-    const size_t edge = z->W + z->padding;                                                       /* of the padded row */
-    const size_t lo = right < z->padding ? (z->padding - right + z->stride - 1) / z->stride : 0; /* outputs that read */
-    const size_t hi = right < edge ? (edge - right + z->stride - 1) / z->stride : 0;             /* the image itself */
-    size_t some, begin, end, y;
-    for (; n; dst += some * view->size, v += some, n -= some) {
-        const size_t q = v % Q, row = v / Q;
-        some = mpt__min(n, Q - q);
-        begin = q < lo ? lo : q, end = mpt__min(q + some, hi);
-        y = mpt__tap(z, row % P, u / C / z->S);
-        if (y >= z->H || begin >= end) end = begin;
-        if (end - begin < some) memset(dst, 0, some * view->size);
-        if (begin < end)
-            mpt__strided_run(ctx, view,
-                             ((row / P * z->H + y) * z->W + begin * z->stride + right - z->padding) * z->C +
-                                 view->group * C + u % C,
-                             z->stride * z->C, end - begin, dst + (begin - q) * view->size);
+/* to(width,channels) = row y of image n with its padding, from column x on, counted from the first of the padding */
+static void mpt__halo_row(const mpt_context *ctx, const mpt__image *image, const mpt__slice *slice, const mpt__halo *h,
+                          size_t n, size_t y, size_t x, char *to) {
+    const size_t up = image->up, size = h->pairs ? sizeof(uint16_t) : h->size, pixel = h->channels * size;
+    const size_t row = y - image->above, column = x - image->before; /* of the image; left of it they wrap below 0 */
+    const int left = column > (size_t)-1 / 2;
+    const size_t skip = left ? 0 - column : (up - column % up) % up, w = left ? 0 : (column + skip) / up;
+    const int inside = row <= (image->H - 1) * up && row % up == 0 && skip < h->width && w < image->W;
+    const size_t count = inside ? mpt__min(image->W - w, (h->width - skip - 1) / up + 1) : 0;
+    const size_t at = inside ? ((n * image->H + row / up) * image->W + w) * image->C + image->first + slice->c : 0;
+    const int whole = up == 1 && h->channels == image->C && slice->C == image->C;
+    if (inside && whole) {
+        memset(to, 0, skip * pixel);
+        mpt__fetch(ctx, image->data, at, count * image->C, size, to + skip * pixel);
+        memset(to + (skip + count) * pixel, 0, (h->width - skip - count) * pixel);
+    } else {
+        memset(to, 0, h->width * pixel);
+        if (inside) mpt__scatter(ctx, image->data, at, slice->C, image->C, count, size, up * pixel, to + skip * pixel);
     }
 }
 
-/* dst(n) = elements v .. v+n of row u, as packed */
-MPT__INLINE void mpt__view_run(const mpt_context *ctx, const mpt__view *view, size_t u, size_t v, size_t n, void *dst) {
-    const mpt_conv2d_shape *z = view->op ? &view->op->shape : NULL;
-    if (view->kind == MPT__MATRIX) mpt__fetch(ctx, view, u * view->stride + v, n, dst);
-    else if (view->kind == MPT__FILTERS) {
-        const size_t each = z->K / z->groups, k = view->group * each + u % each, tap = u / each;
-        const size_t turned = tap / z->S * z->S + z->S - 1 - tap % z->S;
-        mpt__fetch(ctx, view, (k * z->R * z->S + turned) * (z->C / z->groups) + v, n, dst);
-    } else if (view->kind == MPT__TAPS) mpt__tap_run(ctx, view, u, v, n, (char *)dst);
-    else if (z->groups == 1 && z->dilation == 1 && (view->kind == MPT__PATCHES || z->stride == 1))
-        mpt__rows_run(ctx, view, u, v, n, (char *)dst);
-    else mpt__taps_run(ctx, view, u, v, n, (char *)dst);
-}
-
-/* -- Packing: into words, a word being a float or a pair of bf16 that are neighbours in depth -- */
-
-static size_t mpt__words(const mpt__view *view, size_t depth) { return (depth * view->size + 3) / sizeof(float); }
-
-/* to(words(depth)) = elements l .. l+depth of row u of a view whose v is depth */
-MPT__INLINE void mpt__pack_along(const mpt_context *ctx, const mpt__view *view, size_t u, size_t l, size_t depth,
-                                 float *to) {
-    mpt__view_run(ctx, view, u, l, depth, to);
-    if (depth * view->size % sizeof *to) memset((uint16_t *)(void *)to + depth, 0, sizeof(uint16_t));
-}
-
-/* out = pairs of the two */
-MPT__INLINE void mpt__pair_run(const uint16_t *MPT__RESTRICT low, const uint16_t *MPT__RESTRICT high,
-                               uint32_t *MPT__RESTRICT out) {
+/* to(width,channels) = pairs of a pixel and the one `next` elements on; line: n elements and as many zeros as follow */
+static void mpt__halo_pairs(const mpt_context *ctx, const uint16_t *line, size_t n, size_t next, char *to) {
+    const size_t both = next < n ? n - next : 0;
+    uint32_t *out = (uint32_t *)(void *)to;
     size_t e;
-    for (e = 0; e < MPT__RUN; e++) out[e] = low[e] | (uint32_t)high[e] << 16;
+    ctx->simd.pair(line, line + next, both, out);
+    for (e = both; e < n; e++) out[e] = line[e];
 }
 
-/* to(n) = word d of columns v .. v+n of a view whose u is depth, of which rows l .. l+depth count; zeros up to
-   `padded`. `room` holds two such rows in 16 bits, and a run; n is BLOCK_M at most. */
-MPT__INLINE void mpt__pack_across(const mpt_context *ctx, const mpt__view *view, size_t l, size_t depth, size_t d,
-                                  size_t v, size_t n, size_t padded, float *to, float *room) {
-    uint16_t *low = (uint16_t *)(void *)room, *high = low + MPT__BLOCK_M;
-    uint32_t *words = (uint32_t *)(void *)(room + MPT__BLOCK_M);
-    size_t i;
-    if (view->size == sizeof *to) mpt__view_run(ctx, view, l + d, v, n, to);
-    else {
-        mpt__view_run(ctx, view, l + 2 * d, v, n, low);
-        if (2 * d + 1 < depth) mpt__view_run(ctx, view, l + 2 * d + 1, v, n, high);
-        else memset(high, 0, n * sizeof *high);
-        for (i = 0; i < n; i += MPT__RUN) {
-            mpt__pair_run(low + i, high + i, words);
-            memcpy(to + i, words, mpt__min(n - i, MPT__RUN) * sizeof *to);
+/* The buffer of a band, one image after the other */
+static void mpt__halo_fill(const mpt_context *ctx, const mpt__image *image, const mpt__band *band,
+                           const mpt__slice *slice, const mpt__halo *h, const mpt__desk *desk) {
+    const size_t x = band->q * image->stride + slice->s * image->dilation;
+    const size_t next = band->columns > 1 ? image->stride * h->channels : h->width * h->channels;
+    char *to = (char *)desk->left;
+    size_t row, t;
+    for (row = band->row; row < band->row + band->rows; row += image->lines)
+        for (t = 0; t < h->rows; t++, to += h->pitch) {
+            char *line = h->pairs ? (char *)desk->line : to;
+            mpt__halo_row(ctx, image, slice, h, row / image->P,
+                          row % image->P * image->stride + slice->r * image->dilation + t, x, line);
+            if (h->pairs) mpt__halo_pairs(ctx, (const uint16_t *)(const void *)line, h->width * h->channels, next, to);
         }
-    }
-    memset(to + n, 0, (padded - n) * sizeof *to);
 }
 
-/* Is this a matrix in fp32, which needs no widening? */
-static int mpt__is_direct(const mpt__view *view) { return view->kind == MPT__MATRIX && view->data.type == MPT_F32; }
-
-/* Where word (i,d) of the left operand is, i < rows: at[i * row + d * step]. */
-typedef struct mpt__left {
-    const float *at;
-    size_t row, step, rows;
-} mpt__left;
-
-/* Rows of the left operand from row i on, at most `rows`, depth l .. l+depth: packed, with zeros up to a whole tile of
-   rows; or where they are, if they need no packing, as many as fill whole tiles. */
-MPT__INLINE mpt__left mpt__pack_left(const mpt_context *ctx, const mpt__view *view, size_t i, size_t rows, size_t l,
-                                     size_t depth, float *to, float *room) {
-    const size_t tile = ctx->simd.tile_m, padded = (rows + tile - 1) / tile * tile, words = mpt__words(view, depth);
-    mpt__left left;
-    size_t r;
-    if (mpt__is_direct(view) && view->v_is_depth && rows >= tile) {
-        left.at = (const float *)view->data.data + i * view->stride + l;
-        left.row = view->stride, left.step = 1, left.rows = rows / tile * tile;
-        return left;
-    }
-    left.at = to, left.rows = rows;
-    left.row = view->v_is_depth ? words : 1, left.step = view->v_is_depth ? 1 : padded;
-    for (r = 0; r < rows && view->v_is_depth; r++) mpt__pack_along(ctx, view, i + r, l, depth, to + r * words);
-    if (view->v_is_depth) memset(to + rows * words, 0, (padded - rows) * words * sizeof *to);
-    for (r = 0; r < words && !view->v_is_depth; r++)
-        mpt__pack_across(ctx, view, l, depth, r, i, rows, padded, to + r * padded, room);
-    return left;
+/* Bytes from the start of the buffer to the first tap of the band's row `row` */
+static size_t mpt__halo_line(const mpt__image *image, const mpt__halo *h, size_t row) {
+    return (row / image->lines * h->rows + row % image->lines * image->stride) * h->pitch;
 }
 
-/* Columns j .. j+columns of the right operand, depth l .. l+depth, in panels (words,tile); zeros up to whole panels.
-   `lines` holds a tile of them. */
-MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, size_t j, size_t columns, size_t l,
-                                 size_t depth, float *panels, float *lines, float *room) {
-    const size_t tile = ctx->simd.tile_n, padded = (columns + tile - 1) / tile * tile, words = mpt__words(view, depth);
-    const int direct = mpt__is_direct(view);
-    size_t c, r, d, some;
-    for (c = 0; c < padded && view->v_is_depth; c += tile) {
-        if (direct && c + tile <= columns) {
-            ctx->simd.transpose((const float *)view->data.data + (j + c) * view->stride + l, view->stride, depth, tile,
-                                panels + c * depth);
-            continue;
-        }
-        for (r = 0; r < tile; r++)
-            if (c + r < columns) mpt__pack_along(ctx, view, j + c + r, l, depth, lines + r * words);
-            else memset(lines + r * words, 0, words * sizeof *lines);
-        ctx->simd.transpose(lines, words, words, tile, panels + c * words);
-    }
-    for (d = 0; d < words && !view->v_is_depth; d += some) { /* a few rows at a time: panels lie too far apart */
-        const int whole = direct && columns == padded;
-        const float *from = whole ? (const float *)view->data.data + (l + d) * view->stride + j : lines;
-        some = mpt__min(words - d, 16);
-        for (r = 0; r < some && !whole; r++)
-            mpt__pack_across(ctx, view, l, depth, d + r, j, columns, padded, lines + r * padded, room);
-        for (c = 0; c < padded; c += 8)
-            for (r = 0; r < some; r++)
-                memcpy(panels + c / tile * tile * words + (d + r) * tile + c % tile,
-                       from + r * (whole ? view->stride : padded) + c, 8 * sizeof *lines);
-    }
+/* The band's outputs as rows, the slice's taps as depth */
+static void mpt__image_rows(const mpt__image *image, const mpt__band *band, const mpt__slice *slice, const mpt__halo *h,
+                            const mpt__desk *desk, mpt__left *left) {
+    const size_t across = image->dilation > 1 ? slice->S : 1; /* runs of a tap row */
+    size_t *rows = desk->rows, row, q, r, s;
+    for (row = 0; row < band->rows; row++)
+        for (q = 0; q < band->columns; q++) *rows++ = mpt__halo_line(image, h, row) + q * image->stride * h->pixel;
+    for (r = 0; r < slice->R; r++)
+        for (s = 0; s < across; s++)
+            desk->runs[r * across + s] = r * image->dilation * h->pitch + s * image->dilation * h->pixel;
+    left->count = slice->R * across;
+    left->length = slice->S / across * h->pixel / sizeof(float);
+    left->step = sizeof(float);
+}
+
+/* The slice's taps as rows, the band's outputs as depth */
+static void mpt__image_taps(const mpt__image *image, const mpt__band *band, const mpt__slice *slice, const mpt__halo *h,
+                            const mpt__desk *desk, mpt__left *left) {
+    const size_t each = h->pairs ? 2 : 1;
+    size_t *rows = desk->rows, row, r, s, c;
+    for (r = 0; r < slice->R; r++)
+        for (s = 0; s < slice->S; s++)
+            for (c = 0; c < slice->C; c++)
+                *rows++ = r * image->dilation * h->pitch + s * image->dilation * h->pixel + c * sizeof(float);
+    for (row = 0; row < band->rows; row++) desk->runs[row] = mpt__halo_line(image, h, row);
+    left->count = band->rows;
+    left->length = mpt__pieces(band->columns, each);
+    left->step = image->stride * h->pixel * each;
 }
 
 /* -- The driver -- */
@@ -3528,168 +3634,522 @@ MPT__INLINE void mpt__pack_right(const mpt_context *ctx, const mpt__view *view, 
 typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bias(n)) */
     mpt_context *ctx;
     size_t m, n, k;
-    mpt__view a, b;
+    mpt__matrix a, b;
+    mpt__image image; /* of a convolution: in a's place */
     float alpha, beta;
     mpt_array c, bias;
     size_t ldc;
-    size_t rows, columns; /* of a block of c */
-    size_t deepest;       /* part of k; the order of sums hangs on it, and not on threads */
     mpt_activation act;
-    int turned; /* a is b and b is a, m is n and n is m: they give c's transpose */
+    int turned; /* they give c's transpose */
     int plain;  /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
+    int pairs;  /* words are pairs of bf16, else floats */
+    size_t rows, columns, group; /* of a block of c, and what is finished at a time */
+    size_t parts, deepest;       /* of the depth; elements of one, if it is a matrix. The order of sums hangs on them */
 } mpt__product;
 
-/* Scale, old content, bias, activation, rounding of one row of a block: n columns from column j of row i. Reads whole
-   runs of sums; room holds one. */
-MPT__INLINE void mpt__finish_row(const mpt__product *p, size_t i, size_t j, size_t n, const float *sums, float *room) {
-    float line[MPT__RUN];
-    for (; n; n -= mpt__min(n, MPT__RUN), j += MPT__RUN, sums += MPT__RUN) {
-        const size_t some = mpt__min(n, MPT__RUN);
-        float *out =
-            p->c.type == MPT_F32 && some == MPT__RUN && p->beta == 0 ? (float *)p->c.data + i * p->ldc + j : line;
-        mpt__scale_run(out, p->alpha, sums);
-        if (p->beta != 0) mpt__add_run(out, p->beta, mpt__read_run(p->ctx, p->c, i * p->ldc + j, some, room));
-        if (p->bias.data) mpt__add_run(out, 1, mpt__read_run(p->ctx, p->bias, j, some, room));
-        mpt__activate_run(p->act, out);
-        if (out == line) mpt__write_run(p->ctx, p->c, i * p->ldc + j, some, out);
+static size_t mpt__each(const mpt__product *p) { return p->pairs ? 2 : 1; } /* elements of a word */
+
+/* Whether words of the left matrix are read where they lie. */
+static int mpt__in_place(const mpt__product *p) {
+    return p->a.along && mpt_dtype_size(p->a.data.type) * mpt__each(p) == sizeof(float) && p->k % mpt__each(p) == 0;
+}
+
+/* Part `part` of the right operand of a convolution */
+static mpt__right mpt__right_image(const mpt__product *p, size_t part, const mpt__desk *desk) {
+    const mpt__image *image = &p->image;
+    mpt__right right;
+    size_t r, s;
+    right.strips = desk->strips;
+    if (image->kind == MPT__OUTPUTS_ARE_DEPTH) { /* dy(outputs,K): a strip is a row of outputs */
+        const mpt__band band = mpt__band_of(image, part);
+        for (r = 0; r < band.rows; r++) desk->strips[r] = ((band.row + r) * image->Q + band.q) * p->b.stride;
+        right.count = band.rows, right.length = band.columns;
+        right.step = p->b.stride, right.column = 1;
+    } else { /* filters: a strip is a tap, or all of them together if they lie in one piece */
+        const mpt__slice slice = mpt__slice_of(image, part);
+        const size_t R = image->R, S = image->S, filter = p->b.stride;
+        const size_t tap = image->turned ? p->n : image->channels; /* between taps: filters are (K,R,S,C) */
+        const int one = !image->turned && slice.S == S && slice.C == image->channels && slice.C % mpt__each(p) == 0;
+        for (r = 0; r < slice.R; r++)
+            for (s = 0; s < slice.S; s++) {
+                const size_t at = (slice.r + r) * S + slice.s + s;
+                desk->strips[r * slice.S + s] =
+                    image->turned ? slice.c * filter + (R * S - 1 - at) * tap : at * tap + slice.c;
+            }
+        right.count = one ? 1 : slice.R * slice.S, right.length = one ? slice.R * S * slice.C : slice.C;
+        right.step = image->turned ? filter : 1, right.column = image->turned ? 1 : filter;
+    }
+    return right;
+}
+
+/* Elements l .. l+depth of the right matrix: one strip */
+static mpt__right mpt__right_matrix(const mpt__product *p, size_t l, size_t depth, const mpt__desk *desk) {
+    mpt__right right;
+    desk->strips[0] = p->b.along ? l : l * p->b.stride;
+    right.strips = desk->strips;
+    right.count = 1, right.length = depth;
+    right.step = p->b.along ? 1 : p->b.stride, right.column = p->b.along ? p->b.stride : 1;
+    return right;
+}
+
+/* `count` columns whose elements lie side by side, from element i on, `words` of them into a panel's rows */
+static void mpt__pack_turned(const mpt__product *p, size_t i, size_t length, size_t column, size_t count, float *panel,
+                             float *lines) {
+    const mpt_context *ctx = p->ctx;
+    const size_t tile = ctx->simd.tile_n, each = mpt__each(p), size = sizeof(float) / each;
+    size_t e, some, words, c;
+    if (count == tile && mpt_dtype_size(p->b.data.type) == size && length % each == 0 && column % each == 0) {
+        const float *from = (const float *)(const void *)((const char *)p->b.data.data + i * size);
+        ctx->simd.transpose(from, column / each, length / each, tile, panel);
+        return;
+    }
+    for (e = 0; e < length; e += some, panel += words * tile) {
+        some = mpt__min(length - e, MPT__LINE_WORDS / MPT__TILE_N), words = mpt__pieces(some, each);
+        memset(lines, 0, tile * words * sizeof *lines);
+        for (c = 0; c < count; c++) mpt__fetch(ctx, p->b.data, i + c * column + e, some, size, lines + c * words);
+        ctx->simd.transpose(lines, words, words, tile, panel);
     }
 }
 
-/* The tiles of rows i+r .. of a block at (i,j), whose columns are packed in b. */
-MPT__INLINE void mpt__product_tiles(const mpt__product *p, const mpt__left *left, size_t i, size_t r, size_t j,
-                                    size_t columns, size_t words, const float *b, float *sums, int add) {
-    const mpt__simd *simd = &p->ctx->simd;
-    size_t c, t;
-    for (c = 0; c < columns; c += simd->tile_n)
-        for (t = 0; t < left->rows; t += simd->tile_m) {
-            const int whole = p->plain && t + simd->tile_m <= left->rows && c + simd->tile_n <= columns;
-            float *out = whole ? (float *)p->c.data + (i + r + t) * p->ldc + j + c : sums + (r + t) * p->columns + c;
-            (p->b.size < sizeof *b ? simd->pairs : simd->tile)(words, left->at + t * left->row, left->row, left->step,
-                                                               b + c * words, out, whole ? p->ldc : p->columns,
-                                                               add || (whole && p->beta != 0));
+/* One row of words of all panels: from elements low .. low+columns and, if they are pairs, high ..; -1: zeros */
+static void mpt__pack_row(const mpt__product *p, size_t low, size_t high, size_t columns, size_t words, float *panels) {
+    static const uint16_t none[MPT__TILE_N] = {0};
+    const size_t tile = p->ctx->simd.tile_n;
+    const uint16_t *half = (const uint16_t *)p->b.data.data;
+    size_t c;
+    for (c = 0; c < columns; c += tile, panels += tile * words) {
+        const size_t n = mpt__min(tile, columns - c);
+        if (p->pairs)
+            p->ctx->simd.pair(half + low + c, high == (size_t)-1 ? none : half + high + c, n,
+                              (uint32_t *)(void *)panels);
+        else if (p->b.data.type == MPT_F32 && n == MPT__TILE_N)
+            memcpy(panels, (const float *)p->b.data.data + low + c, MPT__TILE_N * sizeof *panels);
+        else mpt__load(p->ctx, p->b.data, low + c, n, panels);
+        if (n < tile) memset(panels + n, 0, (tile - n) * sizeof *panels);
+    }
+}
+
+/* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones */
+static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
+                            const mpt__desk *desk) {
+    const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each);
+    size_t c, r, e;
+    if (right->step == 1)
+        for (c = 0; c < columns; c += tile)
+            for (r = 0; r < right->count; r++)
+                mpt__pack_turned(p, right->strips[r] + (j + c) * right->column, right->length, right->column,
+                                 mpt__min(tile, columns - c), desk->panels + c * words + r * strip * tile, desk->line);
+    else
+        for (r = 0; r < right->count; r++)
+            for (e = 0; e < strip; e++) {
+                const size_t low = right->strips[r] + e * each * right->step + j;
+                const size_t high = e * each + 1 < right->length ? low + right->step : (size_t)-1;
+                mpt__pack_row(p, low, high, columns, words, desk->panels + (r * strip + e) * tile);
+            }
+}
+
+/* Rows of the left matrix from row i on, `rows` at most, elements l .. l+depth: where they lie, or copied. Returns how
+   many. */
+static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
+                               const mpt__desk *desk, mpt__left *left) {
+    static const uint16_t none[MPT__BLOCK_M] = {0};
+    const mpt_context *ctx = p->ctx;
+    const size_t each = mpt__each(p), size = sizeof(float) / each, words = mpt__pieces(depth, each);
+    size_t r, d, row = words * sizeof(float);
+    left->count = 1, left->length = words, left->step = sizeof(float);
+    desk->runs[0] = 0;
+    if (mpt__in_place(p)) {
+        left->base = (const char *)p->a.data.data + (i * p->a.stride + l) * size;
+        row = p->a.stride * size;
+    } else if (p->a.along) { /* (rows,words) */
+        rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
+        for (r = 0; r < rows; r++) {
+            if (depth % each) desk->left[r * words + words - 1] = 0;
+            mpt__fetch(ctx, p->a.data, (i + r) * p->a.stride + l, depth, size, desk->left + r * words);
         }
+    } else { /* (words,rows) */
+        rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
+        for (d = 0; d < words; d++) {
+            const size_t at = (l + d * each) * p->a.stride + i;
+            const uint16_t *low = (const uint16_t *)p->a.data.data + at;
+            if (p->pairs)
+                ctx->simd.pair(low, 2 * d + 1 < depth ? low + p->a.stride : none, rows,
+                               (uint32_t *)(void *)(desk->left + d * rows));
+            else mpt__load(ctx, p->a.data, at, rows, desk->left + d * rows);
+        }
+        row = sizeof(float), left->step = rows * sizeof(float);
+    }
+    for (r = 0; r < rows; r++) desk->rows[r] = r * row;
+    return rows;
 }
 
-/* What the sums of a block at (i,j) still need, once they are turned back; rows of a plain block behind whole tiles. */
-MPT__INLINE void mpt__finish_block(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns,
-                                   const float *sums, float *turned, float *room) {
-    const mpt__simd *simd = &p->ctx->simd;
-    const size_t along = p->turned ? (rows + 3) / 4 * 4 : p->columns, lines = p->turned ? columns : rows;
-    const size_t whole = p->plain ? columns / simd->tile_n * simd->tile_n : 0;
-    size_t r;
-    if (p->turned) simd->transpose(sums, p->columns, columns, along, turned);
-    for (r = 0; r < lines; r++) {
-        const size_t c = r < rows / simd->tile_m * simd->tile_m ? whole : 0;
-        mpt__finish_row(p, (p->turned ? j : i) + r, (p->turned ? i : j) + c, (p->turned ? rows : columns) - c,
-                        (p->turned ? turned : sums) + r * along + c, room);
+/* -- Finishing -- */
+
+typedef struct mpt__finish { /* of rows i .. of c, columns j .. j+columns, whose sums are `stride` apart */
+    const mpt__product *p;
+    const mpt__desk *desk;
+    float *sums;
+    size_t stride, i, j, columns;
+} mpt__finish;
+
+/* out = x + bias, cut at zero for ReLU: most products need no more */
+MPT__INLINE void mpt__bias_run(float *MPT__RESTRICT x, const float *MPT__RESTRICT bias, int relu) {
+    size_t e;
+    if (relu)
+        for (e = 0; e < MPT__RUN; e++) x[e] = mpt__activate(MPT_RELU, x[e] + bias[e]);
+    else
+        for (e = 0; e < MPT__RUN; e++) x[e] += bias[e];
+}
+
+/* Scale, old content, bias and activation of a whole run of sums at (i,j), of which n columns are in c */
+MPT__INLINE void mpt__finish_run(const mpt__product *p, size_t i, size_t j, size_t n, float *x, const float *bias,
+                                 float *room) {
+    if (p->alpha != 1) {
+        mpt__scale_run(room, p->alpha, x);
+        memcpy(x, room, MPT__RUN * sizeof *x);
+    }
+    if (p->beta != 0) mpt__add_run(x, p->beta, mpt__read_run(p->ctx, p->c, i * p->ldc + j, n, room));
+    if (bias) mpt__bias_run(x, bias, p->act == MPT_RELU);
+    if (!bias || p->act != MPT_RELU) mpt__activate_run(p->act, x);
+}
+
+/* Rows begin .. end, in place; then they are rounded and stored, all at once if they are one piece of c. */
+MPT__INLINE void mpt__finish_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__finish *f = (const mpt__finish *)arg;
+    const mpt__product *p = f->p;
+    float *room = f->desk->room, *bias = p->bias.data ? room + 2 * MPT__RUN : NULL; /* bias: of BLOCK_N columns */
+    const int as_is = p->alpha == 1 && p->beta == 0 && !bias && p->act == MPT_IDENTITY;
+    size_t r, e;
+    (void)worker;
+    if (bias) mpt__load(p->ctx, p->bias, f->j, f->columns, bias);
+    for (r = begin; r < end && !as_is; r++)
+        for (e = 0; e < f->columns; e += MPT__RUN) {
+            const size_t n = mpt__min(f->columns - e, MPT__RUN);
+            float *x = f->sums + r * f->stride + e, *run = n == MPT__RUN ? x : room + MPT__RUN;
+            if (run != x) memcpy(run, x, n * sizeof *x); /* what follows is not ours */
+            mpt__finish_run(p, f->i + r, f->j + e, n, run, bias ? bias + e : NULL, room);
+            if (run != x) memcpy(x, run, n * sizeof *x);
+        }
+    if (f->stride == f->columns && p->ldc == f->columns)
+        mpt__store(p->ctx, p->c, (f->i + begin) * p->ldc + f->j, (end - begin) * f->columns,
+                   f->sums + begin * f->stride);
+    else
+        for (r = begin; r < end; r++)
+            mpt__store(p->ctx, p->c, (f->i + r) * p->ldc + f->j, f->columns, f->sums + r * f->stride);
+}
+MPT__TASKS(mpt__finish_task)
+
+static void mpt__finish_rows(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns, float *sums,
+                             size_t stride, const mpt__desk *desk) {
+    mpt__finish f;
+    f.p = p, f.desk = desk;
+    f.sums = sums, f.stride = stride;
+    f.i = i, f.j = j, f.columns = columns;
+    MPT__TASK(p->ctx, mpt__finish_task)(&f, 0, rows, 0);
+}
+
+/* Sums (rows,columns) whose transpose belongs into c: rows first .. of a slice's taps, which lie in a filter side by
+   side as far as the slice has all channels, or of a matrix. */
+static void mpt__finish_turned(const mpt__product *p, const mpt__slice *slice, size_t first, size_t rows, size_t j,
+                               size_t columns, const float *sums, const mpt__desk *desk) {
+    const size_t along = mpt__pieces(rows, MPT__RUN) * MPT__RUN, C = p->image.channels, S = p->image.S;
+    const int pieces = slice->C < C || slice->S < S;
+    size_t r, some;
+    p->ctx->simd.transpose(sums, p->columns, columns, along, desk->turned);
+    for (r = 0; r < rows; r += some) {
+        const size_t u = first + r, tap = pieces ? u / slice->C : 0, c = pieces ? u % slice->C : 0;
+        const size_t at =
+            ((slice->r + (pieces ? tap / slice->S : 0)) * S + slice->s + (pieces ? tap % slice->S : 0)) * C;
+        some = pieces ? mpt__min(rows - r, slice->C - c) : rows;
+        mpt__finish_rows(p, j, columns, at + slice->c + (pieces ? c : u), some, desk->turned + r, along, desk);
     }
 }
 
-/* `packed`: b holds the columns still, from the block before */
-MPT__INLINE void mpt__product_block(const mpt__product *p, size_t i, size_t j, int packed, float *workspace) {
-    const size_t rows = mpt__min(p->m - i, p->rows), columns = mpt__min(p->n - j, p->columns);
-    const size_t parts = (p->k + p->deepest - 1) / p->deepest, tile = p->ctx->simd.tile_m;
-    float *a = workspace, *b = a + MPT__LEFT_WORDS, *lines = b + MPT__RIGHT_WORDS;
-    float *sums = workspace + MPT__SUMS_AT; /* (rows,columns) of p, and room to read a run from any */
-    float *room = workspace + MPT__WORKSPACE - MPT__ROOM;
-    size_t l, r, most, depth = 0;
-    if (!p->k) memset(sums, 0, MPT__BLOCK_M * MPT__BLOCK_N * sizeof *sums);
-    for (l = 0; l < p->k; l += depth) {
+/* -- Blocks -- */
+
+typedef struct mpt__block { /* of the result: at (i,j) */
+    size_t i, rows, j, columns;
+    mpt__band band;   /* of a convolution, whose rows or depth are a band, */
+    mpt__slice slice; /* and whose depth or rows are a slice */
+} mpt__block;
+
+static void mpt__finish_block(const mpt__product *p, const mpt__block *b, size_t r, size_t rows, float *sums,
+                              const mpt__desk *desk) {
+    if (p->turned) mpt__finish_turned(p, &b->slice, b->i + r, rows, b->j, b->columns, sums, desk);
+    else mpt__finish_rows(p, b->i + r, rows, b->j, b->columns, sums, p->columns, desk);
+}
+
+/* Rows r .. of a block, `rows` of them in left, times all panels; the last part's sums are finished. */
+static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const mpt__left *left, size_t r, size_t rows,
+                               size_t words, size_t part, const mpt__desk *desk) {
+    const mpt__simd *simd = &p->ctx->simd;
+    const int last = part + 1 == p->parts;
+    size_t g, c, t;
+    for (g = 0; g < rows; g += p->group) {
+        const size_t group = mpt__min(p->group, rows - g);
+        float *sums = desk->sums + (p->parts > 1 ? (r + g) * p->columns : 0);
+        for (c = 0; c < b->columns; c += simd->tile_n) {
+            const size_t across = mpt__min(simd->tile_n, b->columns - c);
+            const mpt__tile tile = simd->tile[p->pairs][across <= simd->tile_n / 2];
+            for (t = 0; t < group; t += simd->tile_m) {
+                const size_t down = mpt__min(simd->tile_m, group - t);
+                float *out = sums + t * p->columns + c;
+                if (p->plain && across == simd->tile_n && down == simd->tile_m)
+                    tile(left, g + t, desk->panels + c * words,
+                         (float *)p->c.data + (b->i + r + g + t) * p->ldc + b->j + c, p->ldc, part || p->beta != 0);
+                else {
+                    tile(left, g + t, desk->panels + c * words, out, p->columns, part > 0);
+                    if (p->plain && last) /* the edges of a block that needs no more */
+                        mpt__finish_rows(p, b->i + r + g + t, down, b->j + c, across, out, p->columns, desk);
+                }
+            }
+        }
+        if (last && !p->plain) mpt__finish_block(p, b, r + g, group, sums, desk);
+    }
+}
+
+/* A part of a convolution's block; `packed`: the panels hold the part still, from the block before */
+static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int packed, const mpt__desk *desk) {
+    const mpt__image *image = &p->image;
+    mpt__left left;
+    mpt__right right;
+    mpt__halo h;
+    size_t words, r;
+    if (image->kind == MPT__OUTPUTS_ARE_DEPTH) b->band = mpt__band_of(image, part);
+    else b->slice = mpt__slice_of(image, part);
+    right = mpt__right_image(p, part, desk);
+    words = right.count * mpt__pieces(right.length, mpt__each(p));
+    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, desk);
+    h = mpt__halo_of(image, &b->band, &b->slice, p->pairs, image->kind == MPT__OUTPUTS_ARE_ROWS ? mpt__each(p) : 1);
+    mpt__halo_fill(p->ctx, image, &b->band, &b->slice, &h, desk);
+    left.base = (const char *)desk->left, left.rows = desk->rows, left.runs = desk->runs;
+    if (image->kind == MPT__OUTPUTS_ARE_ROWS) mpt__image_rows(image, &b->band, &b->slice, &h, desk, &left);
+    else mpt__image_taps(image, &b->band, &b->slice, &h, desk, &left);
+    for (r = b->rows; r % p->ctx->simd.tile_m; r++) desk->rows[r] = desk->rows[b->rows - 1];
+    mpt__product_tiles(p, b, &left, 0, b->rows, words, part, desk);
+}
+
+static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t part, int packed,
+                             const mpt__desk *desk) {
+    const size_t l = part * p->deepest, depth = mpt__min(p->deepest, p->k - l),
+                 words = mpt__pieces(depth, mpt__each(p));
+    const mpt__right right = mpt__right_matrix(p, l, depth, desk);
+    size_t r, some, t;
+    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, desk);
+    for (r = 0; r < b->rows; r += some) {
         mpt__left left;
-        depth = mpt__min(p->k - l, ((p->k - 1) / parts + 8) / 8 * 8); /* even parts, of whole pairs and transposes */
-        most = MPT__LEFT_WORDS / depth;
-        if (!packed) mpt__pack_right(p->ctx, &p->b, j, columns, l, depth, b, lines, room);
-        for (r = 0; r < rows; r += left.rows) {
-            left = mpt__pack_left(p->ctx, &p->a, i + r, mpt__min(rows - r, most / tile * tile), l, depth, a, room);
-            mpt__product_tiles(p, &left, i, r, j, columns, mpt__words(&p->b, depth), b, sums, l > 0);
+        left.base = (const char *)desk->left, left.rows = desk->rows, left.runs = desk->runs;
+        some = mpt__left_matrix(p, b->i + r, b->rows - r, l, depth, desk, &left);
+        for (t = some; t % p->ctx->simd.tile_m; t++) desk->rows[t] = desk->rows[some - 1];
+        mpt__product_tiles(p, b, &left, r, some, words, part, desk);
+    }
+}
+
+/* Without depth all sums are 0. */
+static void mpt__block_empty(const mpt__product *p, const mpt__block *b, const mpt__desk *desk) {
+    size_t r;
+    for (r = 0; r < b->rows; r += p->group) {
+        memset(desk->sums, 0, p->group * p->columns * sizeof *desk->sums);
+        mpt__finish_block(p, b, r, mpt__min(p->group, b->rows - r), desk->sums, desk);
+    }
+}
+
+static size_t mpt__blocks_down(const mpt__product *p) {
+    if (p->image.kind == MPT__OUTPUTS_ARE_ROWS) return mpt__bands(&p->image);
+    if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) return mpt__slices(&p->image);
+    return mpt__pieces(p->m, p->rows);
+}
+
+/* Block after block down the columns, so that their panels serve all of them. */
+static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__product *p = (const mpt__product *)arg;
+    const size_t down = mpt__blocks_down(p), first = begin;
+    const mpt__desk desk = mpt__desk_of(p->ctx, worker);
+    for (; begin < end; begin++) {
+        const size_t row = begin % down;
+        const int packed = p->parts == 1 && begin > first && row;
+        mpt__block b = MPT_ZERO;
+        size_t part;
+        b.j = begin / down * p->columns, b.columns = mpt__min(p->columns, p->n - b.j);
+        if (p->image.kind == MPT__OUTPUTS_ARE_ROWS) {
+            b.band = mpt__band_of(&p->image, row);
+            b.i = b.band.row * p->image.Q + b.band.q, b.rows = b.band.rows * b.band.columns;
+        } else if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) {
+            b.slice = mpt__slice_of(&p->image, row);
+            b.rows = b.slice.R * b.slice.S * b.slice.C;
+        } else b.i = row * p->rows, b.rows = mpt__min(p->rows, p->m - b.i);
+        for (part = 0; part < p->parts; part++)
+            if (p->image.kind) mpt__image_part(p, &b, part, packed, &desk);
+            else mpt__matrix_part(p, &b, part, packed, &desk);
+        if (!p->parts) mpt__block_empty(p, &b, &desk);
+    }
+}
+
+/* -- Sizes of blocks and parts -- */
+
+/* Whether the halo of so many lines and columns of outputs fits under a slice, with `some` elements a pixel. */
+static int mpt__halo_fits(const mpt__image *image, size_t lines, size_t columns, size_t some) {
+    const size_t width = mpt__halo_width(image, columns, image->taps_across);
+    return width <= image->widest / some &&
+           mpt__halo_rows(image, lines, image->taps_down) <= MPT__LEFT_WORDS / width / some;
+}
+
+/* A band of `most` outputs or as many as fit. If outputs are rows of the result they must be consecutive there: then a
+   part of a line is a band. */
+static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
+    size_t lines = 1, images = 1;
+    while (image->columns > 1 && !mpt__halo_fits(image, 1, image->columns, some))
+        image->columns = image->columns > 3 ? image->columns / 4 * 2 : 1;
+    if (image->columns == image->Q || image->kind == MPT__OUTPUTS_ARE_DEPTH) {
+        lines = mpt__min(most / image->columns, image->P);
+        while (lines > 1 && !mpt__halo_fits(image, lines, image->columns, some)) lines--;
+        lines = mpt__evenly(image->P, lines, 1);
+        if (lines == image->P) {
+            const size_t rows = mpt__halo_rows(image, lines, image->taps_down);
+            const size_t width = mpt__halo_width(image, image->columns, image->taps_across);
+            images = mpt__min(most / image->columns / lines, MPT__LEFT_WORDS / width / some / rows);
+            images = mpt__min(images > 1 ? images : 1, image->N);
         }
     }
-    mpt__finish_block(p, i, rows, j, columns, sums, a, room);
+    image->lines = lines, image->images = images;
 }
 
-MPT__INLINE void mpt__product_task_body(void *arg, size_t begin, size_t end, int worker) {
-    const mpt__product *p = (const mpt__product *)arg;
-    const size_t across = (p->n + p->columns - 1) / p->columns, first = begin;
-    const int same = across == 1 && p->k <= p->deepest && !p->turned;
-    for (; begin < end; begin++)
-        mpt__product_block(p, begin / across * p->rows, begin % across * p->columns, same && begin > first,
-                           mpt__worker_space(p->ctx, worker));
-}
-MPT__TASKS(mpt__product_task)
-
-/* Where channels are few, outputs of a row make longer runs than the channels under the kernel. */
-static void mpt__choose_runs(mpt__view *view) {
-    if (view->kind != MPT__PATCHES || view->op->shape.C / view->op->shape.groups > 4) return;
-    view->kind = MPT__TAPS;
-    view->v_is_depth = !view->v_is_depth;
+/* A slice of at most `words` words of taps and channels, `each` channels in one */
+static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
+    const size_t taps = image->R * image->S, least = 8;
+    size_t pixel;
+    image->taps_down = image->R, image->taps_across = image->S;
+    image->some = image->channels;
+    if (taps <= words / mpt__pieces(image->channels, each)) return;
+    image->some = mpt__evenly(image->channels, taps <= words / least ? words / taps * each : least * each, each);
+    image->some = mpt__min(image->some, image->channels);
+    pixel = mpt__pieces(image->some, each);
+    if (taps <= words / pixel) return;
+    image->taps_across = mpt__min(image->S, words / pixel);
+    image->taps_down = words / pixel / image->taps_across;
 }
 
-/* Only the right operand is turned about for its panels: let that be the smaller one; and never an image, whose runs
-   would be copied twice. */
+/* Fewer channels, tap rows or taps, until the halo of `columns` outputs fits */
+static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
+    while (!mpt__halo_fits(image, 1, columns, mpt__pieces(image->some, each)))
+        if (image->some > 8 * each) image->some = mpt__evenly(image->some, (image->some + 1) / 2, each);
+        else if (image->taps_down > 1) image->taps_down = (image->taps_down + 1) / 2;
+        else if (image->taps_across > 1) image->taps_across = (image->taps_across + 1) / 2;
+        else return; /* a single tap: bands will be short */
+}
+
+/* Few blocks would keep the threads unequally busy. */
+static int mpt__few(size_t blocks, size_t threads) { return blocks < 4 * threads && blocks % threads; }
+
+/* Blocks are bands, parts of the depth are slices. */
+static void mpt__cut_rows(mpt__product *p, size_t threads) {
+    mpt__image *image = &p->image;
+    const size_t each = mpt__each(p), taps = image->R * image->S;
+    const size_t all = taps * mpt__pieces(image->channels, each);
+    size_t across, words, pixel;
+    image->widest = MPT__LEFT_WORDS;
+    image->columns = mpt__evenly(image->Q, MPT__BLOCK_M, 1);
+    mpt__choose_slice(image, all <= MPT__DEEPEST ? MPT__DEEPEST : MPT__DEEP, each);
+    mpt__narrow_slice(image, mpt__min(image->columns, 16), each);
+    pixel = mpt__pieces(image->some, each), words = image->taps_down * image->taps_across * pixel;
+    mpt__choose_band(image, MPT__BLOCK_M, pixel);
+    p->columns = mpt__evenly(p->n, mpt__min(MPT__BLOCK_N, MPT__RIGHT_WORDS / words / MPT__RUN * MPT__RUN), MPT__RUN);
+    p->parts = mpt__slices(image);
+    across = mpt__pieces(p->n, p->columns);
+    while ((image->images > 1 || image->lines > 1) && mpt__few(mpt__bands(image) * across, threads))
+        if (image->images > 1) image->images = (image->images + 1) / 2;
+        else image->lines = (image->lines + 1) / 2;
+}
+
+/* Blocks are slices, parts of the depth are bands. */
+static void mpt__cut_depth(mpt__product *p, size_t threads) {
+    mpt__image *image = &p->image;
+    size_t most, blocks, some;
+    p->columns = mpt__evenly(p->n, MPT__BLOCK_N, MPT__RUN);
+    most = mpt__min(MPT__BLOCK_M, MPT__RIGHT_WORDS / p->columns);
+    image->widest = p->pairs ? 2 * MPT__LINE_WORDS : MPT__LEFT_WORDS;
+    image->alone = p->pairs && image->Q > 1 ? image->Q % 2 : 0;
+    image->columns = mpt__evenly(image->Q - image->alone, most / 2 * 2, 2);
+    image->columns = mpt__min(image->columns, image->Q - image->alone);
+    mpt__choose_slice(image, MPT__BLOCK_M, 1);
+    mpt__narrow_slice(image, mpt__min(image->columns, 16), 1);
+    mpt__choose_band(image, most, image->some);
+    p->parts = mpt__bands(image);
+    blocks = mpt__slices(image) * mpt__pieces(p->n, p->columns);
+    if (!mpt__few(blocks, threads)) return;
+    some = mpt__pieces(image->channels, mpt__pieces(mpt__slices(image), threads) * threads);
+    if (some >= 8) image->some = mpt__min(some, image->some);
+    else if (p->columns > MPT__RUN) p->columns = mpt__evenly(p->columns, mpt__pieces(p->columns, threads), MPT__RUN);
+}
+
+static void mpt__cut_matrix(mpt__product *p, size_t threads) {
+    const size_t each = mpt__each(p), down = mpt__pieces(p->m, MPT__BLOCK_M), across = mpt__pieces(p->n, MPT__BLOCK_N);
+    const int wide = across > down;
+    const size_t unit = wide ? MPT__RUN : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
+    size_t most;
+    p->rows = MPT__BLOCK_M, p->columns = p->n ? mpt__evenly(p->n, MPT__BLOCK_N, MPT__RUN) : MPT__RUN;
+    most = mpt__min(MPT__RIGHT_WORDS / p->columns, mpt__in_place(p) ? MPT__DEEPEST : MPT__DEEP);
+    if (p->k) p->deepest = mpt__evenly(p->k, most / 8 * 8 * each, 8); /* whole pairs and transposes */
+    p->parts = p->k ? mpt__pieces(p->k, p->deepest) : 0;
+    if (p->k > 512 && p->columns > 64) p->group = MPT__GROUP;
+    if (mpt__few(down * across, threads)) {
+        const size_t pieces = mpt__pieces(wide ? across : down, threads) * threads;
+        *(wide ? &p->columns : &p->rows) = mpt__pieces(mpt__pieces(count, pieces), unit) * unit;
+    }
+}
+
+/* Only the right operand is turned about for its panels: let that be the smaller one. */
 static void mpt__turn(mpt__product *p) {
-    const mpt__view a = p->a;
+    const mpt__matrix a = p->a;
     const size_t m = p->m;
     p->a = p->b, p->b = a;
     p->m = p->n, p->n = m;
-    p->turned = 1;
-}
-
-/* Chooses the size of a block; returns how many there are. Few would keep the threads unequally busy: then smaller
-   ones, of whole tiles, along the side that has more. */
-static size_t mpt__cut(mpt__product *p, size_t threads) {
-    const size_t widest = p->turned ? MPT__TURNED_N : MPT__BLOCK_N;
-    const size_t down = (p->m + MPT__BLOCK_M - 1) / MPT__BLOCK_M, across = (p->n + widest - 1) / widest;
-    const int few = down * across < 4 * threads && down * across % threads, wide = across > down;
-    const size_t tile = wide ? p->ctx->simd.tile_n : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
-    p->rows = MPT__BLOCK_M, p->columns = (p->n ? (p->n - 1) / across / MPT__RUN + 1 : 1) * MPT__RUN;
-    p->deepest = mpt__min(p->a.v_is_depth ? MPT__DEEP : MPT__SHALLOW, MPT__RIGHT_WORDS / p->columns / 8 * 8);
-    if (few) {
-        const size_t parts = (((wide ? across : down) - 1) / threads + 1) * threads;
-        *(wide ? &p->columns : &p->rows) = ((count - 1) / parts / tile + 1) * tile;
-    }
-    return ((p->m + p->rows - 1) / p->rows) * ((p->n + p->columns - 1) / p->columns);
+    p->turned = !p->turned;
 }
 
 static mpt_result mpt__product_run(mpt__product *p) {
-    const int image = p->b.kind == MPT__PATCHES;
-    size_t work;
-    mpt__choose_runs(&p->a), mpt__choose_runs(&p->b);
-    if (image || (p->a.v_is_depth && p->b.v_is_depth &&
-                  p->n * ((p->m - 1) / MPT__BLOCK_M + 1) > p->m * ((p->n - 1) / MPT__BLOCK_M + 1)))
+    const mpt__simd *simd = &p->ctx->simd;
+    const int image = p->image.kind;
+    size_t work, threads;
+    if (!image && p->a.along && p->b.along &&
+        p->n * mpt__pieces(p->m, MPT__BLOCK_M) > p->m * mpt__pieces(p->n, MPT__BLOCK_M))
         mpt__turn(p);
     p->plain = !p->turned && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
                !p->bias.data && p->act == MPT_IDENTITY;
-    if (p->ctx->simd.pairs && p->a.data.type == MPT_BF16 && p->b.data.type == MPT_BF16)
-        p->a.size = p->b.size = sizeof(uint16_t);
+    p->pairs =
+        simd->tile[1][0] && (image ? p->image.data.type : p->a.data.type) == MPT_BF16 && p->b.data.type == MPT_BF16;
+    p->group = !p->turned ? simd->tile_m : MPT__RUN % simd->tile_m ? MPT__GROUP : MPT__RUN;
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
-    mpt__parallel(p->ctx, mpt__cut(p, mpt__threads_for(p->ctx, work)), work, MPT__TASK(p->ctx, mpt__product_task), p);
+    threads = mpt__threads_for(p->ctx, work);
+    if (image == MPT__OUTPUTS_ARE_ROWS) mpt__cut_rows(p, threads);
+    else if (image == MPT__OUTPUTS_ARE_DEPTH) mpt__cut_depth(p, threads);
+    else mpt__cut_matrix(p, threads);
+    mpt__parallel(p->ctx, mpt__blocks_down(p) * mpt__pieces(p->n, p->columns), work, mpt__product_task, p);
     return MPT_OK;
 }
 
-static mpt__view mpt__matrix_view(mpt_array data, size_t stride, int v_is_depth) {
-    mpt__view view = MPT_ZERO;
-    view.kind = MPT__MATRIX, view.v_is_depth = v_is_depth;
-    view.data = data, view.size = sizeof(float), view.stride = stride;
-    return view;
+static mpt__matrix mpt__matrix_of(mpt_array data, size_t stride, int along) {
+    mpt__matrix matrix;
+    matrix.data = data;
+    matrix.stride = stride;
+    matrix.along = along;
+    return matrix;
 }
 
-static mpt__view mpt__image_view(mpt__view_kind kind, mpt_array data, const mpt_conv2d_op *op, size_t group,
-                                 int v_is_depth) {
-    mpt__view view = mpt__matrix_view(data, 0, v_is_depth);
-    view.kind = kind;
-    view.op = op, view.group = group;
-    return view;
-}
-
-static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+static mpt__product mpt__gemm_product(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt__product p = MPT_ZERO;
     p.ctx = ctx;
     p.m = op->m, p.n = op->n, p.k = op->k;
-    p.a = mpt__matrix_view(op->a, op->lda, !op->trans_a);
-    p.b = mpt__matrix_view(op->b, op->ldb, op->trans_b != 0);
+    p.a = mpt__matrix_of(op->a, op->lda, !op->trans_a);
+    p.b = mpt__matrix_of(op->b, op->ldb, op->trans_b != 0);
     p.alpha = op->alpha, p.beta = op->beta;
     p.c = op->c, p.ldc = op->ldc;
     p.bias = op->bias, p.act = op->act;
+    return p;
+}
+
+static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+    mpt__product p = mpt__gemm_product(ctx, op);
     return mpt__product_run(&p);
 }
 
@@ -3699,109 +4159,188 @@ static mpt_array mpt__array_at(mpt_array a, size_t i) {
     return a;
 }
 
-/* One group of channels of a convolution as a product; C and K are those of the group. */
+/* -- Convolutions -- */
+
+/* What a pass reads through the kernel: x, or in the gradient of x dy. Channels of one group. */
+static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const int turned = op->pass == MPT_BACKWARD_DATA;
+    mpt__image image = MPT_ZERO;
+    image.kind = op->pass == MPT_BACKWARD_WEIGHT ? MPT__OUTPUTS_ARE_DEPTH : MPT__OUTPUTS_ARE_ROWS;
+    image.turned = turned;
+    image.data = turned ? op->y : op->x;
+    image.N = z->N;
+    image.H = turned ? op->P : z->H, image.W = turned ? op->Q : z->W;
+    image.C = turned ? z->K : z->C;
+    image.channels = image.C / z->groups, image.first = group * image.channels;
+    image.R = z->R, image.S = z->S, image.dilation = z->dilation;
+    image.P = turned ? z->H : op->P, image.Q = turned ? z->W : op->Q;
+    image.stride = turned ? 1 : z->stride, image.up = turned ? z->stride : 1;
+    image.above = turned ? (z->R - 1) * z->dilation - z->padding : z->padding;
+    image.before = turned ? (z->S - 1) * z->dilation - z->padding : z->padding;
+    return image;
+}
+
+/* One group of channels of a convolution as a product; C and K are those of the group. A 1x1 kernel that reads every
+   pixel needs no image. */
 static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *op, size_t group) {
     const mpt_conv2d_shape *z = &op->shape;
-    const size_t C = z->C / z->groups, K = z->K / z->groups, outputs = z->N * op->P * op->Q, patch = z->R * z->S * C;
+    const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
     const mpt_array w = mpt__array_at(op->w, group * K * patch);
+    const mpt_array x = mpt__array_at(op->x, group * C), y = mpt__array_at(op->y, group * K);
     mpt__product p = MPT_ZERO;
     p.ctx = ctx;
     p.alpha = 1, p.beta = op->beta;
     p.bias = mpt__array_at(op->bias, group * K);
     p.act = op->act;
-    if (op->pass == MPT_FORWARD) { /* y(outputs,K) = patches(outputs,patch) w(K,patch)^T */
-        p.m = outputs, p.n = K, p.k = patch;
-        p.a = mpt__image_view(MPT__PATCHES, op->x, op, group, 1);
-        p.b = mpt__matrix_view(w, patch, 1);
-        p.c = mpt__array_at(op->y, group * K), p.ldc = z->K;
-    } else if (op->pass == MPT_BACKWARD_DATA) { /* dx(inputs,C) = spread(inputs,RSK) filters(RSK,C) */
+    if (z->R * z->S > 1 || z->stride > 1 || z->padding) p.image = mpt__image_of(op, group);
+    if (op->pass == MPT_FORWARD) { /* y(NPQ,K) = patches(NPQ,RSC) w(K,RSC)^T */
+        p.m = z->N * op->P * op->Q, p.n = K, p.k = patch;
+        p.a = mpt__matrix_of(x, z->C, 1), p.b = mpt__matrix_of(w, patch, 1);
+        p.c = y, p.ldc = z->K;
+    } else if (op->pass == MPT_BACKWARD_DATA) { /* dx(NHW,C) = patches of dy(NHW,RSK) filters turned about(RSK,C) */
         p.m = z->N * z->H * z->W, p.n = C, p.k = z->R * z->S * K;
-        p.a = mpt__image_view(MPT__SPREAD, op->y, op, group, 1);
-        p.b = mpt__image_view(MPT__FILTERS, op->w, op, group, 0);
-        p.c = mpt__array_at(op->x, group * C), p.ldc = z->C;
-    } else { /* dw(K,patch) = dy(outputs,K)^T patches(outputs,patch) */
-        p.m = K, p.n = patch, p.k = outputs;
-        p.a = mpt__matrix_view(mpt__array_at(op->y, group * K), z->K, 0);
-        p.b = mpt__image_view(MPT__PATCHES, op->x, op, group, 0);
+        p.a = mpt__matrix_of(y, z->K, 1), p.b = mpt__matrix_of(w, patch, 0);
+        p.c = x, p.ldc = z->C;
+    } else { /* dw(K,RSC) = (patches(NPQ,RSC)^T dy(NPQ,K))^T */
+        p.m = patch, p.n = K, p.k = z->N * op->P * op->Q;
+        p.a = mpt__matrix_of(x, z->C, 0), p.b = mpt__matrix_of(y, z->K, 0);
         p.c = w, p.ldc = patch;
+        p.turned = 1;
     }
     return p;
 }
 
 /* -- Depthwise convolution: one filter a channel makes no product. A run of channels at a time. -- */
 
-enum { MPT__DEPTHWISE_TAPS = (MPT__WORKSPACE - MPT__ROOM) / (2 * MPT__RUN) }; /* what the workspace holds */
+typedef struct mpt__depthwise { /* bands of outputs, whose halos have whole runs of channels */
+    mpt_context *ctx;
+    const mpt_conv2d_op *op;
+    mpt__image image;
+    mpt__product finish; /* how y or dx is stored, or dw */
+} mpt__depthwise;
 
-/* Rows of y or dx: the taps of row u of the view, times the filters */
+/* Taps at most: their filters, or sums in double, take the place of the panels. */
+enum { MPT__DEPTHWISE_TAPS = MPT__RIGHT_WORDS / (2 * MPT__RUN) };
+
+/* The halo of a band: channels c .. of a run, in fp32 */
+static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *band, size_t c, const mpt__desk *desk) {
+    mpt__slice slice = MPT_ZERO;
+    mpt__halo h;
+    slice.R = d->image.R, slice.S = d->image.S;
+    slice.c = c, slice.C = mpt__min(d->op->shape.C - c, MPT__RUN);
+    h = mpt__halo_of(&d->image, band, &slice, 0, MPT__RUN);
+    mpt__halo_fill(d->ctx, &d->image, band, &slice, &h, desk);
+    return h;
+}
+
+/* y or dx: the sum of an output's taps, each channel times its filter */
 MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, int worker) {
-    const mpt__product *p = (const mpt__product *)arg;
-    const mpt_conv2d_op *op = p->a.op;
-    const size_t C = op->shape.C, S = op->shape.S, taps = op->shape.R * S;
-    float *w = mpt__worker_space(p->ctx, worker); /* (taps, RUN): channels side by side */
-    float *room = mpt__worker_room(p->ctx, worker), sums[MPT__RUN];
-    size_t c, u, t, e;
-    for (c = 0; c < C; c += MPT__RUN) {
-        const size_t run = mpt__min(C - c, MPT__RUN);
+    const mpt__depthwise *d = (const mpt__depthwise *)arg;
+    const mpt__image *image = &d->image;
+    const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
+    const mpt__desk desk = mpt__desk_of(d->ctx, worker);
+    float *w = desk.panels; /* (taps, RUN): channels side by side */
+    size_t row, q, t, e;
+    for (; begin < end; begin++) {
+        const size_t c = begin / bands * MPT__RUN, run = mpt__min(C - c, MPT__RUN);
+        const mpt__band band = mpt__band_of(image, begin % bands);
+        const mpt__halo h = mpt__depthwise_halo(d, &band, c, &desk);
+        float *sums = desk.sums;
         for (e = 0; e < run; e++)
-            for (t = 0; t < taps; t++) { /* SPREAD reads a kernel row backwards */
-                const size_t tap = p->a.kind == MPT__SPREAD ? t / S * S + S - 1 - t % S : t;
-                w[t * MPT__RUN + e] = mpt__get(p->ctx, op->w, (c + e) * taps + tap);
+            for (t = 0; t < taps; t++)
+                w[t * MPT__RUN + e] = mpt__get(d->ctx, d->op->w, (c + e) * taps + (image->turned ? taps - 1 - t : t));
+        for (row = 0; row < band.rows; row++)
+            for (q = 0; q < band.columns; q++, sums += MPT__RUN) {
+                const char *first = (char *)desk.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
+                float sum[MPT__RUN] = {0};
+                for (t = 0; t < taps; t++)
+                    mpt__multiply_run(sum,
+                                      (const float *)(const void *)(first + t / S * image->dilation * h.pitch +
+                                                                    t % S * image->dilation * h.pixel),
+                                      w + t * MPT__RUN);
+                memcpy(sums, sum, sizeof sum);
             }
-        for (u = begin; u < end; u++) {
-            mpt__scale_run(sums, 0, mpt__zeros);
-            for (t = 0; t < taps; t++) {
-                const size_t at = mpt__tap_index(&p->a, u, t / S, t % S);
-                if (at == (size_t)-1) continue;
-                mpt__multiply_run(sums, mpt__read_run(p->ctx, p->a.data, at + c, run, room), w + t * MPT__RUN);
-            }
-            mpt__finish_row(p, u, c, run, sums, room);
-        }
+        mpt__finish_rows(&d->finish, band.row * image->Q + band.q, band.rows * band.columns, c, run, desk.sums,
+                         MPT__RUN, &desk);
     }
 }
 MPT__TASKS(mpt__depthwise_task)
 
-/* dw(c,taps) for runs of channels: sums over all outputs */
+/* total += sum, which begins anew */
+MPT__INLINE void mpt__total_run(double *MPT__RESTRICT total, float *MPT__RESTRICT sum) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        total[e] += (double)sum[e];
+        sum[e] = 0;
+    }
+}
+
+/* dw(c,taps) of runs of channels: sums over a few outputs in fp32, and of these in double */
 MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_t end, int worker) {
-    const mpt__product *p = (const mpt__product *)arg;
-    const mpt_conv2d_op *op = p->b.op;
-    const size_t C = op->shape.C, S = op->shape.S, taps = op->shape.R * S;
-    float *sums = mpt__worker_space(p->ctx, worker), *line = sums + (size_t)MPT__DEPTHWISE_TAPS * MPT__RUN;
-    float room[2][MPT__RUN];
-    size_t c, u, t, e;
-    for (c = begin * MPT__RUN; c < mpt__min(end * MPT__RUN, C); c += MPT__RUN) {
-        const size_t run = mpt__min(C - c, MPT__RUN);
-        memset(sums, 0, taps * MPT__RUN * sizeof *sums);
-        for (u = 0; u < p->k; u++) {
-            const float *dy = mpt__read_run(p->ctx, op->y, u * C + c, run, room[0]);
-            for (t = 0; t < taps; t++) {
-                const size_t at = mpt__tap_index(&p->b, u, t / S, t % S);
-                if (at == (size_t)-1) continue;
-                mpt__multiply_run(sums + t * MPT__RUN, mpt__read_run(p->ctx, op->x, at + c, run, room[1]), dy);
-            }
+    const mpt__depthwise *d = (const mpt__depthwise *)arg;
+    const mpt__image *image = &d->image;
+    const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
+    const mpt__desk desk = mpt__desk_of(d->ctx, worker);
+    double *total = (double *)(void *)desk.panels; /* (taps, RUN) */
+    float *room = desk.room;
+    size_t b, row, q, t, e, few;
+    for (; begin < end; begin++) {
+        const size_t c = begin * MPT__RUN, run = mpt__min(C - c, MPT__RUN);
+        memset(total, 0, taps * MPT__RUN * sizeof *total);
+        for (b = 0; b < bands; b++) {
+            const mpt__band band = mpt__band_of(image, b);
+            const mpt__halo h = mpt__depthwise_halo(d, &band, c, &desk);
+            for (row = 0; row < band.rows; row++)
+                for (q = 0; q < band.columns; q += few) {
+                    const char *first =
+                        (char *)desk.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
+                    const size_t at = ((band.row + row) * image->Q + band.q + q) * C + c;
+                    float sum[MPT__RUN] = {0}, *dy = desk.sums;
+                    few = mpt__min(band.columns - q, 8);
+                    for (e = 0; e < few; e++)
+                        memcpy(dy + e * MPT__RUN, mpt__read_run(d->ctx, d->op->y, at + e * C, run, room),
+                               MPT__RUN * sizeof *dy);
+                    for (t = 0; t < taps; t++) {
+                        const char *x = first + t / S * image->dilation * h.pitch + t % S * image->dilation * h.pixel;
+                        for (e = 0; e < few; e++)
+                            mpt__multiply_run(sum, (const float *)(const void *)(x + e * image->stride * h.pixel),
+                                              dy + e * MPT__RUN);
+                        mpt__total_run(total + t * MPT__RUN, sum);
+                    }
+                }
         }
-        for (e = 0; e < run; e++) {
-            for (t = 0; t < taps; t++) line[t] = sums[t * MPT__RUN + e];
-            mpt__finish_row(p, c + e, 0, taps, line, room[0]);
-        }
+        for (e = 0; e < run; e++)
+            for (t = 0; t < taps; t++) desk.sums[e * taps + t] = (float)total[t * MPT__RUN + e];
+        mpt__finish_rows(&d->finish, c, run, 0, taps, desk.sums, taps, &desk);
     }
 }
 MPT__TASKS(mpt__depthwise_weights_task)
 
-static mpt_result mpt__depthwise(mpt_context *ctx, const mpt_conv2d_op *op) {
+/* Returns 0 if the halo of one output does not fit: then each channel is a product. */
+static int mpt__depthwise_run(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
-    mpt__product p = mpt__conv2d_product(ctx, op, 0);
-    const size_t work = z->N * op->P * op->Q * z->C * z->R * z->S;
+    const size_t runs = mpt__pieces(z->C, MPT__RUN), work = z->N * op->P * op->Q * z->C * z->R * z->S;
+    mpt__depthwise d = MPT_ZERO;
+    d.ctx = ctx, d.op = op;
+    d.image = mpt__image_of(op, 0);
+    d.image.channels = z->C;
+    d.image.taps_down = z->R, d.image.taps_across = z->S;
+    d.image.widest = MPT__LEFT_WORDS;
+    d.image.columns = mpt__evenly(d.image.Q, MPT__BLOCK_M, 1);
+    mpt__choose_band(&d.image, MPT__BLOCK_M, MPT__RUN);
+    if (!mpt__halo_fits(&d.image, 1, d.image.columns, MPT__RUN) || z->R * z->S > MPT__DEPTHWISE_TAPS) return 0;
+    d.finish = mpt__conv2d_product(ctx, op, 0);
     if (op->pass == MPT_BACKWARD_WEIGHT)
-        mpt__parallel(ctx, (z->C + MPT__RUN - 1) / MPT__RUN, work, MPT__TASK(ctx, mpt__depthwise_weights_task), &p);
-    else mpt__parallel(ctx, p.m, work, MPT__TASK(ctx, mpt__depthwise_task), &p);
-    return MPT_OK;
+        mpt__parallel(ctx, runs, work, MPT__TASK(ctx, mpt__depthwise_weights_task), &d);
+    else mpt__parallel(ctx, runs * mpt__bands(&d.image), work, MPT__TASK(ctx, mpt__depthwise_task), &d);
+    return 1;
 }
 
 static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     size_t group;
-    if (z->groups > 1 && z->groups == z->C && z->C == z->K && z->R * z->S <= MPT__DEPTHWISE_TAPS)
-        return mpt__depthwise(ctx, op);
+    if (z->groups > 1 && z->groups == z->C && z->C == z->K && mpt__depthwise_run(ctx, op)) return MPT_OK;
     for (group = 0; group < z->groups; group++) {
         mpt__product p = mpt__conv2d_product(ctx, op, group);
         MPT__TRY(mpt__product_run(&p));
@@ -3915,6 +4454,7 @@ static mpt_result mpt__cpu_copy_columns(mpt_context *ctx, const mpt_columns_op *
    rows; over a group of one sample in one thread. */
 
 enum {
+    MPT__NORM_ROWS = 64, /* that are done for a run of channels before the next run is */
     MPT__COLUMN_BLOCKS = 16,
     MPT__COLUMNS = (MPT__WORKSPACE - MPT__ROOM) / (4 * MPT__COLUMN_BLOCKS * MPT__RUN) *
                    MPT__RUN /* whose sums the workspace holds */
@@ -3940,51 +4480,79 @@ static void mpt__norm_sets(const mpt_norm_op *op, size_t sample, size_t c, size_
     }
 }
 
-/* a += x, b += x^2 */
-MPT__INLINE void mpt__norm_squares(const float *MPT__RESTRICT x, double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+/* The sums of four rows, so that the totals are read and written once for them: a += x, b += x^2 */
+MPT__INLINE void mpt__norm_squares(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
+                                   const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
+                                   double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
     size_t e;
-    for (e = 0; e < MPT__RUN; e++) a[e] += (double)x[e];
-    for (e = 0; e < MPT__RUN; e++) b[e] += (double)x[e] * (double)x[e];
+    for (e = 0; e < MPT__RUN; e++) {
+        const double w = (double)x0[e], x = (double)x1[e], y = (double)x2[e], z = (double)x3[e];
+        a[e] += (w + x) + (y + z);
+        b[e] += (w * w + x * x) + (y * y + z * z);
+    }
+}
+
+MPT__INLINE void mpt__norm_totals(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
+                                  const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
+                                  double *MPT__RESTRICT a) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) a[e] += ((double)x0[e] + (double)x1[e]) + ((double)x2[e] + (double)x3[e]);
 }
 
 /* a += dy, b += dy xhat */
-MPT__INLINE void mpt__norm_gradients(const float *MPT__RESTRICT x, const float *MPT__RESTRICT dy,
+MPT__INLINE void mpt__norm_gradients(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
+                                     const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
+                                     const float *MPT__RESTRICT y0, const float *MPT__RESTRICT y1,
+                                     const float *MPT__RESTRICT y2, const float *MPT__RESTRICT y3,
                                      const float *MPT__RESTRICT mean, const float *MPT__RESTRICT inverse,
                                      double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
     size_t e;
-    for (e = 0; e < MPT__RUN; e++) a[e] += (double)dy[e];
-    for (e = 0; e < MPT__RUN; e++) b[e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
+    for (e = 0; e < MPT__RUN; e++) {
+        const double w = (double)y0[e], x = (double)y1[e], y = (double)y2[e], z = (double)y3[e];
+        const double p = (double)((x0[e] - mean[e]) * inverse[e]), q = (double)((x1[e] - mean[e]) * inverse[e]);
+        const double r = (double)((x2[e] - mean[e]) * inverse[e]), s = (double)((x3[e] - mean[e]) * inverse[e]);
+        a[e] += (w + x) + (y + z);
+        b[e] += (w * p + x * q) + (y * r + z * s);
+    }
 }
 
-/* Adds two quantities of row i, channels c .. c+n: x and its square; in the backward pass dy and dy xhat. Whole runs
-   are added, zeros where there are no channels. */
-MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t c, size_t n, const float *mean,
+/* Adds two quantities of rows i .. i+rows (four at most), channels c .. c+n: x and its square; in the backward pass dy
+   and dy xhat. Whole runs are added, zeros where there are no channels or rows. */
+MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t rows, size_t c, size_t n, const float *mean,
                                const float *inverse, double *a, double *b) {
-    const size_t at = i * w->op->shape.C + c;
-    float room[2][MPT__RUN];
-    const float *x = mpt__read_run(w->ctx, w->op->x, at, n, room[0]);
-    if (w->op->pass == MPT_NORM_BACKWARD)
-        mpt__norm_gradients(x, mpt__read_run(w->ctx, w->op->y, at, n, room[1]), mean, inverse, a, b);
-    else mpt__norm_squares(x, a, b);
+    const size_t C = w->op->shape.C, at = i * C + c;
+    float room[8][MPT__RUN];
+    const float *x[4], *y[4];
+    size_t r;
+    for (r = 0; r < 4; r++)
+        x[r] = r < rows ? mpt__read_run(w->ctx, w->op->x, at + r * C, n, room[r]) : r ? mpt__zeros : mpt__zeros;
+    if (w->op->pass == MPT_NORM_BACKWARD) {
+        for (r = 0; r < 4; r++)
+            y[r] = r < rows ? mpt__read_run(w->ctx, w->op->y, at + r * C, n, room[4 + r]) : mpt__zeros;
+        mpt__norm_gradients(x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], mean, inverse, a, b);
+    } else if (w->op->stats) mpt__norm_squares(x[0], x[1], x[2], x[3], a, b);
+    else mpt__norm_totals(x[0], x[1], x[2], x[3], a);
 }
 
 MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *w = (const mpt__norm_work *)arg;
     const size_t each = (w->rows + MPT__COLUMN_BLOCKS - 1) / MPT__COLUMN_BLOCKS, pixels = w->op->shape.pixels;
     float *mean = mpt__worker_room(w->ctx, worker), *inverse = mean + MPT__RUN;
+    const size_t step = w->op->pass == MPT_NORM_BACKWARD ? MPT__NORM_ROWS : 4; /* 4: memory is read in one stream */
     for (; begin < end; begin++) {
         const size_t last = mpt__min((begin + 1) * each, w->rows);
         const size_t bytes = (w->columns + MPT__RUN - 1) / MPT__RUN * MPT__RUN * sizeof(double);
         double *sums = w->sums + begin * 2 * MPT__COLUMNS;
-        size_t first, c, i;
+        size_t first, c, i, some;
         memset(sums, 0, bytes), memset(sums + MPT__COLUMNS, 0, bytes);
-        for (first = begin * each; first < last; first += MPT__RUN) /* few rows: see mpt__norm_rows */
+        for (first = begin * each; first < last; first += step) /* few rows: see mpt__norm_rows */
             for (c = 0; c < w->columns; c += MPT__RUN) {
                 const size_t n = mpt__min(w->columns - c, MPT__RUN);
-                for (i = first; i < mpt__min(last, first + MPT__RUN); i++) {
+                for (i = first; i < mpt__min(last, first + step); i += some) {
+                    some = mpt__min(mpt__min(last, first + step) - i, mpt__min(4, pixels - i % pixels));
                     if (w->op->pass == MPT_NORM_BACKWARD && (i == first || i % pixels == 0))
                         mpt__norm_sets(w->op, i / pixels, w->first + c, n, mean, inverse);
-                    mpt__norm_row(w, i, w->first + c, n, mean, inverse, sums + c, sums + MPT__COLUMNS + c);
+                    mpt__norm_row(w, i, some, w->first + c, n, mean, inverse, sums + c, sums + MPT__COLUMNS + c);
                 }
             }
     }
@@ -4028,7 +4596,8 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
             const size_t n = mpt__min(each - c, MPT__RUN);
             memset(a, 0, 2 * MPT__RUN * sizeof *a);
             if (op->pass == MPT_NORM_BACKWARD) mpt__norm_sets(op, sample, first + c, n, mean, inverse);
-            for (i = 0; i < pixels; i++) mpt__norm_row(w, sample * pixels + i, first + c, n, mean, inverse, a, b);
+            for (i = 0; i < pixels; i += 4)
+                mpt__norm_row(w, sample * pixels + i, mpt__min(4, pixels - i), first + c, n, mean, inverse, a, b);
             for (e = 0; e < n; e++) {
                 const double gamma =
                     op->pass == MPT_NORM_STATS ? 1 : (double)mpt__get(w->ctx, op->gamma, first + c + e);
@@ -4131,8 +4700,8 @@ MPT__INLINE void mpt__norm_rows(const mpt__norm_work *w, size_t begin, size_t en
 
 MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *w = (const mpt__norm_work *)arg;
-    for (; begin < end; begin += MPT__RUN)
-        mpt__norm_rows(w, begin, mpt__min(end, begin + MPT__RUN),
+    for (; begin < end; begin += MPT__NORM_ROWS)
+        mpt__norm_rows(w, begin, mpt__min(end, begin + MPT__NORM_ROWS),
                        (mpt__norm_run *)(void *)mpt__worker_room(w->ctx, worker));
 }
 MPT__TASKS(mpt__norm_rows_task)
@@ -4206,6 +4775,48 @@ MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__
     for (e = 0; e < MPT__RUN; e++) sum[e] += mpt__float(mpt__bits(dy[e]) & (0u - (uint32_t)(tap[e] == here)));
 }
 
+/* Halves as integers in the order of their values, -0 and 0 the same, NaN above all */
+MPT__INLINE void mpt__max_halves(const uint16_t *MPT__RESTRICT x, uint16_t inf, uint16_t here, int first,
+                                 int16_t *MPT__RESTRICT keys, uint16_t *MPT__RESTRICT best,
+                                 uint16_t *MPT__RESTRICT tap) {
+    size_t e;
+    if (first)
+        for (e = 0; e < MPT__RUN; e++) {
+            const int16_t size = (int16_t)(x[e] & 0x7fff), sign = (int16_t)((int16_t)x[e] >> 15);
+            const int16_t key = (int16_t)((size ^ sign) - sign);
+            keys[e] = size > (int16_t)inf ? (int16_t)0x7fff : key, best[e] = x[e], tap[e] = here;
+        }
+    else
+        for (e = 0; e < MPT__RUN; e++) {
+            const int16_t size = (int16_t)(x[e] & 0x7fff), sign = (int16_t)((int16_t)x[e] >> 15);
+            int16_t key = (int16_t)((size ^ sign) - sign);
+            uint16_t take;
+            key = size > (int16_t)inf ? (int16_t)0x7fff : key;
+            take = (uint16_t)(0 - (key > keys[e]));
+            keys[e] = (int16_t)(((uint16_t)key & take) | ((uint16_t)keys[e] & (uint16_t)~take));
+            best[e] = (uint16_t)((x[e] & take) | (best[e] & (uint16_t)~take));
+            tap[e] = (uint16_t)((here & take) | (tap[e] & (uint16_t)~take));
+        }
+}
+
+/* One output row (n,p) of 16-bit maxima over windows that lie inside the image */
+MPT__INLINE void mpt__max_pool_halves(const mpt_pool2d_op *op, size_t row) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t n = row / op->P, p = row % op->P, C = z->C;
+    const uint16_t *x = (const uint16_t *)op->x.data + (n * z->H + p * op->stride_h) * z->W * C;
+    const uint16_t inf = op->x.type == MPT_F16 ? 0x7c00 : 0x7f80;
+    int16_t keys[MPT__RUN];
+    size_t q, c, r, s;
+    for (q = 0; q < op->Q; q++)
+        for (c = 0; c < C; c += MPT__RUN) {
+            const size_t out = (row * op->Q + q) * C + c;
+            for (r = 0; r < z->R; r++)
+                for (s = 0; s < z->S; s++)
+                    mpt__max_halves(x + (r * z->W + q * op->stride_w + s) * C + c, inf, (uint16_t)(r * z->S + s),
+                                    r + s == 0, keys, (uint16_t *)op->y.data + out, op->index + out);
+        }
+}
+
 MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q,
                                        size_t c, size_t run) {
     const mpt_pool2d_shape *z = &op->shape;
@@ -4257,6 +4868,45 @@ MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d
     mpt__write_run(ctx, op->x, in, run, sum);
 }
 
+/* Windows that lie side by side: an input is in one of them at most, so its gradient is a copy or zero, bit by bit.
+   Output rows begin .. end; what follows the last window of a row or an image belongs to it. */
+#define MPT__UNPOOL(name, type)                                                                                       \
+    MPT__INLINE void name(const mpt_pool2d_op *op, size_t row) {                                                      \
+        const mpt_pool2d_shape *z = &op->shape;                                                                       \
+        const size_t n = row / op->P, p = row % op->P, C = z->C;                                                      \
+        const size_t bottom = p + 1 < op->P ? (p + 1) * op->stride_h : z->H;                                          \
+        type *x = (type *)op->x.data + (n * z->H + p * op->stride_h) * z->W * C;                                      \
+        const type *y = (const type *)op->y.data + row * op->Q * C;                                                   \
+        const uint16_t *index = op->index + row * op->Q * C;                                                          \
+        size_t r, s, q, c, e;                                                                                         \
+        if (op->stride_h != z->R || op->stride_w != z->S || op->P * z->R != z->H || op->Q * z->S != z->W)             \
+            memset(x, 0, (bottom - p * op->stride_h) * z->W * C * sizeof *x);                                         \
+        for (q = 0; q < op->Q; q++, y += C, index += C)                                                               \
+            for (r = 0; r < z->R; r++)                                                                                \
+                for (s = 0; s < z->S; s++) {                                                                          \
+                    type *to = x + (r * z->W + q * op->stride_w + s) * C;                                             \
+                    const uint16_t here = (uint16_t)(r * z->S + s);                                                   \
+                    for (c = 0; c + MPT__RUN <= C; c += MPT__RUN) mpt__select_##type(to + c, y + c, index + c, here); \
+                    for (e = c; e < C; e++) to[e] = index[e] == here ? y[e] : 0;                                      \
+                }                                                                                                     \
+    }
+#define MPT__SELECT(type)                                                                           \
+    MPT__INLINE void mpt__select_##type(type *MPT__RESTRICT to, const type *MPT__RESTRICT y,        \
+                                        const uint16_t *MPT__RESTRICT index, uint16_t here) {       \
+        size_t e;                                                                                   \
+        for (e = 0; e < MPT__RUN; e++) to[e] = (type)(y[e] & (type)(0 - (type)(index[e] == here))); \
+    }
+MPT__SELECT(uint16_t)
+MPT__SELECT(uint32_t)
+MPT__UNPOOL(mpt__unpool_16, uint16_t)
+MPT__UNPOOL(mpt__unpool_32, uint32_t)
+
+static int mpt__side_by_side(const mpt_pool2d_op *op) {
+    return op->pass != MPT_FORWARD && op->kind != MPT_POOL_AVERAGE && op->beta == 0 && !op->shape.padding &&
+           op->stride_h >= op->shape.R && op->stride_w >= op->shape.S && op->x.type == op->y.type &&
+           op->x.type <= MPT_BF16;
+}
+
 /* one row (n,p) of outputs, or (n,h) of inputs, after the other */
 MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
@@ -4265,6 +4915,13 @@ MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int wo
     const size_t columns = op->pass == MPT_FORWARD ? op->Q : op->shape.W;
     size_t i, c;
     (void)worker;
+    for (; begin < end && op->pass == MPT_FORWARD && op->kind != MPT_POOL_AVERAGE && !op->shape.padding &&
+           op->x.type == op->y.type && (op->x.type == MPT_F16 || op->x.type == MPT_BF16) && op->shape.C % MPT__RUN == 0;
+         begin++)
+        mpt__max_pool_halves(op, begin);
+    for (; begin < end && mpt__side_by_side(op); begin++)
+        if (op->x.type == MPT_F32) mpt__unpool_32(op, begin);
+        else mpt__unpool_16(op, begin);
     for (; begin < end; begin++)
         for (i = 0; i < columns; i++)
             for (c = 0; c < op->shape.C; c += MPT__RUN) {
@@ -4278,8 +4935,8 @@ MPT__TASKS(mpt__pool_task)
 static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     const mpt_pool2d_shape *z = &op->shape;
     mpt__work w = {ctx, op};
-    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD ? op->P : z->H), z->N * z->H * z->W * z->C,
-                  MPT__TASK(ctx, mpt__pool_task), &w);
+    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD || mpt__side_by_side(op) ? op->P : z->H),
+                  z->N * z->H * z->W * z->C, MPT__TASK(ctx, mpt__pool_task), &w);
     return MPT_OK;
 }
 

@@ -1103,29 +1103,70 @@ static int mpt__sum_changes(const mpt_what_if *what) {
 }
 
 typedef struct mpt__plain { /* the engine's product by a plain loop */
-    const mpt__product *product;
+    mpt__product product;
+    const mpt_conv2d_op *op; /* NULL: of matrices */
+    size_t group;
     const mpt_what_if *what;
     uint64_t draw;
 } mpt__plain;
 
+/* Where tap (r,s) of row u of a convolution's image lies in x, or for the gradient of x in dy: its first channel of the
+   group; -1 for zeros. dy's row is read forwards, so with the last tap first. */
+static size_t mpt__plain_tap(const mpt__plain *w, size_t u, size_t r, size_t s) {
+    const mpt_conv2d_op *op = w->op;
+    const mpt_conv2d_shape *z = &op->shape;
+    const int back = op->pass == MPT_BACKWARD_DATA;
+    const size_t H = back ? op->P : z->H, W = back ? op->Q : z->W, C = back ? z->K : z->C;
+    const size_t rows = back ? z->H : op->P, columns = back ? z->W : op->Q;
+    size_t y = u / columns % rows, x = u % columns; /* what is left of the image wraps to a huge number */
+    if (back) {
+        y += z->padding - r * z->dilation, x += z->padding - (z->S - 1 - s) * z->dilation;
+        y = y % z->stride ? H : y / z->stride, x = x % z->stride ? W : x / z->stride;
+    } else y = y * z->stride + r * z->dilation - z->padding, x = x * z->stride + s * z->dilation - z->padding;
+    if (y >= H || x >= W) return (size_t)-1;
+    return ((u / columns / rows * H + y) * W + x) * C + w->group * (C / z->groups);
+}
+
+/* out(n) = elements v .. v+n of row u of an operand, which runs along the depth or not */
+static void mpt__plain_line(const mpt__plain *w, int right, size_t u, size_t v, size_t n, float *out) {
+    const mpt__product *p = &w->product;
+    const mpt_conv2d_shape *z = w->op ? &w->op->shape : NULL;
+    const int back = w->op && w->op->pass == MPT_BACKWARD_DATA;
+    const int image = w->op && right == (w->op->pass == MPT_BACKWARD_WEIGHT);
+    const mpt__matrix *m = right ? &p->b : &p->a;
+    const size_t channels = z ? (back ? z->K : z->C) / z->groups : 0;
+    size_t some, at;
+    if (right && back) { /* u: tap, filter; v: channel */
+        const size_t tap = u / channels;
+        at = u % channels * m->stride + (tap / z->S * z->S + z->S - 1 - tap % z->S) * p->n + v;
+        mpt__load(p->ctx, m->data, at, n, out);
+    } else if (!image) mpt__load(p->ctx, m->data, u * m->stride + v, n, out);
+    else
+        for (; n; out += some, v += some, n -= some) {
+            const size_t tap = v / channels, c = v % channels;
+            some = mpt__min(n, channels - c);
+            at = mpt__plain_tap(w, u, tap / z->S, tap % z->S);
+            if (at == (size_t)-1) memset(out, 0, some * sizeof *out);
+            else mpt__load(p->ctx, back ? w->op->y : w->op->x, at + c, some, out);
+        }
+}
+
 /* Sums of row i and `columns` columns from j on. tile(RUN,RUN): a piece of the right operand, as it lies in memory. */
 static void mpt__plain_block(const mpt__plain *w, const mpt__rounder *rounder, size_t i, size_t j, size_t columns,
                              float *tile, float *sums) {
-    const mpt__product *p = w->product;
+    const mpt__product *p = &w->product;
     const size_t chunk = w->what->chunk ? w->what->chunk : 1;
-    const size_t across = p->b.v_is_depth ? MPT__RUN : 1, down = p->b.v_is_depth ? 1 : MPT__RUN;
+    const size_t across = p->b.along ? MPT__RUN : 1, down = p->b.along ? 1 : MPT__RUN;
     const int draws = w->what->sum.round == MPT_ROUND_STOCHASTIC;
     float a[MPT__RUN], parts[MPT__RUN] = {0};
     size_t l, d, c, left = chunk;
     memset(sums, 0, MPT__RUN * sizeof *sums);
     for (l = 0; l < p->k; l += MPT__RUN) {
         const size_t some = mpt__min(p->k - l, MPT__RUN);
-        if (p->a.v_is_depth) mpt__view_run(p->ctx, &p->a, i, l, some, a);
-        for (d = 0; d < some && !p->a.v_is_depth; d++) mpt__view_run(p->ctx, &p->a, l + d, i, 1, a + d);
-        for (c = 0; c < columns && p->b.v_is_depth; c++)
-            mpt__view_run(p->ctx, &p->b, j + c, l, some, tile + c * MPT__RUN);
-        for (d = 0; d < some && !p->b.v_is_depth; d++)
-            mpt__view_run(p->ctx, &p->b, l + d, j, columns, tile + d * MPT__RUN);
+        if (p->a.along) mpt__plain_line(w, 0, i, l, some, a);
+        for (d = 0; d < some && !p->a.along; d++) mpt__plain_line(w, 0, l + d, i, 1, a + d);
+        for (c = 0; c < columns && p->b.along; c++) mpt__plain_line(w, 1, j + c, l, some, tile + c * MPT__RUN);
+        for (d = 0; d < some && !p->b.along; d++) mpt__plain_line(w, 1, l + d, j, columns, tile + d * MPT__RUN);
         for (d = 0; d < some; d++) {
             for (c = 0; c < columns; c++) parts[c] = mpt__add(parts[c], mpt__mul(a[d], tile[c * across + d * down]));
             if (--left && l + d + 1 < p->k) continue;
@@ -1142,43 +1183,37 @@ static void mpt__plain_block(const mpt__plain *w, const mpt__rounder *rounder, s
 static void mpt__plain_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__plain *w = (const mpt__plain *)arg;
     const mpt__rounder rounder = mpt__rounder_of(&w->what->sum);
-    float *tile = mpt__worker_space(w->product->ctx, worker), *sums = mpt__worker_room(w->product->ctx, worker);
+    const mpt__desk desk = mpt__desk_of(w->product.ctx, worker);
     size_t i, j;
     for (i = begin; i < end; i++) {
-        for (j = 0; j < w->product->n; j += MPT__RUN) {
-            const size_t columns = mpt__min(w->product->n - j, MPT__RUN);
-            mpt__plain_block(w, &rounder, i, j, columns, tile, sums);
-            mpt__finish_row(w->product, i, j, columns, sums, sums + MPT__RUN);
+        for (j = 0; j < w->product.n; j += MPT__RUN) {
+            const size_t columns = mpt__min(w->product.n - j, MPT__RUN);
+            mpt__plain_block(w, &rounder, i, j, columns, desk.panels, desk.sums);
+            mpt__finish_rows(&w->product, i, 1, j, columns, desk.sums, MPT__RUN, &desk);
         }
     }
 }
 
-static void mpt__plain_run(mpt_lens *lens, const mpt_what_if *what, const mpt__product *product) {
-    mpt__plain w;
-    w.product = product;
-    w.what = what;
-    w.draw = lens->draws++;
-    mpt__parallel(lens->ctx, product->m, 8 * product->m * product->n * product->k, mpt__plain_task, &w);
+static void mpt__plain_run(mpt_lens *lens, mpt__plain *w) {
+    const mpt__product *p = &w->product;
+    w->draw = lens->draws++;
+    mpt__parallel(lens->ctx, p->m, 8 * p->m * p->n * p->k, mpt__plain_task, w);
 }
 
 static void mpt__plain_gemm(mpt_lens *lens, const mpt_what_if *what, const mpt_gemm_op *op) {
-    mpt__product p = MPT_ZERO;
-    p.ctx = lens->ctx;
-    p.m = op->m, p.n = op->n, p.k = op->k;
-    p.a = mpt__matrix_view(op->a, op->lda, !op->trans_a);
-    p.b = mpt__matrix_view(op->b, op->ldb, op->trans_b != 0);
-    p.alpha = op->alpha, p.beta = op->beta;
-    p.c = op->c, p.ldc = op->ldc;
-    p.bias = op->bias;
-    p.act = op->act;
-    mpt__plain_run(lens, what, &p);
+    mpt__plain w = MPT_ZERO;
+    w.product = mpt__gemm_product(lens->ctx, op);
+    w.what = what;
+    mpt__plain_run(lens, &w);
 }
 
 static void mpt__plain_conv2d(mpt_lens *lens, const mpt_what_if *what, const mpt_conv2d_op *op) {
-    size_t group;
-    for (group = 0; group < op->shape.groups; group++) {
-        const mpt__product p = mpt__conv2d_product(lens->ctx, op, group);
-        mpt__plain_run(lens, what, &p);
+    mpt__plain w = MPT_ZERO;
+    w.op = op, w.what = what;
+    for (w.group = 0; w.group < op->shape.groups; w.group++) {
+        w.product = mpt__conv2d_product(lens->ctx, op, w.group);
+        if (w.product.turned) mpt__turn(&w.product); /* dw, not its transpose */
+        mpt__plain_run(lens, &w);
     }
 }
 

@@ -27,7 +27,14 @@
 #define _mm512_maskz_srli_epi32(k, a, n) simde_mm512_maskz_mov_epi32(k, simde_mm512_srli_epi32(a, n))
 #define _mm512_maskz_cvtps_ph(k, a, rounding) avx512_maskz_cvtps_ph(k, a)
 #define _mm512_maskz_cvtph_ps avx512_maskz_cvtph_ps
-#define _mm512_maskz_cvtepi32_epi16 avx512_maskz_cvtepi32_epi16
+#define _mm512_maskz_slli_epi32(k, a, n) simde_mm512_maskz_mov_epi32(k, simde_mm512_slli_epi32(a, n))
+#define _mm512_maskz_cvtepu16_epi32 avx512_maskz_cvtepu16_epi32
+#define _mm512_permutex2var_epi16 avx512_permutex2var_epi16
+#define _mm512_storeu_si512 simde_mm512_storeu_si512
+#define _mm512_sub_epi32 simde_mm512_sub_epi32
+#define _mm512_min_epu32 simde_mm512_min_epu32
+#define _mm512_cmple_epu32_mask avx512_cmple_epu32_mask
+#define _mm512_cvtne2ps_pbh avx512_cvtne2ps_pbh
 
 static inline __m512 avx512_maskz_cvtph_ps(__mmask16 k, __m256i a) {
     float out[16];
@@ -44,13 +51,44 @@ static inline __m256i avx512_maskz_cvtps_ph(__mmask16 k, __m512 a) {
                             _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
 }
 
-static inline __m256i avx512_maskz_cvtepi32_epi16(__mmask16 k, __m512i a) {
-    uint32_t in[16];
-    uint16_t out[16];
+static inline __m512i avx512_maskz_cvtepu16_epi32(__mmask16 k, __m256i a) {
+    uint16_t in[16];
+    uint32_t out[16];
     int i;
-    simde_mm512_storeu_si512(in, simde_mm512_maskz_mov_epi32(k, a));
-    for (i = 0; i < 16; i++) out[i] = (uint16_t)in[i];
-    return _mm256_loadu_si256((const __m256i *)(const void *)out);
+    _mm256_storeu_si256((__m256i *)(void *)in, a);
+    for (i = 0; i < 16; i++) out[i] = in[i];
+    return simde_mm512_maskz_mov_epi32(k, simde_mm512_loadu_si512(out));
+}
+
+static inline __m512i avx512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+    uint16_t from[64], at[32], out[32];
+    int i;
+    simde_mm512_storeu_si512(from, a), simde_mm512_storeu_si512(from + 32, b);
+    simde_mm512_storeu_si512(at, index);
+    for (i = 0; i < 32; i++) out[i] = from[at[i] % 64];
+    return simde_mm512_loadu_si512(out);
+}
+
+static inline __mmask16 avx512_cmple_epu32_mask(__m512i a, __m512i b) {
+    uint32_t x[16], y[16];
+    int i, mask = 0;
+    simde_mm512_storeu_si512(x, a), simde_mm512_storeu_si512(y, b);
+    for (i = 0; i < 16; i++) mask |= (x[i] <= y[i]) << i;
+    return (__mmask16)mask;
+}
+
+/* Rounded to nearest even, b in the lower half; the chip takes subnormals for zeros, and so does this. */
+static inline __m512bh avx512_cvtne2ps_pbh(__m512 a, __m512 b) {
+    uint32_t in[32];
+    uint16_t out[32];
+    int i;
+    simde_mm512_storeu_ps(in, b), simde_mm512_storeu_ps(in + 16, a);
+    for (i = 0; i < 32; i++) {
+        const uint32_t u = in[i] & 0x7f800000u ? in[i] : in[i] & 0x80000000u;
+        const int nan = (u & 0x7fffffffu) > 0x7f800000u;
+        out[i] = (uint16_t)(nan ? u >> 16 | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    }
+    return simde_mm512_castsi512_ps(simde_mm512_loadu_si512(out));
 }
 
 /* sum[i] += x[2 i] y[2 i] + x[2 i + 1] y[2 i + 1]; the chip takes subnormals for zeros, this does not */

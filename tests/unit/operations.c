@@ -142,7 +142,9 @@ static void test_gemm(const product *p, mpt_dtype type_a, mpt_dtype type_b, mpt_
 static void test_gemms(void) {
     static const size_t shapes[][3] = {{1, 1, 1},      {3, 5, 7},      {2, 3, 1},     {1, 33, 5},      {29, 1, 31},
                                        {17, 31, 13},   {64, 64, 64},   {5, 4, 300},   {129, 127, 257}, {200, 10, 784},
-                                       {601, 263, 17}, {140, 601, 19}, {193, 5, 521}, {31, 199, 397}};
+                                       {601, 263, 17}, {140, 601, 19}, {193, 5, 521}, {31, 199, 397},
+                                       {97, 64, 513},  {193, 65, 512}, {193, 66, 513}, {7, 33, 1536},
+                                       {9, 35, 1541},  {577, 3, 4},    {3, 257, 6}};
     static const float factors[][2] = {{1, 0}, {-1.5f, 1}, {0.75f, -0.5f}, {1, 1}};
     size_t i;
     int trans, mix;
@@ -351,6 +353,71 @@ static void test_layers(void) {
         const layer l = make_layer(0, conv_shapes[shapes[mix / 27]]);
         test_layer(l, (mpt_dtype)(mix % 3), (mpt_dtype)(mix / 3 % 3), (mpt_dtype)(mix / 9 % 3));
     }
+}
+
+/* The CPU engine's limits, a shape on either side of each: outputs of a band, of a line and of many images; words of a
+   halo by channels, columns or taps; words of a part; taps and channels of a block of dw; filters of a block. */
+static const size_t limit_shapes[][11] = {
+    {1, 3, 578, 2, 3, 3, 3, 1, 0, 1, 1},      {1, 3, 579, 2, 3, 3, 3, 1, 0, 1, 1}, /* 576 outputs in a line, 577 */
+    {1, 1, 1203, 1, 2, 1, 4, 1, 1, 1, 1},                                          /* 1202 */
+    {36, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1},       {37, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1},  /* 36 images in a band */
+    {3, 7, 7, 3, 5, 3, 3, 1, 1, 1, 1},        {1, 25, 23, 5, 3, 3, 3, 1, 1, 1, 1}, /* all lines, some */
+    {1, 34, 48, 34, 3, 3, 3, 1, 0, 16, 1},    {1, 34, 48, 36, 3, 3, 3, 1, 0, 16, 1}, /* a halo's channels */
+    {1, 34, 600, 2, 2, 3, 3, 1, 0, 16, 1},    {1, 33, 600, 4, 2, 3, 3, 1, 0, 16, 1}, /* columns */
+    {1, 202, 217, 1, 2, 3, 3, 1, 0, 100, 1},  {1, 242, 257, 1, 2, 3, 3, 1, 0, 120, 1}, /* tap rows */
+    {1, 1, 60020, 1, 2, 1, 2, 1, 0, 60000, 1},                                         /* taps of a row */
+    {1, 4, 4, 170, 5, 3, 3, 1, 1, 1, 1},      {1, 4, 4, 171, 5, 3, 3, 1, 1, 1, 1}, /* 1536 words of a part */
+    {1, 3, 4, 512, 40, 3, 3, 1, 1, 1, 1},     {1, 4, 3, 7, 512, 3, 3, 1, 1, 1, 1}, /* far more, forward and backward */
+    {1, 40, 41, 1, 2, 39, 39, 1, 0, 1, 1},    {1, 41, 42, 1, 2, 40, 40, 1, 0, 1, 1}, /* taps alone */
+    {1, 27, 26, 2, 2, 24, 24, 1, 0, 1, 1},    {1, 27, 26, 2, 2, 25, 25, 1, 0, 1, 1}, /* 576 taps of dw */
+    {2, 5, 5, 64, 7, 3, 3, 1, 1, 1, 1},       {2, 5, 5, 65, 7, 3, 3, 1, 1, 1, 1},    /* and with channels */
+    {1, 5, 5, 3, 256, 3, 3, 1, 1, 1, 1},      {1, 5, 5, 3, 257, 3, 3, 2, 1, 1, 1},   /* filters */
+    {1, 41, 41, 39, 39, 3, 3, 1, 0, 20, 39},  {1, 44, 43, 3, 3, 3, 3, 1, 0, 21, 3},  /* a depthwise halo */
+    {1, 40, 40, 3, 3, 39, 39, 1, 0, 1, 3},    {1, 42, 41, 3, 3, 40, 40, 1, 0, 1, 3}, /* depthwise taps */
+    {1, 1, 70001, 1, 2, 1, 3, 35000, 0, 1, 1}, {1, 2, 2, 3, 2, 3, 3, 7, 9, 2, 1},    /* a stride beyond all */
+};
+
+static void test_layer_limits(void) {
+    size_t i;
+    for (i = 0; i < sizeof limit_shapes / sizeof *limit_shapes; i++) {
+        const layer l = make_layer(0, limit_shapes[i]);
+        test_layer(l, MPT_F32, MPT_F32, MPT_F32);
+        test_layer(l, MPT_BF16, MPT_BF16, MPT_BF16);
+        if (i % 3 == 0) test_layer(l, MPT_F16, MPT_F16, MPT_F16);
+    }
+}
+
+/* dw where the image has an inf in its last column, which only the last tap of a kernel row reads: the other taps stay
+   finite, also where an odd number of outputs is multiplied in pairs. */
+static void check_beside_inf(size_t width, size_t S, size_t stride) {
+    mpt_conv2d_shape s = MPT_ZERO;
+    test_tensor x, dy, dw;
+    size_t P, Q, i;
+    int engine;
+    s.N = 2, s.H = 3, s.W = width, s.C = 3, s.K = 5, s.R = 1, s.S = S, s.stride = stride;
+    CHECK_OK(context, mpt_conv2d_output(context, &s, &P, &Q));
+    CHECK_EQUAL((Q - 1) * stride + S, width);
+    x = test_tensor_random(context, MPT_BF16, s.N * s.H * width * s.C, 1);
+    dy = test_tensor_random(context, MPT_BF16, s.N * P * Q * s.K, 2);
+    dw = test_tensor_random(context, MPT_F32, s.K * S * s.C, 3);
+    for (i = 0; i < x.count; i++)
+        if (i / s.C % width == width - 1) x.value[i] = (double)test_float(0x7f800000u);
+    test_tensor_upload(&x);
+    for (engine = 0; engine < ENGINES; engine++) {
+        if (!contexts[engine][0]) continue;
+        CHECK_OK(context, mpt_conv2d_backward_weight(contexts[engine][0], &s, dy.array, x.array, 0, dw.array));
+        test_tensor_download(&dw);
+        for (i = 0; i < dw.count; i++) CHECK(isfinite(dw.value[i]) == (i / s.C % S != S - 1));
+    }
+    test_tensor_free(&x), test_tensor_free(&dy), test_tensor_free(&dw);
+}
+
+static void test_beside_inf(void) {
+    size_t Q, S, stride;
+    for (Q = 1; Q < 8; Q++)
+        for (S = 1; S < 5; S++)
+            for (stride = 1; stride < 3; stride++) check_beside_inf((Q - 1) * stride + S, S, stride);
+    check_beside_inf(603, 3, 1);
 }
 
 /* The reference itself: its gradients are the slopes of sum(dy * y). That is linear in each variable, so a step of 1
@@ -1855,6 +1922,8 @@ int main(void) {
     test_gemm_empty();
     test_gemm_errors();
     test_layers();
+    test_layer_limits();
+    test_beside_inf();
     for (i = 0; i + LARGE_SHAPES < CONV_SHAPES; i++) test_reference_layer(make_layer(0, conv_shapes[i]));
     test_conv2d_output();
     test_linear_errors();
