@@ -557,11 +557,11 @@ typedef struct mpt_scaler_state {
     float scale;             /* multiply the loss by this */
     int32_t growth_tracker;  /* clean updates since the last change */
     int32_t hysteresis_left; /* overflows that are still forgiven, plus one */
-    int32_t stuck;           /* skips in a row that a smaller scale cannot mend; at least patience when the scale is inf */
-    int32_t reserved;        /* 0 */
-    uint64_t updates;        /* calls of the rule */
-    uint64_t overflows;      /* of them with found = 1 */
-    mpt_scaler_desc desc;    /* with the defaults filled in */
+    int32_t stuck;        /* skips in a row that a smaller scale cannot mend; at least patience when the scale is inf */
+    int32_t reserved;     /* 0 */
+    uint64_t updates;     /* calls of the rule */
+    uint64_t overflows;   /* of them with found = 1 */
+    mpt_scaler_desc desc; /* with the defaults filled in */
 } mpt_scaler_state;
 
 /* The defaults filled in. desc may be NULL. */
@@ -732,9 +732,9 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler);
 
 /* Why a step is skipped. */
 typedef enum mpt_skip_reason {
-    MPT_SKIP_NONE = 0,   /* it is not */
-    MPT_SKIP_GRADIENT,   /* a gradient is inf or NaN, or fp32 does not hold their norm: the scale backs off */
-    MPT_SKIP_EMPTY,      /* the samples of a model's step weigh 0, as with all labels ignored: the scaler passes it over */
+    MPT_SKIP_NONE = 0, /* it is not */
+    MPT_SKIP_GRADIENT, /* a gradient is inf or NaN, or fp32 does not hold their norm: the scale backs off */
+    MPT_SKIP_EMPTY, /* the samples of a model's step weigh 0, as with all labels ignored: the scaler passes it over */
     MPT_SKIP_STATISTICS, /* a value of mpt_optimizer_commit, such as a running variance, would be inf or NaN */
     MPT_SKIP_MOMENT      /* the gradients are so large that a moment could become inf: their norm is over 2^63 for
                             Adam, which squares them, 2^124 (1 - momentum) for SGD with momentum */
@@ -760,10 +760,10 @@ typedef struct mpt_optimizer_state {
     uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
     double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction */
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
-    double inv_scale;                     /* last check: 1 / S; of a model, times accumulate * W / weight of all passes */
-    double schedule;                      /* last check: factor of desc.schedule */
-    double clip;                          /* factor of mpt_clip_norm; 1 without */
-    double clip_value;                    /* limit of mpt_clip_value; 0 without */
+    double inv_scale;  /* last check: 1 / S; of a model, times accumulate * W / weight of all passes */
+    double schedule;   /* last check: factor of desc.schedule */
+    double clip;       /* factor of mpt_clip_norm; 1 without */
+    double clip_value; /* limit of mpt_clip_value; 0 without */
     /* With desc.meter, last applied step: parameters whose update was not 0, and those of them that rounding to 16 bits
        (of an fp32 block: to bf16) would lose. */
     uint64_t moved, lost;
@@ -1764,7 +1764,7 @@ enum {
 typedef struct mpt__pool mpt__pool;
 
 /* A left operand: word d of run r of its row i is at base + rows[i] + runs[r] + d * step, in bytes. A word is a float
-   or a pair of bf16 that are neighbours in depth. Rows may lie anywhere: in an array of the caller or in a workspace. */
+   or a pair of bf16 that are neighbours in depth. Rows may lie anywhere, in an array of the caller or a workspace. */
 typedef struct mpt__left {
     const char *base;
     const size_t *rows, *runs;
@@ -1785,9 +1785,9 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
     void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
     /* sums(tile_m,tile_n) = rows row.. of left times the panel b(words,tile_n), + sums if add; rows of sums are
-       `stride` apart. [0]: floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns. Another kind
-       of word is another row: pairs of bf16 or fp16 for AMX, whose tiles are larger. (AVX512-FP16 is of no use here: it
-       sums in fp16.) */
+       `stride` apart. [0]: floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns. Another
+       kind of word is another row: pairs of bf16 or fp16 for AMX, whose tiles are larger. (AVX512-FP16 is of no use
+       here: it sums in fp16.) */
     mpt__tile tile[2][2];
     /* out[e] = low[e], high[e] as a pair */
     void (*pair)(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out);
@@ -3443,6 +3443,8 @@ typedef struct mpt__matrix {
    row of outputs, and its words are stride * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs, so the
    buffer has at each pixel the pair of it and the one `stride` to its right; step is two outputs. A row's last output
    is a band of its own if there is no other to pair it with: beside 0, for an inf there would make 0 * inf. */
+typedef enum mpt__outputs { MPT__NO_OUTPUTS, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } mpt__outputs;
+
 typedef struct mpt__image {
     mpt_array data;
     size_t N, H, W, C, first, channels; /* channels first .. first+channels of C */
@@ -3453,7 +3455,7 @@ typedef struct mpt__image {
     size_t taps_down, taps_across, some; /* of a slice: tap rows, taps of one, channels */
     size_t widest;                       /* elements of a halo's row at most */
     int turned;                          /* the filters are */
-    enum { MPT__NO_IMAGE, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } kind;
+    mpt__outputs kind;                   /* of no convolution: a product of matrices */
 } mpt__image;
 
 typedef struct mpt__band { /* outputs, rows counted over all images */
@@ -4109,7 +4111,7 @@ static void mpt__turn(mpt__product *p) {
 
 static mpt_result mpt__product_run(mpt__product *p) {
     const mpt__simd *simd = &p->ctx->simd;
-    const int image = p->image.kind;
+    const mpt__outputs image = p->image.kind;
     size_t work, threads;
     if (!image && p->a.along && p->b.along &&
         p->n * mpt__pieces(p->m, MPT__BLOCK_M) > p->m * mpt__pieces(p->n, MPT__BLOCK_M))
