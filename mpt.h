@@ -4087,9 +4087,9 @@ static void mpt__cut_depth(mpt__product *p, size_t threads) {
 static void mpt__cut_matrix(mpt__product *p, size_t threads) {
     const size_t each = mpt__each(p), down = mpt__pieces(p->m, MPT__BLOCK_M), across = mpt__pieces(p->n, MPT__BLOCK_N);
     const int wide = across > down;
-    const size_t unit = wide ? MPT__RUN : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
+    const size_t unit = wide ? (size_t)MPT__RUN : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
     size_t most;
-    p->rows = MPT__BLOCK_M, p->columns = p->n ? mpt__evenly(p->n, MPT__BLOCK_N, MPT__RUN) : MPT__RUN;
+    p->rows = MPT__BLOCK_M, p->columns = mpt__evenly(p->n ? p->n : 1, MPT__BLOCK_N, MPT__RUN);
     most = mpt__min(MPT__RIGHT_WORDS / p->columns, mpt__in_place(p) ? MPT__DEEPEST : MPT__DEEP);
     if (p->k) p->deepest = mpt__evenly(p->k, most / 8 * 8 * each, 8); /* whole pairs and transposes */
     p->parts = p->k ? mpt__pieces(p->k, p->deepest) : 0;
@@ -4120,7 +4120,8 @@ static mpt_result mpt__product_run(mpt__product *p) {
                !p->bias.data && p->act == MPT_IDENTITY;
     p->pairs =
         simd->tile[1][0] && (image ? p->image.data.type : p->a.data.type) == MPT_BF16 && p->b.data.type == MPT_BF16;
-    p->group = !p->turned ? simd->tile_m : MPT__RUN % simd->tile_m ? MPT__GROUP : MPT__RUN;
+    p->group = simd->tile_m;
+    if (p->turned) p->group = MPT__RUN % simd->tile_m ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
     threads = mpt__threads_for(p->ctx, work);
     if (image == MPT__OUTPUTS_ARE_ROWS) mpt__cut_rows(p, threads);
