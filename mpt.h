@@ -109,7 +109,9 @@
    height, kernel width, channels), [outputs][inputs] for linear weights, all row-major and dense.
 
    8. Numbers. 16-bit storage, fp32 arithmetic. Casts, scans and the scaler use integers where it matters, so that
-   -ffast-math in your build cannot break them. Optimizers follow PyTorch's formulas operation by operation.
+   -ffast-math in your build cannot break them. Activations and losses are right under it for every finite input; that
+   inf and NaN pass through them (but for ReLU's, told by bits) holds without it alone. Optimizers follow PyTorch's
+   formulas operation by operation; moments below 2^-126 become 0.
 
    9. Not here: recurrent nets and attention, training on several machines, inference engines.                        */
 
@@ -557,11 +559,11 @@ typedef struct mpt_scaler_state {
     float scale;             /* multiply the loss by this */
     int32_t growth_tracker;  /* clean updates since the last change */
     int32_t hysteresis_left; /* overflows that are still forgiven, plus one */
-    int32_t stuck;        /* skips in a row that a smaller scale cannot mend; at least patience when the scale is inf */
-    int32_t reserved;     /* 0 */
-    uint64_t updates;     /* calls of the rule */
-    uint64_t overflows;   /* of them with found = 1 */
-    mpt_scaler_desc desc; /* with the defaults filled in */
+    int32_t stuck;           /* skips in a row that no smaller scale can mend; at least patience if the scale is inf */
+    int32_t reserved;        /* 0 */
+    uint64_t updates;        /* calls of the rule */
+    uint64_t overflows;      /* of them with found = 1 */
+    mpt_scaler_desc desc;    /* with the defaults filled in */
 } mpt_scaler_state;
 
 /* The defaults filled in. desc may be NULL. */
@@ -732,9 +734,9 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler);
 
 /* Why a step is skipped. */
 typedef enum mpt_skip_reason {
-    MPT_SKIP_NONE = 0, /* it is not */
-    MPT_SKIP_GRADIENT, /* a gradient is inf or NaN, or fp32 does not hold their norm: the scale backs off */
-    MPT_SKIP_EMPTY, /* the samples of a model's step weigh 0, as with all labels ignored: the scaler passes it over */
+    MPT_SKIP_NONE = 0,   /* it is not */
+    MPT_SKIP_GRADIENT,   /* a gradient is inf or NaN, or fp32 does not hold their norm: the scale backs off */
+    MPT_SKIP_EMPTY,      /* the samples of a model's step weigh 0, as with all labels ignored: the scaler is not told */
     MPT_SKIP_STATISTICS, /* a value of mpt_optimizer_commit, such as a running variance, would be inf or NaN */
     MPT_SKIP_MOMENT      /* the gradients are so large that a moment could become inf: their norm is over 2^63 for
                             Adam, which squares them, 2^124 (1 - momentum) for SGD with momentum */
@@ -760,10 +762,10 @@ typedef struct mpt_optimizer_state {
     uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
     double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction */
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
-    double inv_scale;  /* last check: 1 / S; of a model, times accumulate * W / weight of all passes */
-    double schedule;   /* last check: factor of desc.schedule */
-    double clip;       /* factor of mpt_clip_norm; 1 without */
-    double clip_value; /* limit of mpt_clip_value; 0 without */
+    double inv_scale;                     /* last check: 1 / S; of a model, times accumulate * W / weight of all */
+    double schedule;                      /* last check: factor of desc.schedule */
+    double clip;                          /* factor of mpt_clip_norm; 1 without */
+    double clip_value;                    /* limit of mpt_clip_value; 0 without */
     /* With desc.meter, last applied step: parameters whose update was not 0, and those of them that rounding to 16 bits
        (of an fp32 block: to bf16) would lose. */
     uint64_t moved, lost;
@@ -1238,10 +1240,27 @@ MPT_HD int mpt__not_positive(float x) {
 /* Is the gradient told from x? Then x is kept, and no product can compute the activation in passing. */
 MPT_HD int mpt__act_saves_input(mpt_activation act) { return act >= MPT_GELU; }
 
-MPT_HD float mpt__sigmoid(float x) { return 1 / (1 + expf(-x)); }
+/* Nothing in these formulas overflows for a finite x: inf would become NaN by 0 * inf, and under -ffast-math by an
+   approximate reciprocal. */
+
+/* 1 / (1 + exp(-x)), from exp(-|x|), which is at most 1 */
+MPT_HD float mpt__sigmoid(float x) {
+    const float e = expf(-fabsf(x)), s = 1 / (1 + e);
+    return x < 0 ? e * s : s;
+}
+
+/* x within the limits beyond which GELU is x or 0 and does not bend */
+MPT_HD float mpt__gelu_bend(float x) {
+    const float limit = 16;
+    if (x > limit) return limit;
+    return x < -limit ? -limit : x;
+}
 
 /* The argument of GELU's tanh: sqrt(2 / pi) (x + 0.044715 x^3) */
-MPT_HD float mpt__gelu_argument(float x) { return 0.7978845608f * (x + 0.044715f * x * x * x); }
+MPT_HD float mpt__gelu_argument(float x) {
+    const float near = mpt__gelu_bend(x);
+    return 0.7978845608f * (near + 0.044715f * near * near * near);
+}
 
 MPT_HD float mpt__activate(mpt_activation act, float x) {
     switch (act) {
@@ -1258,11 +1277,12 @@ MPT_HD float mpt__activate(mpt_activation act, float x) {
 
 /* d/dx of GELU: Phi(x) + x phi(x), and of its approximation */
 MPT_HD float mpt__gelu_slope(mpt_activation act, float x) {
+    const float near = mpt__gelu_bend(x);
     float t, inner;
-    if (act == MPT_GELU) return 0.5f * (1 + erff(0.7071067812f * x)) + 0.3989422804f * x * expf(-0.5f * x * x);
+    if (act == MPT_GELU) return 0.5f * (1 + erff(0.7071067812f * x)) + 0.3989422804f * near * expf(-0.5f * near * near);
     t = tanhf(mpt__gelu_argument(x));
-    inner = 0.7978845608f * (1 + 3 * 0.044715f * x * x);
-    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * inner;
+    inner = 0.7978845608f * (1 + 3 * 0.044715f * near * near);
+    return 0.5f * (1 + t) + 0.5f * near * (1 - t * t) * inner;
 }
 
 /* dy times the derivative, told from the saved x or y */
@@ -1275,7 +1295,7 @@ MPT_HD float mpt__activate_backward(mpt_activation act, float saved, float dy) {
     case MPT_SIGMOID: return dy * saved * (1 - saved);
     case MPT_GELU:
     case MPT_GELU_TANH: return dy * mpt__gelu_slope(act, saved);
-    case MPT_SILU: s = mpt__sigmoid(saved); return dy * s * (1 + saved * (1 - s));
+    case MPT_SILU: s = mpt__sigmoid(saved); return dy * s * (1 + saved * mpt__sigmoid(-saved));
     default: return dy;
     }
 }
@@ -1458,7 +1478,7 @@ MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slop
     const float d = x - t, size = fabsf(d);
     switch (kind) {
     case MPT_LOSS_BCE_WITH_LOGITS: /* log(1 + exp(-|x|)) cannot overflow */
-        *slope = mpt__sigmoid(x) - t;
+        *slope = (1 - t) * mpt__sigmoid(x) - t * mpt__sigmoid(-x); /* sigmoid(x) - t, which may cancel to 0 */
         return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
     case MPT_LOSS_ABSOLUTE_ERROR: *slope = mpt__sign(d); return size;
     case MPT_LOSS_HUBER: *slope = size <= 1 ? d : mpt__sign(d); return size <= 1 ? 0.5f * d * d : size - 0.5f;
@@ -4945,12 +4965,13 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
 
 /* -- Losses: one row after the other, so that the sum has one order -- */
 
-static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
-                                    uint64_t *correct) {
+static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
+                                     uint64_t *correct) {
     const mpt_cross_entropy_desc *d = &op->cross_entropy;
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
-    float largest = mpt__get(ctx, op->x, row * op->C), sum = 0, aimed = 0, targets = d->class_weights ? 0.0f : 1.0f;
+    float largest = mpt__get(ctx, op->x, row * op->C);
+    double sum = 0, aimed = 0, targets = d->class_weights ? 0 : 1; /* there may be a million classes */
     size_t c, best = 0;
     for (c = 1; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
@@ -4961,31 +4982,32 @@ static float mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *o
     }
     for (c = 0; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c) - largest, t = mpt__class_target(d, op->C, label, c);
-        sum += expf(x);
-        if (t > 0) aimed += t * x; /* an x of -inf has no part in a target of 0 */
-        if (d->class_weights) targets += t;
+        sum += (double)expf(x);
+        if (t > 0) aimed += (double)(t * x); /* an x of -inf has no part in a target of 0 */
+        if (d->class_weights) targets += (double)t;
     }
     for (c = 0; c < op->C && op->dx.data; c++) {
-        const float p = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / sum;
-        float dx = (p * targets - mpt__class_target(d, op->C, label, c)) * scale;
+        const float p = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / (float)sum;
+        float dx = (p * (float)targets - mpt__class_target(d, op->C, label, c)) * scale;
         if (!valid) dx = mpt__float(0x7fc00000u);
         mpt__store(ctx, op->dx, row * op->C + c, 1, &dx);
     }
     *correct += valid && best == (size_t)label;
-    return valid ? targets * logf(sum) - aimed : mpt__float(0x7fc00000u);
+    return valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
 }
 
-static float mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
+static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
     const float each = 1.0f / (float)op->C;
-    float sum = 0, slope;
+    double sum = 0;
+    float slope;
     size_t c;
     for (c = 0; c < op->C; c++) {
-        sum += mpt__loss_element(op->kind, mpt__get(ctx, op->x, row * op->C + c), target[c], &slope);
+        sum += (double)mpt__loss_element(op->kind, mpt__get(ctx, op->x, row * op->C + c), target[c], &slope);
         slope *= each * scale;
         if (op->dx.data) mpt__store(ctx, op->dx, row * op->C + c, 1, &slope);
     }
-    return sum * each;
+    return sum / (double)op->C;
 }
 
 static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
@@ -5002,8 +5024,8 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
             for (c = 0; c < op->C && op->dx.data; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
             continue;
         }
-        op->sum->loss += (double)(labels ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
-                                         : mpt__elementwise_row(ctx, op, row, scale));
+        op->sum->loss += labels ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
+                                : mpt__elementwise_row(ctx, op, row, scale);
         op->sum->rows++;
     }
     op->sum->unit = mpt__loss_unit(op, weight);

@@ -1386,31 +1386,46 @@ static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, siz
     }
 }
 
+/* The first value of a set. Sums of x - shift and of its square lose nothing where the mean is far from 0. */
+static __device__ __forceinline__ float mptc__norm_shift(const mpt_norm_op *op, size_t set) {
+    const mpt_norm_shape *z = &op->shape;
+    return mptc__get(op->x, set / z->groups * z->pixels * z->C + set % z->groups * (z->C / z->groups));
+}
+
 /* What the sums of a set make: mean and variance of x, or the means that dx needs */
 static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, double a, double b) {
     const size_t sets = op->shape.N * op->shape.groups;
     const double count = (double)(op->shape.pixels * (op->shape.C / op->shape.groups));
     float *stats = op->stats + (op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
     a /= count, b /= count;
-    if (op->pass == MPT_NORM_STATS) b = b < a * a ? 0 : b - a * a;
+    if (op->pass == MPT_NORM_STATS) {
+        b = b < a * a ? 0 : b - a * a;
+        a += (double)mptc__norm_shift(op, set);
+    }
     stats[0] = (float)a;
     stats[sets] = (float)b;
 }
 
 /* -- By columns -- */
 
-struct mptc__moment_terms { /* x and its square, whose product is exact */
+struct mptc__moment_terms { /* x - shift and its square */
     enum { SUMS = 2 };
     typedef double real;
-    mpt_array x;
-    size_t C;
+    mpt_norm_op op;
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
-        float v[MPTC__PACK];
-        for (; row < end; row += blockDim.y) {
-            mptc__load(x, (size_t)row * C + c, n, v);
+        const size_t each = op.shape.C / op.shape.groups;
+        float shift[MPTC__PACK], v[MPTC__PACK];
+        for (unsigned next = 0; row < end; row += blockDim.y) {
+            if (row >= next) {
+                const unsigned pixels = (unsigned)op.shape.pixels, sample = row / pixels;
+                MPTC__EACH(e) if (e < n) shift[e] = mptc__norm_shift(&op, sample * op.shape.groups + (c + e) / each);
+                next = (sample + 1) * pixels;
+            }
+            mptc__load(op.x, (size_t)row * op.shape.C + c, n, v);
             MPTC__EACH(e) {
-                acc[0][e] += (double)v[e];
-                acc[1][e] += (double)v[e] * (double)v[e];
+                const double x = e < n ? (double)v[e] - (double)shift[e] : 0;
+                acc[0][e] += x;
+                acc[1][e] += x * x;
             }
         }
     }
@@ -1507,14 +1522,16 @@ static __global__ void mptc__norm_stats_k(mpt_norm_op op) {
     const size_t sets = op.shape.N * op.shape.groups;
     for (size_t first = (size_t)blockIdx.x * blockDim.y; first < sets; first += (size_t)gridDim.x * blockDim.y) {
         const size_t set = first + threadIdx.y;
+        const double shift = set < sets ? (double)mptc__norm_shift(&op, set) : 0;
         double a = 0, b = 0;
         mptc__run run;
         for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
             float x[MPTC__PACK];
             mptc__load(op.x, run.at, run.n, x);
             MPTC__EACH(e) {
-                a += (double)x[e];
-                b += (double)x[e] * (double)x[e];
+                const double v = e < run.n ? (double)x[e] - shift : 0;
+                a += v;
+                b += v * v;
             }
         }
         a = mptc__team_sum(a), b = mptc__team_sum(b);
@@ -1576,20 +1593,19 @@ template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, 
     for (size_t i = mptc__thread(); i < z.N * strands * packs; i += mptc__stride()) {
         const size_t c = i % packs * MPTC__PACK, sample = i / packs / strands;
         const unsigned n = mptc__left(z.C, c);
-        float scale[MPTC__PACK], shift[MPTC__PACK], slope[MPTC__PACK], v[MPTC__PACK], x[MPTC__PACK];
-        mptc__norm_load(&op, sample, c, n, shift, slope);
+        float scale[MPTC__PACK], shift[MPTC__PACK], slope[MPTC__PACK], mean[MPTC__PACK], v[MPTC__PACK], x[MPTC__PACK];
+        mptc__norm_load(&op, sample, c, n, mean, slope);
         mptc__load(op.gamma, c, n, scale);
-        if (forward) mptc__load(op.beta, c, n, x);
-        MPTC__EACH(e) { /* shift is the mean here, slope its inverse deviation */
-            const float mean = shift[e], inverse = slope[e];
+        if (forward) mptc__load(op.beta, c, n, shift);
+        MPTC__EACH(e) { /* slope is the inverse deviation here */
+            const float inverse = slope[e];
             scale[e] *= inverse;
-            slope[e] = shift[e] = 0;
-            if (forward) {
-                shift[e] = x[e] - mean * scale[e];
-            } else if (!op.frozen && e < n) {
+            slope[e] = 0;
+            if (!forward) shift[e] = 0;
+            if (!forward && !op.frozen && e < n) {
                 const float *means = op.stats + 2 * sets + sample * z.groups + (c + e) / each;
                 slope[e] = -inverse * inverse * means[sets];
-                shift[e] = -inverse * means[0] - mean * slope[e];
+                shift[e] = -inverse * means[0];
             }
         }
         for (size_t pixel = i / packs % strands; pixel < z.pixels; pixel += strands) {
@@ -1597,8 +1613,8 @@ template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, 
             mptc__load(in, at, n, v);
             if (!forward) mptc__load(op.x, at, n, x);
             MPTC__EACH(e) {
-                v[e] = v[e] * scale[e] + (forward ? shift[e] : x[e] * slope[e] + shift[e]);
-                if (forward) v[e] = mpt__activate(op.act, v[e]);
+                if (forward) v[e] = mpt__activate(op.act, (v[e] - mean[e]) * scale[e] + shift[e]);
+                else v[e] = v[e] * scale[e] + ((x[e] - mean[e]) * slope[e] + shift[e]);
             }
             if (!forward && op.scale_x != 0) mptc__load(op.dx, at, n, x);
             MPTC__EACH(e) if (!forward && op.scale_x != 0) v[e] += op.scale_x * x[e];
@@ -1620,8 +1636,7 @@ static mpt_result mptc__norm_stats(mpt_context *ctx, const mpt_norm_op *op) {
     const size_t sets = op->shape.N * op->shape.groups;
     const dim3 team = mptc__norm_team(&op->shape);
     mptc__moment_terms terms;
-    terms.x = op->x;
-    terms.C = op->shape.C;
+    terms.op = *op;
     if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms);
     return MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(ctx, sets * team.x), team, *op);
 }
@@ -1813,7 +1828,8 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
 /* -- Losses: a warp to a row -- */
 
 typedef struct mptc__row { /* of one sample */
-    float loss, weight;
+    double loss;
+    float weight;
     unsigned counts, correct;
 } mptc__row;
 
@@ -1824,7 +1840,8 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     const int32_t label = ((const int32_t *)op->target)[row];
     const bool valid = label >= 0 && (unsigned)label < C, ignored = mpt__row_ignored(d, label);
     const size_t at = row * op->C;
-    float largest = mptc__get(op->x, at), sum = 0, aimed = 0, targets = 0;
+    float largest = mptc__get(op->x, at);
+    double sum = 0, aimed = 0, targets = 0; /* there may be a million classes */
     unsigned best = 0;
     mptc__row out = {0, 0, 0, 0};
     for (unsigned c = lane; c < C && op->dx.data && ignored; c += MPTC__WARP) mptc__put(op->dx, at + c, 0);
@@ -1840,19 +1857,19 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     }
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
         const float x = mptc__get(op->x, at + c) - largest, t = mpt__class_target(d, C, label, c);
-        sum += expf(x);
-        if (t > 0) aimed += t * x; /* an x of -inf has no part in a target of 0 */
-        targets += t;
+        sum += (double)expf(x);
+        if (t > 0) aimed += (double)(t * x); /* an x of -inf has no part in a target of 0 */
+        targets += (double)t;
     }
     sum = mptc__warp_sum(sum);
     aimed = mptc__warp_sum(aimed);
     targets = d->class_weights ? mptc__warp_sum(targets) : 1;
     for (unsigned c = lane; c < C && op->dx.data; c += MPTC__WARP) {
-        const float softmax = expf(mptc__get(op->x, at + c) - largest) / sum;
-        const float dx = (softmax * targets - mpt__class_target(d, C, label, c)) * scale;
+        const float softmax = expf(mptc__get(op->x, at + c) - largest) / (float)sum;
+        const float dx = (softmax * (float)targets - mpt__class_target(d, C, label, c)) * scale;
         mptc__put(op->dx, at + c, valid ? dx : mpt__float(0x7fc00000u));
     }
-    out.loss = valid ? targets * logf(sum) - aimed : mpt__float(0x7fc00000u);
+    out.loss = valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
     out.weight = mpt__row_weight(d, C, label);
     out.counts = 1;
     out.correct = valid && best == (unsigned)label;
@@ -1863,13 +1880,14 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
 static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
     const float each = 1.0f / (float)op->C;
-    float sum = 0, slope;
+    double sum = 0;
+    float slope;
     mptc__row out = {0, 1, 1, 0};
     for (size_t c = threadIdx.x % MPTC__WARP; c < op->C; c += MPTC__WARP) {
-        sum += mpt__loss_element(op->kind, mptc__get(op->x, row * op->C + c), target[c], &slope);
+        sum += (double)mpt__loss_element(op->kind, mptc__get(op->x, row * op->C + c), target[c], &slope);
         if (op->dx.data) mptc__put(op->dx, row * op->C + c, slope * (each * scale));
     }
-    out.loss = mptc__warp_sum(sum) * each;
+    out.loss = mptc__warp_sum(sum) / (double)op->C;
     return out;
 }
 
@@ -1907,7 +1925,7 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *ro
     }
     if (!mptc__last_block(ticket)) return;
     for (size_t row = threadIdx.x; row < op.N; row += MPTC__THREADS) {
-        loss += (double)__ldcg(&rows[row].loss);
+        loss += __ldcg(&rows[row].loss);
         weights += (double)__ldcg(&rows[row].weight);
         counts += __ldcg(&rows[row].counts);
         correct += __ldcg(&rows[row].correct);
@@ -1962,6 +1980,7 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
         const size_t c = i % packs * MPTC__PACK, out = i / packs * z.C + c;
         const mptc__position at = mptc__position_of((unsigned)(i / packs), op.P, op.Q);
         const unsigned some = mptc__left(z.C, c);
+        double sum[MPTC__PACK] = {0}; /* an average may be of a whole image */
         float best[MPTC__PACK] = {0}, x[MPTC__PACK];
         uint16_t place[MPTC__PACK] = {0};
         bool any = false;
@@ -1972,13 +1991,13 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
                 if (h >= H || w >= W) continue; /* padding; below 0 wraps to a huge number */
                 mptc__load(op.x, ((size_t)(at.n * H + h) * W + w) * z.C + c, some, x);
                 MPTC__EACH(e) {
-                    if (op.kind == MPT_POOL_AVERAGE) best[e] += x[e];
+                    if (op.kind == MPT_POOL_AVERAGE) sum[e] += (double)x[e];
                     else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e])))
                         best[e] = x[e], place[e] = (uint16_t)(r * S + s);
                 }
                 any = true;
             }
-        MPTC__EACH(e) if (op.kind == MPT_POOL_AVERAGE) best[e] /= (float)(R * S);
+        MPTC__EACH(e) if (op.kind == MPT_POOL_AVERAGE) best[e] = (float)(sum[e] / (double)((size_t)R * S));
         if (op.kind == MPT_POOL_MAX) mptc__store_bits(op.index + out, some, place);
         mptc__store(op.y, out, some, best);
     }
