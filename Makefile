@@ -1,11 +1,18 @@
 # GNU make. Nothing but a C compiler and make is needed; `make help` lists what can be made.
 # Options: CC=clang   SAN=address,undefined or thread (clang: memory)   FAST=1 (-Ofast). Each set has its own folder.
 
+.DEFAULT_GOAL := all
+
+# Builds and tests use every processor; -j on the command line wins.
+JOBS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+MAKEFLAGS += -j$(JOBS)
+
 WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wundef
 OPTIMISE = $(if $(FAST),-Ofast,-O2)
 SANITISE = $(if $(SAN),-g -fno-omit-frame-pointer -fsanitize=$(SAN) -fno-sanitize-recover=all)
 PYTHON  = python3
 COMPILE = $(CC) -std=c99 $(WARN) $(OPTIMISE) $(SANITISE) $(CFLAGS)
+DEFINES =# what a target adds; CFLAGS belong to the user
 LIBS    = -lm -pthread
 
 empty   =
@@ -20,31 +27,35 @@ EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/*.c))
 TESTS    := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/unit/*.c tests/parity/*.c tests/train/*.c))
 LONG     := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/long/*.c))
 SCRIPTS  := $(shell for f in $(filter-out tests/long/%,$(wildcard tests/*/*.sh)); do test -x $$f && echo $$f; done)
-RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) sh tests/run.sh
+RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh
+
+# has COMPILER,LANGUAGE,HEADER: `yes` if the compiler finds it. The `\#` is in a variable of its own because make takes
+# a backslash before it away in some versions and leaves it in others, and the preprocessor takes `\#include` for text.
+hash   := \#
+has     = $(shell echo '$(hash)include <$(3)>' | $(1) -E -x $(2) - >/dev/null 2>&1 && echo yes)
 
 # zlib is optional: with it examples/fashion reads .gz files as they are.
-ZLIB := $(shell echo '\#include <zlib.h>' | $(CC) -E -x c - >/dev/null 2>&1 && echo yes)
+ZLIB   := $(call has,$(CC),c,zlib.h)
 PACKED := $(BUILD)/examples/fashion $(BUILD)/tests/train/readers
-$(PACKED): private CFLAGS += $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
+$(PACKED): private DEFINES = $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/fashion.c
 
 # What peers.cpp measures beside mpt, where it is installed.
-has     = $(shell echo '\#include <$(1)>' | $(CXX) -E -x c++ - >/dev/null 2>&1 && echo yes)
-PEERS := $(strip $(if $(call has,cblas.h),OPENBLAS) $(if $(call has,dnnl.hpp),ONEDNN))
+PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
 .PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean help detect FORCE
 
 all: detect $(EXAMPLES)
 
-run: all
+run: detect $(BUILD)/examples/digits
 	$(BUILD)/examples/digits --csv $(BUILD)/digits.csv
 
-course: all
-	@BUILD=$(BUILD) sh examples/course.sh
+course: detect $(EXAMPLES)
+	@BUILD=$(BUILD) JOBS=$(JOBS) sh examples/course.sh
 
 test: detect $(EXAMPLES) $(TESTS)
-	@$(RUN_TESTS) $(TESTS) $(SCRIPTS)
+	@$(RUN_TESTS) $(SCRIPTS) $(TESTS)
 
 test-long: detect $(LONG)
 	@$(RUN_TESTS) $(LONG)
@@ -110,7 +121,7 @@ detect:
 
 $(BUILD)/%: %.c $(HEADERS) $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(COMPILE) -I. $< -o $@ $(LIBS)
+	$(COMPILE) $(DEFINES) -I. $< -o $@ $(LIBS)
 
 # Written anew only when the command changes, and with it everything is built anew.
 $(BUILD)/flags: FORCE

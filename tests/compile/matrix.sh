@@ -30,6 +30,13 @@ skip() {
 
 has() { command -v "$1" >/dev/null 2>&1; }
 
+# cxx_check NAME ARGUMENTS...: the C++ compiler succeeds; skipped where there is none.
+cxx_check() {
+    name=$1
+    shift
+    if has "$CXX"; then check "$name" "$CXX" "$@"; else skip "$name: $CXX is not installed"; fi
+}
+
 # nothing FILE: it is empty; shows it if not.
 nothing() {
     cat "$1"
@@ -124,7 +131,7 @@ done
 
 for source in examples/[01][0-9]_*.c; do
     check "$source" "$CC" -std=c99 $warn -Wno-frame-larger-than -Wstrict-prototypes -fsyntax-only "$source"
-    check "$source as C++" "$CXX" -x c++ -std=c++11 $warn -Wno-frame-larger-than -fsyntax-only "$source"
+    cxx_check "$source as C++" -x c++ -std=c++11 $warn -Wno-frame-larger-than -fsyntax-only "$source"
     check "$source: under 150 lines" test "$(wc -l <"$source")" -lt 150
 done
 
@@ -134,6 +141,7 @@ done
 program() {
     title=$1 compiler=$2
     shift 2
+    has "$compiler" || { skip "$title: $compiler is not installed"; return; }
     check "$title: build" "$compiler" -O0 $warn -Wno-frame-larger-than -I. "$@" -o "$dir/program" -lm -pthread
     check "$title: run" "$dir/program"
     rm -f "$dir/program"
