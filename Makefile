@@ -34,12 +34,12 @@ RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh
 hash   := \#
 has     = $(shell echo '$(hash)include <$(3)>' | $(1) -E -x $(2) - >/dev/null 2>&1 && echo yes)
 
-# zlib is optional: with it examples/fashion reads .gz files as they are.
+# zlib is optional: with it examples/train reads .gz files as they are.
 ZLIB   := $(call has,$(CC),c,zlib.h)
-PACKED := $(BUILD)/examples/fashion $(BUILD)/tests/train/readers
+PACKED := $(BUILD)/examples/train $(BUILD)/tests/train/readers
 $(PACKED): private DEFINES = $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
-$(BUILD)/tests/train/readers: examples/fashion.c
+$(BUILD)/tests/train/readers: examples/train.c
 
 # What peers.cpp measures beside mpt, where it is installed.
 PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
@@ -48,8 +48,8 @@ PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$
 
 all: detect $(EXAMPLES)
 
-run: detect $(BUILD)/examples/digits
-	$(BUILD)/examples/digits --csv $(BUILD)/digits.csv
+run: detect $(BUILD)/examples/train
+	$(BUILD)/examples/train --csv $(BUILD)/digits.csv
 
 course: detect $(EXAMPLES)
 	@BUILD=$(BUILD) JOBS=$(JOBS) sh examples/course.sh

@@ -143,9 +143,9 @@ cell riscv64 qemu-riscv64 "$slow" riscv64-linux-gnu-gcc -static -O2 -std=c99
 cell s390x qemu-s390x "$slow unit/memory" s390x-linux-gnu-gcc -static -O2 -std=c99
 cell s390x-c++ none "" s390x-linux-gnu-g++ -static -O2 -std=c++11
 
-# ---- Windows: but for the trainers, which need POSIX ----
+# ---- Windows: but for the trainer, which needs POSIX ----
 
-examples=$(grep -L trainer.h examples/*.c)
+examples=$(grep -L readers.h examples/*.c)
 tests=$(ls tests/unit/*.c tests/parity/*.c tests/train/digits.c)
 has /usr/lib/wine/wine64 && wine=/usr/lib/wine/wine64 || wine=wine64 # Debian's wine64 has no command of its own
 WINEDEBUG=-all WINEPREFIX=$(cd "$dir" && pwd)/wine

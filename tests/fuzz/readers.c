@@ -1,23 +1,23 @@
-/* readers.c - fuzzes the readers of examples/fashion.c: what they accept has the size that it says.
+/* readers.c - fuzzes examples/readers.h: what they accept has the size that it says.
 
    Bytes: 0 IDX images, 1 IDX labels, 2 CIFAR-10, 3 gzip; then the file. */
-#define main fashion_main
-#include "../../examples/fashion.c"
+#define main train_main
+#include "../../examples/train.c"
 #undef main
 #include "fuzz.h"
 
 static void read_idx(const uint8_t *file, size_t size, int dims) {
     uint32_t shape[3] = {1, 1, 1};
     const unsigned char *bytes = NULL;
-    char why[TRAINER_WHY] = "";
-    if (trainer_idx_parse(file, size, dims, shape, &bytes, why))
+    char why[WHY] = "";
+    if (idx_parse(file, size, dims, shape, &bytes, why))
         CHECK(bytes > file && bytes + (size_t)shape[0] * shape[1] * shape[2] == file + size);
     else CHECK(*why);
 }
 
 static void read_cifar(const uint8_t *file, size_t size) {
-    trainer_set set = MPT_ZERO;
-    char why[TRAINER_WHY] = "";
+    image_set set = MPT_ZERO;
+    char why[WHY] = "";
     size_t i;
     if (cifar_parse(file, size, &set, why)) {
         CHECK(set.count * CIFAR_RECORD == size);
@@ -32,7 +32,7 @@ static void read_gzip(const uint8_t *file, size_t size) {
 #ifdef MPT_TRAINER_ZLIB
     unsigned char *out = NULL;
     size_t n = 0;
-    char why[TRAINER_WHY] = "";
+    char why[WHY] = "";
     if (gzip_unpack(file, size, &out, &n, why)) free(out);
     else CHECK(*why);
 #else

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The trainer from outside: exit status, one line on stderr for wrong use and damaged files, CSV, progress, accuracy.
-digits=${BUILD:-build}/examples/digits
+train=${BUILD:-build}/examples/train
 data=examples/data/digits
 t=$(mktemp -d)
 trap 'rm -rf "$t"' EXIT
@@ -14,9 +14,9 @@ check() { # check STATUS WHAT
 refused() {
     want=$1 pattern=$2
     shift 2
-    "$digits" "$@" >"$t/out" 2>"$t/err"
+    "$train" "$@" >"$t/out" 2>"$t/err"
     status=$?
-    [ "$status" -eq "$want" ] && [ "$(wc -l <"$t/err")" -eq 1 ] && grep -q "^digits: .*$pattern" "$t/err" &&
+    [ "$status" -eq "$want" ] && [ "$(wc -l <"$t/err")" -eq 1 ] && grep -q "^train: .*$pattern" "$t/err" &&
         [ ! -s "$t/out" ]
     check $? "$*: exit status $status: $(cat "$t/err")"
 }
@@ -34,11 +34,15 @@ images=$t/data/images.idx3-ubyte labels=$t/data/labels.idx1-ubyte
 
 refused 2 "unknown option '--epoch'" --epoch 3
 refused 2 "'mlp' is no option" mlp
+refused 2 "unknown option '--epochs3'" --epochs3
+refused 2 "unknown option '--'" --=3
+refused 2 "want a whole number from 1 to 1000000" --epochs=
+refused 2 "want a whole number from 1 to 1000000" --epochs=3=4
 for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save resume; do
     refused 2 "--$option" --$option
 done
-refused 2 "want mlp|cnn|all" --model resnet
-refused 2 "want mlp|cnn|all" --model ml
+refused 2 "not for images of 8x8 pixels, want mlp, cnn or all" --model resnet
+refused 2 "want mlp|cnn|resnet|all" --model ml
 refused 2 "want O0|O1|O2|O3|all" --policy O4
 refused 2 "want f32|bf16|f16|all" --type fp16
 refused 2 "want cpu|cuda" --device gpu
@@ -51,8 +55,8 @@ refused 2 "f32 goes with O0" --policy O2 --type f32
 for n in 0 -1 3x '' ' 3' 99999999999999999999 nan; do refused 2 "want a whole number" --epochs "$n"; done
 for n in 0 -1 3x nan inf 1e999 1e-999; do refused 2 "want a number above 0" --lr "$n"; done
 refused 2 "1438 training samples" --batch 1439
-refused 2 "No such file" --data "$t/none"
-refused 2 "/none/digits.csv: No such file" --csv "$t/none/digits.csv"
+refused 2 "neither images.idx3-ubyte, nor" --data "$t/none"
+refused 2 "/none/out.csv: No such file" --csv "$t/none/out.csv"
 refused 2 "/none/weights.tmp: No such file" --model mlp --policy O0 --save "$t/none/weights"
 refused 2 "--save is for one run, and 14 are selected" --save "$t/weights"
 refused 2 "--resume is for one run, and 14 are selected" --resume "$t/weights"
@@ -62,7 +66,7 @@ refused 2 "--resume: .*, '$data/images.idx3-ubyte'" --model mlp --policy O0 --re
 
 mkdir "$t/data"
 cp "$data"/*-ubyte "$t/data"
-rm "$images"; damaged "images.idx3-ubyte: No such file"
+rm "$images"; damaged "neither images.idx3-ubyte, nor"
 rm "$labels"; damaged "labels.idx1-ubyte: No such file"
 rm "$images"; mkdir "$images"; refused 2 "not a file" --data "$t/data"; rmdir "$images"; cp "$data"/*-ubyte "$t/data"
 : >"$images"; damaged "truncated"
@@ -86,15 +90,33 @@ damaged "1797 images of 16x4, want 5 or more of 8x8"
 { head -c 1804 "$data/labels.idx1-ubyte"; bytes 12; } >"$labels"; damaged "label 1796 is 10, want 0 to 9"
 { head -c 115023 "$data/images.idx3-ubyte"; bytes 21; } >"$images"; damaged "pixel 63 of image 1796 is 17, want 0 to 16"
 
-"$digits" --help >"$t/out" 2>"$t/err"
+"$train" --help >"$t/out" 2>"$t/err"
 check $? "--help fails"
 for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save resume help; do
     grep -q -- "--$option" "$t/out"
     check $? "--help does not tell --$option"
 done
+"$train" -h >"$t/short" 2>"$t/err" && cmp -s "$t/out" "$t/short"
+check $? "-h is not --help: $(cat "$t/err")"
+
+# --option=value, and the digits found from where the program lies.
+case $train in /*) ;; *) train=$PWD/$train ;; esac
+(cd "$t" && "$train" --model=mlp --policy=O0 --epochs=1 --csv=here.csv >out 2>err)
+check $? "from another folder: $(cat "$t/err")"
+"$train" --model mlp --policy O0 --epochs 1 --csv "$t/there.csv" >"$t/out" 2>"$t/err"
+cut -d, -f1-13 "$t/here.csv" >"$t/here" && cut -d, -f1-13 "$t/there.csv" | cmp -s - "$t/here"
+check $? "--option=value differs from --option value"
+
+# On a terminal of 40 columns the progress line is never wider, and stays on one line.
+if command -v script >/dev/null; then
+    script -qec "stty cols 40; $train --model mlp --policy O0 --epochs 3" /dev/null >"$t/screen" 2>&1 </dev/null
+    tr '\r' '\n' <"$t/screen" | grep '^\[1/1\]' | sed 's/\x1b\[K.*//' >"$t/lines"
+    [ -s "$t/lines" ] && awk 'length >= 40 { bad = 1 } END { exit bad }' "$t/lines" && grep -q 'ETA' "$t/lines"
+    check $? "progress at 40 columns: $(head -n 3 "$t/lines")"
+fi
 
 # Results: one plain progress line a run at least, no carriage returns; the CSV holds what its readers rely on.
-"$digits" --model mlp --csv "$t/all.csv" >"$t/out" 2>"$t/err"
+"$train" --model mlp --csv "$t/all.csv" >"$t/out" 2>"$t/err"
 check $? "--model mlp: $(cat "$t/err")"
 [ "$(wc -l <"$t/all.csv")" -eq 8 ]
 check $? "--model mlp gives $(wc -l <"$t/all.csv") lines of CSV, not 8"
@@ -106,9 +128,9 @@ grep -q 'mlp O2 f16: test accuracy .* with the scale, .* without' "$t/out" && gr
 check $? "no answer on loss scaling"
 
 # A checkpoint at the end of a run: going on from there tests it again and saves the same; other options are refused.
-"$digits" --model mlp --policy O2 --type f16 --epochs 2 --save "$t/end" --csv "$t/end.csv" >"$t/out" 2>"$t/err"
+"$train" --model mlp --policy O2 --type f16 --epochs 2 --save "$t/end" --csv "$t/end.csv" >"$t/out" 2>"$t/err"
 check $? "--save: $(cat "$t/err")"
-"$digits" --model mlp --policy O2 --type f16 --epochs 2 --resume "$t/end" --save "$t/again" --csv "$t/again.csv" \
+"$train" --model mlp --policy O2 --type f16 --epochs 2 --resume "$t/end" --save "$t/again" --csv "$t/again.csv" \
     >"$t/out" 2>"$t/err"
 check $? "--resume at the end: $(cat "$t/err")"
 cmp -s "$t/end" "$t/again" && [ "$(cut -d, -f1-13 "$t/end.csv")" = "$(cut -d, -f1-13 "$t/again.csv")" ]
@@ -122,7 +144,7 @@ head -c 1000 "$t/end" >"$t/cut"
 refused 2 "--resume: .*, '$t/cut'" --model mlp --policy O2 --type f16 --epochs 2 --resume "$t/cut"
 
 for n in 1 2; do
-    "$digits" --model cnn --policy O1 --type bf16 --epochs 2 --threads $n --csv "$t/$n.csv" >"$t/out"
+    "$train" --model cnn --policy O1 --type bf16 --epochs 2 --threads $n --csv "$t/$n.csv" >"$t/out"
     cut -d, -f1-13 "$t/$n.csv" >"$t/$n"
 done
 cmp -s "$t/1" "$t/2"

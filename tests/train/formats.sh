@@ -1,21 +1,21 @@
 #!/bin/sh
-# examples/fashion.c from outside, on small files in each format: damaged ones, training, --save, --resume, --seeds,
+# examples/train.c from outside, on small files in each format: damaged ones, training, --save, --resume, --seeds,
 # Ctrl-C.
-fashion=${BUILD:-build}/examples/fashion
+train=${BUILD:-build}/examples/train
 digits=examples/data/digits # 1,797 images of 8x8
 t=$(mktemp -d)
 trap 'rm -rf "$t"' EXIT
 passed=0 failed=0
 
 check() { # check STATUS WHAT
-    if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "fashion.sh: $2"; fi
+    if [ "$1" -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "formats.sh: $2"; fi
 }
 
 # refused PATTERN FOLDER: exit status 2 and exactly one line on stderr, which matches.
 refused() {
-    "$fashion" --data "$2" >"$t/out" 2>"$t/err"
+    "$train" --data "$2" >"$t/out" 2>"$t/err"
     status=$?
-    [ "$status" -eq 2 ] && [ "$(wc -l <"$t/err")" -eq 1 ] && grep -q "^fashion: $2.*$1" "$t/err" && [ ! -s "$t/out" ]
+    [ "$status" -eq 2 ] && [ "$(wc -l <"$t/err")" -eq 1 ] && grep -q "^train: $2.*$1" "$t/err" && [ ! -s "$t/out" ]
     check $? "want '$1': exit status $status: $(cat "$t/err")"
 }
 
@@ -50,7 +50,7 @@ fresh() {
 
 # ---- Damaged files ----
 
-refused "neither train-images-idx3-ubyte, plain or .gz, nor data_batch_1.bin is there" "$t/none"
+refused "neither images.idx3-ubyte, nor train-images-idx3-ubyte, plain or .gz, nor data_batch_1.bin" "$t/none"
 for name in train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte; do
     file=$t/bad/$name good=$t/idx/$name
     fresh idx
@@ -98,7 +98,7 @@ done
 train() {
     name=$1
     shift
-    "$fashion" --csv "$t/rows" "$@" >"$t/out" 2>"$t/err"
+    "$train" --csv "$t/rows" "$@" >"$t/out" 2>"$t/err"
     check $? "$*: $(cat "$t/err")"
     cut -d, -f1-13 "$t/rows" >"$t/$name.csv"
 }
@@ -115,7 +115,7 @@ for model in mlp cnn resnet; do
     accurate $model 1 0.85
     [ "$(grep -c "^\[1/1\] $model O0 f32 epoch" "$t/out")" -eq 8 ] && ! grep -q "$(printf '\r')" "$t/out"
     check $? "$model: no plain progress lines: $(cat "$t/out")"
-    grep -q '^\[1/1\] .* ETA [0-9]*:[0-9][0-9] loss [0-9.]* test [0-9.]*% scale [0-9]* [0-9]*/s$' "$t/out"
+    grep -q '^\[1/1\] .* ETA [0-9]*:[0-9][0-9] test [0-9.]*% loss [0-9.]* scale [0-9]* [0-9]*/s$' "$t/out"
     check $? "$model: progress: $(cat "$t/out")"
 done
 train cifar --data "$t/cifar" --model cnn --policy O2 --type bf16 --epochs 20 --batch 8
@@ -161,7 +161,7 @@ check $? "--seeds 2: the mean of O2 bf16 is not $(cat "$t/mean"): $(cat "$t/out"
 
 run="--data $t/idx --model resnet --policy O2 --type f16 --epochs 3 --shift 1 --flip yes" # split into words
 rm "$t/out" # or what an earlier run said would be taken for this one's
-"$fashion" $run --csv "$t/stopped.csv" --save "$t/stopped" >"$t/out" 2>"$t/err" &
+"$train" $run --csv "$t/stopped.csv" --save "$t/stopped" >"$t/out" 2>"$t/err" &
 pid=$!
 for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30; do
     grep -q "epoch 1/" "$t/out" 2>/dev/null && break
@@ -171,7 +171,7 @@ kill -INT $pid
 wait $pid
 status=$?
 [ "$status" -eq 130 ] && [ "$(wc -l <"$t/err")" -eq 1 ] && [ "$(wc -l <"$t/stopped.csv")" -eq 1 ] &&
-    grep -q "^fashion: resnet O2 f16: interrupted in epoch [0-9]* of 3, saved to $t/stopped" "$t/err"
+    grep -q "^train: resnet O2 f16: interrupted in epoch [0-9]* of 3, saved to $t/stopped" "$t/err"
 check $? "Ctrl-C: exit status $status: $(cat "$t/err" "$t/stopped.csv")"
 saved "$t/stopped" "conv1.weight conv9.weight linear1.weight mpt.moment1.conv1.weight"
 train resumed $run --resume "$t/stopped" --save "$t/resumed" --threads 1
@@ -184,11 +184,11 @@ check $? "a resumed run differs from a whole one: $(cat "$t/err" "$t/resumed.csv
 fresh idx
 gzip "$t/bad/"*-ubyte
 file=$t/bad/t10k-images-idx3-ubyte.gz
-"$fashion" --data "$t/bad" --model mlp --policy O0 --epochs 1 --csv "$t/gzip.csv" >"$t/out" 2>"$t/err"
+"$train" --data "$t/bad" --model mlp --policy O0 --epochs 1 --csv "$t/gzip.csv" >"$t/out" 2>"$t/err"
 status=$?
 if grep -q "this build has no zlib" "$t/err"; then
     [ "$status" -eq 2 ] && [ "$(wc -l <"$t/err")" -eq 1 ] &&
-        grep -q "^fashion: $t/bad/train-images-idx3-ubyte.gz: " "$t/err"
+        grep -q "^train: $t/bad/train-images-idx3-ubyte.gz: " "$t/err"
     check $? "without zlib: exit status $status: $(cat "$t/err")"
 else
     train plain --data "$t/idx" --model mlp --policy O0 --epochs 1
@@ -198,12 +198,17 @@ else
     cp "$file" "$t/good.gz"
     : >"$file"; refused "t10k-images-idx3-ubyte.gz: truncated: its 0 bytes unpack to 0" "$t/bad"
     head -c $((size - 1)) "$t/good.gz" >"$file"; refused "truncated: its $((size - 1)) bytes unpack to 12816" "$t/bad"
-    { cat "$t/good.gz"; bytes 0; } >"$file"; refused "1 bytes too many behind the data" "$t/bad"
+    { cat "$t/good.gz"; bytes 1; } >"$file"; refused "1 bytes behind the data that are not zeros" "$t/bad"
+    { cat "$t/good.gz"; bytes 0 0 1; } >"$file"; refused "1 bytes behind the data that are not zeros" "$t/bad"
+    { gzip -dc "$t/good.gz" | head -c 1000 | gzip; gzip -dc "$t/good.gz" | tail -c +1001 | gzip; bytes 0 0 0; } >"$file"
+    train members --data "$t/bad" --model mlp --policy O0 --epochs 1
+    cmp -s "$t/members.csv" "$t/plain.csv"
+    check $? "two members and zeros behind them are not read as one file"
     { bytes 0; tail -c +2 "$t/good.gz"; } >"$file"; refused "gzip: incorrect header check" "$t/bad"
     { head -c $((size - 8)) "$t/good.gz"; bytes 1 2 3 4 0 0 0 0; } >"$file"
     refused "gzip: incorrect data check" "$t/bad"
     { gzip -dc "$t/good.gz"; bytes 0; } | gzip >"$file"; refused ".gz: 1 bytes too many behind the data" "$t/bad"
 fi
 
-echo "fashion.sh: $passed passed, $failed failed"
+echo "formats.sh: $passed passed, $failed failed"
 [ "$failed" -eq 0 ]
