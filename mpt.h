@@ -3839,25 +3839,29 @@ MPT__INLINE void mpt__finish_run(const mpt__product *p, size_t i, size_t j, size
 MPT__INLINE void mpt__finish_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__finish *f = (const mpt__finish *)arg;
     const mpt__product *p = f->p;
+    const size_t columns = f->columns, stride = f->stride;
     float *room = f->desk->room, *bias = p->bias.data ? room + 2 * MPT__RUN : NULL; /* bias: of BLOCK_N columns */
-    const int as_is = p->alpha == 1 && p->beta == 0 && !bias && p->act == MPT_IDENTITY;
+    const int as_is = p->alpha == 1 && p->beta == 0 && p->act <= MPT_RELU, relu = p->act == MPT_RELU;
     size_t r, e;
     (void)worker;
-    if (bias) mpt__load(p->ctx, p->bias, f->j, f->columns, bias);
-    for (r = begin; r < end && !as_is; r++)
-        for (e = 0; e < f->columns; e += MPT__RUN) {
-            const size_t n = mpt__min(f->columns - e, MPT__RUN);
-            float *x = f->sums + r * f->stride + e, *run = n == MPT__RUN ? x : room + MPT__RUN;
-            if (run != x) memcpy(run, x, n * sizeof *x); /* what follows is not ours */
-            mpt__finish_run(p, f->i + r, f->j + e, n, run, bias ? bias + e : NULL, room);
-            if (run != x) memcpy(x, run, n * sizeof *x);
-        }
-    if (f->stride == f->columns && p->ldc == f->columns)
-        mpt__store(p->ctx, p->c, (f->i + begin) * p->ldc + f->j, (end - begin) * f->columns,
-                   f->sums + begin * f->stride);
+    if (bias) mpt__load(p->ctx, p->bias, f->j, columns, bias);
+    if (as_is && bias && columns % MPT__RUN == 0) /* the usual case */
+        for (r = begin; r < end; r++)
+            for (e = 0; e < columns; e += MPT__RUN) mpt__bias_run(f->sums + r * stride + e, bias + e, relu);
+    else if (!as_is || bias || relu)
+        for (r = begin; r < end; r++)
+            for (e = 0; e < columns; e += MPT__RUN) {
+                const size_t n = mpt__min(columns - e, MPT__RUN);
+                float *x = f->sums + r * stride + e, *run = n == MPT__RUN ? x : room + MPT__RUN;
+                if (run != x) memcpy(run, x, n * sizeof *x); /* what follows is not ours */
+                mpt__finish_run(p, f->i + r, f->j + e, n, run, bias ? bias + e : NULL, room);
+                if (run != x) memcpy(x, run, n * sizeof *x);
+            }
+    if (stride == columns && p->ldc == columns)
+        mpt__store(p->ctx, p->c, (f->i + begin) * p->ldc + f->j, (end - begin) * columns, f->sums + begin * stride);
     else
         for (r = begin; r < end; r++)
-            mpt__store(p->ctx, p->c, (f->i + r) * p->ldc + f->j, f->columns, f->sums + r * f->stride);
+            mpt__store(p->ctx, p->c, (f->i + r) * p->ldc + f->j, columns, f->sums + r * stride);
 }
 MPT__TASKS(mpt__finish_task)
 
@@ -4060,6 +4064,15 @@ static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
         else return; /* a single tap: bands will be short */
 }
 
+/* Rows that are finished at a time: so many that their sums stay in L1 (8 KiB); but if panels are deep and many, as
+   many as keep the time to read them down; whole runs, if they are turned about. */
+static size_t mpt__group(const mpt__product *p) {
+    const size_t tile = p->ctx->simd.tile_m, fit = mpt__min(2048 / p->columns, MPT__GROUP) / tile * tile;
+    if (p->turned) return MPT__RUN % tile ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
+    if (!p->image.kind && p->k > 512 && p->columns > 64) return MPT__GROUP;
+    return fit ? fit : tile;
+}
+
 /* Few blocks would keep the threads unequally busy. */
 static int mpt__few(size_t blocks, size_t threads) { return blocks < 4 * threads && blocks % threads; }
 
@@ -4113,7 +4126,6 @@ static void mpt__cut_matrix(mpt__product *p, size_t threads) {
     most = mpt__min(MPT__RIGHT_WORDS / p->columns, mpt__in_place(p) ? MPT__DEEPEST : MPT__DEEP);
     if (p->k) p->deepest = mpt__evenly(p->k, most / 8 * 8 * each, 8); /* whole pairs and transposes */
     p->parts = p->k ? mpt__pieces(p->k, p->deepest) : 0;
-    if (p->k > 512 && p->columns > 64) p->group = MPT__GROUP;
     if (mpt__few(down * across, threads)) {
         const size_t pieces = mpt__pieces(wide ? across : down, threads) * threads;
         *(wide ? &p->columns : &p->rows) = mpt__pieces(mpt__pieces(count, pieces), unit) * unit;
@@ -4140,13 +4152,12 @@ static mpt_result mpt__product_run(mpt__product *p) {
                !p->bias.data && p->act == MPT_IDENTITY;
     p->pairs =
         simd->tile[1][0] && (image ? p->image.data.type : p->a.data.type) == MPT_BF16 && p->b.data.type == MPT_BF16;
-    p->group = simd->tile_m;
-    if (p->turned) p->group = MPT__RUN % simd->tile_m ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
     if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
     threads = mpt__threads_for(p->ctx, work);
     if (image == MPT__OUTPUTS_ARE_ROWS) mpt__cut_rows(p, threads);
     else if (image == MPT__OUTPUTS_ARE_DEPTH) mpt__cut_depth(p, threads);
     else mpt__cut_matrix(p, threads);
+    p->group = mpt__group(p);
     mpt__parallel(p->ctx, mpt__blocks_down(p) * mpt__pieces(p->n, p->columns), work, mpt__product_task, p);
     return MPT_OK;
 }
@@ -4474,110 +4485,200 @@ static mpt_result mpt__cpu_copy_columns(mpt_context *ctx, const mpt_columns_op *
 /* -- Normalisation --
 
    Sums in double, in an order that does not depend on the threads: over the columns in a fixed number of blocks of
-   rows; over a group of one sample in one thread. */
+   rows; over a group of one sample in one thread. A mean and a variance are made of the distances to the set's first
+   value, so that neither a large mean nor a constant set leaves an error of rounding. Every pass reads memory in one
+   stream, row after row; what it needs of a channel is prepared once a sample, in lines of COLUMNS channels. */
 
 enum {
-    MPT__NORM_ROWS = 64, /* that are done for a run of channels before the next run is */
     MPT__COLUMN_BLOCKS = 16,
-    MPT__COLUMNS = (MPT__WORKSPACE - MPT__ROOM) / (4 * MPT__COLUMN_BLOCKS * MPT__RUN) *
-                   MPT__RUN /* whose sums the workspace holds */
+    MPT__NORM_LINES = 6,
+    MPT__COLUMNS = 4096 /* channels at a time: their lines, and the sums of all blocks, fit a workspace */
 };
+
+typedef enum mpt__sum_kind {
+    MPT__SUM_VALUES,   /* x */
+    MPT__SUM_SQUARES,  /* x - shift, and its square */
+    MPT__SUM_GRADIENTS /* dy, and dy xhat */
+} mpt__sum_kind;
 
 typedef struct mpt__norm_work {
     mpt_context *ctx;
     const mpt_norm_op *op;
+    mpt__sum_kind kind;
     size_t rows, count;    /* rows: N pixels. count: values that a mean is taken of */
     size_t first, columns; /* channels of this turn */
     double *sums;          /* (MPT__COLUMN_BLOCKS, 2, MPT__COLUMNS) */
 } mpt__norm_work;
 
-/* Mean and 1 / sqrt(variance + eps) for channels c .. c+n of a sample */
-static void mpt__norm_sets(const mpt_norm_op *op, size_t sample, size_t c, size_t n, float *mean, float *inverse) {
+/* What channels first .. first+columns of a sample need: its statistics, gamma / deviation, and for dx two means. Whole
+   runs, with zeros at the end. */
+typedef struct mpt__norm_lines {
+    float *mean, *inverse, *gamma, *beta, *means[2], *room;
+} mpt__norm_lines;
+
+/* They lie behind the sums, which are in the first worker's space. */
+static mpt__norm_lines mpt__norm_lines_of(const mpt_context *ctx, int worker) {
+    mpt__norm_lines l;
+    l.mean = mpt__worker_space(ctx, worker) + 2 * 2 * MPT__COLUMN_BLOCKS * MPT__COLUMNS;
+    l.inverse = l.mean + MPT__COLUMNS;
+    l.gamma = l.inverse + MPT__COLUMNS, l.beta = l.gamma + MPT__COLUMNS;
+    l.means[0] = l.beta + MPT__COLUMNS, l.means[1] = l.means[0] + MPT__COLUMNS;
+    l.room = mpt__worker_room(ctx, worker);
+    return l;
+}
+
+/* Lines of n channels from c on, in a sample */
+static void mpt__norm_prepare(const mpt__norm_work *w, size_t sample, size_t c, size_t n, const mpt__norm_lines *l) {
+    const mpt_norm_op *op = w->op;
     const size_t groups = op->shape.groups, each = op->shape.C / groups, sets = op->shape.N * groups;
+    const int through = op->pass == MPT_NORM_BACKWARD && !op->frozen;
     size_t e;
+    mpt__load(w->ctx, op->gamma, c, n, l->gamma);
+    if (op->beta.data) mpt__load(w->ctx, op->beta, c, n, l->beta);
     for (e = 0; e < n; e++) {
         const size_t set = sample * groups + (c + e) / each;
         const int again = e && (c + e) % each;
-        mean[e] = op->stats[set];
-        inverse[e] = again ? inverse[e - 1] : mpt__norm_inverse(op->stats[sets + set], op->shape.eps);
+        l->mean[e] = op->stats[set];
+        l->inverse[e] = again ? l->inverse[e - 1] : mpt__norm_inverse(op->stats[sets + set], op->shape.eps);
+        l->gamma[e] *= l->inverse[e];
+        l->means[0][e] = through ? op->stats[2 * sets + set] : 0;
+        l->means[1][e] = through ? op->stats[3 * sets + set] : 0;
     }
+    for (; e % MPT__RUN; e++)
+        l->mean[e] = l->inverse[e] = l->gamma[e] = l->beta[e] = l->means[0][e] = l->means[1][e] = 0;
 }
 
-/* The sums of four rows, so that the totals are read and written once for them: a += x, b += x^2 */
-MPT__INLINE void mpt__norm_squares(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
-                                   const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
-                                   double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+/* The sums of one row and of four, whose totals are read and written once: a += x, */
+MPT__INLINE void mpt__sum_values(const float *MPT__RESTRICT x, double *MPT__RESTRICT a) {
     size_t e;
-    for (e = 0; e < MPT__RUN; e++) {
-        const double w = (double)x0[e], x = (double)x1[e], y = (double)x2[e], z = (double)x3[e];
-        a[e] += (w + x) + (y + z);
-        b[e] += (w * w + x * x) + (y * y + z * z);
-    }
+    for (e = 0; e < MPT__RUN; e++) a[e] += (double)x[e];
 }
 
-MPT__INLINE void mpt__norm_totals(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
-                                  const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
-                                  double *MPT__RESTRICT a) {
+MPT__INLINE void mpt__sum_values_4(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
+                                   const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
+                                   double *MPT__RESTRICT a) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) a[e] += ((double)x0[e] + (double)x1[e]) + ((double)x2[e] + (double)x3[e]);
 }
 
-/* a += dy, b += dy xhat */
-MPT__INLINE void mpt__norm_gradients(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
-                                     const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
-                                     const float *MPT__RESTRICT y0, const float *MPT__RESTRICT y1,
-                                     const float *MPT__RESTRICT y2, const float *MPT__RESTRICT y3,
-                                     const float *MPT__RESTRICT mean, const float *MPT__RESTRICT inverse,
-                                     double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+/* a += x - shift, b += its square, */
+MPT__INLINE void mpt__sum_squares(const float *MPT__RESTRICT x, const float *MPT__RESTRICT shift,
+                                  double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) {
-        const double w = (double)y0[e], x = (double)y1[e], y = (double)y2[e], z = (double)y3[e];
-        const double p = (double)((x0[e] - mean[e]) * inverse[e]), q = (double)((x1[e] - mean[e]) * inverse[e]);
-        const double r = (double)((x2[e] - mean[e]) * inverse[e]), s = (double)((x3[e] - mean[e]) * inverse[e]);
-        a[e] += (w + x) + (y + z);
-        b[e] += (w * p + x * q) + (y * r + z * s);
+        const double d = (double)x[e] - (double)shift[e];
+        a[e] += d;
+        b[e] += d * d;
     }
 }
 
-/* Adds two quantities of rows i .. i+rows (four at most), channels c .. c+n: x and its square; in the backward pass dy
-   and dy xhat. Whole runs are added, zeros where there are no channels or rows. */
-MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t rows, size_t c, size_t n, const float *mean,
-                               const float *inverse, double *a, double *b) {
-    const size_t C = w->op->shape.C, at = i * C + c;
-    float room[8][MPT__RUN];
-    const float *x[4], *y[4];
+MPT__INLINE void mpt__sum_squares_4(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
+                                    const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
+                                    const float *MPT__RESTRICT shift, double *MPT__RESTRICT a,
+                                    double *MPT__RESTRICT b) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const double s = (double)shift[e];
+        const double d0 = (double)x0[e] - s, d1 = (double)x1[e] - s, d2 = (double)x2[e] - s, d3 = (double)x3[e] - s;
+        a[e] += (d0 + d1) + (d2 + d3);
+        b[e] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    }
+}
+
+/* a += dy, b += dy xhat */
+MPT__INLINE void mpt__sum_gradients(const float *MPT__RESTRICT x, const float *MPT__RESTRICT dy,
+                                    const float *MPT__RESTRICT mean, const float *MPT__RESTRICT inverse,
+                                    double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        a[e] += (double)dy[e];
+        b[e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
+    }
+}
+
+MPT__INLINE void mpt__sum_gradients_4(const float *MPT__RESTRICT x0, const float *MPT__RESTRICT x1,
+                                      const float *MPT__RESTRICT x2, const float *MPT__RESTRICT x3,
+                                      const float *MPT__RESTRICT y0, const float *MPT__RESTRICT y1,
+                                      const float *MPT__RESTRICT y2, const float *MPT__RESTRICT y3,
+                                      const float *MPT__RESTRICT mean, const float *MPT__RESTRICT inverse,
+                                      double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const double n0 = (double)((x0[e] - mean[e]) * inverse[e]), n1 = (double)((x1[e] - mean[e]) * inverse[e]);
+        const double n2 = (double)((x2[e] - mean[e]) * inverse[e]), n3 = (double)((x3[e] - mean[e]) * inverse[e]);
+        const double d0 = (double)y0[e], d1 = (double)y1[e], d2 = (double)y2[e], d3 = (double)y3[e];
+        a[e] += (d0 + d1) + (d2 + d3);
+        b[e] += (d0 * n0 + d1 * n1) + (d2 * n2 + d3 * n3);
+    }
+}
+
+/* y without its activation, dx, and dy behind the ReLU that y goes through: the y that is stored is above 0 where this
+   one is above `least` */
+MPT__INLINE void mpt__norm_y(const mpt__norm_lines *l, size_t c, const float *MPT__RESTRICT x, float *MPT__RESTRICT y) {
+    const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT gamma = l->gamma + c,
+                               *MPT__RESTRICT beta = l->beta + c;
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) y[e] = (x[e] - mean[e]) * gamma[e] + beta[e];
+}
+
+MPT__INLINE void mpt__norm_dx(const mpt__norm_lines *l, size_t c, const float *MPT__RESTRICT x,
+                              const float *MPT__RESTRICT dy, float *MPT__RESTRICT dx) {
+    const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT inverse = l->inverse + c;
+    const float *MPT__RESTRICT gamma = l->gamma + c;
+    const float *MPT__RESTRICT m0 = l->means[0] + c, *MPT__RESTRICT m1 = l->means[1] + c;
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const float normal = (x[e] - mean[e]) * inverse[e];
+        dx[e] = gamma[e] * dy[e] - inverse[e] * (m0[e] + normal * m1[e]);
+    }
+}
+
+/* Adds two quantities of `rows` rows, one or four, from row i on: channels c .. of the turn. Whole runs are added,
+   zeros where there are no channels. */
+MPT__INLINE void mpt__norm_sum(const mpt__norm_work *w, size_t i, size_t rows, size_t c, size_t n,
+                               const mpt__norm_lines *l, double *a, double *b) {
+    const size_t C = w->op->shape.C, at = i * C + w->first + c;
+    const float *x[4], *dy[4];
     size_t r;
-    for (r = 0; r < 4; r++)
-        x[r] = r < rows ? mpt__read_run(w->ctx, w->op->x, at + r * C, n, room[r]) : r ? mpt__zeros : mpt__zeros;
-    if (w->op->pass == MPT_NORM_BACKWARD) {
-        for (r = 0; r < 4; r++)
-            y[r] = r < rows ? mpt__read_run(w->ctx, w->op->y, at + r * C, n, room[4 + r]) : mpt__zeros;
-        mpt__norm_gradients(x[0], x[1], x[2], x[3], y[0], y[1], y[2], y[3], mean, inverse, a, b);
-    } else if (w->op->stats) mpt__norm_squares(x[0], x[1], x[2], x[3], a, b);
-    else mpt__norm_totals(x[0], x[1], x[2], x[3], a);
+    for (r = 0; r < rows; r++) x[r] = mpt__read_run(w->ctx, w->op->x, at + r * C, n, l->room + r * MPT__RUN);
+    for (r = 0; r < rows && w->kind == MPT__SUM_GRADIENTS; r++)
+        dy[r] = mpt__read_run(w->ctx, w->op->y, at + r * C, n, l->room + (4 + r) * MPT__RUN);
+    if (rows == 4 && w->kind == MPT__SUM_GRADIENTS)
+        mpt__sum_gradients_4(x[0], x[1], x[2], x[3], dy[0], dy[1], dy[2], dy[3], l->mean + c, l->inverse + c, a, b);
+    else if (rows == 4 && w->kind == MPT__SUM_SQUARES) mpt__sum_squares_4(x[0], x[1], x[2], x[3], l->mean + c, a, b);
+    else if (rows == 4) mpt__sum_values_4(x[0], x[1], x[2], x[3], a);
+    else if (w->kind == MPT__SUM_GRADIENTS) mpt__sum_gradients(x[0], dy[0], l->mean + c, l->inverse + c, a, b);
+    else if (w->kind == MPT__SUM_SQUARES) mpt__sum_squares(x[0], l->mean + c, a, b);
+    else mpt__sum_values(x[0], a);
+}
+
+/* Four rows at a time; of the last, and of those that end a sample, one. */
+static size_t mpt__norm_four(size_t i, size_t last, size_t pixels) {
+    return i + 4 <= last && i % pixels + 4 <= pixels ? 4 : 1;
 }
 
 MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *w = (const mpt__norm_work *)arg;
-    const size_t each = (w->rows + MPT__COLUMN_BLOCKS - 1) / MPT__COLUMN_BLOCKS, pixels = w->op->shape.pixels;
-    float *mean = mpt__worker_room(w->ctx, worker), *inverse = mean + MPT__RUN;
-    const size_t step = w->op->pass == MPT_NORM_BACKWARD ? MPT__NORM_ROWS : 4; /* 4: memory is read in one stream */
+    const size_t each = mpt__pieces(w->rows, MPT__COLUMN_BLOCKS), pixels = w->op->shape.pixels;
+    const mpt__norm_lines l = mpt__norm_lines_of(w->ctx, worker);
     for (; begin < end; begin++) {
         const size_t last = mpt__min((begin + 1) * each, w->rows);
-        const size_t bytes = (w->columns + MPT__RUN - 1) / MPT__RUN * MPT__RUN * sizeof(double);
+        const size_t bytes = mpt__pieces(w->columns, MPT__RUN) * MPT__RUN * sizeof(double);
         double *sums = w->sums + begin * 2 * MPT__COLUMNS;
-        size_t first, c, i, some;
-        memset(sums, 0, bytes), memset(sums + MPT__COLUMNS, 0, bytes);
-        for (first = begin * each; first < last; first += step) /* few rows: see mpt__norm_rows */
-            for (c = 0; c < w->columns; c += MPT__RUN) {
-                const size_t n = mpt__min(w->columns - c, MPT__RUN);
-                for (i = first; i < mpt__min(last, first + step); i += some) {
-                    some = mpt__min(mpt__min(last, first + step) - i, mpt__min(4, pixels - i % pixels));
-                    if (w->op->pass == MPT_NORM_BACKWARD && (i == first || i % pixels == 0))
-                        mpt__norm_sets(w->op, i / pixels, w->first + c, n, mean, inverse);
-                    mpt__norm_row(w, i, some, w->first + c, n, mean, inverse, sums + c, sums + MPT__COLUMNS + c);
-                }
-            }
+        size_t i, c, some;
+        memset(sums, 0, bytes);
+        memset(sums + MPT__COLUMNS, 0, bytes);
+        if (w->kind == MPT__SUM_SQUARES) { /* shift: the first row */
+            memset(l.mean, 0, MPT__COLUMNS * sizeof *l.mean);
+            mpt__load(w->ctx, w->op->x, w->first, w->columns, l.mean);
+        }
+        for (i = begin * each; i < last; i += some) {
+            if (w->kind == MPT__SUM_GRADIENTS && (i == begin * each || i % pixels == 0))
+                mpt__norm_prepare(w, i / pixels, w->first, w->columns, &l);
+            some = mpt__norm_four(i, last, pixels);
+            for (c = 0; c < w->columns; c += MPT__RUN)
+                mpt__norm_sum(w, i, some, c, mpt__min(w->columns - c, MPT__RUN), &l, sums + c, sums + MPT__COLUMNS + c);
+        }
     }
 }
 MPT__TASKS(mpt__norm_columns_task)
@@ -4594,41 +4695,46 @@ static void mpt__norm_columns(mpt__norm_work *w) {
 }
 
 /* What the two sums of a set make: its mean and variance, or the means that its dx needs. */
-static void mpt__norm_finish(const mpt__norm_work *w, size_t set, double a, double b) {
+static void mpt__norm_finish(const mpt__norm_work *w, size_t set, double a, double b, float shift) {
     const size_t sets = w->op->shape.N * w->op->shape.groups;
     float *stats = w->op->stats + (w->op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
     a /= (double)w->count;
     b /= (double)w->count;
     if (w->op->pass == MPT_NORM_STATS) b = b < a * a ? 0 : b - a * a;
-    stats[0] = (float)a;
+    stats[0] = (float)(w->op->pass == MPT_NORM_STATS ? (double)shift + a : a);
     stats[sets] = (float)b;
 }
 
 /* Sets of one sample each: their sums, which in the backward pass gamma weighs */
 MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end, int worker) {
-    const mpt__norm_work *w = (const mpt__norm_work *)arg;
-    const mpt_norm_op *op = w->op;
+    const mpt__norm_work *arg_work = (const mpt__norm_work *)arg;
+    const mpt_norm_op *op = arg_work->op;
     const size_t groups = op->shape.groups, each = op->shape.C / groups, pixels = op->shape.pixels;
-    float *mean = mpt__worker_room(w->ctx, worker), *inverse = mean + MPT__RUN;
-    double *a = (double *)(void *)(inverse + MPT__RUN), *b = a + MPT__RUN;
+    const mpt__norm_lines l = mpt__norm_lines_of(arg_work->ctx, worker);
+    double *a = (double *)(void *)(l.room + 8 * MPT__RUN), *b = a + MPT__RUN;
+    mpt__norm_work w = *arg_work;
     for (; begin < end; begin++) {
         const size_t sample = begin / groups, first = begin % groups * each;
+        const float shift = mpt__get(w.ctx, op->x, sample * pixels * op->shape.C + first);
         double sums[2] = {0, 0};
-        size_t c, i, e;
+        size_t c, i, e, some;
         for (c = 0; c < each; c += MPT__RUN) {
             const size_t n = mpt__min(each - c, MPT__RUN);
+            w.first = first + c;
             memset(a, 0, 2 * MPT__RUN * sizeof *a);
-            if (op->pass == MPT_NORM_BACKWARD) mpt__norm_sets(op, sample, first + c, n, mean, inverse);
-            for (i = 0; i < pixels; i += 4)
-                mpt__norm_row(w, sample * pixels + i, mpt__min(4, pixels - i), first + c, n, mean, inverse, a, b);
+            if (w.kind == MPT__SUM_GRADIENTS) mpt__norm_prepare(&w, sample, w.first, n, &l);
+            for (e = 0; e < MPT__RUN && w.kind == MPT__SUM_SQUARES; e++) l.mean[e] = e < n ? shift : 0;
+            for (i = 0; i < pixels; i += some) {
+                some = mpt__norm_four(i, pixels, pixels);
+                mpt__norm_sum(&w, sample * pixels + i, some, 0, n, &l, a, b);
+            }
             for (e = 0; e < n; e++) {
-                const double gamma =
-                    op->pass == MPT_NORM_STATS ? 1 : (double)mpt__get(w->ctx, op->gamma, first + c + e);
+                const double gamma = w.kind == MPT__SUM_GRADIENTS ? (double)mpt__get(w.ctx, op->gamma, w.first + e) : 1;
                 sums[0] += gamma * a[e];
                 sums[1] += gamma * b[e];
             }
         }
-        mpt__norm_finish(w, begin, sums[0], sums[1]);
+        mpt__norm_finish(&w, begin, sums[0], sums[1], shift);
     }
 }
 MPT__TASKS(mpt__norm_samples_task)
@@ -4653,7 +4759,8 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
         for (c = 0; c < w->columns; c++) {
             const double a = w->sums[c], b = w->sums[MPT__COLUMNS + c];
             const double gamma = backward ? (double)mpt__get(w->ctx, op->gamma, w->first + c) : 1;
-            if (batch && !op->frozen) mpt__norm_finish(w, w->first + c, gamma * a, gamma * b);
+            if (batch && !op->frozen)
+                mpt__norm_finish(w, w->first + c, gamma * a, gamma * b, mpt__get(w->ctx, op->x, w->first + c));
             if (!backward) continue;
             mpt__norm_put(w, op->dbeta, w->first + c, a);
             mpt__norm_put(w, op->dgamma, w->first + c, b);
@@ -4661,84 +4768,51 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
     }
 }
 
-typedef struct mpt__norm_run { /* of a run of channels of a sample, in a worker's workspace */
-    float mean[MPT__RUN], inverse[MPT__RUN], gamma[MPT__RUN], beta[MPT__RUN], means[2][MPT__RUN];
-} mpt__norm_run;
-
-static void mpt__norm_run_load(const mpt__norm_work *w, size_t sample, size_t c, size_t n, mpt__norm_run *r) {
+/* y or dx of row i: n channels from channel first + c on. Two runs of room. */
+MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t first, size_t c, size_t n,
+                               const mpt__norm_lines *l) {
     const mpt_norm_op *op = w->op;
-    const size_t groups = op->shape.groups, each = op->shape.C / groups, sets = op->shape.N * groups;
-    size_t e;
-    mpt__norm_sets(op, sample, c, n, r->mean, r->inverse);
-    mpt__load(w->ctx, op->gamma, c, n, r->gamma);
-    if (op->pass == MPT_NORM_FORWARD) mpt__load(w->ctx, op->beta, c, n, r->beta);
-    for (e = 0; e < n; e++) {
-        const size_t set = sample * groups + (c + e) / each;
-        r->means[0][e] = op->pass == MPT_NORM_FORWARD || op->frozen ? 0 : op->stats[2 * sets + set];
-        r->means[1][e] = op->pass == MPT_NORM_FORWARD || op->frozen ? 0 : op->stats[3 * sets + set];
-        r->gamma[e] *= r->inverse[e];
-        if (op->pass == MPT_NORM_FORWARD) r->beta[e] -= r->mean[e] * r->gamma[e];
+    const size_t at = i * op->shape.C + first + c;
+    const float *x = mpt__read_run(w->ctx, op->x, at, n, l->room), *dy;
+    float out[MPT__RUN];
+    if (op->pass == MPT_NORM_FORWARD) {
+        mpt__norm_y(l, c, x, out);
+        mpt__activate_run(op->act, out);
+        mpt__write_run(w->ctx, op->y, at, n, out);
+        return;
     }
-}
-
-/* y without its activation, or dx */
-MPT__INLINE void mpt__norm_y(const mpt__norm_run *MPT__RESTRICT r, const float *MPT__RESTRICT x,
-                             float *MPT__RESTRICT y) {
-    size_t e;
-    for (e = 0; e < MPT__RUN; e++) y[e] = x[e] * r->gamma[e] + r->beta[e];
-}
-
-MPT__INLINE void mpt__norm_dx(const mpt__norm_run *MPT__RESTRICT r, const float *MPT__RESTRICT x,
-                              const float *MPT__RESTRICT dy, float *MPT__RESTRICT dx) {
-    size_t e;
-    for (e = 0; e < MPT__RUN; e++) {
-        const float normal = (x[e] - r->mean[e]) * r->inverse[e];
-        dx[e] = r->gamma[e] * dy[e] - r->inverse[e] * (r->means[0][e] + normal * r->means[1][e]);
-    }
-}
-
-/* y or dx of rows begin .. end: so few that they stay in cache for their other channels. Two runs follow r. */
-MPT__INLINE void mpt__norm_rows(const mpt__norm_work *w, size_t begin, size_t end, mpt__norm_run *r) {
-    const mpt_norm_op *op = w->op;
-    const size_t C = op->shape.C, pixels = op->shape.pixels;
-    float out[MPT__RUN], *room = (float *)(void *)(r + 1);
-    size_t c, i;
-    for (c = 0; c < C; c += MPT__RUN) {
-        const size_t n = mpt__min(C - c, MPT__RUN);
-        for (i = begin; i < end; i++) {
-            const float *x = mpt__read_run(w->ctx, op->x, i * C + c, n, room);
-            if (i == begin || i % pixels == 0) mpt__norm_run_load(w, i / pixels, c, n, r);
-            if (op->pass == MPT_NORM_FORWARD) {
-                mpt__norm_y(r, x, out);
-                mpt__activate_run(op->act, out);
-                mpt__write_run(w->ctx, op->y, i * C + c, n, out);
-                continue;
-            }
-            mpt__norm_dx(r, x, mpt__read_run(w->ctx, op->y, i * C + c, n, room + MPT__RUN), out);
-            if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, i * C + c, n, room));
-            mpt__write_run(w->ctx, op->dx, i * C + c, n, out);
-        }
-    }
+    dy = mpt__read_run(w->ctx, op->y, at, n, l->room + MPT__RUN);
+    mpt__norm_dx(l, c, x, dy, out);
+    if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, at, n, l->room));
+    mpt__write_run(w->ctx, op->dx, at, n, out);
 }
 
 MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *w = (const mpt__norm_work *)arg;
-    for (; begin < end; begin += MPT__NORM_ROWS)
-        mpt__norm_rows(w, begin, mpt__min(end, begin + MPT__NORM_ROWS),
-                       (mpt__norm_run *)(void *)mpt__worker_room(w->ctx, worker));
+    const size_t C = w->op->shape.C, pixels = w->op->shape.pixels;
+    const mpt__norm_lines l = mpt__norm_lines_of(w->ctx, worker);
+    size_t first, i, c;
+    for (first = 0; first < C; first += MPT__COLUMNS) {
+        const size_t columns = mpt__min(C - first, MPT__COLUMNS);
+        for (i = begin; i < end; i++) {
+            if (i == begin || i % pixels == 0) mpt__norm_prepare(w, i / pixels, first, columns, &l);
+            for (c = 0; c < columns; c += MPT__RUN) mpt__norm_row(w, i, first, c, mpt__min(columns - c, MPT__RUN), &l);
+        }
+    }
 }
 MPT__TASKS(mpt__norm_rows_task)
 
-static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op) {
+static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op, mpt__sum_kind kind) {
     const mpt_norm_shape *z = &op->shape;
     const size_t count = z->pixels * (z->C / z->groups);
-    mpt__norm_work w = {ctx, op, z->N * z->pixels, count, 0, 0, (double *)(void *)ctx->workspace};
+    mpt__norm_work w = {ctx, op, kind, z->N * z->pixels, count, 0, 0, (double *)(void *)ctx->workspace};
     return w;
 }
 
 static mpt_result mpt__cpu_norm(mpt_context *ctx, const mpt_norm_op *op) {
     const size_t sets = op->shape.N * op->shape.groups;
-    mpt__norm_work w = mpt__norm_work_of(ctx, op);
+    mpt__norm_work w =
+        mpt__norm_work_of(ctx, op, op->pass == MPT_NORM_BACKWARD ? MPT__SUM_GRADIENTS : MPT__SUM_SQUARES);
     size_t i;
     if (op->pass == MPT_NORM_RUNNING) {
         for (i = 0; i < 2 * sets; i++) mpt__norm_average(op, w.count, i);
@@ -4750,7 +4824,7 @@ static mpt_result mpt__cpu_norm(mpt_context *ctx, const mpt_norm_op *op) {
     return MPT_OK;
 }
 
-/* db(C) = column sums of dy(rows,C) + beta db: the sums that batch norm takes */
+/* db(C) = column sums of dy(rows,C) + beta db */
 static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
                                        MPT__UNUSED int product) {
     mpt_norm_op op = MPT_ZERO;
@@ -4759,7 +4833,7 @@ static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, 
     op.shape.N = 1, op.shape.pixels = rows, op.shape.C = op.shape.groups = C;
     op.x = dy;
     op.scale = beta;
-    w = mpt__norm_work_of(ctx, &op);
+    w = mpt__norm_work_of(ctx, &op, MPT__SUM_VALUES);
     for (w.first = 0; w.first < C; w.first += MPT__COLUMNS) {
         w.columns = mpt__min(C - w.first, MPT__COLUMNS);
         mpt__norm_columns(&w);
@@ -4768,7 +4842,7 @@ static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, 
     return MPT_OK;
 }
 
-/* -- Pooling: every output gathers what it needs, in fp32, a run of channels at a time -- */
+/* -- Pooling: every output, or in the gradient every input, gathers what it needs, a run of channels at a time -- */
 
 /* Takes over what is larger, and the first NaN: by masks, for a branch would keep it from becoming vectors. */
 MPT__INLINE void mpt__max_run(float *MPT__RESTRICT best, uint32_t *MPT__RESTRICT tap, const float *MPT__RESTRICT x,
@@ -4783,12 +4857,36 @@ MPT__INLINE void mpt__max_run(float *MPT__RESTRICT best, uint32_t *MPT__RESTRICT
     }
 }
 
+/* The same of 16-bit patterns as they are: keys are integers in the order of the values, with -0 and 0 the same and
+   NaN above all. inf: the type's. The first tap is taken in any case. */
+MPT__INLINE void mpt__max_halves(uint16_t *MPT__RESTRICT best, int16_t *MPT__RESTRICT key, uint16_t *MPT__RESTRICT tap,
+                                 const uint16_t *MPT__RESTRICT x, uint16_t inf, uint16_t here, int first) {
+    const uint16_t any = (uint16_t)(0 - first);
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const int16_t size = (int16_t)(x[e] & 0x7fff), sign = (int16_t)((int16_t)x[e] >> 15);
+        const int16_t ordered = (int16_t)((size ^ sign) - sign), is = size > (int16_t)inf ? (int16_t)0x7fff : ordered;
+        const uint16_t take = (uint16_t)((uint16_t)(0 - (is > key[e])) | any);
+        key[e] = (int16_t)(((uint16_t)is & take) | ((uint16_t)key[e] & (uint16_t)~take));
+        best[e] = (uint16_t)((x[e] & take) | (best[e] & (uint16_t)~take));
+        tap[e] = (uint16_t)((here & take) | (tap[e] & (uint16_t)~take));
+    }
+}
+
 MPT__INLINE void mpt__taps_read(const uint16_t *index, size_t n, uint32_t *MPT__RESTRICT tap) {
     size_t e;
     if (n == MPT__RUN)
         for (e = 0; e < MPT__RUN; e++) tap[e] = index[e];
     else
         for (e = 0; e < MPT__RUN; e++) tap[e] = e < n ? index[e] : 0xffffffffu;
+}
+
+MPT__INLINE void mpt__taps_write(const uint32_t *MPT__RESTRICT tap, size_t n, uint16_t *MPT__RESTRICT index) {
+    size_t e;
+    if (n == MPT__RUN)
+        for (e = 0; e < MPT__RUN; e++) index[e] = (uint16_t)tap[e];
+    else
+        for (e = 0; e < n; e++) index[e] = (uint16_t)tap[e];
 }
 
 /* sum += dy where it came from here */
@@ -4798,83 +4896,75 @@ MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__
     for (e = 0; e < MPT__RUN; e++) sum[e] += mpt__float(mpt__bits(dy[e]) & (0u - (uint32_t)(tap[e] == here)));
 }
 
-/* Halves as integers in the order of their values, -0 and 0 the same, NaN above all */
-MPT__INLINE void mpt__max_halves(const uint16_t *MPT__RESTRICT x, uint16_t inf, uint16_t here, int first,
-                                 int16_t *MPT__RESTRICT keys, uint16_t *MPT__RESTRICT best,
-                                 uint16_t *MPT__RESTRICT tap) {
-    size_t e;
-    if (first)
-        for (e = 0; e < MPT__RUN; e++) {
-            const int16_t size = (int16_t)(x[e] & 0x7fff), sign = (int16_t)((int16_t)x[e] >> 15);
-            const int16_t key = (int16_t)((size ^ sign) - sign);
-            keys[e] = size > (int16_t)inf ? (int16_t)0x7fff : key, best[e] = x[e], tap[e] = here;
-        }
-    else
-        for (e = 0; e < MPT__RUN; e++) {
-            const int16_t size = (int16_t)(x[e] & 0x7fff), sign = (int16_t)((int16_t)x[e] >> 15);
-            int16_t key = (int16_t)((size ^ sign) - sign);
-            uint16_t take;
-            key = size > (int16_t)inf ? (int16_t)0x7fff : key;
-            take = (uint16_t)(0 - (key > keys[e]));
-            keys[e] = (int16_t)(((uint16_t)key & take) | ((uint16_t)keys[e] & (uint16_t)~take));
-            best[e] = (uint16_t)((x[e] & take) | (best[e] & (uint16_t)~take));
-            tap[e] = (uint16_t)((here & take) | (tap[e] & (uint16_t)~take));
-        }
+typedef struct mpt__window { /* of one output, inside the image: rows r .. R of the window, columns s .. S */
+    size_t r, R, s, S, at;   /* at: element of the image under (0,0), may wrap below 0 */
+} mpt__window;
+
+MPT__INLINE mpt__window mpt__window_of(const mpt_pool2d_op *op, size_t n, size_t p, size_t q) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t h = p * op->stride_h - z->padding, w = q * op->stride_w - z->padding; /* may wrap below 0 */
+    mpt__window at;
+    at.r = h < z->H ? 0 : 0 - h, at.R = mpt__min(z->R, z->H - h);
+    at.s = w < z->W ? 0 : 0 - w, at.S = mpt__min(z->S, z->W - w);
+    at.at = ((n * z->H + h) * z->W + w) * z->C;
+    return at;
 }
 
-/* One output row (n,p) of 16-bit maxima over windows that lie inside the image */
-MPT__INLINE void mpt__max_pool_halves(const mpt_pool2d_op *op, size_t row) {
+/* Maxima of 16-bit values. Whole runs are read and written where they are. */
+MPT__INLINE void mpt__max_pool_run(const mpt_pool2d_op *op, const mpt__window *window, size_t out, size_t c, size_t n) {
     const mpt_pool2d_shape *z = &op->shape;
-    const size_t n = row / op->P, p = row % op->P, C = z->C;
-    const uint16_t *x = (const uint16_t *)op->x.data + (n * z->H + p * op->stride_h) * z->W * C;
-    const uint16_t inf = op->x.type == MPT_F16 ? 0x7c00 : 0x7f80;
-    int16_t keys[MPT__RUN];
-    size_t q, c, r, s;
-    for (q = 0; q < op->Q; q++)
-        for (c = 0; c < C; c += MPT__RUN) {
-            const size_t out = (row * op->Q + q) * C + c;
-            for (r = 0; r < z->R; r++)
-                for (s = 0; s < z->S; s++)
-                    mpt__max_halves(x + (r * z->W + q * op->stride_w + s) * C + c, inf, (uint16_t)(r * z->S + s),
-                                    r + s == 0, keys, (uint16_t *)op->y.data + out, op->index + out);
+    const uint16_t *image = (const uint16_t *)op->x.data + c, inf = op->x.type == MPT_F16 ? 0x7c00 : 0x7f80;
+    uint16_t *y = (uint16_t *)op->y.data + out, *index = op->index + out, room[3][MPT__RUN] = {{0}};
+    uint16_t *best = n < MPT__RUN ? room[0] : y, *tap = n < MPT__RUN ? room[1] : index;
+    int16_t key[MPT__RUN] = {0};
+    size_t r, s;
+    int first = 1;
+    for (r = window->r; r < window->R; r++)
+        for (s = window->s; s < window->S; s++) {
+            const uint16_t *x = image + (window->at + (r * z->W + s) * z->C);
+            if (n < MPT__RUN) memcpy(room[2], x, n * sizeof *x);
+            if (n < MPT__RUN) x = room[2];
+            if (first) mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * z->S + s), 1);
+            else mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * z->S + s), 0);
+            first = 0;
         }
+    if (n == MPT__RUN) return;
+    memcpy(y, best, n * sizeof *best);
+    memcpy(index, tap, n * sizeof *tap);
 }
 
-MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t p, size_t q,
-                                       size_t c, size_t run) {
+/* Means, whose sums are double; maxima in fp32 */
+MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, const mpt__window *window,
+                                       size_t out, size_t c, size_t n, float *room) {
     const mpt_pool2d_shape *z = &op->shape;
-    const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
-    const float *x;
-    float best[MPT__RUN], room[MPT__RUN];
+    const int mean = op->kind == MPT_POOL_AVERAGE;
+    double sum[MPT__RUN] = {0};
+    float best[MPT__RUN];
     uint32_t tap[MPT__RUN];
     size_t r, s, e;
     int first = 1;
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) {
-            const size_t h = p * op->stride_h + r - z->padding, w = q * op->stride_w + s - z->padding;
+    for (r = window->r; r < window->R; r++)
+        for (s = window->s; s < window->S; s++) {
+            const float *x = mpt__read_run(ctx, op->x, window->at + (r * z->W + s) * z->C + c, n, room);
             const uint32_t here = (uint32_t)(r * z->S + s);
-            if (h >= z->H || w >= z->W) continue; /* padding; below 0 wraps to a huge number */
-            x = mpt__read_run(ctx, op->x, ((n * z->H + h) * z->W + w) * z->C + c, run, room);
-            for (e = 0; e < MPT__RUN && first; e++) tap[e] = here;
-            if (first) mpt__scale_run(best, 1, x);
-            else if (op->kind == MPT_POOL_AVERAGE) mpt__add_run(best, 1, x);
+            for (e = 0; e < MPT__RUN && first && !mean; e++) tap[e] = here;
+            if (mean) mpt__sum_values(x, sum);
+            else if (first) mpt__scale_run(best, 1, x);
             else mpt__max_run(best, tap, x, here);
             first = 0;
         }
-    if (op->kind == MPT_POOL_AVERAGE)
-        for (e = 0; e < MPT__RUN; e++) best[e] /= (float)(z->R * z->S);
-    else
-        for (e = 0; e < run; e++) op->index[out + e] = (uint16_t)tap[e];
-    mpt__write_run(ctx, op->y, out, run, best);
+    for (e = 0; e < MPT__RUN && mean; e++) best[e] = (float)(sum[e] / (double)(z->R * z->S));
+    if (!mean) mpt__taps_write(tap, n, op->index + out);
+    mpt__write_run(ctx, op->y, out, n, best);
 }
 
 MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
-                                        size_t c, size_t run) {
+                                        size_t c, size_t run, float *room) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
     const float size = (float)(z->R * z->S);
     const size_t y = h + z->padding, x = w + z->padding;
-    float sum[MPT__RUN], room[MPT__RUN];
+    float sum[MPT__RUN];
     size_t p, q, e;
     mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
     for (p = mpt__min(y / op->stride_h + 1, op->P); p-- && y - p * op->stride_h < z->R;)
@@ -4891,75 +4981,95 @@ MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d
     mpt__write_run(ctx, op->x, in, run, sum);
 }
 
-/* Windows that lie side by side: an input is in one of them at most, so its gradient is a copy or zero, bit by bit.
-   Output rows begin .. end; what follows the last window of a row or an image belongs to it. */
-#define MPT__UNPOOL(name, type)                                                                                       \
-    MPT__INLINE void name(const mpt_pool2d_op *op, size_t row) {                                                      \
-        const mpt_pool2d_shape *z = &op->shape;                                                                       \
-        const size_t n = row / op->P, p = row % op->P, C = z->C;                                                      \
-        const size_t bottom = p + 1 < op->P ? (p + 1) * op->stride_h : z->H;                                          \
-        type *x = (type *)op->x.data + (n * z->H + p * op->stride_h) * z->W * C;                                      \
-        const type *y = (const type *)op->y.data + row * op->Q * C;                                                   \
-        const uint16_t *index = op->index + row * op->Q * C;                                                          \
-        size_t r, s, q, c, e;                                                                                         \
-        if (op->stride_h != z->R || op->stride_w != z->S || op->P * z->R != z->H || op->Q * z->S != z->W)             \
-            memset(x, 0, (bottom - p * op->stride_h) * z->W * C * sizeof *x);                                         \
-        for (q = 0; q < op->Q; q++, y += C, index += C)                                                               \
-            for (r = 0; r < z->R; r++)                                                                                \
-                for (s = 0; s < z->S; s++) {                                                                          \
-                    type *to = x + (r * z->W + q * op->stride_w + s) * C;                                             \
-                    const uint16_t here = (uint16_t)(r * z->S + s);                                                   \
-                    for (c = 0; c + MPT__RUN <= C; c += MPT__RUN) mpt__select_##type(to + c, y + c, index + c, here); \
-                    for (e = c; e < C; e++) to[e] = index[e] == here ? y[e] : 0;                                      \
-                }                                                                                                     \
-    }
-#define MPT__SELECT(type)                                                                           \
-    MPT__INLINE void mpt__select_##type(type *MPT__RESTRICT to, const type *MPT__RESTRICT y,        \
-                                        const uint16_t *MPT__RESTRICT index, uint16_t here) {       \
-        size_t e;                                                                                   \
-        for (e = 0; e < MPT__RUN; e++) to[e] = (type)(y[e] & (type)(0 - (type)(index[e] == here))); \
-    }
-MPT__SELECT(uint16_t)
-MPT__SELECT(uint32_t)
-MPT__UNPOOL(mpt__unpool_16, uint16_t)
-MPT__UNPOOL(mpt__unpool_32, uint32_t)
+/* Windows that lie side by side: an input is in one of them at most, so its gradient is that output's or zero, bit by
+   bit. Then outputs scatter. */
+static int mpt__pool_scatters(const mpt_pool2d_op *op) {
+    return op->pass != MPT_FORWARD && op->beta == 0 && !op->shape.padding && op->stride_h >= op->shape.R &&
+           op->stride_w >= op->shape.S && op->x.type == op->y.type && op->x.type <= MPT_BF16;
+}
 
-static int mpt__side_by_side(const mpt_pool2d_op *op) {
-    return op->pass != MPT_FORWARD && op->kind != MPT_POOL_AVERAGE && op->beta == 0 && !op->shape.padding &&
-           op->stride_h >= op->shape.R && op->stride_w >= op->shape.S && op->x.type == op->y.type &&
-           op->x.type <= MPT_BF16;
+/* to(n) = y where it came from here, else 0 */
+#define MPT__SELECT(name, type)                                                                                     \
+    MPT__INLINE void name(type *MPT__RESTRICT to, const type *MPT__RESTRICT y, const uint16_t *MPT__RESTRICT index, \
+                          uint16_t here, size_t n) {                                                                \
+        size_t e;                                                                                                   \
+        if (n == MPT__RUN)                                                                                          \
+            for (e = 0; e < MPT__RUN; e++) to[e] = (type)(y[e] & (type)(0 - (type)(index[e] == here)));             \
+        else                                                                                                        \
+            for (e = 0; e < n; e++) to[e] = (type)(y[e] & (type)(0 - (type)(index[e] == here)));                    \
+    }
+MPT__SELECT(mpt__select_halves, uint16_t)
+MPT__SELECT(mpt__select_words, uint32_t)
+
+/* All inputs in the window of output `out`: n channels from c on */
+MPT__INLINE void mpt__pool_scatter_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t at, size_t out, size_t n,
+                                       float *room) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t size = mpt_dtype_size(op->x.type);
+    const char *dy = (const char *)op->y.data + out * size;
+    uint32_t share[MPT__RUN]; /* dy / window */
+    size_t r, s, e;
+    if (op->kind == MPT_POOL_AVERAGE) {
+        float mean[MPT__RUN];
+        const float *x = mpt__read_run(ctx, op->y, out, n, room);
+        for (e = 0; e < MPT__RUN; e++) mean[e] = x[e] / (float)(z->R * z->S);
+        mpt__write_run(ctx, mpt_typed_array(share, op->x.type), 0, n, mean);
+    }
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) {
+            char *to = (char *)op->x.data + (at + (r * z->W + s) * z->C) * size;
+            const uint16_t here = (uint16_t)(r * z->S + s);
+            if (op->kind == MPT_POOL_AVERAGE) memcpy(to, share, n * size);
+            else if (size == sizeof here)
+                mpt__select_halves((uint16_t *)(void *)to, (const uint16_t *)(const void *)dy, op->index + out, here,
+                                   n);
+            else
+                mpt__select_words((uint32_t *)(void *)to, (const uint32_t *)(const void *)dy, op->index + out, here, n);
+        }
+}
+
+/* Row (n,p) of outputs; what follows the last window of an image or is between two has no gradient. */
+static void mpt__pool_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t top = p * op->stride_h, bottom = p + 1 < op->P ? top + op->stride_h : z->H;
+    const size_t line = z->W * z->C * mpt_dtype_size(op->x.type);
+    if (op->stride_h == z->R && op->stride_w == z->S && op->P * z->R == z->H && op->Q * z->S == z->W) return;
+    memset((char *)op->x.data + (n * z->H + top) * line, 0, (bottom - top) * line);
 }
 
 /* one row (n,p) of outputs, or (n,h) of inputs, after the other */
 MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_pool2d_op *op = (const mpt_pool2d_op *)w->op;
-    const size_t rows = op->pass == MPT_FORWARD ? op->P : op->shape.H;
-    const size_t columns = op->pass == MPT_FORWARD ? op->Q : op->shape.W;
+    const int scatters = mpt__pool_scatters(op), outputs = op->pass == MPT_FORWARD || scatters;
+    const int halves =
+        op->kind == MPT_POOL_MAX && op->x.type == op->y.type && (op->x.type == MPT_F16 || op->x.type == MPT_BF16);
+    const size_t rows = outputs ? op->P : op->shape.H, columns = outputs ? op->Q : op->shape.W, C = op->shape.C;
+    float *room = mpt__worker_room(w->ctx, worker);
     size_t i, c;
-    (void)worker;
-    for (; begin < end && op->pass == MPT_FORWARD && op->kind != MPT_POOL_AVERAGE && !op->shape.padding &&
-           op->x.type == op->y.type && (op->x.type == MPT_F16 || op->x.type == MPT_BF16) && op->shape.C % MPT__RUN == 0;
-         begin++)
-        mpt__max_pool_halves(op, begin);
-    for (; begin < end && mpt__side_by_side(op); begin++)
-        if (op->x.type == MPT_F32) mpt__unpool_32(op, begin);
-        else mpt__unpool_16(op, begin);
-    for (; begin < end; begin++)
-        for (i = 0; i < columns; i++)
-            for (c = 0; c < op->shape.C; c += MPT__RUN) {
-                const size_t run = mpt__min(op->shape.C - c, MPT__RUN);
-                if (op->pass == MPT_FORWARD) mpt__pool_forward_run(w->ctx, op, begin / rows, begin % rows, i, c, run);
-                else mpt__pool_backward_run(w->ctx, op, begin / rows, begin % rows, i, c, run);
+    for (; begin < end; begin++) {
+        const size_t n = begin / rows, p = begin % rows;
+        if (scatters) mpt__pool_clear(op, n, p);
+        for (i = 0; i < columns; i++) {
+            const mpt__window none = MPT_ZERO, window = outputs ? mpt__window_of(op, n, p, i) : none;
+            const size_t out = (begin * columns + i) * C;
+            for (c = 0; c < C; c += MPT__RUN) {
+                const size_t run = mpt__min(C - c, MPT__RUN);
+                if (scatters) mpt__pool_scatter_run(w->ctx, op, window.at + c, out + c, run, room);
+                else if (!outputs) mpt__pool_backward_run(w->ctx, op, n, p, i, c, run, room);
+                else if (halves) mpt__max_pool_run(op, &window, out + c, c, run);
+                else mpt__pool_forward_run(w->ctx, op, &window, out + c, c, run, room);
             }
+        }
+    }
 }
 MPT__TASKS(mpt__pool_task)
 
 static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     const mpt_pool2d_shape *z = &op->shape;
+    const int outputs = op->pass == MPT_FORWARD || mpt__pool_scatters(op);
     mpt__work w = {ctx, op};
-    mpt__parallel(ctx, z->N * (op->pass == MPT_FORWARD || mpt__side_by_side(op) ? op->P : z->H),
-                  z->N * z->H * z->W * z->C, MPT__TASK(ctx, mpt__pool_task), &w);
+    mpt__parallel(ctx, z->N * (outputs ? op->P : z->H), z->N * z->H * z->W * z->C, MPT__TASK(ctx, mpt__pool_task), &w);
     return MPT_OK;
 }
 
