@@ -419,6 +419,35 @@ static void test_beside_inf(void) {
     check_beside_inf(603, 3, 1);
 }
 
+/* Sums over many outputs: those of a bias are double and rounded once, those of a depthwise filter fp32 over eight
+   outputs, and double over these. All values are above 0, so that nothing hides. */
+static void test_long_sums(void) {
+    static const size_t shape[11] = {1, 224, 224, 3, 3, 3, 3, 1, 1, 1, 3};
+    const double u = test_unit(MPT_F32);
+    const size_t rows = 1000003;
+    layer l = make_layer(0, shape), bias = MPT_ZERO;
+    test_tensor t[4];
+    double *expected = test_doubles(27), *tolerance = test_doubles(27);
+    size_t i;
+    l.P = l.Q = 224;
+    t[X] = test_tensor_random(context, MPT_F32, 224 * 224 * 3, 1), test_tensor_fill(&t[X], 0.5, 1.5, 1);
+    t[Y] = test_tensor_random(context, MPT_F32, 224 * 224 * 3, 2), test_tensor_fill(&t[Y], 0.5, 1.5, 2);
+    t[W] = test_tensor_random(context, MPT_F32, 27, 3);
+    reference_conv2d(MPT_BACKWARD_WEIGHT, &l.s, 224, 224, t[X].value, expected, t[Y].value);
+    for (i = 0; i < 27; i++) tolerance[i] = 9 * u * expected[i];
+    check_op("depthwise dw of a large image", call_backward_weight, &l, t, &t[W], expected, tolerance);
+    test_tensor_free(&t[X]), test_tensor_free(&t[Y]), test_tensor_free(&t[W]);
+    bias.linear = 1, bias.s.N = rows, bias.s.K = 3, bias.P = bias.Q = 1;
+    t[Y] = test_tensor_random(context, MPT_F32, rows * 3, 2), test_tensor_fill(&t[Y], 1e4 - 1, 1e4 + 1, 2);
+    t[BIAS] = test_tensor_random(context, MPT_F32, 3, 3);
+    memset(expected, 0, 3 * sizeof *expected);
+    for (i = 0; i < t[Y].count; i++) expected[i % 3] += t[Y].value[i];
+    for (i = 0; i < 3; i++) tolerance[i] = (u + (double)rows * ldexp(1, -53)) * expected[i];
+    check_op("bias of a million rows", call_backward_bias, &bias, t, &t[BIAS], expected, tolerance);
+    test_tensor_free(&t[Y]), test_tensor_free(&t[BIAS]);
+    free(expected), free(tolerance);
+}
+
 /* The reference itself: its gradients are the slopes of sum(dy * y). That is linear in each variable, so a step of 1
    has no truncation error; 1e-11 covers the rounding of some thousand products in double. */
 typedef struct objective {
@@ -1283,6 +1312,61 @@ static void test_norm_cancellation(void) {
     }
 }
 
+/* A constant set, however large, is normalised to 0 exactly; few values far from 0 as exactly as fp32 can. */
+static void test_norm_far(void) {
+    static const float far[4] = {40000, 40001, 40002, 40003};
+    const double inverse = 1 / sqrt(1.25 + 1e-5);
+    norm_case n = MPT_ZERO;
+    test_tensor t[NORM_TENSORS];
+    size_t i, wrong = 0;
+    int engine;
+    n.s.N = 1, n.s.pixels = 4, n.s.C = 2, n.s.groups = 2; /* channel 0: far; 1: constant */
+    norm_tensors(&n, MPT_F32, MPT_F32, MPT_F32, t);
+    for (i = 0; i < 8; i++) t[INPUT].value[i] = i % 2 ? 1e6 : (double)far[i / 2];
+    for (i = 0; i < 2; i++) t[GAMMA].value[i] = 1, t[SHIFT].value[i] = 0;
+    test_tensor_upload(&t[INPUT]), test_tensor_upload(&t[GAMMA]), test_tensor_upload(&t[SHIFT]);
+    for (engine = 0; engine < ENGINES; engine++) {
+        if (!contexts[engine][0]) continue;
+        CHECK_OK(context, call_norm_stats(contexts[engine][0], &n, t));
+        CHECK_OK(context, call_norm_forward(contexts[engine][0], &n, t));
+        test_tensor_download(&t[OUTPUT]);
+        for (i = 0; i < 8; i++) {
+            const double exact = ((double)far[i / 2] - 40001.5) * inverse;
+            wrong += i % 2 ? t[OUTPUT].value[i] != 0 : !test_near(t[OUTPUT].value[i], exact, 1e-6 * fabs(exact));
+        }
+    }
+    CHECK_EQUAL(wrong, 0);
+    for (i = 0; i < NORM_TENSORS; i++) test_tensor_free(&t[i]);
+}
+
+/* Gradients of a million rows whose x is far from 0. x - mean is exact but for the rounding of the difference; xhat
+   passes 3 more, its product with dy and the sum in double none, and the result one. */
+static void test_norm_long(void) {
+    norm_case n = MPT_ZERO;
+    test_tensor t[NORM_TENSORS];
+    double gamma[2] = {0}, shift[2] = {0}, gamma_bound[2], shift_bound[2], size[2] = {0};
+    size_t i;
+    n.s.N = 1, n.s.pixels = 1000003, n.s.C = n.s.groups = 2;
+    norm_tensors(&n, MPT_F32, MPT_F32, MPT_F32, t);
+    test_tensor_fill(&t[INPUT], 1e4 - 1.7, 1e4 + 1.7, 3);
+    CHECK_OK(context, call_norm_stats(context, &n, t));
+    test_tensor_download(&t[STATS]);
+    for (i = 0; i < t[INPUT].count; i++) {
+        const size_t c = i % 2;
+        const double dy = t[SLOPE].value[i];
+        const double normal = (t[INPUT].value[i] - t[STATS].value[c]) * reference_norm_inverse(&n.s, t[STATS].value, c);
+        gamma[c] += dy * normal, shift[c] += dy;
+        size[c] += fabs(dy * normal);
+    }
+    for (i = 0; i < 2; i++) {
+        gamma_bound[i] = test_unit(MPT_F32) * (6 * size[i] + fabs(gamma[i]));
+        shift_bound[i] = test_unit(MPT_F32) * fabs(shift[i]) + 1e6 * 1e6 * ldexp(1, -53);
+    }
+    check_op("norm dgamma of a million", call_norm_backward, &n, t, &t[DGAMMA], gamma, gamma_bound);
+    check_op("norm dbeta of a million", call_norm_backward, &n, t, &t[DSHIFT], shift, shift_bound);
+    for (i = 0; i < NORM_TENSORS; i++) test_tensor_free(&t[i]);
+}
+
 /* The reference itself: its gradients are the slopes of sum(dy y). With v = x - mean and a = dy gamma that is a
    constant and <a, v> sqrt(count) / |v|, where |v|^2 is count / inverse^2 and eps only makes it smoother. Its third
    derivative is at most 36 |a| inverse^3 / count, so a step h is off by less than 6 h^2 |a| inverse^3; the rounding of
@@ -1923,6 +2007,7 @@ int main(void) {
     test_layers();
     test_layer_limits();
     test_beside_inf();
+    test_long_sums();
     for (i = 0; i + LARGE_SHAPES < CONV_SHAPES; i++) test_reference_layer(make_layer(0, conv_shapes[i]));
     test_conv2d_output();
     test_linear_errors();
@@ -1940,6 +2025,8 @@ int main(void) {
     test_dropout_errors();
     test_norms();
     test_norm_cancellation();
+    test_norm_far();
+    test_norm_long();
     test_reference_norms();
     test_norm_specials();
     test_norm_shape_errors();
