@@ -103,7 +103,9 @@
    _close calls. Free what was made from a context before the context, and optimizers before their scaler and params.
 
    6. Threads. One context belongs to one thread at a time; two contexts share nothing. A context owns a pool of worker
-   threads that sleep when idle. Results are the same bits for any number of threads.
+   threads that sleep when idle. Results are the same bits for any number of threads; each job is done with its caller's
+   rounding mode and treatment of subnormals (but on an x87). After fork, a context works in the child as well, without
+   its workers.
 
    7. Layout is NHWC for images (batch, height, width, channels), [K][R][S][C] for convolution weights (filters, kernel
    height, kernel width, channels), [outputs][inputs] for linear weights, all row-major and dense.
@@ -233,11 +235,11 @@ MPT_DEF const char *mpt_why(const mpt_context *ctx);
 MPT_DEF const char *mpt_result_text(mpt_result result);
 /* MPT_VERSION of the compiled implementation. */
 MPT_DEF int mpt_version(void);
-/* "cpu" or "cuda". */
+/* "cpu" or "cuda"; "none" of NULL, which a failed mpt_open returns. */
 MPT_DEF const char *mpt_device_name(const mpt_context *ctx);
-/* "plain", "avx2", "avx512" or "neon". */
+/* "plain", "avx2", "avx512" or "neon"; "none" of NULL. */
 MPT_DEF const char *mpt_isa_name(const mpt_context *ctx);
-/* Threads that work for this context, the caller's included. */
+/* Threads that work for this context, the caller's included; 0 of NULL. */
 MPT_DEF int mpt_thread_count(const mpt_context *ctx);
 
 /* Memory of the context's device, 64-byte aligned, zeroed: the arrays that floor 1 and 2 take. On the CPU it is
@@ -775,6 +777,8 @@ typedef struct mpt_optimizer_state {
 
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
+/* Not between mpt_unscale and mpt_step: MPT_ERROR_ORDER. MPT_ERROR_ARGUMENT, naming the member, for a state from which
+   no step could go on; so does mpt_scaler_set_state. */
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
 /* From now on an applied step copies `count` floats of device memory from `pending` to `committed`, and a skipped one
    copies them back: statistics that a forward pass has gathered stand or fall with its step. A step whose pending
@@ -944,7 +948,7 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
 MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
 /* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. Set them
-   from the host by mpt_model_set_running, between steps. */
+   from the host by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is inf or NaN, or a variance negative. */
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
 MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *host);
 
@@ -1325,8 +1329,8 @@ MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflo
     int exponent = (int)(magnitude >> 23), shift = 23 - f.fraction;
     uint32_t significand = magnitude & 0x7fffffu, quotient, rest;
 
-    if (type == MPT_F32) return u;
-    if (magnitude > 0x7f800000u) /* NaN: quiet bit and the payload that fits; e4m3 has one NaN only */
+    if (f.fraction == 23) return u; /* fp32, or a type that is none */
+    if (magnitude > 0x7f800000u)    /* NaN: quiet bit and the payload that fits; e4m3 has one NaN only */
         return sign | f.inf | (type == MPT_E4M3 ? 0 : (1u << (f.fraction - 1)) | (significand >> shift));
     if (magnitude == 0x7f800000u) return sign | (overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf);
 
@@ -1477,7 +1481,7 @@ MPT_HD float mpt__sign(float x) { return mpt__is_nan(x) ? x : (float)((x > 0) - 
 MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slope) {
     const float d = x - t, size = fabsf(d);
     switch (kind) {
-    case MPT_LOSS_BCE_WITH_LOGITS: /* log(1 + exp(-|x|)) cannot overflow */
+    case MPT_LOSS_BCE_WITH_LOGITS:                                 /* log(1 + exp(-|x|)) cannot overflow */
         *slope = (1 - t) * mpt__sigmoid(x) - t * mpt__sigmoid(-x); /* sigmoid(x) - t, which may cancel to 0 */
         return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
     case MPT_LOSS_ABSOLUTE_ERROR: *slope = mpt__sign(d); return size;
@@ -1488,13 +1492,16 @@ MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slop
 
 /* -- Scaler -- */
 
+/* A counter that stops before it overflows. */
+MPT_HD int32_t mpt__more(int32_t count) { return count < 0x7fffffff ? count + 1 : count; }
+
 MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
     const mpt_scaler_desc *d = &s->desc;
     const float floor = d->no_min ? mpt__float(0x00800000u) : d->min_scale; /* 2^-126 */
     const int lowest = d->mode != MPT_SCALER_DYNAMIC || s->scale <= floor;
     s->updates++;
     s->overflows += found ? 1u : 0u;
-    s->stuck = found && lowest ? s->stuck + 1 : 0;
+    s->stuck = found && lowest ? mpt__more(s->stuck) : 0;
     if (d->mode != MPT_SCALER_DYNAMIC) return;
 
     if (found) {
@@ -1527,7 +1534,7 @@ MPT_HD void mpt__scaler_follow(mpt_scaler_state *s, const int32_t *const *found,
     if (hopeless && !overflow) {
         s->updates++;
         s->overflows++;
-        s->stuck++;
+        s->stuck = mpt__more(s->stuck);
     } else if (overflow || clean) {
         mpt_scaler_rule(s, overflow);
     }
@@ -1691,6 +1698,17 @@ MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m
 }
 
 /* -- Optimizers: one step -- */
+
+/* Number of the last slice that starts at or before `element`. */
+MPT_HD int mpt__slice_at(const mpt_slice *slices, int tensors, size_t element) {
+    int low = 0, high = tensors - 1;
+    while (low < high) {
+        const int middle = (low + high + 1) / 2;
+        if (slices[middle].offset <= element) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
 
 /* After a check: scan is of the scaled gradients, with scan.first an element index of the flat arrays; sound: the
    pending values of mpt_optimizer_commit are finite. */
@@ -2028,6 +2046,25 @@ MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device
 
 typedef void (*mpt__task)(void *arg, size_t begin, size_t end, int worker);
 
+/* Rounding mode, and what becomes of subnormals: each thread has its own, and a job is done with that of its caller. */
+#if defined(__SSE__) && defined(__GNUC__)
+static unsigned mpt__float_mode(void) { return __builtin_ia32_stmxcsr() & 0xffc0u; } /* without the status */
+static void mpt__float_mode_set(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
+#elif defined(__aarch64__) && defined(__GNUC__)
+static unsigned mpt__float_mode(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return (unsigned)mode;
+}
+static void mpt__float_mode_set(unsigned mode) {
+    const uint64_t wide = mode;
+    __asm__ volatile("msr fpcr, %0" : : "r"(wide));
+}
+#else
+static MPT__UNUSED unsigned mpt__float_mode(void) { return 0; }
+static MPT__UNUSED void mpt__float_mode_set(unsigned mode) { (void)mode; }
+#endif
+
 #ifdef MPT_NO_THREADS
 
 static mpt_result mpt__pool_start(mpt_context *ctx) {
@@ -2070,7 +2107,15 @@ struct mpt__pool {
     size_t count, next, least; /* next: the first index that nobody has taken yet; least: how many to take at once */
     int threads, busy;         /* that the job is worth; that have taken some of it and not finished */
     int open, idle;            /* there is something to take; busy is 0 */
+    unsigned mode;             /* the caller's mpt__float_mode */
+    long process;              /* that the workers run in */
 };
+
+#ifdef _WIN32 /* has no fork */
+static long mpt__process(void) { return 0; }
+#else
+static long mpt__process(void) { return (long)getpid(); }
+#endif
 
 /* Waits for open or idle. The lock is held. Most times the next job comes sooner than a thread that sleeps could wake:
    so look some times first, and yield in between: where others want the core, they get it. */
@@ -2085,6 +2130,7 @@ static void mpt__pool_await(mpt__pool *pool, const int *flag, pthread_cond_t *to
 /* Takes pieces of the job, each a share of what is left, as long as there are any. The lock is held, but not over the
    task. */
 static void mpt__pool_share(mpt__pool *pool, int index) {
+    unsigned mode;
     pool->busy++;
     MPT__POKE(pool->idle, 0);
     while (pool->next < pool->count) {
@@ -2092,7 +2138,9 @@ static void mpt__pool_share(mpt__pool *pool, int index) {
         const size_t some = mpt__min(left, share > pool->least ? share : pool->least);
         pool->next += some;
         MPT__POKE(pool->open, some < left);
+        mode = pool->mode;
         pthread_mutex_unlock(&pool->lock);
+        if (index) mpt__float_mode_set(mode);
         pool->task(pool->arg, begin, begin + some, index);
         pthread_mutex_lock(&pool->lock);
     }
@@ -2116,8 +2164,13 @@ static void *mpt__pool_main(void *arg) {
 static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
     mpt__pool *pool = ctx->pool;
     int i;
+    if (pool->process != mpt__process()) { /* a child of fork has this thread alone */
+        task(arg, 0, count, 0);
+        return;
+    }
     pthread_mutex_lock(&pool->lock);
     pool->task = task, pool->arg = arg, pool->threads = threads;
+    pool->mode = mpt__float_mode();
     pool->next = 0, pool->count = count, pool->least = count / (16 * (size_t)threads) + 1;
     MPT__POKE(pool->open, 1);
     for (i = 1; i < threads; i++) pthread_cond_signal(&pool->start);
@@ -2130,15 +2183,17 @@ static void mpt__pool_stop(mpt_context *ctx) {
     mpt__pool *pool = ctx->pool;
     int i;
     if (!pool) return;
-    pthread_mutex_lock(&pool->lock);
-    pool->stopping = 1;
-    MPT__POKE(pool->open, 1);
-    pthread_cond_broadcast(&pool->start);
-    pthread_mutex_unlock(&pool->lock);
-    for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
-    pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->start);
-    pthread_mutex_destroy(&pool->lock);
+    if (pool->process == mpt__process()) {
+        pthread_mutex_lock(&pool->lock);
+        pool->stopping = 1;
+        MPT__POKE(pool->open, 1);
+        pthread_cond_broadcast(&pool->start);
+        pthread_mutex_unlock(&pool->lock);
+        for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
+        pthread_cond_destroy(&pool->done);
+        pthread_cond_destroy(&pool->start);
+        pthread_mutex_destroy(&pool->lock);
+    }
     mpt__host_free(ctx, pool);
     ctx->pool = NULL;
 }
@@ -2152,6 +2207,7 @@ static mpt_result mpt__pool_start(mpt_context *ctx) {
     if (ctx->threads == 1) return MPT_OK;
     pool = ctx->pool = (mpt__pool *)mpt__host_alloc(ctx, sizeof *pool);
     if (!pool) return MPT_ERROR_NO_MEMORY;
+    pool->process = mpt__process();
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->start, NULL);
     pthread_cond_init(&pool->done, NULL);
@@ -2905,12 +2961,18 @@ MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
     return ctx;
 }
 
-MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx->device; }
-MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx) { return &ctx->backend; }
-MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx) { return ctx->place; }
-MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx->simd.name; }
-MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx->backend.name; }
-MPT_DEF int mpt_thread_count(const mpt_context *ctx) { return ctx->threads ? ctx->threads : 1; }
+MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx ? ctx->device : NULL; }
+MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx) { return ctx ? &ctx->backend : NULL; }
+MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx) {
+    const mpt_place nowhere = MPT_ZERO;
+    return ctx ? ctx->place : nowhere;
+}
+MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx ? ctx->simd.name : "none"; }
+MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx ? ctx->backend.name : "none"; }
+MPT_DEF int mpt_thread_count(const mpt_context *ctx) {
+    if (!ctx) return 0;
+    return ctx->threads ? ctx->threads : 1;
+}
 
 /* ==== CHECKS ====
 
@@ -3048,6 +3110,8 @@ MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mp
     return ctx->backend.column_sums(ctx, rows, C, dy, beta, db, 0);
 }
 
+enum { MPT__MOST = 0x7fffffff }; /* a stride or dilation: sums of it and a size wrap nowhere */
+
 /* Output positions of a window of `reach` along `size`: 0 if it does not fit even once. */
 static size_t mpt__window_count(size_t size, size_t padding, size_t reach, size_t stride) {
     return size + 2 * padding < reach ? 0 : (size + 2 * padding - reach) / stride + 1;
@@ -3065,13 +3129,17 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
     if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W,
                         s->C, s->K, s->R, s->S);
+    if (s->stride > MPT__MOST || s->dilation > MPT__MOST)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: stride %z or dilation %z is over 2^31 - 1", s->stride,
+                        s->dilation);
     if (s->C % s->groups || s->K % s->groups)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: %z groups do not divide %z channels and %z filters", s->groups,
                         s->C, s->K);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
     MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C / s->groups));
     if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
-        s->padding > (size_t)-1 / 64 || mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
+        reach_h > (size_t)-1 / 4 || reach_w > (size_t)-1 / 4 || s->padding > (size_t)-1 / 64 ||
+        mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
         mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: kernel %zx%z, dilation %z, on a %zx%z input with padding %z",
                         s->R, s->S, s->dilation, s->H, s->W, s->padding);
@@ -3269,6 +3337,12 @@ static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_po
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C,
                         s->R, s->S);
     MPT__TRY(mpt__need_size(ctx, "pool2d", "x", s->N, s->H, s->W, s->C));
+    MPT__TRY(mpt__need_size(ctx, "pool2d", "window", s->R, s->S, 1, 1));
+    if (s->stride > MPT__MOST) return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: stride %z is over 2^31 - 1", s->stride);
+    if (s->R > 65536 / s->S && (s->R / 3 > s->H || s->S / 3 > s->W))
+        return mpt_fail(ctx, MPT_ERROR_SHAPE,
+                        "pool2d: window %zx%z of over 65536 elements on an image of %zx%z, mostly padding", s->R, s->S,
+                        s->H, s->W);
     if (s->padding > s->R / 2 || s->padding > s->S / 2)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %z is more than half the window %zx%z", s->padding, s->R,
                         s->S);
@@ -5155,7 +5229,24 @@ typedef struct mpt__scan_work {
     float factor;
     mpt_array x;
     size_t n, chunks;
+    const mpt_update_op *update; /* NULL, or whose gradients these are */
 } mpt__scan_work;
+
+/* Elements i .. i+n of the gradients that lie between tensors count as 0: whoever writes the gradients as one array
+   writes there, too. Returns whether there are any, and sets them to 0 in `run` unless that is NULL. */
+static int mpt__scan_padding(const mpt_update_op *op, size_t i, size_t n, float *run) {
+    int any = 0, t = mpt__slice_at(op->slices, op->tensors, i);
+    for (; t < op->tensors && op->slices[t].offset < i + n; t++) {
+        const size_t from = op->slices[t].offset + op->slices[t].count;
+        const size_t to = t + 1 < op->tensors ? op->slices[t + 1].offset : op->count;
+        size_t e;
+        for (e = from > i ? from : i; e < mpt__min(to, i + n); e++) {
+            any = 1;
+            if (run) run[e - i] = 0;
+        }
+    }
+    return any;
+}
 
 /* Counts what is inf or NaN in x(n), whose first element has index i, and sets it to 0. */
 static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
@@ -5174,11 +5265,13 @@ static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
 static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, float *run, mpt_scan *out) {
     int (*squares)(const void *x, size_t n, double *lanes) =
         w->x.type <= MPT_BF16 ? w->ctx->simd.squares[w->x.type] : NULL;
-    const int direct = squares && w->factor == 1 && n % MPT__LANES == 0;
+    const int padded = w->update && mpt__scan_padding(w->update, i, n, NULL);
+    const int direct = squares && w->factor == 1 && n % MPT__LANES == 0 && !padded;
     const void *x = direct ? mpt__array_at(w->x, i).data : run;
     double lanes[MPT__LANES] = {0};
     size_t e, whole = n, width;
     if (!direct) mpt__load(w->ctx, w->x, i, n, run);
+    if (padded) mpt__scan_padding(w->update, i, n, run);
     if (w->factor != 1) {
         for (e = 0; e < n; e++) run[e] = mpt__mul(run[e], w->factor);
         mpt__store(w->ctx, w->x, i, n, run);
@@ -5207,8 +5300,9 @@ static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
             mpt__scan_chunk(w, c * MPT__CHUNK, mpt__min(w->n - c * MPT__CHUNK, MPT__CHUNK), run, &w->ctx->scans[begin]);
 }
 
-static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
-    mpt__scan_work w = {ctx, factor, x, n, n / MPT__CHUNK + (n % MPT__CHUNK != 0)};
+static mpt_result mpt__scan_run(mpt_context *ctx, size_t n, float factor, mpt_array x, const mpt_update_op *update,
+                                mpt_scan *out) {
+    mpt__scan_work w = {ctx, factor, x, n, n / MPT__CHUNK + (n % MPT__CHUNK != 0), update};
     size_t b;
     memset(ctx->scans, 0, sizeof ctx->scans);
     mpt__parallel(ctx, MPT__SCAN_BLOCKS, n, mpt__scan_task, &w);
@@ -5221,6 +5315,10 @@ static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_ar
         out->inf += block->inf, out->nan += block->nan;
     }
     return MPT_OK;
+}
+
+static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
+    return mpt__scan_run(ctx, n, factor, x, NULL, out);
 }
 
 static mpt_result mpt__cpu_histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
@@ -5241,7 +5339,7 @@ static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
     mpt_scan scan;
     size_t i = 0;
     while (i < op->commits && mpt__finite(op->pending[i])) i++;
-    MPT__TRY(mpt__cpu_scan(ctx, op->count, 1, mpt_f32_array(op->grad), &scan));
+    MPT__TRY(mpt__scan_run(ctx, op->count, 1, mpt_f32_array(op->grad), op, &scan));
     mpt__state_checked(op, &scan, i == op->commits);
     return MPT_OK;
 }
@@ -5458,6 +5556,7 @@ MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc) {
 
 static int mpt__positive(float x) { return mpt__finite(x) && x > 0; }
 
+/* The one judge of a scaler's state, whichever way it comes in: can the rule go on from it? */
 static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_state *s) {
     const mpt_scaler_desc *d = &s->desc;
     if (s->version != MPT_SCALER_STATE_VERSION)
@@ -5465,7 +5564,7 @@ static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_sta
                         (int)MPT_SCALER_STATE_VERSION);
     if ((unsigned)d->mode > MPT_SCALER_OFF)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: unknown mode %d", (int)d->mode);
-    if (!mpt__positive(s->scale) && !(d->no_min || d->unguarded))
+    if (!mpt__positive(s->scale))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not a finite number above 0", (double)s->scale);
     if (!mpt__positive(d->init_scale) || !mpt__positive(d->min_scale) || !mpt__positive(d->max_scale))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
@@ -5484,6 +5583,13 @@ static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_sta
         ((!d->no_min && s->scale < d->min_scale) || (!d->no_max && s->scale > d->max_scale)))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "scaler: scale %g is not between min_scale %g and max_scale %g",
                         (double)s->scale, (double)d->min_scale, (double)d->max_scale);
+    if (s->growth_tracker < -1 || s->growth_tracker >= d->growth_interval || s->hysteresis_left < 0 ||
+        s->hysteresis_left > d->hysteresis || s->stuck < 0 || s->overflows > s->updates)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT,
+                        "scaler: growth_tracker %d of %d, hysteresis_left %d of %d, stuck %d, or more overflows than "
+                        "updates",
+                        (int)s->growth_tracker, d->growth_interval, (int)s->hysteresis_left, d->hysteresis,
+                        (int)s->stuck);
     return MPT_OK;
 }
 
@@ -6087,12 +6193,41 @@ MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_sta
     return MPT_OK;
 }
 
+/* A power of a beta. */
+static int mpt__is_share(double x) { return mpt__not_negative(x) && x <= 1; }
+
+/* The one judge of an optimizer's state, whichever way it comes in. */
+static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt_optimizer_state *s) {
+    const int tensors = opt->params->count;
+    int i;
+    if (s->version != MPT_OPTIMIZER_STATE_VERSION)
+        return mpt_fail(opt->ctx, MPT_ERROR_UNSUPPORTED, "optimizer: state of version %d, this is version %d",
+                        (int)s->version, (int)MPT_OPTIMIZER_STATE_VERSION);
+    if (s->applied > s->attempted || s->skipped != s->attempted - s->applied)
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: %z attempts, but %z applied and %z skipped",
+                        (size_t)s->attempted, (size_t)s->applied, (size_t)s->skipped);
+    if (!mpt__is_share(s->beta1_power) || !mpt__is_share(s->beta2_power))
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: beta1_power %g or beta2_power %g is not in 0..1",
+                        s->beta1_power, s->beta2_power);
+    if (s->found < MPT_SKIP_NONE || s->found > MPT_SKIP_MOMENT || s->scan.first > (uint64_t)tensors)
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: found %d, first tensor %z", (int)s->found,
+                        (size_t)s->scan.first);
+    for (i = 0; i < MPT_JOURNAL; i++) {
+        const mpt_skip *skip = &s->journal[i];
+        if (skip->reason < MPT_SKIP_NONE || skip->reason > MPT_SKIP_MOMENT || skip->tensor < 0 ||
+            skip->tensor > tensors)
+            return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: journal entry %d has reason %d, tensor %d", i,
+                            (int)skip->reason, (int)skip->tensor);
+    }
+    return MPT_OK;
+}
+
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     if (!state) return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_set_state: state is NULL");
-    if (state->version != MPT_OPTIMIZER_STATE_VERSION)
-        return mpt_fail(opt->ctx, MPT_ERROR_UNSUPPORTED, "optimizer_set_state: version %d, this is version %d",
-                        (int)state->version, (int)MPT_OPTIMIZER_STATE_VERSION);
+    if (opt->phase == MPT__UNSCALED)
+        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "optimizer_set_state: between mpt_unscale and mpt_step");
+    MPT__TRY(mpt__optimizer_state_check(opt, state));
     return mpt_upload(opt->ctx, opt->op.state, state, sizeof *state);
 }
 
@@ -6611,6 +6746,8 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     if (t->batch < 1 || t->accumulate < 1 || !mpt__not_negative(t->clip_norm))
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: batch %d, accumulate %d, clip_norm %g", t->batch,
                         t->accumulate, t->clip_norm);
+    MPT__TRY(
+        mpt__need_size(net->ctx, "model_build", "batch x accumulate", (size_t)t->batch, (size_t)t->accumulate, 1, 1));
     net->half = MPT_F32;
     for (i = 0; i < net->count; i++) {
         MPT__TRY(mpt__policy_check(net, &net->nodes[i]));
@@ -7271,20 +7408,48 @@ static int mpt__step_known(const mpt_model *net) {
     return known;
 }
 
+/* Between steps: of the model's optimizer, and no other of the scaler may keep it from its update. */
+static mpt_result mpt__need_between(const mpt_model *net, const char *call) {
+    int i;
+    if (net->opt->phase != MPT__READY)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the gradients are %s", call,
+                        net->opt->phase == MPT__UNSCALED ? "unscaled; mpt_step and mpt_scaler_update come first"
+                                                         : "used up; mpt_scaler_update comes first");
+    for (i = 0; i < MPT_OPTIMIZERS; i++)
+        if (net->scaler->optimizers[i] && net->scaler->optimizers[i]->phase == MPT__UNSCALED)
+            return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: another optimizer of the scaler is unscaled, not stepped",
+                            call);
+    return MPT_OK;
+}
+
+/* recorded: as the device may have recorded it. */
+static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *target, int recorded, int *again) {
+    mpt_backend *backend = &net->ctx->backend;
+    mpt_result r = recorded ? backend->begin(net->ctx, &net->opt->op, net->staging) : MPT_OK;
+    const int begun = r == MPT_OK;
+    *again = 0;
+    if (begun) r = mpt__train_calls(net, x, target);
+    if (recorded) {
+        const mpt_result ended = backend->end(net->ctx, r, again);
+        if (begun) r = ended;
+        else *again = 0; /* a device that is lost has nothing to say */
+    }
+    if (*again) net->opt->phase = MPT__READY;
+    return r;
+}
+
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
     mpt_result r;
-    int known, again = 0;
+    int known, tries, again = 1;
     MPT__TRY(mpt__need_built(net, "train_step"));
+    MPT__TRY(mpt__need_between(net, "train_step"));
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
     MPT__TRY(mpt__check_batch(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate));
     known = mpt__step_known(net);
     net->opt->op.loss = &net->sums[0];
-    do {
-        r = known ? net->ctx->backend.begin(net->ctx, &net->opt->op, net->staging) : MPT_OK;
-        if (again) net->opt->phase = MPT__READY;
-        if (r == MPT_OK) r = mpt__train_calls(net, x, (const float *)target);
-        if (known) r = net->ctx->backend.end(net->ctx, r, &again);
-    } while (again);
+    r = mpt__train_once(net, x, (const float *)target, known, &again);
+    for (tries = 1; again; tries++) /* a recording that fails twice is given up */
+        r = mpt__train_once(net, x, (const float *)target, known && tries < 3, &again);
     return r;
 }
 
@@ -7377,12 +7542,24 @@ MPT_DEF const float *mpt_model_running(const mpt_model *net, int id) {
     return node && node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH ? net->running + node->running : NULL;
 }
 
+/* The one judge of running statistics: means(C) are finite, and the variances(C) behind them not negative, too. */
+static mpt_result mpt__running_check(mpt_context *ctx, const char *call, const mpt__node *node, const float *host) {
+    const size_t C = (size_t)node->C;
+    size_t i;
+    for (i = 0; i < 2 * C; i++)
+        if (!mpt__finite(host[i]) || (i >= C && host[i] < 0))
+            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': running %s %z is %g", call, node->name,
+                            i < C ? "mean" : "variance", i % C, (double)host[i]);
+    return MPT_OK;
+}
+
 MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *host) {
     const float *running = mpt_model_running(net, id);
     size_t at, bytes;
     MPT__TRY(mpt__need_built(net, "model_set_running"));
     if (!running || !host)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_set_running: node %d is no batch norm, or no host", id);
+    MPT__TRY(mpt__running_check(net->ctx, "model_set_running", mpt__node_of(net, id), host));
     at = (size_t)(running - net->running), bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
     MPT__TRY(mpt_upload(net->ctx, net->running + at, host, bytes));
     return mpt_upload(net->ctx, net->pending + at, host, bytes);

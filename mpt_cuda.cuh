@@ -1692,12 +1692,22 @@ static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
     sum->nan += part->nan;
 }
 
-/* One warp, elements i .. i+n: lane l squares elements l, l + 32, ...; then the lanes are added pairwise. */
-static __device__ void mptc__scan_chunk(float factor, mpt_array x, size_t i, unsigned n, mpt_scan *out) {
+/* One warp, elements i .. i+n: lane l squares elements l, l + 32, ...; then the lanes are added pairwise. Gradients
+   that lie between the tensors of an update count as 0. */
+static __device__ void mptc__scan_chunk(const mpt_update_op *update, float factor, mpt_array x, size_t i, unsigned n,
+                                        mpt_scan *out) {
     const unsigned lane = threadIdx.x % MPTC__WARP, all = 0xffffffffu;
+    const int tensors = update ? update->tensors : 0;
     unsigned inf = 0, nan = 0, first = n;
+    size_t end = update ? 0 : i + n, next = update ? 0 : end; /* of this tensor; where the next one starts */
+    int t = update ? mpt__slice_at(update->slices, tensors, i) : 0;
     double sum = 0;
     for (unsigned e = lane; e < n; e += MPTC__WARP) {
+        for (; i + e >= next && t < tensors; t++) {
+            end = update->slices[t].offset + update->slices[t].count;
+            next = t + 1 < tensors ? update->slices[t + 1].offset : i + n;
+        }
+        if (i + e >= end) continue;
         float v = mptc__get(x, i + e);
         if (factor != 1) {
             mptc__put(x, i + e, v * factor);
@@ -1732,7 +1742,7 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
         const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
         const unsigned some = left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK;
-        mptc__scan_chunk(w.factor, w.x, i, some, &w.parts[chunk]);
+        mptc__scan_chunk(w.update.state ? &w.update : NULL, w.factor, w.x, i, some, &w.parts[chunk]);
     }
     if (!mptc__last_block(w.ticket)) return;
     if (threadIdx.x == 0) unsound = 0;
@@ -2062,17 +2072,6 @@ enum {
     MPTC__TILE_TENSORS = MPTC__TILE / MPTC__TENSOR_ALIGN /* at most in a tile */
 };
 
-/* Number of the last slice that starts at or before `element`. */
-static __device__ int mptc__slice_at(const mpt_slice *slices, int tensors, size_t element) {
-    int low = 0, high = tensors - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (slices[middle].offset <= element) low = middle;
-        else high = middle - 1;
-    }
-    return low;
-}
-
 /* p(PACK) = the fp32 values of n weights from element i */
 static __device__ __forceinline__ void mptc__weights_load(const mpt_update_op *op, size_t i, unsigned n, float *p) {
     uint16_t copy[MPTC__PACK], low[MPTC__PACK] = {0};
@@ -2144,11 +2143,11 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
     mptc__meter meter = {0, 0};
     for (size_t tile = blockIdx.x; tile < tiles && !skip; tile += gridDim.x) {
         const size_t begin = tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
-        const int first = mptc__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
+        const int first = mpt__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
         if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE)
             rates[threadIdx.x] = mpt__rates_of(&op, &op.slices[mine]);
         __syncthreads();
-        const int t = mptc__slice_at(op.slices, op.tensors, i);
+        const int t = mpt__slice_at(op.slices, op.tensors, i);
         const size_t start = op.slices[t].offset, end = start + op.slices[t].count; /* padding follows it */
         if (i < end) mptc__update_pack(&op, &rates[t - first], i, mptc__left(end, i), t, i - start, &meter);
         __syncthreads();
@@ -2314,8 +2313,8 @@ static mpt_result mptc__begin(mpt_context *ctx, const mpt_update_op *op, const v
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
     const int again = step->again;
+    memset(step, 0, sizeof *step); /* first: whatever fails from here on asks for no other try */
     MPTC__TRY(mptc__enter(ctx));
-    memset(step, 0, sizeof *step);
     step->open = 1;
     step->staging = staging;
     step->graph = mptc__graph_of(device, op);

@@ -287,7 +287,8 @@ MPT_DEF mpt_result mpt_explain(mpt_model *net, const float *x, const void *targe
 
    MPT_ERROR_FILE: cannot be opened, read or written; or damaged: lengths, places, grammar, names, a checkpoint's sum.
    Of a sound file: MPT_ERROR_TYPE, MPT_ERROR_SHAPE: a tensor has another type or shape than the model, is missing, or
-   is not the model's; MPT_ERROR_VALUE: a setting differs; MPT_ERROR_UNSUPPORTED: a type or version that is unknown
+   is not the model's; MPT_ERROR_VALUE: a setting differs, or a running statistic is inf or NaN, or a variance negative;
+   MPT_ERROR_UNSUPPORTED: a type or version that is unknown
    here, or a build with MPT_NO_STDIO. MPT_ERROR_VALUE when saving: two tensors of one name, or a name that is not plain
    ASCII. */
 
@@ -1734,9 +1735,16 @@ static int mpt__rename(const char *from, const char *to) { return rename(from, t
 #endif
 
 static void *mpt__open(const char *path, int writing) { return fopen(path, writing ? "wb" : "rb"); }
+#ifdef _WIN32 /* whose long has 32 bits */
+static int mpt__seek_end(FILE *file) { return _fseeki64(file, 0, SEEK_END) == 0; }
+static int64_t mpt__tell(FILE *file) { return _ftelli64(file); }
+#else /* where long has 32 bits, fopen opens no file over 2 GiB, unless off_t was made larger: then ftell fails */
+static int mpt__seek_end(FILE *file) { return fseek(file, 0, SEEK_END) == 0; }
+static int64_t mpt__tell(FILE *file) { return ftell(file); }
+#endif
 static int mpt__size(void *file, uint64_t *bytes) {
-    long end;
-    if (fseek((FILE *)file, 0, SEEK_END) != 0 || (end = ftell((FILE *)file)) < 0) return 0;
+    const int64_t end = mpt__seek_end((FILE *)file) ? mpt__tell((FILE *)file) : -1;
+    if (end < 0) return 0;
     *bytes = (uint64_t)end;
     return fseek((FILE *)file, 0, SEEK_SET) == 0;
 }
@@ -1811,6 +1819,7 @@ typedef struct mpt__part { /* a tensor of a file, as the model has it */
     char name[80];
     mpt__part_kind kind;
     int id;         /* which state; node of a running statistic; tensor of values */
+    int moment;     /* RAW: of the optimizer, 1..3; 0: none */
     int type, dims; /* in the file */
     uint64_t shape[4];
     size_t count;            /* of all elements */
@@ -1949,6 +1958,7 @@ static void mpt__list_running(mpt__job *job) {
 }
 
 enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES, MPT__SETTINGS_VERSION = 1 };
+enum { MPT__STATE_BYTES = 1 << 24 }; /* of a state whose version is still to be read, at most */
 static size_t mpt__state_words(const mpt__job *job, int which);
 
 /* A name that needs no escape in JSON, and is like no other. */
@@ -1980,7 +1990,9 @@ static mpt_result mpt__list(mpt__job *job) {
         mpt__part_add(job, states[i], "", "", MPT__STATE, MPT__I64, mpt__state_words(job, i))->id = i;
     for (i = 1; i <= 3 && job->full; i++) {
         float *moment = mpt_optimizer_moment(job->net->opt, i, 0);
+        int first = job->count;
         if (moment) mpt__list_tensors(job, moments[i - 1], MPT__RAW, MPT_F32, moment);
+        for (; first < job->count; first++) job->parts[first].moment = i;
     }
     mpt__list_running(job);
     if (job->full && !masters) mpt__list_tensors(job, "", MPT__RAW, (int)params->copy.type, params->copy.data);
@@ -2460,7 +2472,28 @@ static mpt_result mpt__check_layout(mpt__job *job) {
                          job->data_bytes);
 }
 
-static mpt_result mpt__read_file(mpt__job *job) {
+/* A piece of the header at a time: a length that is made up asks for no more memory than the file has JSON. */
+static mpt_result mpt__read_json(mpt__job *job, size_t bytes) {
+    size_t have = 0, room = 0;
+    while (have < bytes) {
+        const size_t some = mpt__min(bytes - have, have ? have : 4096);
+        char *bigger = (char *)mpt__host_alloc(job->ctx, have + some + 1);
+        if (!bigger) return MPT_ERROR_NO_MEMORY;
+        if (have) memcpy(bigger, job->header, have);
+        mpt__host_free(job->ctx, job->header);
+        job->header = bigger;
+        room = have + some;
+        if (!job->disk->read(job->file, job->header + have, some))
+            return mpt__job_fail(job, MPT_ERROR_FILE, "the header cannot be read");
+        have = room;
+        job->at = job->header;
+        if (*job->at != '{') return mpt__json_fail(job, "want '{'");
+    }
+    return mpt__json_header(job, bytes);
+}
+
+/* The header, and whether the tensors are where it says. */
+static mpt_result mpt__read_header(mpt__job *job) {
     const mpt__disk *disk = job->disk;
     unsigned char length[8];
     uint64_t size, header;
@@ -2471,18 +2504,42 @@ static mpt_result mpt__read_file(mpt__job *job) {
     if (header > size || header > MPT__HEADER || size - header > (size_t)-1 / 2)
         return mpt__job_fail(job, MPT_ERROR_FILE, "a header of %z bytes (at most %d), and %z bytes follow",
                              (size_t)header, (int)MPT__HEADER, (size_t)size);
-    job->header = (char *)mpt__host_alloc(job->ctx, (size_t)header + 1);
-    if (!job->header) return MPT_ERROR_NO_MEMORY;
-    if (!disk->read(job->file, job->header, (size_t)header))
-        return mpt__job_fail(job, MPT_ERROR_FILE, "the header cannot be read");
+    if (!header) return mpt__job_fail(job, MPT_ERROR_FILE, "the header has 0 bytes: want '{'");
     job->data_bytes = (size_t)(size - header);
-    MPT__TRY(mpt__json_header(job, (size_t)header));
-    MPT__TRY(mpt__check_layout(job));
-    job->data = (unsigned char *)mpt__host_alloc(job->ctx, job->data_bytes);
+    MPT__TRY(mpt__read_json(job, (size_t)header));
+    return mpt__check_layout(job);
+}
+
+/* Reads `bytes` to `to`, or, where that is NULL, past them. */
+static mpt_result mpt__read_some(mpt__job *job, unsigned char *to, uint64_t bytes) {
+    unsigned char passed[512];
+    while (bytes) {
+        const size_t some = to || bytes < sizeof passed ? (size_t)bytes : sizeof passed;
+        if (!job->disk->read(job->file, to ? to : passed, some))
+            return mpt__job_fail(job, MPT_ERROR_FILE, "its %z bytes of data cannot be read", job->data_bytes);
+        bytes -= some;
+    }
+    return MPT_OK;
+}
+
+/* The tensors that were matched, so no more than the model has, one after the other; places are of these from here
+   on. */
+static mpt_result mpt__read_data(mpt__job *job) {
+    uint64_t bytes = 0;
+    int i;
+    for (i = 0; i < job->entry_count; i++)
+        if (job->entries[i].used) bytes += job->entries[i].end - job->entries[i].begin;
+    job->data = (unsigned char *)mpt__host_alloc(job->ctx, (size_t)bytes);
     if (!job->data) return MPT_ERROR_NO_MEMORY;
-    return disk->read(job->file, job->data, job->data_bytes)
-               ? MPT_OK
-               : mpt__job_fail(job, MPT_ERROR_FILE, "its %z bytes of data cannot be read", job->data_bytes);
+    for (i = 0, bytes = 0; i < job->entry_count; i++) {
+        mpt__entry *entry = &job->entries[i];
+        const uint64_t size = entry->end - entry->begin;
+        MPT__TRY(mpt__read_some(job, entry->used ? job->data + bytes : NULL, size));
+        if (!entry->used) continue;
+        entry->begin = bytes, entry->end = bytes + size;
+        bytes += size;
+    }
+    return MPT_OK;
 }
 
 /* -- Loading -- */
@@ -2526,14 +2583,30 @@ static mpt_result mpt__match_name(const mpt__job *job, mpt__part *part) {
     return part->entry ? MPT_OK : mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is missing", part->name);
 }
 
-/* With its type, or weights in any of the three, and its shape. */
+/* With its type, or weights in any of the three. */
 static mpt_result mpt__match(const mpt__job *job, mpt__part *part) {
     MPT__TRY(mpt__match_name(job, part));
     if (part->entry->type != part->type && (job->full || part->entry->type > (int)MPT_BF16))
         return mpt__job_fail(job, MPT_ERROR_TYPE, "'%s' is %s, not %s", part->name,
                              mpt__file_types[part->entry->type].name, mpt__file_types[part->type].name);
-    if (part->kind == MPT__STATE) MPT__TRY(mpt__match_version(job, part));
-    return mpt__match_shape(job, part);
+    return MPT_OK;
+}
+
+/* Is it a state of another shape? The version, which is in the data, tells more, unless there is too much of it. */
+static int mpt__unlike(const mpt__part *part) {
+    const mpt__entry *entry = part->entry;
+    return part->kind == MPT__STATE && (entry->dims != 1 || entry->shape[0] != part->shape[0]) &&
+           entry->end - entry->begin <= MPT__STATE_BYTES;
+}
+
+/* Once the data is there; the first that is unlike ends it. */
+static mpt_result mpt__match_states(mpt__job *job) {
+    int i;
+    for (i = 0; i < MPT__STATES; i++) {
+        MPT__TRY(mpt__match_version(job, &job->parts[i]));
+        MPT__TRY(mpt__match_shape(job, &job->parts[i]));
+    }
+    return MPT_OK;
 }
 
 /* Weights may stand in a checkpoint, or beside what PyTorch's batch norm counts. */
@@ -2547,7 +2620,11 @@ static int mpt__may_stay(const mpt__job *job, const mpt__entry *entry) {
 
 static mpt_result mpt__match_all(mpt__job *job) {
     int i;
-    for (i = 0; i < job->count; i++) MPT__TRY(mpt__match(job, &job->parts[i]));
+    for (i = 0; i < job->count; i++) {
+        MPT__TRY(mpt__match(job, &job->parts[i]));
+        if (mpt__unlike(&job->parts[i])) return MPT_OK; /* see mpt__match_states */
+        MPT__TRY(mpt__match_shape(job, &job->parts[i]));
+    }
     for (i = 0; i < job->entry_count; i++)
         if (!mpt__may_stay(job, &job->entries[i]))
             return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is not in the model", job->entries[i].name);
@@ -2577,14 +2654,15 @@ static mpt_result mpt__read_states(mpt__job *job) {
             return mpt__job_fail(job, MPT_ERROR_VALUE, "%s%s%s is %g there and %g in the model", w.node,
                                  *w.node ? "." : "", w.differs, w.theirs, w.ours);
     }
-    sound = mpt__not_negative(job->state->lr) && o->attempted == o->applied + o->skipped;
+    sound = mpt__not_negative(job->state->lr);
     for (i = 0; i < job->net->params->count; i++)
         sound &=
             mpt__not_negative(job->state->slices[i].lr_factor) && mpt__not_negative(job->state->slices[i].weight_decay);
     if (!sound)
-        return mpt__job_fail(job, MPT_ERROR_FILE, "'mpt.optimizer' has %z attempts, %z applied, %z skipped, lr %g",
-                             (size_t)o->attempted, (size_t)o->applied, (size_t)o->skipped, job->state->lr);
-    if (mpt__scaler_state_check(job->ctx, &job->state->scaler) != MPT_OK)
+        return mpt__job_fail(job, MPT_ERROR_FILE, "'mpt.optimizer' has lr %g, or an lr_factor or weight_decay below 0",
+                             job->state->lr);
+    if (mpt__optimizer_state_check(job->net->opt, o) != MPT_OK ||
+        mpt__scaler_state_check(job->ctx, &job->state->scaler) != MPT_OK)
         return mpt__job_fail(job, MPT_ERROR_FILE, "%s", mpt_why(job->ctx));
     return MPT_OK;
 }
@@ -2606,6 +2684,20 @@ static void mpt__unpack(const mpt__job *job, const mpt__part *part) {
     }
 }
 
+/* May the staged values of a part be? Running statistics are judged where the first half is. */
+static mpt_result mpt__judge(const mpt__job *job, const mpt__part *part) {
+    const int squares = part->moment >= 2 && job->net->opt->op.desc.kind != MPT_SGD;
+    const float *values = (const float *)(const void *)part->staging;
+    size_t i;
+    if (part->kind == MPT__RUNNING && part->device == mpt_model_running(job->net, part->id))
+        return mpt__running_check(job->ctx, job->call, mpt__node_of(job->net, part->id), values);
+    for (i = 0; i < part->count && part->moment; i++)
+        if (!mpt__finite(values[i]) || (squares && values[i] < 0))
+            return mpt__job_fail(job, MPT_ERROR_FILE, "element %z of '%s' is %g, which no moment can be", i, part->name,
+                                 (double)values[i]);
+    return MPT_OK;
+}
+
 /* All arrays as they will be uploaded, one after the other: so the halves of running statistics are side by side. */
 static mpt_result mpt__stage(mpt__job *job) {
     size_t bytes = 0;
@@ -2620,6 +2712,7 @@ static mpt_result mpt__stage(mpt__job *job) {
         bytes += part->count * sizeof(float);
         mpt__unpack(job, part);
     }
+    for (i = 0; i < job->count; i++) MPT__TRY(mpt__judge(job, &job->parts[i]));
     return MPT_OK;
 }
 
@@ -2665,13 +2758,15 @@ static mpt_result mpt__load_file(mpt__job *job) {
     mpt_result r;
     job->file = job->disk->open(job->path, 0);
     if (!job->file) return mpt__job_fail(job, MPT_ERROR_FILE, "cannot be opened");
-    r = mpt__read_file(job);
+    r = mpt__read_header(job);
+    if (r == MPT_OK) r = mpt__state_new(job);
+    if (r == MPT_OK) r = mpt__list(job);
+    if (r == MPT_OK) r = mpt__match_all(job);
+    if (r == MPT_OK) r = mpt__read_data(job);
     job->disk->close(job->file, 0);
     MPT__TRY(r);
-    MPT__TRY(mpt__state_new(job));
-    MPT__TRY(mpt__list(job));
-    MPT__TRY(mpt__match_all(job));
     if (job->full) {
+        MPT__TRY(mpt__match_states(job));
         MPT__TRY(mpt__check_sum(job));
         MPT__TRY(mpt__read_states(job));
     }

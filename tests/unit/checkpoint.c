@@ -759,34 +759,96 @@ static void test_settings(mpt_context *ctx) {
 
 /* States that no run has, in a file whose sum is right. */
 static void test_states(mpt_context *ctx) {
-    static const char *const words[] = {"version", "version", "attempts", "scale", "int"};
-    static const mpt_result results[] = {MPT_ERROR_UNSUPPORTED, MPT_ERROR_UNSUPPORTED, MPT_ERROR_FILE, MPT_ERROR_FILE,
-                                         MPT_ERROR_FILE};
+    enum { STATES = 13 };
+    static const char *const words[STATES] = {"version",        "version",         "attempts", "scale", "int",
+                                              "growth_tracker", "hysteresis_left", "stuck",    "scale", "beta1_power",
+                                              "moment",         "moment",          "reason"};
+    /* what is put there instead, as 64-bit words; NaN as double and as float */
+    static const uint64_t values[STATES] = {
+        0,           0,           0, 0, 0, 0x7fffffff, (uint64_t)-5, (uint64_t)-1, 0x7fc00000u, 0x7ff8000000000000u,
+        0x7fc00000u, 0xbf800000u, 77};
     const mpt_train_desc train = training();
     mpt_model *net = build(ctx, tiny, mpt_policy_preset(MPT_O0, MPT_F32), &train);
     mpt__job job = MPT_ZERO;
-    size_t at[5], settings, optimizer, header, i;
+    size_t at[STATES], settings, optimizer, scaler, moments, header, i;
     job.net = net;
     CHECK_OK(ctx, save(net, "kept"));
     CHECK_OK(ctx, save(net, "saved"));
     job.ctx = ctx;
     CHECK_OK(ctx, mpt__state_new(&job));
     settings = 8 * mpt__state_words(&job, 0), optimizer = 8 * mpt__state_words(&job, 1);
+    scaler = 8 * mpt__state_words(&job, 2), moments = 4 * (size_t)(2 + 1); /* of a weight and a bias */
     mpt__host_free(ctx, job.state);
     header = 8 + ((size_t)ram_find("kept")->bytes[0] | (size_t)ram_find("kept")->bytes[1] << 8);
     at[0] = header, at[1] = header + settings, at[2] = at[1] + 16; /* versions; attempted */
     at[3] = at[1] + optimizer + 11, at[4] = at[1] + 12;            /* exponent of the scale; upper half of found */
-    for (i = 0; i < 5; i++) {
+    at[5] = at[1] + optimizer + 16, at[6] = at[5] + 8, at[7] = at[6] + 8, at[8] = at[1] + optimizer + 8;
+    at[9] = at[1] + 40, at[10] = at[1] + optimizer + scaler, at[11] = at[10] + moments;
+    at[12] = at[1] + 8 * 18 + 8 * 5;
+    for (i = 0; i < STATES; i++) {
+        const mpt_result result = i < 2 ? MPT_ERROR_UNSUPPORTED : MPT_ERROR_FILE;
         const size_t size = ram_find("saved")->size;
         unsigned char *bytes;
         ram_put("net", ram_find("saved")->bytes, size);
         bytes = ram_find("net")->bytes;
-        bytes[at[i]] ^= i == 3 ? 0x80 : 0x7f; /* a scale of -1 */
+        if (i < 5) bytes[at[i]] ^= i == 3 ? 0x80 : 0x7f; /* a scale of -1 */
+        else mpt__put_bytes(bytes + at[i], values[i], i == 10 || i == 11 ? 4 : 8);
         mpt__put_bytes(bytes + size - 8, mpt__sum_bytes(0, bytes + header, size - header - 8), 8);
-        CHECK_ERROR(ctx, load(net, "net"), results[i], words[i]);
+        CHECK_ERROR(ctx, load(net, "net"), result, words[i]);
         CHECK(as_kept(ctx, net));
     }
     mpt_model_free(net);
+    ram_clear();
+}
+
+/* Running statistics that no batch has are refused from a file as they are from mpt_model_set_running. */
+static void test_statistics(mpt_context *ctx) {
+    static const uint32_t bad[] = {0x7fc00000u, 0xbf800000u}; /* NaN, -1 */
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
+    int i, h = mpt_batch_norm(net, mpt_input(net, 1, 1, 3), NULL);
+    mpt_mse(net, mpt_linear(net, h, 1, NULL));
+    CHECK_OK(ctx, mpt_model_build(net, NULL));
+    CHECK_OK(ctx, save_weights(net, "kept", MPT_F32));
+    for (i = 0; i < 2; i++) {
+        const size_t size = ram_find("kept")->size;
+        size_t header;
+        unsigned char *bytes;
+        ram_put("net", ram_find("kept")->bytes, size);
+        bytes = ram_find("net")->bytes;
+        header = 8 + ((size_t)bytes[0] | (size_t)bytes[1] << 8);
+        mpt__put_bytes(bytes + header + 16, bad[i], 4); /* the second variance: the statistics come first */
+        CHECK_ERROR(ctx, load_weights(net, "net"), MPT_ERROR_VALUE, "variance");
+    }
+    CHECK_OK(ctx, load_weights(net, "kept"));
+    mpt_model_free(net);
+    ram_clear();
+}
+
+/* A file that claims gigabytes asks for none of them: neither for a header that it does not have, nor for tensors that
+   the model does not have. */
+static void test_claims(void) {
+    test_counter counter;
+    const mpt_context_desc desc = test_counting(&counter, 1);
+    mpt_context *ctx = test_open(&desc);
+    const mpt_train_desc train = training();
+    mpt_model *net = build(ctx, tiny, mpt_policy_preset(MPT_O0, MPT_F32), &train);
+    static const char *const texts[] = {
+        "{\"x\":{\"dtype\":\"F32\",\"shape\":[1073741824],\"data_offsets\":[0,4294967296]}}",
+        "{\"mpt.x\":{\"dtype\":\"F32\",\"shape\":[1073741824],\"data_offsets\":[0,4294967296]}}", "x"};
+    const uint64_t lengths[] = {strlen(texts[0]), strlen(texts[1]), 99999999};
+    size_t i, before;
+    for (i = 0; i < 3; i++) {
+        put_header(texts[i], lengths[i], i < 2 ? 0 : 100000);
+        ram.claimed = i < 2 ? 4294967296u : 100000000u;
+        before = counter.peak = counter.bytes;
+        CHECK_ERROR(ctx, load_weights(net, "net"), i < 2 ? MPT_ERROR_SHAPE : MPT_ERROR_FILE,
+                    i < 2 ? "missing" : "want");
+        CHECK(counter.peak - before < 65536);
+    }
+    ram.claimed = 0;
+    mpt_model_free(net);
+    mpt_close(ctx);
+    CHECK(test_counter_clean(&counter));
     ram_clear();
 }
 
@@ -840,6 +902,8 @@ int main(int argc, char **argv) {
     test_hostile(ctx);
     test_settings(ctx);
     test_states(ctx);
+    test_statistics(ctx);
+    test_claims();
     test_files(ctx, argc ? argv[0] : "checkpoint");
     mpt_close(ctx);
     return test_finish("unit/checkpoint");

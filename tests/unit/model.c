@@ -903,6 +903,23 @@ static void add_batch(net64 *net, const samples *s, size_t n, double *const *run
 }
 
 /* They start at 0 and 1; each micro-batch of an applied step counts, and evaluation takes them for its own. */
+/* Statistics that no batch can have are refused, and the old ones stay. */
+static void test_running_judge(mpt_context *ctx, mpt_model *model, int id) {
+    static const uint32_t bad[] = {0x7fc00000u, 0x7f800000u, 0xbf800000u}; /* NaN, inf, -1 */
+    const training_state before = state_of(ctx, model);
+    float host[16];
+    int i, half;
+    for (i = 0; i < 3; i++)
+        for (half = 0; half < 2; half++) {
+            int j;
+            if (i == 2 && !half) continue; /* a mean of -1 */
+            for (j = 0; j < 16; j++) host[j] = 0.5f;
+            host[half ? 9 : 1] = test_float(bad[i]);
+            CHECK_ERROR(ctx, mpt_model_set_running(model, id, host), MPT_ERROR_VALUE, half ? "variance" : "mean");
+        }
+    CHECK(same(before, state_of(ctx, model)));
+}
+
 static void test_running(mpt_context *ctx) {
     mpt_train_desc train = MPT_ZERO;
     samples s = samples_new(normed, 10, 4), later = samples_from(&s, 5);
@@ -944,6 +961,7 @@ static void test_running(mpt_context *ctx) {
     CHECK_ERROR(ctx, mpt_model_set_running(model, 0, s.x), MPT_ERROR_ARGUMENT, "0");
     CHECK_ERROR(ctx, mpt_model_set_running(model, 99, s.x), MPT_ERROR_ARGUMENT, "99");
     CHECK_ERROR(ctx, mpt_model_set_running(model, batch_norms[0] + 1, NULL), MPT_ERROR_ARGUMENT, "host");
+    test_running_judge(ctx, model, batch_norms[0] + 1);
     net64_free(&net), samples_free(&s);
     mpt_model_free(model);
 }
@@ -1380,6 +1398,87 @@ static void test_divergence(mpt_context *ctx) {
     CHECK_EQUAL(mpt_loss_scale(model), 1);
     mpt_model_free(model);
     samples_free(&s);
+}
+
+/* A step that cannot be made touches nothing: not the running statistics that the passes before it have gathered, nor
+   their gradients, losses and number. */
+static void test_failed_step(mpt_context *ctx) {
+    mpt_train_desc train = MPT_ZERO;
+    samples s = samples_new(normed, 8, 4);
+    mpt_model *plain, *model;
+    mpt_params *params = mpt_params_new(ctx, NULL);
+    mpt_optimizer *other;
+    training_state before;
+    float zeros[8] = {0};
+    mpt_params_add(params, "w", 8, 0);
+    CHECK_OK(ctx, mpt_params_build(params));
+    train.batch = 4, train.accumulate = 2, train.seed = 3;
+    plain = build(ctx, policy_of(0), normed, MPT_LOSS_CROSS_ENTROPY, &train);
+    model = build(ctx, policy_of(0), normed, MPT_LOSS_CROSS_ENTROPY, &train);
+    CHECK_OK(ctx, mpt_train_step(plain, s.x, s.label));
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 4));
+    CHECK_OK(ctx, mpt_backward(model));
+    CHECK_OK(ctx, mpt_forward(model, samples_from(&s, 4).x, samples_from(&s, 4).label, 4));
+    CHECK_OK(ctx, mpt_backward(model));
+    CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
+    CHECK_ERROR(ctx, mpt_train_step(model, s.x, s.label), MPT_ERROR_ORDER, "train_step");
+    CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
+    CHECK_ERROR(ctx, mpt_train_step(model, s.x, s.label), MPT_ERROR_ORDER, "mpt_scaler_update");
+    CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
+    CHECK(same(state_of(ctx, plain), state_of(ctx, model)));
+    CHECK_EQUAL(mpt_loss(model), mpt_loss(plain));
+    other = mpt_optimizer_new(params, mpt_model_scaler(model), NULL);
+    CHECK_OK(ctx, mpt_upload(ctx, mpt_params_grad(params, 1), zeros, sizeof zeros));
+    CHECK_OK(ctx, mpt_unscale(other));
+    before = state_of(ctx, model);
+    CHECK_ERROR(ctx, mpt_train_step(model, s.x, s.label), MPT_ERROR_ORDER, "another");
+    CHECK(same(before, state_of(ctx, model)));
+    CHECK_OK(ctx, mpt_step(other)); /* now the update takes both */
+    CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
+    CHECK_EQUAL(mpt_steps_applied(model), 2);
+    mpt_optimizer_free(other);
+    mpt_params_free(params);
+    mpt_model_free(plain), mpt_model_free(model);
+    samples_free(&s);
+}
+
+/* A device that asks for the calls again and again, or that fails at once and then asks. */
+static int begun, ended;
+static mpt_result begin_well(mpt_context *ctx, const mpt_update_op *op, const void *staging) {
+    (void)ctx, (void)op, (void)staging;
+    begun++;
+    return MPT_OK;
+}
+static mpt_result begin_lost(mpt_context *ctx, const mpt_update_op *op, const void *staging) {
+    (void)op, (void)staging;
+    begun++;
+    return mpt_fail(ctx, MPT_ERROR_DEVICE, "the device is lost");
+}
+static mpt_result end_again(mpt_context *ctx, mpt_result result, int *again) {
+    (void)ctx;
+    *again = 1;
+    ended++;
+    return result;
+}
+
+static void test_again(void) {
+    mpt_context *ctx = mpt_open(NULL);
+    mpt_backend *table = mpt_context_backend(ctx);
+    samples s = samples_new(mlp, 32, 2);
+    mpt_model *model = build(ctx, policy_of(0), mlp, MPT_LOSS_CROSS_ENTROPY, NULL);
+    table->end = end_again;
+    table->begin = begin_lost;
+    CHECK_ERROR(ctx, mpt_train_step(model, s.x, s.label), MPT_ERROR_DEVICE, "lost");
+    CHECK(begun >= 1 && begun <= 3 && ended == begun);
+    CHECK_EQUAL(mpt_steps_applied(model), 0);
+    begun = ended = 0;
+    table->begin = begin_well;
+    CHECK_OK(ctx, mpt_train_step(model, s.x, s.label));
+    CHECK(begun <= 3 && ended == begun);
+    CHECK(mpt_steps_applied(model) >= 1); /* this device did make the calls, each time */
+    mpt_model_free(model);
+    samples_free(&s);
+    mpt_close(ctx);
 }
 
 static void test_order(mpt_context *ctx) {
@@ -2064,6 +2163,8 @@ int main(void) {
     test_dropout_names(ctx);
     test_divergence(ctx);
     test_order(ctx);
+    test_failed_step(ctx);
+    test_again();
     test_layer_errors(ctx);
     test_norm_errors(ctx);
     test_cross_entropy_errors(ctx);

@@ -679,6 +679,33 @@ static void test_pool_specials(void) {
     check_window(nan, nan, nan, 0);
 }
 
+/* The largest stride allowed: one output, from the first window, in all three passes. */
+static void test_huge_stride(void) {
+    mpt_conv2d_shape s = MPT_ZERO;
+    mpt_pool2d_shape p = MPT_ZERO;
+    test_tensor x = test_tensor_random(context, MPT_F32, 16, 1), w = test_tensor_random(context, MPT_F32, 9, 2);
+    test_tensor y = test_tensor_random(context, MPT_F32, 1, 3), out = test_tensor_new(context, MPT_F32, 16);
+    double sum = 0;
+    size_t P, Q, i;
+    s.N = s.C = s.K = 1, s.H = s.W = 4, s.R = s.S = 3, s.stride = 0x7fffffff;
+    CHECK_OK(context, mpt_conv2d_output(context, &s, &P, &Q));
+    CHECK(P == 1 && Q == 1);
+    CHECK_OK(context, mpt_conv2d_backward_weight(context, &s, y.array, x.array, 0, out.array));
+    test_tensor_download(&out);
+    for (i = 0; i < 9; i++) CHECK_NEAR(out.value[i], y.value[0] * x.value[i / 3 * 4 + i % 3], 4 * test_unit(MPT_F32));
+    CHECK_OK(context, mpt_conv2d_backward_data(context, &s, y.array, w.array, 0, out.array));
+    test_tensor_download(&out);
+    for (i = 0; i < 16; i++)
+        CHECK_NEAR(out.value[i], i / 4 < 3 && i % 4 < 3 ? y.value[0] * w.value[i / 4 * 3 + i % 4] : 0,
+                   4 * test_unit(MPT_F32));
+    p.N = p.C = 1, p.H = p.W = 4, p.R = p.S = 3, p.stride = 0x7fffffff;
+    CHECK_OK(context, mpt_pool2d_forward(context, MPT_POOL_AVERAGE, &p, x.array, out.array, NULL));
+    test_tensor_download(&out);
+    for (i = 0; i < 9; i++) sum += x.value[i / 3 * 4 + i % 3] / 9;
+    CHECK_NEAR(out.value[0], sum, 16 * test_unit(MPT_F32));
+    test_tensor_free(&x), test_tensor_free(&w), test_tensor_free(&y), test_tensor_free(&out);
+}
+
 static void test_pool_errors(void) {
     mpt_pool2d_shape s = MPT_ZERO;
     size_t P, Q;
@@ -696,6 +723,16 @@ static void test_pool_errors(void) {
     CHECK_ERROR(context, mpt_pool2d_forward(context, (mpt_pool)test_number(2), &s, x.array, x.array, index),
                 MPT_ERROR_ARGUMENT, "kind");
     CHECK(mpt_pool2d_forward(context, MPT_POOL_MAX, NULL, x.array, x.array, index) == MPT_ERROR_ARGUMENT);
+    s.stride = (size_t)-1;
+    CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "stride");
+    s.stride = 0, s.H = s.W = 1, s.R = s.S = 0x7fffffff, s.padding = 0x3fffffff; /* 2^62 places, all but one padding */
+    CHECK(mpt_pool2d_forward(context, MPT_POOL_AVERAGE, &s, x.array, x.array, NULL) == MPT_ERROR_SHAPE);
+    s.R = s.S = 10001, s.padding = 5000;
+    CHECK_ERROR(context, mpt_pool2d_forward(context, MPT_POOL_AVERAGE, &s, x.array, x.array, NULL), MPT_ERROR_SHAPE,
+                "padding");
+    s.R = s.S = (size_t)1 << (sizeof(size_t) * 4), s.padding = s.R / 2; /* whose product wraps */
+    CHECK(mpt_pool2d_output(context, &s, &P, &Q) == MPT_ERROR_SHAPE);
+    s.H = s.W = 4, s.R = s.S = 2;
     s.padding = 2;
     CHECK_ERROR(context, mpt_pool2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "padding");
     s.padding = 0, s.R = 5;
@@ -1995,6 +2032,10 @@ static void test_conv2d_errors(void) {
     CHECK(mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
     large.padding = 0, large.dilation = (size_t)-1 / 2 + 1; /* times R - 1 = 2 wraps to 0 */
     CHECK(mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x) == MPT_ERROR_SHAPE);
+    large.R = large.S = 1, large.dilation = (size_t)-1; /* of a kernel that it does not stretch */
+    CHECK_ERROR(c, mpt_conv2d_forward(c, &large, x, x, x, MPT_RELU, x), MPT_ERROR_SHAPE, "dilation");
+    large.dilation = 1, large.stride = (size_t)-1;
+    CHECK_ERROR(c, mpt_conv2d_backward_weight(c, &large, x, x, 0, x), MPT_ERROR_SHAPE, "stride");
     test_tensor_free(&t);
 }
 
@@ -2015,6 +2056,7 @@ int main(void) {
     test_pools();
     test_pool_specials();
     test_pool_errors();
+    test_huge_stride();
     test_elementwise();
     test_elementwise_specials();
     test_elementwise_errors();

@@ -170,6 +170,94 @@ static void test_environment(void) {
     free(first);
 }
 
+/* ==== MODES OF THE CALLER ==== set after a context was opened, its threads follow: the same bits on one and on four */
+
+#if defined(CONTROL_WORD) && !defined(MPT_NO_THREADS)
+enum { LONG = 1 << 18 };
+
+static float *product(mpt_context *ctx, unsigned control) {
+    const unsigned before = _mm_getcsr();
+    float *x = (float *)mpt_alloc(ctx, LONG * sizeof *x), *y = (float *)test_memory(LONG * sizeof *y);
+    int i;
+    for (i = 0; i < LONG; i++) x[i] = (float)test_uniform(-1, 1, 3, (size_t)i) * (i % 2 ? 1e-38f : 1);
+    _mm_setcsr(control);
+    for (i = 0; i < 3; i++) /* y = (x + 0.1 x) 1.1 1.1, some of it subnormal */
+        CHECK_OK(ctx,
+                 mpt_add_arrays(ctx, LONG, mpt_f32_array(x), 0.1f, mpt_f32_array(x), MPT_IDENTITY, mpt_f32_array(x)));
+    CHECK_OK(ctx, mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, mpt_f32_array(x), 512, mpt_f32_array(x), 512, 0,
+                           mpt_f32_array(y), 512));
+    _mm_setcsr(before);
+    mpt_free(ctx, x);
+    return y;
+}
+
+static void test_modes(void) {
+    static const unsigned modes[] = {0, 0x6000u, 0x4000u, 0x8040u}; /* nearest, to zero, up, subnormals flushed */
+    mpt_context *one = test_open_threads(1), *four = test_open_threads(4);
+    float *kept = NULL;
+    int i;
+    for (i = 0; i < 4; i++) {
+        float *x = product(one, 0x1f80u | modes[i]), *y = product(four, 0x1f80u | modes[i]);
+        CHECK(memcmp(x, y, 512 * 512 * sizeof *x) == 0);
+        if (kept) CHECK(memcmp(x, kept, 512 * 512 * sizeof *x) != 0); /* each mode tells */
+        free(kept), free(y);
+        kept = x;
+    }
+    free(kept);
+    mpt_close(one), mpt_close(four);
+}
+#else
+static void test_modes(void) { test_counts.skipped++; }
+#endif
+
+/* ==== FORK ==== a child has no workers: it computes the same without them, and closes */
+
+#if defined(__unix__) && !defined(MPT_TEST_CUDA)
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void test_fork(void) {
+    mpt_context *ctx = test_open_threads(4);
+    float *x = (float *)mpt_alloc(ctx, 512 * 512 * sizeof *x), *y = (float *)test_memory(512 * 512 * sizeof *y);
+    const mpt_array a = mpt_f32_array(x), c = mpt_f32_array(y);
+    int status = -1;
+    pid_t child;
+    test_floats(x, 512 * 512, -1, 1, 3);
+    CHECK_OK(ctx, mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, a, 512, a, 512, 0, c, 512));
+    fflush(stdout);
+    child = fork();
+    if (!child) {
+        float *z = (float *)test_memory(512 * 512 * sizeof *z);
+        int same_bits = mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, a, 512, a, 512, 0, mpt_f32_array(z), 512) == MPT_OK;
+        same_bits &= memcmp(y, z, 512 * 512 * sizeof *z) == 0;
+        free(z), free(y);
+        mpt_free(ctx, x);
+        mpt_close(ctx);
+        _exit(same_bits ? 7 : 1);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7);
+    memset(y, 0, 512 * 512 * sizeof *y);
+    CHECK_OK(ctx, mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, a, 512, a, 512, 0, c, 512)); /* the parent goes on */
+    mpt_free(ctx, x);
+    free(y);
+    mpt_close(ctx);
+}
+#else
+static void test_fork(void) { test_counts.skipped++; }
+#endif
+
+/* What follows a mpt_open that failed: the context is NULL. */
+static void test_no_context(void) {
+    CHECK_EQUAL(mpt_thread_count(NULL), 0);
+    CHECK(strcmp(mpt_isa_name(NULL), "none") == 0 && strcmp(mpt_device_name(NULL), "none") == 0);
+    CHECK(mpt_context_device(NULL) == NULL && mpt_context_backend(NULL) == NULL);
+    CHECK_EQUAL(mpt_context_place(NULL).node, 0);
+    CHECK(*mpt_why(NULL) && mpt_alloc(NULL, 8) == NULL &&
+          mpt_model_new(NULL, mpt_policy_preset(MPT_O0, MPT_F32)) == NULL);
+    mpt_free(NULL, NULL), mpt_close(NULL);
+}
+
 /* ==== FLUSHED SUBNORMALS ==== casts, scans and the scale's rule are integers: the processor's flags do not matter */
 
 #ifdef CONTROL_WORD
@@ -268,6 +356,9 @@ int main(void) {
 #endif
     test_environment();
     test_flushed();
+    test_modes();
+    test_fork();
+    test_no_context();
     test_watched();
     return test_finish("surroundings");
 }

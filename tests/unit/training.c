@@ -734,6 +734,114 @@ static void test_moments(mpt_context *ctx) {
     trainer_free(&t);
 }
 
+/* ==== STATES FROM OUTSIDE ==== */
+
+static void check_scaler_state(mpt_context *ctx, mpt_scaler *scaler, const mpt_scaler_state *bad, const char *word) {
+    mpt_scaler_state before, after;
+    CHECK_OK(ctx, mpt_scaler_get_state(scaler, &before));
+    CHECK_ERROR(ctx, mpt_scaler_set_state(scaler, bad), MPT_ERROR_ARGUMENT, word);
+    CHECK_OK(ctx, mpt_scaler_get_state(scaler, &after));
+    CHECK(memcmp(&before, &after, sizeof before) == 0);
+}
+
+/* Each member in turn: what the rule cannot go on from is refused, and the state stays. */
+static void test_scaler_judge(mpt_context *ctx) {
+    mpt_scaler_desc desc = MPT_ZERO;
+    mpt_scaler *scaler;
+    mpt_scaler_state s, start;
+    int i;
+    desc.no_min = 1, desc.hysteresis = 2;
+    scaler = mpt_scaler_new(ctx, &desc);
+    CHECK_OK(ctx, mpt_scaler_get_state(scaler, &start));
+    for (i = 0; i < 4; i++) {
+        static const uint32_t scales[] = {0x7fc00000u, 0xc0400000u, 0, 0x7f800000u}; /* NaN, -3, 0, inf */
+        s = start, s.scale = test_float(scales[i]), check_scaler_state(ctx, scaler, &s, "scale");
+        s.desc.unguarded = 1, s.desc.no_max = 1, check_scaler_state(ctx, scaler, &s, "scale");
+    }
+    s = start, s.growth_tracker = 0x7fffffff, check_scaler_state(ctx, scaler, &s, "growth_tracker");
+    s = start, s.growth_tracker = 2000, check_scaler_state(ctx, scaler, &s, "growth_tracker");
+    s = start, s.growth_tracker = -2, check_scaler_state(ctx, scaler, &s, "growth_tracker");
+    s = start, s.hysteresis_left = -5, check_scaler_state(ctx, scaler, &s, "hysteresis_left");
+    s = start, s.hysteresis_left = 3, check_scaler_state(ctx, scaler, &s, "hysteresis_left");
+    s = start, s.stuck = -1, check_scaler_state(ctx, scaler, &s, "stuck");
+    s = start, s.overflows = 1, check_scaler_state(ctx, scaler, &s, "overflows");
+    s = start, s.growth_tracker = 1999, s.hysteresis_left = 0;
+    CHECK_OK(ctx, mpt_scaler_set_state(scaler, &s));
+    s.stuck = 0x7fffffff; /* stays there */
+    s.desc.mode = MPT_SCALER_STATIC;
+    mpt_scaler_rule(&s, 1);
+    CHECK_EQUAL(s.stuck, 0x7fffffff);
+    mpt_scaler_free(scaler);
+}
+
+static void check_optimizer_state(trainer *t, const mpt_optimizer_state *bad, const char *word) {
+    const mpt_optimizer_state before = state_of(t);
+    mpt_optimizer_state after;
+    CHECK_ERROR(t->ctx, mpt_optimizer_set_state(t->opt, bad), MPT_ERROR_ARGUMENT, word);
+    after = state_of(t);
+    CHECK(memcmp(&before, &after, sizeof before) == 0);
+}
+
+static void test_optimizer_judge(mpt_context *ctx) {
+    trainer t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, NULL, 10, 10);
+    mpt_optimizer_state s, start;
+    set_gradients(&t, 65536, 1);
+    step(&t);
+    start = state_of(&t);
+    s = start, s.attempted = 5, check_optimizer_state(&t, &s, "attempts");
+    s = start, s.skipped = (uint64_t)-1, s.applied = 2, check_optimizer_state(&t, &s, "attempts"); /* the sum wraps */
+    s = start, s.beta1_power = (double)test_float(nan_bits), check_optimizer_state(&t, &s, "beta1_power");
+    s = start, s.beta1_power = -0.5, check_optimizer_state(&t, &s, "beta1_power");
+    s = start, s.beta2_power = 1.5, check_optimizer_state(&t, &s, "beta2_power");
+    s = start, s.found = 7, check_optimizer_state(&t, &s, "found");
+    s = start, s.scan.first = 3, check_optimizer_state(&t, &s, "tensor");
+    s = start, s.journal[63].reason = 9, check_optimizer_state(&t, &s, "reason");
+    s = start, s.journal[1].tensor = -1, check_optimizer_state(&t, &s, "tensor");
+    CHECK_OK(ctx, mpt_unscale(t.opt));
+    CHECK_ERROR(ctx, mpt_optimizer_set_state(t.opt, &start), MPT_ERROR_ORDER, "mpt_unscale");
+    step(&t);
+    CHECK_OK(ctx, mpt_optimizer_set_state(t.opt, &start));
+    step(&t);
+    CHECK_EQUAL(state_of(&t).applied, 2);
+    trainer_free(&t);
+}
+
+/* What lies between tensors in the flat array counts for nothing, be it NaN or large. */
+static void test_padding(mpt_context *ctx) {
+    static const uint32_t values[] = {0x7fc00000u, 0x7f800000u, 0x7f000000u};
+    trainer t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, NULL, NULL, 5000, 37);
+    const size_t offset = (size_t)(mpt_params_grad(t.params, 2) - mpt_params_grad(t.params, 0));
+    float *all = (float *)test_memory(t.total * sizeof *all);
+    mpt_optimizer_state clean, s;
+    size_t i;
+    int round;
+    set_gradients(&t, 65536, 1);
+    CHECK_OK(ctx, mpt_unscale(t.opt));
+    clean = state_of(&t);
+    step(&t);
+    CHECK(offset > 5000 && t.total > offset + 37);
+    CHECK_OK(ctx, mpt_download(ctx, all, mpt_params_grad(t.params, 0), t.total * sizeof *all));
+    for (round = 0; round < 3; round++) {
+        for (i = 0; i < t.total; i++)
+            if ((i >= 5000 && i < offset) || i >= offset + 37) all[i] = test_float(values[round]);
+        CHECK_OK(ctx, mpt_upload(ctx, mpt_params_grad(t.params, 0), all, t.total * sizeof *all));
+        CHECK_OK(ctx, mpt_unscale(t.opt));
+        s = state_of(&t);
+        CHECK_EQUAL(s.found, 0);
+        CHECK_EQUAL(s.scan.inf + s.scan.nan, 0);
+        CHECK_EQUAL(s.grad_norm, clean.grad_norm);
+        step(&t);
+        CHECK_EQUAL(state_of(&t).applied, round + 2);
+    }
+    set_gradient(&t, 2, 36, test_float(nan_bits)); /* the last of a tensor counts */
+    step(&t);
+    CHECK_EQUAL(state_of(&t).skipped, 1);
+    CHECK_EQUAL(state_of(&t).scan.first, 2);
+    CHECK_EQUAL(state_of(&t).scan.nan, 1);
+    free(all);
+    trainer_free(&t);
+}
+
 /* ==== SKIPPED STEPS ==== */
 
 /* Two clean steps, then one with inf and NaN in the given places, then a clean one. */
@@ -890,7 +998,7 @@ static void test_schedule_power(void) {
         CHECK_NEAR(mpt_schedule_factor(&s, 3 * k + k % 3), chain, 4 * ldexp((double)(k + 1), -53) * chain);
     s.low = 1;
     CHECK_EQUAL(mpt_schedule_factor(&s, (uint64_t)-1), 1); /* 64 squarings, not 6e18 products */
-    s.steps = 0; /* no division by it */
+    s.steps = 0;                                           /* no division by it */
     CHECK_EQUAL(mpt_schedule_factor(&s, 12345), 1);
     s.low = 0.5;
     CHECK_EQUAL(mpt_schedule_factor(&s, 3), 0.125);
@@ -1264,6 +1372,9 @@ int main(void) {
     test_journal(ctx);
     test_moment_limits(ctx);
     test_dead_scale(ctx);
+    test_scaler_judge(ctx);
+    test_optimizer_judge(ctx);
+    test_padding(ctx);
     test_schedule_power();
     test_divergence(ctx, MPT_SCALER_DYNAMIC);
     test_divergence(ctx, MPT_SCALER_STATIC);
