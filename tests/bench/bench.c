@@ -6,8 +6,9 @@
 
    value is the median of REPEATS runs. peak, in the same unit, is the median of a yardstick run in turn with it on the
    same threads: memcpy of as many bytes, a loop that only reads, a loop of multiply-adds (of pairs of bf16 where the
-   CPU has them and the operands are bf16). ratio is how much of the yardstick's speed is reached; 1 is all of it. Takes
-   a few minutes; other load on the machine spoils it. */
+   CPU has them and the operands are bf16). ratio is how much of the yardstick's speed is reached; 1 is all of it. The
+   rows of a profile come first: each operation of a training step of the four nets and its share. Takes a few minutes;
+   other load on the machine spoils it. */
 #define _POSIX_C_SOURCE 199309L
 #define MPT_IMPLEMENTATION
 #include "bench.h"
@@ -295,7 +296,7 @@ static void bench_plain(mpt_context *ctx, size_t size) {
     mpt_close(plain.ctx);
 }
 
-/* ==== NETS ==== the three that peers.py trains as well */
+/* ==== NETS ==== the four that peers.py trains as well */
 
 typedef struct net_kind {
     const char *name;
@@ -427,6 +428,164 @@ static void bench_nets(int threads) {
     for (i = 0; i < 2; i++) bench_train(threads, kinds[i], MPT_O0, MPT_F32, "adam", mpt_adam(1e-4));
 }
 
+/* ==== PROFILE ==== the operations of a training step, by a table that stands before the backend's */
+
+enum { OPERATIONS = 128, NAME = 96 };
+
+typedef struct profile {
+    mpt_backend inner;
+    int count;
+    struct operation {
+        char name[NAME];
+        double seconds, operations; /* of all calls; of one */
+        long calls;
+    } all[OPERATIONS];
+} profile;
+
+/* Of this thread, which does all the work: what other programs do to the machine matters less. */
+static double busy_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static profile *profile_of(mpt_context *ctx) { return (profile *)mpt_context_backend(ctx)->user; }
+
+static void profile_add(profile *p, const char *name, double took, double operations) {
+    int i;
+    for (i = 0; i < p->count && strcmp(p->all[i].name, name) != 0; i++) {}
+    if (i == OPERATIONS) return;
+    if (i == p->count) {
+        p->count++;
+        memset(&p->all[i], 0, sizeof p->all[i]);
+        memcpy(p->all[i].name, name, NAME);
+    }
+    p->all[i].seconds += took;
+    p->all[i].operations = operations;
+    p->all[i].calls++;
+}
+
+/* The entry `name` of the table, called by way of the profile. WORK: its multiply-adds; FORMAT and what follows: a row's
+   name. */
+#define PROFILED(name, type, WORK, FORMAT, ...)                           \
+    static mpt_result profiled_##name(mpt_context *ctx, const type *op) { \
+        profile *p = profile_of(ctx);                                     \
+        const double start = busy_seconds();                              \
+        const mpt_result result = p->inner.name(ctx, op);                 \
+        const double took = busy_seconds() - start;                       \
+        char text[NAME];                                                  \
+        snprintf(text, sizeof text, FORMAT, __VA_ARGS__);                 \
+        profile_add(p, text, took, 2.0 * (WORK));                         \
+        return result;                                                    \
+    }
+
+static const char *pass_name(mpt_pass pass) {
+    static const char *const names[] = {"forward", "dX", "dW"};
+    return names[pass];
+}
+
+static const char *norm_name(mpt_norm_pass pass) {
+    static const char *const names[] = {"statistics", "forward", "backward", "running"};
+    return names[pass];
+}
+
+static const char *map_name(mpt_map map) {
+    static const char *const names[] = {"cast", "activation", "slope", "add", "dropout"};
+    return names[map];
+}
+
+static double taps(const mpt_conv2d_shape *z) { return (double)(z->R * z->S * z->C / z->groups); }
+
+PROFILED(gemm, mpt_gemm_op, (double)op->m *(double)op->n *(double)op->k, "gemm_%s_m%lu_n%lu_k%lu",
+         op->trans_a   ? "dW"
+         : op->trans_b ? "forward"
+                       : "dX",
+         (unsigned long)op->m, (unsigned long)op->n, (unsigned long)op->k)
+PROFILED(conv2d, mpt_conv2d_op, (double)(op->shape.N * op->P * op->Q * op->shape.K) * taps(&op->shape),
+         "conv_%s_%lux%lu_c%lu_k%lu", pass_name(op->pass), (unsigned long)op->P, (unsigned long)op->Q,
+         (unsigned long)op->shape.C, (unsigned long)op->shape.K)
+PROFILED(map, mpt_map_op, 0, "map_%s_n%lu_%s_to_%s", map_name(op->map), (unsigned long)op->n,
+         mpt_dtype_name(op->a.type), mpt_dtype_name(op->out.type))
+PROFILED(pool2d, mpt_pool2d_op, 0, "pool_%s_%s_%lux%lu_c%lu", op->kind == MPT_POOL_MAX ? "max" : "average",
+         pass_name(op->pass), (unsigned long)op->P, (unsigned long)op->Q, (unsigned long)op->shape.C)
+PROFILED(norm, mpt_norm_op, 0, "norm_%s_n%lu_pixels%lu_c%lu", norm_name(op->pass), (unsigned long)op->shape.N,
+         (unsigned long)op->shape.pixels, (unsigned long)op->shape.C)
+PROFILED(loss, mpt_loss_op, 0, "loss_n%lu_c%lu", (unsigned long)op->N, (unsigned long)op->C)
+PROFILED(check, mpt_update_op, 0, "check_n%lu", (unsigned long)op->count)
+PROFILED(update, mpt_update_op, 0, "update_n%lu", (unsigned long)op->count)
+
+static mpt_result profiled_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
+                                       int next) {
+    profile *p = profile_of(ctx);
+    const double start = busy_seconds();
+    const mpt_result result = p->inner.column_sums(ctx, rows, C, dy, beta, db, next);
+    const double took = busy_seconds() - start;
+    char text[NAME];
+    snprintf(text, sizeof text, "sums_rows%lu_c%lu", (unsigned long)rows, (unsigned long)C);
+    profile_add(p, text, took, 0);
+    return result;
+}
+
+static mpt_result profiled_upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
+    profile *p = profile_of(ctx);
+    const double start = busy_seconds();
+    const mpt_result result = p->inner.upload(ctx, device, host, bytes);
+    profile_add(p, "upload", busy_seconds() - start, 0);
+    return result;
+}
+
+static int slower(const void *a, const void *b) {
+    const struct operation *x = (const struct operation *)a, *y = (const struct operation *)b;
+    return (x->seconds < y->seconds) - (x->seconds > y->seconds);
+}
+
+/* A row an operation, the longest first, and one for what lies outside them. share: of the step's time */
+static void bench_profile(const net_kind *kind, mpt_level level, mpt_dtype type) {
+    trained s = trained_new(1, kind, mpt_policy_preset(level, type), mpt_sgd(1e-3, 0.9));
+    mpt_backend *table = mpt_context_backend(s.ctx);
+    profile p;
+    double start, took, inside = 0;
+    long steps = 0;
+    int i;
+    for (i = 0; i < 3; i++) run_train(&s);
+    p.inner = *table;
+    p.count = 0;
+    table->user = &p;
+    table->gemm = profiled_gemm, table->conv2d = profiled_conv2d, table->map = profiled_map;
+    table->pool2d = profiled_pool2d, table->norm = profiled_norm, table->loss = profiled_loss;
+    table->check = profiled_check, table->update = profiled_update, table->upload = profiled_upload;
+    table->column_sums = profiled_column_sums;
+    for (start = busy_seconds(); busy_seconds() - start < 1; steps++) run_train(&s);
+    took = busy_seconds() - start;
+    qsort(p.all, (size_t)p.count, sizeof *p.all, slower);
+    for (i = 0; i < p.count; i++) {
+        const struct operation *o = &p.all[i];
+        const double each = o->seconds / (double)o->calls;
+        inside += o->seconds;
+        printf("profile net=%s batch=%d type=%s operation=%s calls=%g value=%.4g unit=us share=%.3f", kind->name,
+               kind->batch, mpt_dtype_name(level ? type : MPT_F32), o->name, (double)o->calls / (double)steps,
+               each * 1e6, o->seconds / took);
+        if (o->operations > 0) printf(" gflops=%.1f", o->operations / each * 1e-9);
+        printf("\n");
+    }
+    printf("profile net=%s batch=%d type=%s operation=rest value=%.4g unit=us share=%.3f\n", kind->name, kind->batch,
+           mpt_dtype_name(level ? type : MPT_F32), (took - inside) / (double)steps * 1e6, 1 - inside / took);
+    fflush(stdout);
+    *table = p.inner;
+    trained_free(&s);
+}
+
+static void bench_profiles(void) {
+    static const net_kind *const kinds[] = {&mlp64, &mlp512, &lenet64, &block64};
+    size_t i;
+    for (i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        bench_profile(kinds[i], MPT_O0, MPT_F32);
+        bench_profile(kinds[i], MPT_O2, MPT_BF16);
+    }
+}
+
+/* ==== LENSES ==== */
+
 /* Steps of the MLP with a lens; the yardstick is the same step without one. what NULL: nothing is simulated. */
 static void bench_lens(const char *use, int threads, mpt_level level, int watch, const mpt_what_if *what) {
     const mpt_policy policy = mpt_policy_preset(level, MPT_F16);
@@ -490,15 +649,18 @@ static void bench_steps(mpt_context *ctx) {
     bench_step(ctx, "adam", &adam, 2, MPT_BF16);
 }
 
-/* `bench` prints all rows on 1 and 2 threads; `bench nets N` those of the nets on N, for peers.py. */
+/* `bench` prints all rows on 1 and 2 threads; `bench nets N` those of the nets on N, for peers.py; `bench profile` where
+   the time of a net's step goes. */
 int main(int argc, char **argv) {
     const int only = argc == 3 && !strcmp(argv[1], "nets") ? atoi(argv[2]) : 0;
+    const int profile_only = argc == 2 && !strcmp(argv[1], "profile");
     mpt_context *ctx = open_threads(0);
     int threads, type;
     print_machine(ctx);
     mpt_close(ctx);
     if (only) bench_nets(only);
-    for (threads = 1; threads <= 2 && !only; threads++) {
+    if (!only) bench_profiles();
+    for (threads = 1; threads <= 2 && !only && !profile_only; threads++) {
         ctx = open_threads(threads);
         bench_arrays(ctx);
         bench_steps(ctx);

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""peers.py BENCH - the three nets of bench.c trained by PyTorch and by mpt in turn: `make bench-peers`.
+"""peers.py BENCH - the four nets of bench.c trained by PyTorch and by mpt in turn: `make bench-peers`.
 
 Prints a row for each net, batch, optimizer, type and number of threads: samples/s of mpt and of PyTorch's best mode,
 each the median of ROUNDS rounds, and mpt/PyTorch. Modes: fp32; autocast to bf16; all bf16; images in channels_last or
-not. The data is random and made before the clock starts. Products and convolutions are MKL's and oneDNN's, which PyTorch
+not. Then a table of the nets with SGD: ratios, and samples/s of both. The data is random and made before the clock starts. Products and convolutions are MKL's and oneDNN's, which PyTorch
 brings. glibc is told to keep freed blocks, without which PyTorch loses up to a third of its speed to page faults."""
 import os
 import statistics
@@ -108,12 +108,29 @@ def compare(bench, threads):
                 kind, _, last = mode.partition("_")
                 speeds.setdefault(mode, []).append(torch_speed(*key[:3], kind, bool(last)))
         print(f"round {turn + 1} of {ROUNDS}, {threads} threads", file=sys.stderr, flush=True)
+    table = {}
     for key, values in ours.items():
         mode, best = max(((m, statistics.median(v)) for m, v in theirs[key].items()), key=lambda pair: pair[1])
         value = statistics.median(values)
         print(f"train net={key[0]} batch={key[1]} optimizer={key[2]} type={key[3]} threads={threads} value={value:.4g} "
               f"unit=samples/s peer=pytorch-{torch.__version__} mode={mode} peak={best:.4g} ratio={value / best:.3f}",
               flush=True)
+        table[key] = value, best
+    print_table(table, threads)
+
+
+def print_table(table, threads):
+    """mpt / PyTorch for each net and type, and mpt's fp16 over its fp32, which PyTorch does not have"""
+    nets = [("mlp", 64), ("mlp", 512), ("lenet", 64), ("block", 64)]
+    rows = [[f"{threads} thread{'s' * (threads > 1)}"] + [f"{name} b{batch}" for name, batch in nets]]
+    for kind in "f32", "bf16":
+        cells = [table[net + ("sgd_momentum", kind)] for net in nets]
+        rows.append([f"{kind}: mpt / PyTorch"] + [f"{ours / theirs:.2f} ({ours:.0f} / {theirs:.0f})" for ours, theirs in cells])
+    cells = [(table[net + ("sgd_momentum", "f16")][0], table[net + ("sgd_momentum", "f32")][0]) for net in nets]
+    rows.append(["mpt: f16 / f32"] + [f"{half / full:.2f} ({half:.0f} / {full:.0f})" for half, full in cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |", flush=True)
 
 
 print(f"cpu pytorch={torch.backends.cpu.get_cpu_capability()} processors={os.cpu_count()}", flush=True)
