@@ -432,14 +432,16 @@ static void bench_nets(int threads) {
 
 enum { OPERATIONS = 128, NAME = 96 };
 
+typedef struct operation {
+    char name[NAME];
+    double seconds, operations; /* of all calls; of one */
+    long calls;
+} operation;
+
 typedef struct profile {
     mpt_backend inner;
     int count;
-    struct operation {
-        char name[NAME];
-        double seconds, operations; /* of all calls; of one */
-        long calls;
-    } all[OPERATIONS];
+    operation all[OPERATIONS];
 } profile;
 
 /* Of this thread, which does all the work: what other programs do to the machine matters less. */
@@ -535,7 +537,7 @@ static mpt_result profiled_upload(mpt_context *ctx, void *device, const void *ho
 }
 
 static int slower(const void *a, const void *b) {
-    const struct operation *x = (const struct operation *)a, *y = (const struct operation *)b;
+    const operation *x = (const operation *)a, *y = (const operation *)b;
     return (x->seconds < y->seconds) - (x->seconds > y->seconds);
 }
 
@@ -559,7 +561,7 @@ static void bench_profile(const net_kind *kind, mpt_level level, mpt_dtype type)
     took = busy_seconds() - start;
     qsort(p.all, (size_t)p.count, sizeof *p.all, slower);
     for (i = 0; i < p.count; i++) {
-        const struct operation *o = &p.all[i];
+        const operation *o = &p.all[i];
         const double each = o->seconds / (double)o->calls;
         inside += o->seconds;
         printf("profile net=%s batch=%d type=%s operation=%s calls=%g value=%.4g unit=us share=%.3f", kind->name,
