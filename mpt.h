@@ -2686,6 +2686,33 @@ MPT__AVX512_BF16 static void mpt__store_bf16_native(uint16_t *dst, size_t n, con
     mpt__store_bf16_avx2(dst, n, src);
 }
 
+/* The sums of mpt__squares_f32_avx2 and those after it, eight lanes at a time: lanes 8 i .. 8 i + 7 are in sum<i> */
+#define MPT__EACH_4(X, with) X(0, with) X(1, with) X(2, with) X(3, with)
+#define MPT__SUM_8(i, EIGHT) __m512d sum##i = _mm512_loadu_pd(lanes + 8 * i);
+#define MPT__SQUARE_8(i, EIGHT)                        \
+    v = _mm512_maskz_cvtps_pd(0xff, EIGHT(x + 8 * i)); \
+    sum##i = _mm512_fmadd_pd(v, v, sum##i);
+#define MPT__KEEP_SUM_8(i, EIGHT) _mm512_storeu_pd(lanes + 8 * i, sum##i);
+#define MPT__SQUARES_8(name, type, EIGHT)                                     \
+    MPT__AVX512 static int name(const void *array, size_t n, double *lanes) { \
+        const type *x = (const type *)array;                                  \
+        __m512d v;                                                            \
+        MPT__EACH_4(MPT__SUM_8, EIGHT)                                        \
+        for (; n; n -= MPT__LANES, x += MPT__LANES) {                         \
+            _mm_prefetch((const char *)x + 1024, _MM_HINT_T0);                \
+            _mm_prefetch((const char *)x + 1088, _MM_HINT_T0);                \
+            MPT__EACH_4(MPT__SQUARE_8, EIGHT)                                 \
+        }                                                                     \
+        MPT__EACH_4(MPT__KEEP_SUM_8, EIGHT)                                   \
+        return mpt__lanes_bad(lanes);                                         \
+    }
+#define MPT__EIGHT_16(x) _mm_loadu_si128((const __m128i *)(const void *)(x))
+#define MPT__EIGHT_BF16(x) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(MPT__EIGHT_16(x)), 16))
+#define MPT__EIGHT_F16(x) _mm256_cvtph_ps(MPT__EIGHT_16(x))
+MPT__SQUARES_8(mpt__squares_f32_avx512, float, _mm256_loadu_ps)
+MPT__SQUARES_8(mpt__squares_f16_avx512, uint16_t, MPT__EIGHT_F16)
+MPT__SQUARES_8(mpt__squares_bf16_avx512, uint16_t, MPT__EIGHT_BF16)
+
 typedef __m512 mpt__vector_mm512;
 MPT__TILE(mpt__tile_avx512, MPT__AVX512, MPT__EACH_8, MPT__TILE_FLOATS, _mm512, 2)
 MPT__TILE(mpt__half_avx512, MPT__AVX512, MPT__EACH_8, MPT__TILE_FLOATS, _mm512, 1)
@@ -2702,6 +2729,8 @@ static mpt__simd mpt__simd_avx512(void) {
     s.name = "avx512";
     s.load_f16 = mpt__load_f16_avx512, s.store_f16 = mpt__store_f16_avx512;
     s.load_bf16 = mpt__load_bf16_avx512, s.store_bf16 = mpt__store_bf16_avx512;
+    s.squares[MPT_F32] = mpt__squares_f32_avx512;
+    s.squares[MPT_F16] = mpt__squares_f16_avx512, s.squares[MPT_BF16] = mpt__squares_bf16_avx512;
     s.tile[0][0] = mpt__tile_avx512, s.tile[0][1] = mpt__half_avx512, s.tile_m = 8, s.tile_n = 32;
     if (mpt__cpu_has_bf16()) s.store_bf16 = mpt__store_bf16_native;
     if (mpt__cpu_has_bf16()) s.tile[1][0] = mpt__pairs_avx512, s.tile[1][1] = mpt__half_pairs_avx512;
@@ -4791,17 +4820,14 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
         const size_t sample = begin / groups, first = begin % groups * each;
         const float shift = mpt__get(w.ctx, op->x, sample * pixels * op->shape.C + first);
         double sums[2] = {0, 0};
-        size_t c, i, e, some;
+        size_t c, i, e;
         for (c = 0; c < each; c += MPT__RUN) {
             const size_t n = mpt__min(each - c, MPT__RUN);
             w.first = first + c;
             memset(a, 0, 2 * MPT__RUN * sizeof *a);
             if (w.kind == MPT__SUM_GRADIENTS) mpt__norm_prepare(&w, sample, w.first, n, &l);
             for (e = 0; e < MPT__RUN && w.kind == MPT__SUM_SQUARES; e++) l.mean[e] = e < n ? shift : 0;
-            for (i = 0; i < pixels; i += some) {
-                some = mpt__norm_four(i, pixels, pixels);
-                mpt__norm_sum(&w, sample * pixels + i, some, 0, n, &l, a, b);
-            }
+            for (i = 0; i < pixels; i++) mpt__norm_sum(&w, sample * pixels + i, 1, 0, n, &l, a, b);
             for (e = 0; e < n; e++) {
                 const double gamma = w.kind == MPT__SUM_GRADIENTS ? (double)mpt__get(w.ctx, op->gamma, w.first + e) : 1;
                 sums[0] += gamma * a[e];

@@ -9,6 +9,7 @@
 
 #define __m512 simde__m512
 #define __m512i simde__m512i
+#define __m512d simde__m512d
 #define __mmask16 simde__mmask16
 #define __m512bh simde__m512
 #define _mm512_setzero_ps simde_mm512_setzero_ps
@@ -31,6 +32,10 @@
 #define _mm512_maskz_cvtepu16_epi32 avx512_maskz_cvtepu16_epi32
 #define _mm512_permutex2var_epi16 avx512_permutex2var_epi16
 #define _mm512_storeu_si512 simde_mm512_storeu_si512
+#define _mm512_loadu_pd simde_mm512_loadu_pd
+#define _mm512_storeu_pd simde_mm512_storeu_pd
+#define _mm512_fmadd_pd simde_mm512_fmadd_pd
+#define _mm512_maskz_cvtps_pd(k, a) avx512_cvtps_pd(a) /* all of it */
 #define _mm512_sub_epi32 simde_mm512_sub_epi32
 #define _mm512_min_epu32 simde_mm512_min_epu32
 #define _mm512_cmple_epu32_mask avx512_cmple_epu32_mask
@@ -49,6 +54,13 @@ static inline __m256i avx512_maskz_cvtps_ph(__mmask16 k, __m512 a) {
     simde_mm512_storeu_ps(in, simde_mm512_maskz_mov_ps(k, a));
     return _mm256_set_m128i(_mm256_cvtps_ph(_mm256_loadu_ps(in + 8), _MM_FROUND_TO_NEAREST_INT),
                             _mm256_cvtps_ph(_mm256_loadu_ps(in), _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline __m512d avx512_cvtps_pd(__m256 a) {
+    double out[8];
+    _mm256_storeu_pd(out, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
+    _mm256_storeu_pd(out + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+    return simde_mm512_loadu_pd(out);
 }
 
 static inline __m512i avx512_maskz_cvtepu16_epi32(__mmask16 k, __m256i a) {
