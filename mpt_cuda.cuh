@@ -13,14 +13,15 @@
 
    Every other file, plain C included, just includes this header, which brings mpt.h. Link with cuBLAS:
 
-       nvcc -O2 program.cu -o program -lcublas -lcublasLt
+       nvcc -O2 -arch=all-major program.cu -o program -lcublas -lcublasLt
 
    and from a C project through a static library:
 
        libmpt_cuda.a: mpt_cuda.cu
-               nvcc -O2 -gencode arch=compute_80,code=compute_80 -c $< -o mpt_cuda.o && ar rcs $@ mpt_cuda.o
+               nvcc -O2 -arch=all-major -c $< -o mpt_cuda.o && ar rcs $@ mpt_cuda.o
        program: program.c libmpt_cuda.a
-               cc -O2 $^ -o $@ -L/usr/local/cuda/lib64 -lcublas -lcublasLt -lcudart -lstdc++ -lm -pthread
+               cc -O2 $^ -o $@ -L/usr/local/cuda/lib64 -Wl,-rpath,/usr/local/cuda/lib64 \
+                   -lcublas -lcublasLt -lcudart -lstdc++ -lm -pthread
 
    CONTENTS   search for "==== NAME"
      MANUAL            what differs from the CPU, requirements, errors, memory, order of work
@@ -44,24 +45,24 @@
    labels and targets included, are device memory there: mpt_alloc, mpt_upload, mpt_download. A model takes host arrays
    as on the CPU.
 
-   2. Needs CUDA 11.8 or later and a GPU of compute capability 7.5 or later: build for it (-arch=sm_80) or for all,
-
-       -gencode arch=compute_75,code=sm_75 -gencode arch=compute_80,code=sm_80 -gencode arch=compute_86,code=sm_86
-       -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
-
-   where the last names PTX, which newer devices (100, 120) compile for themselves; with CUDA 12.8 add them by name. Do
-   not pass --use_fast_math: it flushes subnormals. Nothing is read from the environment but what CUDA itself reads:
+   2. Needs CUDA 11.8 or later and a GPU of compute capability 7.5 or later. -arch=all-major builds for all of them and
+   adds PTX, which newer devices compile for themselves; -arch=native builds for this machine's alone, in a fraction of
+   the time. Where only PTX is there, the first start takes seconds. Without -O2 nvcc compiles the host's half at -O0. Do
+   not pass --use_fast_math: it flushes subnormals; the log is told when a context opens. Nothing is read from the environment but what CUDA itself reads:
    CUDA_VISIBLE_DEVICES and the like.
 
    3. Order of work. All calls put their work on one stream and return; only calls that give the host something
    (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before
    they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. The device that is
-   current before a call is current after it (CUDA 12 and later initialise it for that).
+   current before a call is current after it, if anything has used it; else the context's device stays current, since to
+   return to an unused device would create a context there.
 
    4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
    fp32, or TF32 if asked for. Casts, scans, dropout, scaler and optimizers give the CPU's bits; the rest differs in the
    order of sums. All reductions have a fixed order that depends on the shape only: the same bits every time on the same
-   device, and outside of cuBLAS on any device.
+   device. On any device the same are those made of correctly rounded operations alone: casts, scans, histograms, sums
+   of arrays, ReLU, dropout, pools, scaler and optimizers. Not so products, nor what the compiler may contract or has a
+   part of CUDA's exp, log, tanh or erf: other activations, norms, losses.
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
    convolutions share a block that grows up to desc.workspace (beyond it only where a single row needs more) in the
@@ -90,7 +91,8 @@ extern "C" {
 typedef struct mpt_cuda_desc {
     mpt_context_desc context; /* allocator of the host side, log; threads mean nothing here */
     int device;               /* number of the device, from 0 */
-    void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own */
+    void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own. Best one created with
+                                 cudaStreamNonBlocking: work on the default stream breaks the recording of others */
     void *cublas;             /* a cublasHandle_t of that device; NULL: its own. In use by the context alone until
                                  mpt_close puts stream, math mode and pointer mode back, and cuBLAS's own workspace */
     size_t workspace;         /* most bytes of a block of temporaries, see manual 5; 0: 64 MiB */
@@ -135,7 +137,8 @@ enum {
     MPTC__BLOCKS_EACH = 8,    /* blocks that fill a multiprocessor: 2048 threads */
     MPTC__MIRRORS = 16,       /* scalers whose state is mirrored on the host */
     MPTC__SLOTS = 2,          /* buffers that uploads take in turn */
-    MPTC__GRAPHS = 8          /* models whose steps are recorded at a time */
+    MPTC__GRAPHS = 8,         /* models whose steps are recorded at a time */
+    MPTC__TRIES = 3           /* to record a model's step */
 };
 
 static const size_t mptc__align = 256;                    /* of the parts of the scratch block */
@@ -153,7 +156,7 @@ typedef struct mptc__graph { /* the steps of one model */
     mpt_update_op key;                 /* see begin in mpt_backend; state NULL: this place is free */
     size_t fed;                        /* bytes that a step uploads; 0: none has run yet */
     cudaGraphExec_t exec[MPTC__SLOTS]; /* recorded to read either feed; NULL: not yet */
-    int refused;                       /* recording failed */
+    int failures;                      /* of recording; after MPTC__TRIES of them it is given up */
     uint64_t used;
 } mptc__graph;
 
@@ -166,7 +169,8 @@ typedef struct mptc__step { /* from begin to end */
     const void *staging;
     int turn, reads; /* feed of this step; feed that the calls read, another one if they are recorded only */
     size_t fed;      /* bytes so far */
-    int again;
+    int again;       /* nothing was done: all calls are to be made once more... */
+    int failed;      /* ...call by call, since recording them failed */
 } mptc__step;
 
 typedef struct mptc__sums { /* of the columns of dy(rows,C), see mpt_bias_backward */
@@ -175,11 +179,21 @@ typedef struct mptc__sums { /* of the columns of dy(rows,C), see mpt_bias_backwa
     float beta;
 } mptc__sums;
 
-/* What was asked for and waits, because the call that follows may do it in passing. mptc__enter does it else. */
+/* What was asked for and waits, because the call that follows may do it in passing:
+
+     asked for              waits as   taken by                              which then
+     upload in a step       to         its reader, a cast or a loss          reads the feed: no copy
+     bias of logits         finish     their loss                            adds it as it reads them
+     gradient of a bias     bias       product that makes the weights' one   has it as its epilogue
+     update                 update     the scaler's update                   is its last block
+
+   Any other call finds it waiting in mptc__enter, which does it first. */
 typedef struct mptc__held {
-    void *fed, *to; /* a copy from there to here */
-    size_t bytes;
-    int finish, bias, update; /* these wait */
+    void *fed, *to; /* a copy from there to here; to NULL: none waits */
+    size_t bytes;   /* of the copy */
+    int finish;     /* 1: the bias of `product` waits */
+    int bias;       /* 1: `sums` wait */
+    int update;     /* 1: the update of `step` waits */
     mpt_gemm_op product;
     mptc__sums sums;
     mpt_update_op step;
@@ -201,13 +215,13 @@ typedef struct mptc__block { /* device memory that grows as it is needed */
 typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
     int processors;
+    int (*context_state)(int device, unsigned *flags, int *active); /* of the driver: cuDevicePrimaryCtxGetState */
     cudaStream_t stream;
     cublasHandle_t cublas;
     cudaStream_t user_stream; /* what a handle of the user had, to put back */
     cublasMath_t user_math;
     cublasPointerMode_t user_mode;
-    void *products;           /* cuBLAS's workspace */
-    size_t products_bytes;
+    mptc__block products;     /* workspace of cuBLAS and cuBLASLt: calls of one stream share it */
     mptc__block scratch;      /* temporaries of the running operation */
     mptc__block casts;        /* its operands in fp32 */
     mptc__block sums;         /* what its products are in fp32 */
@@ -265,21 +279,38 @@ static mpt_result mptc__cublas_result(mpt_context *ctx, cublasStatus_t s, const 
 #define MPTC__CUDA(call) MPTC__TRY(mptc__cuda_result(ctx, (call), #call, __LINE__))
 #define MPTC__CUBLAS(call) MPTC__TRY(mptc__cublas_result(ctx, (call), #call, __LINE__))
 
-/* Starts a kernel on the context's stream, unless a graph has it already; its value is a mpt_result. */
-#define MPTC__LAUNCH(kernel, blocks, threads, ...)                                                         \
-    (mptc__of(ctx)->step.mode == MPTC__REPLAY                                                              \
-         ? MPT_OK                                                                                          \
-         : (kernel<<<(blocks), (threads), 0, mptc__of(ctx)->stream>>>(__VA_ARGS__),                        \
-            mptc__cuda_result(ctx, cudaGetLastError(), "launch of " #kernel, __LINE__)))
+/* Starts a kernel on the context's stream, unless a graph has it already. */
+template <typename... parameters, typename... arguments>
+static mpt_result mptc__launch(mpt_context *ctx, const char *what, int line, void (*kernel)(parameters...), dim3 blocks,
+                               dim3 threads, arguments... values) {
+    const mptc__device *device = mptc__of(ctx);
+    if (device->step.mode == MPTC__REPLAY) return MPT_OK;
+    kernel<<<blocks, threads, 0, device->stream>>>(values...);
+    return mptc__cuda_result(ctx, cudaGetLastError(), what, line);
+}
+
+#define MPTC__LAUNCH(kernel, blocks, threads, ...) \
+    mptc__launch(ctx, "launch of " #kernel, __LINE__, kernel, blocks, threads, __VA_ARGS__)
 
 /* The same with the blocks that `work` threads' worth of work needs */
 #define MPTC__SPREAD(kernel, work, ...) MPTC__LAUNCH(kernel, mptc__blocks(ctx, work), MPTC__THREADS, __VA_ARGS__)
 
-/* An error that somebody left is told as theirs. */
+/* An error that somebody left is told as theirs. The answer of a query, "not ready", is none. */
 static mpt_result mptc__no_error(mpt_context *ctx) {
     const cudaError_t e = cudaGetLastError();
-    if (e == cudaSuccess) return MPT_OK;
+    if (e == cudaSuccess || e == cudaErrorNotReady) return MPT_OK;
     return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: an error from before this call: %s", cudaGetErrorString(e));
+}
+
+/* Tells the log what makes this context slower or less exact than it could be, and why; no call fails. */
+static void mptc__say(mpt_context *ctx, const char *what, const char *why) {
+    const mpt_context_desc *host = &mptc__of(ctx)->desc.context;
+    char text[256];
+    size_t n = 0;
+    for (; *what && n + 1 < sizeof text; what++) text[n++] = *what;
+    for (; *why && n + 1 < sizeof text; why++) text[n++] = *why;
+    text[n] = 0;
+    if (host->log) host->log(MPT_LOG_INFO, text, host->user);
 }
 
 static mpt_result mptc__held_do(mpt_context *ctx);
@@ -301,9 +332,10 @@ static mpt_result mptc__enter_product(mpt_context *ctx, int for_weights) {
 static void *mptc__malloc(mpt_context *ctx, size_t bytes, int pinned) {
     void *p = NULL;
     size_t available = 0, total = 0;
-    const cudaError_t e = bytes > (size_t)-1 / 2 ? cudaErrorMemoryAllocation
-                          : pinned               ? cudaHostAlloc(&p, bytes, cudaHostAllocDefault)
-                                                 : cudaMalloc(&p, bytes);
+    cudaError_t e = cudaErrorMemoryAllocation;
+    if (bytes > (size_t)-1 / 2) p = NULL; /* CUDA would round it up to 0 */
+    else if (pinned) e = cudaHostAlloc(&p, bytes, cudaHostAllocDefault);
+    else e = cudaMalloc(&p, bytes);
     if (e == cudaSuccess) return p;
     cudaGetLastError(); /* it is told here */
     if (e != cudaErrorMemoryAllocation) {
@@ -384,12 +416,18 @@ static mpt_result mptc__slots_grow(mpt_context *ctx, mptc__slot *slots, size_t b
     return MPT_OK;
 }
 
-/* Until the host may write again to what the copy before this event read: two uploads later it nearly always may. */
+/* Until the host may write again to what the copy before this event read: two uploads later it nearly always may. The
+   caller may be recording a stream of its own, in which a query is only allowed in relaxed mode. */
 static mpt_result mptc__await(mpt_context *ctx, cudaEvent_t copied) {
-    if (cudaEventQuery(copied) == cudaSuccess) return MPT_OK;
-    cudaGetLastError(); /* "not ready" is no error */
-    MPTC__CUDA(cudaEventSynchronize(copied));
-    return MPT_OK;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    MPTC__CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+    cudaError_t e = cudaEventQuery(copied);
+    if (e == cudaErrorNotReady) {
+        cudaGetLastError();
+        e = cudaEventSynchronize(copied);
+    }
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return mptc__cuda_result(ctx, e, "cudaEventSynchronize", __LINE__);
 }
 
 static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes);
@@ -469,6 +507,7 @@ enum { MPTC__PACK = 8 };
 
 /* The hardware's casts; where they would lose the payload of a NaN, the rule of mpt.h. */
 static __device__ __forceinline__ float mptc__widen(uint32_t bits, mpt_dtype type) {
+    if (type == MPT_F32) return mpt__float(bits);
     if (type == MPT_F16 && (bits & 0x7fffu) <= 0x7c00u) return __half2float(__ushort_as_half((unsigned short)bits));
     return mpt_widen(bits, type);
 }
@@ -482,10 +521,14 @@ static __device__ __forceinline__ uint32_t mptc__narrow(float x, mpt_dtype type)
     return mpt_narrow(x, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
 }
 
+static __device__ __forceinline__ uint32_t mptc__get_bits(mpt_array a, size_t i) {
+    if (a.type == MPT_F32) return ((const uint32_t *)a.data)[i];
+    if (a.type <= MPT_BF16) return ((const uint16_t *)a.data)[i];
+    return ((const uint8_t *)a.data)[i];
+}
+
 static __device__ __forceinline__ float mptc__get(mpt_array a, size_t i) {
-    if (a.type == MPT_F32) return ((const float *)a.data)[i];
-    if (a.type <= MPT_BF16) return mptc__widen(((const uint16_t *)a.data)[i], a.type);
-    return mptc__widen(((const uint8_t *)a.data)[i], a.type);
+    return mptc__widen(mptc__get_bits(a, i), a.type);
 }
 
 static __device__ __forceinline__ void mptc__put_bits(mpt_array a, size_t i, uint32_t bits) {
@@ -785,16 +828,21 @@ template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, 
     return parts > 1 && w->out.data ? MPTC__SPREAD(mptc__fold_k, w->C * w->planes * MPTC__WARP, *w) : MPT_OK;
 }
 
-struct mptc__plain_terms { /* x(rows,C) itself */
-    enum { SUMS = 1 };
+/* x(rows,C) itself. Eight rows are added in fp32 and then to the sum in fp64, which many devices have at 1/64 of the
+   rate: a sum is off by at most 7 2^-24 of the sum of magnitudes, and 2^-24 of itself for the last rounding. */
+struct mptc__plain_terms {
+    enum { SUMS = 1, ROWS = 8 };
     typedef double real;
     mpt_array x;
     size_t C;
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
-        float v[MPTC__PACK];
-        for (; row < end; row += blockDim.y) {
-            mptc__load(x, (size_t)row * C + c, n, v);
-            MPTC__EACH(e) acc[0][e] += (double)v[e];
+        while (row < end) {
+            float v[MPTC__PACK], few[MPTC__PACK] = {0};
+            for (unsigned r = 0; r < ROWS && row < end; r++, row += blockDim.y) {
+                mptc__load(x, (size_t)row * C + c, n, v);
+                MPTC__EACH(e) few[e] += v[e];
+            }
+            MPTC__EACH(e) acc[0][e] += (double)few[e];
         }
     }
 };
@@ -901,16 +949,29 @@ static cublasLtMatmulPreferenceOpaque_t mptc__preference(const mptc__device *dev
         CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK}; /* split-K adds in fp32, if at all */
     const uint32_t value[5] = {(uint32_t)key[0], (uint32_t)key[1], (uint32_t)key[2], (uint32_t)key[2],
                                CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE};
+    const uint64_t workspace = device->products.bytes;
     cublasLtMatmulPreferenceOpaque_t p;
     cublasLtMatmulPreferenceInit(&p);
     for (int i = 0; i < 5; i++) cublasLtMatmulPreferenceSetAttribute(&p, name[i], &value[i], sizeof value[i]);
-    cublasLtMatmulPreferenceSetAttribute(&p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &device->products_bytes,
-                                         sizeof device->products_bytes);
+    cublasLtMatmulPreferenceSetAttribute(&p, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
     return p;
 }
 
-/* Can cuBLASLt do this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by shape. */
-static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, mptc__fusion *f) {
+/* The plan with this key, or the place for it: a free one or, where the table is full, the one that the hash names. */
+static mptc__plan *mptc__plan_of(mptc__device *device, const int *key) {
+    uint32_t hash = 0;
+    for (int i = 0; i < MPTC__PLAN_KEY; i++) hash = (hash ^ (uint32_t)key[i]) * 0x9e3779b1u;
+    for (uint32_t probe = 0; probe < MPTC__PLANS; probe++) {
+        mptc__plan *plan = &device->plans[((hash >> 24) + probe) % MPTC__PLANS];
+        const int unused = plan->key[0] == 0; /* an alignment is at least 1 */
+        if (unused || memcmp(plan->key, key, sizeof plan->key) == 0) return plan;
+    }
+    return &device->plans[(hash >> 24) % MPTC__PLANS];
+}
+
+/* Can cuBLASLt do this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by shape.
+   vector: the bias or where the column sums go; heuristics refuse an epilogue that reads or writes none. */
+static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, const void *vector, mptc__fusion *f) {
     mptc__device *device = mptc__of(ctx);
     const cublasComputeType_t compute = mptc__compute(ctx, op);
     const cudaDataType type = mptc__data_type(op->a.type), c_type = mptc__data_type(op->c.type);
@@ -919,25 +980,26 @@ static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, mp
         mptc__row_align(op->b, op->ldb), mptc__row_align(op->a, op->lda), mptc__row_align(op->c, op->ldc),
         (int)op->m, (int)op->n, (int)op->k, (int)op->lda, (int)op->ldb, (int)op->ldc, a_op, b_op, (int)type,
         (int)c_type, epilogue, op->beta != 0};
-    uint32_t hash = 0;
     if (!epilogue || mptc__need_ints(ctx, op) != MPT_OK) return 0;
     cublasLtMatmulDescInit(&f->desc, compute, CUDA_R_32F);
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_TRANSA, &a_op, sizeof a_op);
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_TRANSB, &b_op, sizeof b_op);
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector, sizeof vector);
     cublasLtMatrixLayoutInit(&f->a, type, op->trans_b ? op->k : op->n, op->trans_b ? op->n : op->k, (int64_t)op->ldb);
     cublasLtMatrixLayoutInit(&f->b, type, op->trans_a ? op->m : op->k, op->trans_a ? op->k : op->m, (int64_t)op->lda);
     cublasLtMatrixLayoutInit(&f->c, c_type, op->n, op->m, (int64_t)op->ldc);
-    for (int i = 0; i < MPTC__PLAN_KEY; i++) hash = (hash ^ (uint32_t)key[i]) * 0x9e3779b1u;
-    mptc__plan *plan = &device->plans[hash >> 24 & (MPTC__PLANS - 1)];
+    mptc__plan *plan = mptc__plan_of(device, key);
     if (memcmp(plan->key, key, sizeof key)) {
         cublasLtMatmulPreferenceOpaque_t preference = mptc__preference(device, key);
         cublasLtMatmulHeuristicResult_t found;
+        int answers = 0;
+        const cublasStatus_t status =
+            cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)device->cublas, &f->desc, &f->a, &f->b, &f->c, &f->c,
+                                           &preference, 1, &found, &answers);
         memcpy(plan->key, key, sizeof key);
-        plan->fuses = cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)device->cublas, &f->desc, &f->a, &f->b, &f->c,
-                                                     &f->c, &preference, 1, &found, &plan->fuses) ==
-                          CUBLAS_STATUS_SUCCESS && plan->fuses > 0 && found.state == CUBLAS_STATUS_SUCCESS;
-        plan->algo = found.algo;
+        plan->fuses = status == CUBLAS_STATUS_SUCCESS && answers > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+        if (plan->fuses) plan->algo = found.algo;
     }
     f->plan = *plan;
     return plan->fuses;
@@ -950,7 +1012,7 @@ static mpt_result mptc__fusion_run(mpt_context *ctx, const mpt_gemm_op *op, void
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector, sizeof vector);
     MPTC__CUBLAS(cublasLtMatmul((cublasLtHandle_t)device->cublas, &f->desc, &op->alpha, op->b.data, &f->a, op->a.data,
                                 &f->b, &op->beta, op->c.data, &f->c, op->c.data, &f->c, &f->plan.algo,
-                                device->products, device->products_bytes, device->stream));
+                                device->products.at, device->products.bytes, device->stream));
     return MPT_OK;
 }
 
@@ -958,8 +1020,8 @@ static mpt_result mptc__fusion_run(mpt_context *ctx, const mpt_gemm_op *op, void
 static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusion *f) {
     const mptc__sums *s = &mptc__of(ctx)->held.sums;
     return mptc__of(ctx)->held.bias && op->trans_a && op->a.data == s->dy.data && op->m == s->C && op->lda == s->C &&
-           op->k <= s->rows && s->db.type == MPT_F32 && op->c.type == MPT_F32 &&
-           mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), f);
+           op->k <= s->rows && s->db.type == MPT_F32 && op->c.type == MPT_F32 && (uintptr_t)s->db.data % 16 == 0 &&
+           mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), s->db.data, f);
 }
 
 /* It does, for its rows of dy; those of other slices still wait then. Sums that add to others are made apart first. */
@@ -985,7 +1047,8 @@ static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op) {
     mptc__held *held = &device->held;
     mptc__fusion f;
     if (mptc__takes_sums(ctx, op, &f)) return mptc__product_sums(ctx, op, &f);
-    if (mptc__fuses(ctx, op, mptc__epilogue(op, 0), &f)) return mptc__fusion_run(ctx, op, op->bias.data, &f);
+    if (mptc__fuses(ctx, op, mptc__epilogue(op, 0), op->bias.data, &f))
+        return mptc__fusion_run(ctx, op, op->bias.data, &f);
     if (mptc__needs_sums(op)) {
         MPTC__TRY(mptc__grow(ctx, &device->sums, op->m * op->n * sizeof(float)));
         const mpt_array sums = mpt_typed_array(device->sums.at, MPT_F32);
@@ -1038,7 +1101,7 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     mptc__fusion f;
     MPTC__TRY(mptc__enter_product(ctx, op.trans_a));
     MPTC__TRY(mptc__one_type(ctx, &op.a, a_count, &op.b, b_count));
-    const int sums = mptc__needs_sums(&op) && !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), &f);
+    const int sums = mptc__needs_sums(&op) && !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), op.bias.data, &f);
     const size_t slice = mptc__slice_rows(device, op.m, sums ? op.n * sizeof(float) : 0, 0);
     const mpt_gemm_op all = op;
     for (size_t row = 0; row < all.m; row += slice) {
@@ -1244,7 +1307,7 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, ld * size, fixed);
     mpt_gemm_op part = g;
     part.a.data = NULL, part.lda = ld, part.m = slice; /* scratch, as aligned as NULL is */
-    if (!for_weights && mptc__needs_sums(&g) && !mptc__fuses(ctx, &part, mptc__epilogue(&part, 0), &f))
+    if (!for_weights && mptc__needs_sums(&g) && !mptc__fuses(ctx, &part, mptc__epilogue(&part, 0), g.bias.data, &f))
         slice = mptc__slice_rows(device, slice, g.n * sizeof(float), 0);
     MPTC__TRY(mptc__grow(ctx, &device->scratch, fixed + slice * ld * size));
     char *at = device->scratch.at;
@@ -1672,7 +1735,13 @@ static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
 
 /* -- Scan: the CPU's order, a warp to a chunk -- */
 
-enum { MPTC__CHUNK = 4096, MPTC__SCAN_BLOCKS = 64 };
+enum {
+    MPTC__CHUNK = 4096,
+    MPTC__SCAN_BLOCKS = 64,
+    MPTC__SCAN_THREADS = 64, /* of a launch block: small ones, so that a short array reaches many multiprocessors */
+    MPTC__SCAN_LOADS = 16,   /* that a thread has under way */
+    MPTC__SCAN_PARTS = 8     /* chunks that a thread of the last block has under way */
+};
 
 typedef struct mptc__scan_work {
     mpt_array x;
@@ -1692,80 +1761,122 @@ static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
     sum->nan += part->nan;
 }
 
-/* One warp, elements i .. i+n: lane l squares elements l, l + 32, ...; then the lanes are added pairwise. Gradients
-   that lie between the tensors of an update count as 0. */
-static __device__ void mptc__scan_chunk(const mpt_update_op *update, float factor, mpt_array x, size_t i, unsigned n,
-                                        mpt_scan *out) {
-    const unsigned lane = threadIdx.x % MPTC__WARP, all = 0xffffffffu;
-    const int tensors = update ? update->tensors : 0;
-    unsigned inf = 0, nan = 0, first = n;
-    size_t end = update ? 0 : i + n, next = update ? 0 : end; /* of this tensor; where the next one starts */
-    int t = update ? mpt__slice_at(update->slices, tensors, i) : 0;
-    double sum = 0;
-    for (unsigned e = lane; e < n; e += MPTC__WARP) {
-        for (; i + e >= next && t < tensors; t++) {
-            end = update->slices[t].offset + update->slices[t].count;
-            next = t + 1 < tensors ? update->slices[t + 1].offset : i + n;
-        }
-        if (i + e >= end) continue;
-        float v = mptc__get(x, i + e);
+/* A thread's share of a chunk: it squares elements lane, lane + 32, ... in this order. */
+typedef struct mptc__scan_lane {
+    unsigned inf, nan, first;
+    double sum;
+    int t;            /* in a check: the tensor that it is in... */
+    size_t end, next; /* ...which ends here; where the next one starts */
+} mptc__scan_lane;
+
+/* Does element i, which follows those asked for before, lie in a tensor? Gradients between them count as 0. */
+static __device__ __forceinline__ bool mptc__scan_inside(const mpt_update_op *update, size_t n, size_t i,
+                                                         mptc__scan_lane *lane) {
+    for (; i >= lane->next && lane->t < update->tensors; lane->t++) {
+        lane->end = update->slices[lane->t].offset + update->slices[lane->t].count;
+        lane->next = lane->t + 1 < update->tensors ? update->slices[lane->t + 1].offset : n;
+    }
+    return i < lane->end;
+}
+
+/* Elements i + from + 32 j of x, j < SCAN_LOADS, which are scaled first. All loads are under way before the first value
+   is used: adding one after the other would wait for memory each time. */
+static __device__ __forceinline__ void mptc__scan_some(const mpt_update_op *update, float factor, mpt_array x, size_t i,
+                                                       unsigned from, unsigned n, mptc__scan_lane *lane) {
+    uint32_t bits[MPTC__SCAN_LOADS];
+#pragma unroll
+    for (unsigned j = 0; j < MPTC__SCAN_LOADS; j++) {
+        const unsigned e = from + j * MPTC__WARP;
+        bits[j] = e < n ? mptc__get_bits(x, i + e) : 0;
+    }
+#pragma unroll
+    for (unsigned j = 0; j < MPTC__SCAN_LOADS; j++) {
+        const unsigned e = from + j * MPTC__WARP;
+        float v = mptc__widen(bits[j], x.type);
+        if (e >= n || (update && !mptc__scan_inside(update, i + n, i + e, lane))) continue;
         if (factor != 1) {
             mptc__put(x, i + e, v * factor);
             v = mptc__get(x, i + e);
         }
         if (mpt__finite(v)) {
-            sum += (double)v * (double)v; /* exact products */
+            lane->sum += (double)v * (double)v; /* exact products */
             continue;
         }
-        if (first == n) first = e;
-        if ((mpt__bits(v) & 0x7fffffffu) == 0x7f800000u) inf++;
-        else nan++;
+        if (lane->first == n) lane->first = e;
+        if ((mpt__bits(v) & 0x7fffffffu) == 0x7f800000u) lane->inf++;
+        else lane->nan++;
     }
-    for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
-        const unsigned other = __shfl_down_sync(all, first, width);
-        sum += __shfl_down_sync(all, sum, width);
-        inf += __shfl_down_sync(all, inf, width);
-        nan += __shfl_down_sync(all, nan, width);
-        if (other < first) first = other;
-    }
-    if (lane) return;
-    out->sum_squares = sum;
-    out->inf = inf, out->nan = nan;
-    out->first = i + first;
 }
 
-/* A warp a chunk; in the last block the chunks of each of 64 parts one after the other, then the parts. */
+/* One warp, elements i .. i+n; the lanes are added pairwise at the end. */
+static __device__ __forceinline__ void mptc__scan_chunk(const mpt_update_op *update, float factor, mpt_array x,
+                                                        size_t i, unsigned n, mpt_scan *out) {
+    const unsigned thread = threadIdx.x % MPTC__WARP, all = 0xffffffffu;
+    mptc__scan_lane lane = {0, 0, n, 0, 0, 0, 0};
+    if (update) lane.t = mpt__slice_at(update->slices, update->tensors, i);
+    for (unsigned from = thread; from < n; from += MPTC__SCAN_LOADS * MPTC__WARP)
+        mptc__scan_some(update, factor, x, i, from, n, &lane);
+    for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
+        const unsigned other = __shfl_down_sync(all, lane.first, width);
+        lane.sum += __shfl_down_sync(all, lane.sum, width);
+        lane.inf += __shfl_down_sync(all, lane.inf, width);
+        lane.nan += __shfl_down_sync(all, lane.nan, width);
+        if (other < lane.first) lane.first = other;
+    }
+    if (thread) return;
+    out->sum_squares = lane.sum;
+    out->inf = lane.inf;
+    out->nan = lane.nan;
+    out->first = i + lane.first;
+}
+
+/* Chunks begin .. end one after the other, SCAN_PARTS of them being loaded at a time */
+static __device__ mpt_scan mptc__scan_parts(const mpt_scan *parts, size_t begin, size_t end, size_t n) {
+    mpt_scan sum = MPT_ZERO;
+    sum.first = n;
+    for (; begin < end; begin += MPTC__SCAN_PARTS) {
+        mpt_scan part[MPTC__SCAN_PARTS];
+#pragma unroll
+        for (unsigned j = 0; j < MPTC__SCAN_PARTS; j++) {
+            const mpt_scan *from = &parts[begin + j < end ? begin + j : begin];
+            part[j].sum_squares = __ldcg(&from->sum_squares);
+            part[j].inf = __ldcg((const unsigned long long *)&from->inf);
+            part[j].nan = __ldcg((const unsigned long long *)&from->nan);
+            part[j].first = __ldcg((const unsigned long long *)&from->first);
+        }
+#pragma unroll
+        for (unsigned j = 0; j < MPTC__SCAN_PARTS; j++)
+            if (begin + j < end) mptc__scan_join(&sum, &part[j]);
+    }
+    return sum;
+}
+
+/* A warp a chunk; in the last block the chunks of each of at most 64 parts one after the other, then the parts. Over 64
+   registers: the parts that a thread of the last block has under way, of which few threads make use. */
 static __global__ void mptc__scan_k(mptc__scan_work w) {
     __shared__ mpt_scan parts[MPTC__SCAN_BLOCKS];
     __shared__ int unsound; /* pending values that are inf or NaN */
     const size_t each = (w.chunks + MPTC__SCAN_BLOCKS - 1) / MPTC__SCAN_BLOCKS;
+    const unsigned used = each ? (unsigned)((w.chunks + each - 1) / each) : 1;
     for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
         const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
         const unsigned some = left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK;
-        mptc__scan_chunk(w.update.state ? &w.update : NULL, w.factor, w.x, i, some, &w.parts[chunk]);
+        if (w.update.state) mptc__scan_chunk(&w.update, 1, w.x, i, some, &w.parts[chunk]);
+        else if (w.factor == 1) mptc__scan_chunk(NULL, 1, w.x, i, some, &w.parts[chunk]);
+        else mptc__scan_chunk(NULL, w.factor, w.x, i, some, &w.parts[chunk]);
     }
     if (!mptc__last_block(w.ticket)) return;
     if (threadIdx.x == 0) unsound = 0;
     __syncthreads();
-    for (size_t i = threadIdx.x; w.update.state && i < w.update.commits; i += MPTC__THREADS)
+    for (size_t i = threadIdx.x; w.update.state && i < w.update.commits; i += blockDim.x)
         if (!mpt__finite(w.update.pending[i])) atomicAdd(&unsound, 1);
-    if (threadIdx.x < MPTC__SCAN_BLOCKS) {
+    if (threadIdx.x < used) {
         const size_t begin = threadIdx.x * each, end = begin + each < w.chunks ? begin + each : w.chunks;
-        mpt_scan sum = MPT_ZERO;
-        sum.first = w.n;
-        for (size_t chunk = begin; chunk < end; chunk++) {
-            mpt_scan part;
-            part.sum_squares = __ldcg(&w.parts[chunk].sum_squares);
-            part.inf = __ldcg((const unsigned long long *)&w.parts[chunk].inf);
-            part.nan = __ldcg((const unsigned long long *)&w.parts[chunk].nan);
-            part.first = __ldcg((const unsigned long long *)&w.parts[chunk].first);
-            mptc__scan_join(&sum, &part);
-        }
-        parts[threadIdx.x] = sum;
+        parts[threadIdx.x] = mptc__scan_parts(w.parts, begin, end, w.n);
     }
     __syncthreads();
     if (threadIdx.x) return;
-    for (unsigned b = 1; b < MPTC__SCAN_BLOCKS; b++) mptc__scan_join(&parts[0], &parts[b]);
+    for (unsigned b = 1; b < used; b++) mptc__scan_join(&parts[0], &parts[b]);
     if (!w.update.state) *w.out = parts[0];
     else mpt__state_checked(&w.update, &parts[0], !unsound);
 }
@@ -1784,7 +1895,9 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     w.parts = w.out + 1;
     if (update) w.update = *update;
     w.ticket = device->ticket;
-    return MPTC__SPREAD(mptc__scan_k, w.chunks * MPTC__WARP, w);
+    const size_t blocks = mptc__divide_up(w.chunks * MPTC__WARP, MPTC__SCAN_THREADS);
+    const size_t most = (size_t)device->processors * (MPTC__BLOCKS_EACH * MPTC__THREADS / MPTC__SCAN_THREADS);
+    return MPTC__LAUNCH(mptc__scan_k, (unsigned)mptc__min(blocks ? blocks : 1, most), MPTC__SCAN_THREADS, w);
 }
 
 static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host) {
@@ -2156,9 +2269,13 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
         if (skip) op.pending[i] = op.committed[i];
         else op.committed[i] = op.pending[i];
     }
-    if (meter.moved) {
-        atomicAdd(&total->moved, meter.moved);
-        atomicAdd(&total->lost, meter.lost);
+    if (op.desc.meter) { /* one atomic a warp: all of them go to one address */
+        meter.moved = mptc__warp_sum(meter.moved);
+        meter.lost = mptc__warp_sum(meter.lost);
+        if (meter.moved && threadIdx.x % MPTC__WARP == 0) {
+            atomicAdd(&total->moved, meter.moved);
+            atomicAdd(&total->lost, meter.lost);
+        }
     }
     if (!mptc__last_block(ticket) || threadIdx.x) return;
     if (!skip) {
@@ -2243,7 +2360,8 @@ static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const 
    second records them as two graphs that read one feed each, and from then on they are made and left out, until scale,
    the last, launches the graph of the feed that this step's uploads went to: on a stream of their own, while the step
    before still reads the other feed. What differs between steps is in device memory: scale, learning rates, counters. A
-   step that cannot be recorded (the stream is the default one, memory is short) goes on being launched call by call. */
+   step that cannot be recorded is launched call by call, and the next one tried again: what broke the recording may
+   have been another thread's call or a shortage of memory. The third failure is the last. */
 
 static mpt_result mptc__held_do(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
@@ -2309,33 +2427,44 @@ static mpt_result mptc__step_record(mpt_context *ctx, int again) {
     return MPT_OK;
 }
 
+/* Recording failed, and this is why. */
+static void mptc__record_failed(mpt_context *ctx, const char *why) {
+    mptc__graph *graph = mptc__of(ctx)->step.graph;
+    const int last = ++graph->failures == MPTC__TRIES;
+    mptc__say(ctx, last ? "cuda: training steps are not recorded any more, which failed three times: "
+                        : "cuda: a training step could not be recorded and is launched call by call: ", why);
+    cudaGetLastError(); /* it is no error of the step */
+}
+
 static mpt_result mptc__begin(mpt_context *ctx, const mpt_update_op *op, const void *staging) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
-    const int again = step->again;
+    const int again = step->again, failed = step->failed;
     memset(step, 0, sizeof *step); /* first: whatever fails from here on asks for no other try */
     MPTC__TRY(mptc__enter(ctx));
     step->open = 1;
     step->staging = staging;
     step->graph = mptc__graph_of(device, op);
-    if (device->desc.no_graph || step->graph->refused || !step->graph->fed) return MPT_OK;
-    step->graph->refused = mptc__step_record(ctx, again) != MPT_OK;
-    cudaGetLastError(); /* a refusal is no error: the step is launched call by call */
+    if (device->desc.no_graph || failed || step->graph->failures >= MPTC__TRIES || !step->graph->fed) return MPT_OK;
+    if (mptc__step_record(ctx, again) != MPT_OK) mptc__record_failed(ctx, mpt_why(ctx));
     return MPT_OK;
 }
 
-/* Ends a recording, which failed if a call did. */
-static void mptc__record_end(mptc__device *device, int failed) {
+/* Ends a recording, which failed if a call did: then `why` is the reason, else NULL. */
+static void mptc__record_end(mpt_context *ctx, const char *why) {
+    mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
+    cudaGraphExec_t *exec = &step->graph->exec[step->reads];
     cudaGraph_t graph = NULL;
-    failed |= cudaStreamEndCapture(device->stream, &graph) != cudaSuccess;
-    failed = failed || cudaGraphInstantiateWithFlags(&step->graph->exec[step->reads], graph, 0) != cudaSuccess;
+    cudaError_t e = cudaStreamEndCapture(device->stream, &graph);
+    if (e == cudaSuccess && !why) e = cudaGraphInstantiateWithFlags(exec, graph, 0);
     if (graph) cudaGraphDestroy(graph);
-    if (failed) step->graph->exec[step->reads] = NULL;
-    step->graph->refused = failed;
-    step->again = failed || step->reads != step->turn;
+    step->failed = e != cudaSuccess || why;
+    step->again = step->failed || step->reads != step->turn;
     step->mode = MPTC__DIRECT;
-    cudaGetLastError();
+    if (!step->failed) return;
+    *exec = NULL;
+    mptc__record_failed(ctx, why ? why : cudaGetErrorString(e));
 }
 
 /* All calls of the step are made: a recorded one starts. */
@@ -2346,7 +2475,7 @@ static mpt_result mptc__step_close(mpt_context *ctx) {
     if (!step->open) return MPT_OK;
     const int direct = step->mode == MPTC__DIRECT;
     if (direct) step->graph->fed = step->fed;
-    if (step->mode == MPTC__RECORD) mptc__record_end(device, 0);
+    if (step->mode == MPTC__RECORD) mptc__record_end(ctx, NULL);
     step->mode = MPTC__DIRECT;
     if (direct || step->again) return MPT_OK;
     MPTC__CUDA(cudaStreamWaitEvent(device->stream, feed->copied, 0));
@@ -2357,7 +2486,7 @@ static mpt_result mptc__step_close(mpt_context *ctx) {
 
 static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
     mptc__device *device = mptc__of(ctx);
-    if (device->step.mode == MPTC__RECORD) mptc__record_end(device, 1);
+    if (device->step.mode == MPTC__RECORD) mptc__record_end(ctx, mpt_why(ctx));
     memset(&device->held, 0, sizeof device->held);
     device->step.mode = MPTC__DIRECT;
     device->step.open = 0;
@@ -2367,15 +2496,35 @@ static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
 
 /* ==== TABLE ==== */
 
-struct mptc__visit { /* a device is current while this lives, then the caller's again */
-    int home, device;
-    explicit mptc__visit(int number) : home(number), device(number) {
-        if (cudaGetDevice(&home) == cudaSuccess && (home == device || cudaSetDevice(device) == cudaSuccess)) return;
-        home = device;
+/* Has anybody made a context on this device? cudaSetDevice makes one, which takes some hundred megabytes. */
+static int mptc__has_context(mptc__device *device, int number) {
+    unsigned flags = 0;
+    int active = 1;
+    if (!device->context_state) {
+        void *entry = NULL;
+#if CUDART_VERSION >= 12050
+        cudaDriverEntryPointQueryResult found;
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &entry, 11000, cudaEnableDefault, &found);
+#else
+        cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &entry, cudaEnableDefault);
+#endif
+        memcpy(&device->context_state, &entry, sizeof entry);
+    }
+    return !device->context_state || device->context_state(number, &flags, &active) != 0 || active;
+}
+
+struct mptc__visit { /* the context's device is current while this lives, then the caller's, if it is in use, again */
+    int home;
+    bool back;
+    explicit mptc__visit(mptc__device *device) : home(0), back(false) {
+        const int number = device->desc.device;
+        if (cudaGetDevice(&home) == cudaSuccess && home == number) return;
+        const int used = mptc__has_context(device, home);
+        back = cudaSetDevice(number) == cudaSuccess && used;
         cudaGetLastError(); /* the calls that follow fail as well, and tell */
     }
     ~mptc__visit() {
-        if (home != device) cudaSetDevice(home);
+        if (back) cudaSetDevice(home);
     }
 };
 
@@ -2383,7 +2532,7 @@ struct mptc__visit { /* a device is current while this lives, then the caller's 
 template <typename type> struct mptc__visiting;
 template <typename result, typename... types> struct mptc__visiting<result (*)(mpt_context *, types...)> {
     template <result (*call)(mpt_context *, types...)> static result run(mpt_context *ctx, types... arguments) {
-        const mptc__visit visit(mptc__of(ctx)->desc.device);
+        const mptc__visit visit(mptc__of(ctx));
         return call(ctx, arguments...);
     }
 };
@@ -2410,22 +2559,41 @@ static void mptc__close(mpt_context *ctx) {
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
     cudaFreeHost(device->stuck);
-    cudaFree(device->scratch.at), cudaFree(device->casts.at), cudaFree(device->sums.at);
-    cudaFree(device->products), cudaFree(device->zeros);
+    cudaFree(device->scratch.at);
+    cudaFree(device->casts.at);
+    cudaFree(device->sums.at);
+    cudaFree(device->products.at);
+    cudaFree(device->zeros);
     if (device->stream && !device->desc.stream) cudaStreamDestroy(device->stream);
     if (host.release) host.release(device, sizeof *device, host.user);
     else free(device);
 }
 
-static const mpt_backend *mptc__backend(void) {
-    static const mpt_backend table = {
-        "cuda", NULL, 0, MPTC__VISIT(mptc__close), MPTC__VISIT(mptc__alloc), MPTC__VISIT(mptc__release),
-        MPTC__VISIT(mptc__upload), MPTC__VISIT(mptc__download), MPTC__VISIT(mptc__zero), MPTC__VISIT(mptc__scan),
-        MPTC__VISIT(mptc__histogram), MPTC__VISIT(mptc__map), MPTC__VISIT(mptc__gemm), MPTC__VISIT(mptc__conv2d),
-        MPTC__VISIT(mptc__column_sums), MPTC__VISIT(mptc__copy_columns), MPTC__VISIT(mptc__pool2d),
-        MPTC__VISIT(mptc__norm), MPTC__VISIT(mptc__loss), MPTC__VISIT(mptc__check), MPTC__VISIT(mptc__update),
-        MPTC__VISIT(mptc__scale), MPTC__VISIT(mptc__begin), MPTC__VISIT(mptc__end)};
-    return &table;
+static mpt_backend mptc__backend(void) {
+    mpt_backend table = MPT_ZERO;
+    table.name = "cuda";
+    table.close = MPTC__VISIT(mptc__close);
+    table.alloc = MPTC__VISIT(mptc__alloc);
+    table.release = MPTC__VISIT(mptc__release);
+    table.upload = MPTC__VISIT(mptc__upload);
+    table.download = MPTC__VISIT(mptc__download);
+    table.zero = MPTC__VISIT(mptc__zero);
+    table.scan = MPTC__VISIT(mptc__scan);
+    table.histogram = MPTC__VISIT(mptc__histogram);
+    table.map = MPTC__VISIT(mptc__map);
+    table.gemm = MPTC__VISIT(mptc__gemm);
+    table.conv2d = MPTC__VISIT(mptc__conv2d);
+    table.column_sums = MPTC__VISIT(mptc__column_sums);
+    table.copy_columns = MPTC__VISIT(mptc__copy_columns);
+    table.pool2d = MPTC__VISIT(mptc__pool2d);
+    table.norm = MPTC__VISIT(mptc__norm);
+    table.loss = MPTC__VISIT(mptc__loss);
+    table.check = MPTC__VISIT(mptc__check);
+    table.update = MPTC__VISIT(mptc__update);
+    table.scale = MPTC__VISIT(mptc__scale);
+    table.begin = MPTC__VISIT(mptc__begin);
+    table.end = MPTC__VISIT(mptc__end);
+    return table;
 }
 
 /* Is there such a device, and has this build code for it? */
@@ -2440,6 +2608,27 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
     MPTC__CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, device->desc.device));
     MPTC__CUDA(cudaFuncGetAttributes(&attributes, mptc__map_k));
     return MPT_OK;
+}
+
+/* *wrong = 1 where plain arithmetic is not IEEE's: -ftz flushes subnormals, -prec-div=false and -prec-sqrt=false round
+   otherwise; --use_fast_math is all three. No macro tells. */
+static __global__ void mptc__arithmetic_k(float subnormal, float half, unsigned *wrong) {
+    unsigned bad = mpt__bits(subnormal * half) != mpt__bits(subnormal) / 2;
+    for (unsigned i = 1; i < 64; i++) {
+        const float x = half * (float)i;
+        bad |= mpt__bits(x / 7.0f) != mpt__bits(__fdiv_rn(x, 7.0f));
+        bad |= mpt__bits(sqrtf(x)) != mpt__bits(__fsqrt_rn(x));
+    }
+    *wrong = bad;
+}
+
+static mpt_result mptc__open_arithmetic(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    unsigned wrong = 0;
+    MPTC__TRY(MPTC__LAUNCH(mptc__arithmetic_k, 1, 1, mpt__float(2u), 0.5f, device->ticket));
+    MPTC__TRY(mptc__download(ctx, &wrong, device->ticket, sizeof wrong));
+    if (wrong) mptc__say(ctx, "cuda: built with --use_fast_math or -ftz=true: ", "results are not those of the manual");
+    return mptc__zero(ctx, device->ticket, sizeof wrong);
 }
 
 static mpt_result mptc__open_stream(mpt_context *ctx) {
@@ -2462,12 +2651,9 @@ static mpt_result mptc__open_stream(mpt_context *ctx) {
 static mpt_result mptc__open_cublas(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     const cublasMath_t math = (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION);
-    size_t bytes;
     int major = 0;
     MPTC__CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->desc.device));
-    bytes = (size_t)(major >= 9 ? 32 : 4) << 20; /* as NVIDIA advises */
-    device->products = mptc__malloc(ctx, bytes, 0);
-    if (!device->products) return MPT_ERROR_NO_MEMORY;
+    MPTC__TRY(mptc__grow(ctx, &device->products, (size_t)(major >= 9 ? 32 : 4) << 20)); /* as NVIDIA advises */
     if (device->desc.cublas) {
         const cublasHandle_t user = (cublasHandle_t)device->desc.cublas;
         MPTC__CUBLAS(cublasGetStream(user, &device->user_stream));
@@ -2478,7 +2664,7 @@ static mpt_result mptc__open_cublas(mpt_context *ctx) {
         MPTC__CUBLAS(cublasCreate(&device->cublas));
     }
     MPTC__CUBLAS(cublasSetStream(device->cublas, device->stream));
-    MPTC__CUBLAS(cublasSetWorkspace(device->cublas, device->products, bytes));
+    MPTC__CUBLAS(cublasSetWorkspace(device->cublas, device->products.at, device->products.bytes));
     MPTC__CUBLAS(cublasSetMathMode(device->cublas, math));
     MPTC__CUBLAS(cublasSetPointerMode(device->cublas, CUBLAS_POINTER_MODE_HOST));
     return MPT_OK;
@@ -2492,7 +2678,8 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
     if (!desc.workspace) desc.workspace = (size_t)64 << 20;
     device = (mptc__device *)(desc.context.alloc && desc.context.release
                                   ? desc.context.alloc(sizeof *device, desc.context.user) : malloc(sizeof *device));
-    ctx = device ? mpt_open_backend(&desc.context, mptc__backend(), device) : NULL;
+    const mpt_backend table = mptc__backend();
+    ctx = device ? mpt_open_backend(&desc.context, &table, device) : NULL;
     if (!ctx) {
         if (!device && desc.context.log) desc.context.log(MPT_LOG_ERROR, "cuda: out of memory", desc.context.user);
         if (device && desc.context.alloc && desc.context.release)
@@ -2502,8 +2689,12 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
     }
     memset(device, 0, sizeof *device);
     device->desc = desc;
-    const mptc__visit visit(desc.device);
-    if (mptc__open_device(ctx) != MPT_OK || mptc__open_stream(ctx) != MPT_OK || mptc__open_cublas(ctx) != MPT_OK) {
+    const mptc__visit visit(device);
+    mpt_result opened = mptc__open_device(ctx);
+    if (opened == MPT_OK) opened = mptc__open_stream(ctx);
+    if (opened == MPT_OK) opened = mptc__open_arithmetic(ctx);
+    if (opened == MPT_OK) opened = mptc__open_cublas(ctx);
+    if (opened != MPT_OK) {
         mpt_close(ctx);
         return NULL;
     }

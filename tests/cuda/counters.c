@@ -1,6 +1,7 @@
 /* counters.c - what a training step asks of CUDA, told by the runner's counters over steps 3 to 12: launches and cuBLAS
    calls where every kernel is launched by itself, one graph launch where steps are recorded; in both no
-   synchronisation, no allocation, no bytes to the device but the batch. Skipped where nobody counts. */
+   synchronisation, no allocation, no question to cuBLASLt's heuristics, no product without a workspace, no bytes to the
+   device but the batch. Skipped where nobody counts. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* RTLD_DEFAULT; nvcc defines it already */
 #endif
@@ -17,7 +18,8 @@ enum { BATCH = 64, SIDE = 28, CLASSES = 10, FIRST = 3, LAST = 12 };
 static const char *const names[] = {"kernel_launches", "cublas_calls",   "cublas_gemms", "memcpy_h2d_bytes",
                                     "memset",          "graph_launches", "sync_device",  "sync_stream",
                                     "sync_event",      "sync_memcpy",    "sync_memset",  "sync_free",
-                                    "mallocs",         "malloc_async",   "frees",        "host_allocs"};
+                                    "mallocs",         "malloc_async",   "frees",        "host_allocs",
+                                    "lt_heuristics",   "lt_no_workspace"};
 enum { KERNELS = 0, PRODUCTS, GEMMS, UPLOADED, CLEARED, GRAPHS, FORBIDDEN, COUNTERS = sizeof names / sizeof *names };
 
 static void mlp(mpt_model *net) {

@@ -2,43 +2,88 @@
 # Usage: [CUDACPU=FOLDER] [NVCC=nvcc] tests/cuda/run.sh [TEST.c...]
 # Builds the tests with nvcc and runs them with device = cuda: on a GPU if there is one, else on the runner whose
 # sources are in CUDACPU. With neither it compiles and links for all architectures and says that nothing was run.
+#
+# Both headers are compiled once and linked to the tests, which only include them. A test that names mpt__ has the CPU's
+# half to itself, one that names mptc__ or stands before the CUDA calls has both.
 NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
-flags="-x cu -O2 -std=c++17 -Xcompiler -Wall,-Wextra -lineinfo -DMPT_TEST_CUDA -DMPT_TRAINER_CUDA -I."
+warnings="-Wall,-Wextra"
+defines="-DMPT_TEST_CUDA -DMPT_TRAINER_CUDA -I."
 mkdir -p "$build" || exit 1
 [ $# -gt 0 ] || set -- tests/unit/*.c tests/parity/*.c tests/train/*.c tests/cuda/*.c tests/bench/bench_cuda.c
 
 command -v "$NVCC" >/dev/null || { echo "no nvcc: nothing was compiled"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 
+libraries="-lcublas -lcublasLt"
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then
-    target="-arch=native" libraries="-lcublas -lcublasLt"
+    target="-arch=native"
 elif [ -n "${CUDACPU:-}" ]; then
     runner=$PWD/$build/runner
     make -s -C "$CUDACPU" BUILD="$runner" >/dev/null || exit 1
-    target="-gencode arch=compute_80,code=compute_80 -cudart none"
-    libraries="-L$runner -lcudacpu -Xlinker -rpath -Xlinker $runner"
-    flags="$flags -DMPT_TEST_RUNNER"
+    target="-gencode arch=compute_75,code=compute_75 -cudart none"
+    libraries="$build/runner.o -L$runner -lcudacpu -Xlinker -rpath -Xlinker $runner"
+    defines="$defines -DMPT_TEST_RUNNER"
 else
-    target= libraries="-lcublas -lcublasLt"
-    for n in 75 80 86 89 90 100 120; do
-        "$NVCC" --list-gpu-code | grep -qx "sm_$n" || continue
-        target="$target -gencode arch=compute_$n,code=sm_$n" newest=$n
-    done
-    target="$target -gencode arch=compute_$newest,code=compute_$newest --threads 2"
-    set -- tests/cuda/parity.c
-fi
-
-programs=
-for source; do
-    program=$build/$(echo "$source" | tr / - | sed 's/\.c$//')
+    printf '#include "mpt_cuda.cuh"\nint main(void) { return mpt_cuda_open(NULL) != NULL; }\n' >"$build/all.cu"
     # shellcheck disable=SC2086
-    "$NVCC" $flags $target "$source" -o "$program" $libraries || { echo "$source does not compile"; exit 1; }
-    programs="$programs $program"
-done
-if [ "$libraries" = "-lcublas -lcublasLt" ] && [ "$target" != "-arch=native" ]; then
+    "$NVCC" -O2 -std=c++17 -Xcompiler $warnings -arch=all-major -DMPT_IMPLEMENTATION -I. --threads 2 "$build/all.cu" \
+        -o "$build/all" $libraries || exit 1
     echo "no GPU and no CUDACPU: compiled and linked for all architectures, and nothing was run"
     echo "1 passed, 0 failed, 1 skipped"
     exit 0
 fi
+
+# newer OUTPUT FILE...: is the output there, newer than all files, and made with these flags?
+made="$target $defines"
+newer() {
+    output=$1
+    shift
+    [ -e "$output" ] && [ -z "$(find "$@" -newer "$output")" ] && [ "$(cat "$build/made" 2>/dev/null)" = "$made" ]
+}
+
+# compile OUTPUT SOURCE FLAGS...: an object, by nvcc if the source is to be read as CUDA
+compile() {
+    object=$1 source=$2
+    shift 2
+    # shellcheck disable=SC2086
+    "$NVCC" "$@" -O2 -std=c++17 -Xcompiler $warnings $target $defines -c "$source" -o "$object" && return
+    echo "$source does not compile"
+    rm -f "$object"
+    return 1
+}
+
+headers="mpt.h mpt_tools.h mpt_cuda.cuh"
+cpu=$build/cpu.o cuda=$build/cuda.o
+if ! newer "$cuda" $headers; then
+    printf '#include "mpt_cuda.cuh"\n' >"$build/cuda.cu"
+    compile "$cuda" "$build/cuda.cu" -x cu -lineinfo -DMPT_CUDA_IMPLEMENTATION &
+    compiling=$!
+fi
+if ! newer "$cpu" $headers; then
+    printf '#include "mpt.h"\n#include "mpt_tools.h"\n' >"$build/cpu.cpp"
+    compile "$cpu" "$build/cpu.cpp" -x c++ -DMPT_IMPLEMENTATION || exit 1
+fi
+if [ -n "${runner:-}" ] && ! newer "$build/runner.o" tests/cuda/runner.cpp; then
+    compile "$build/runner.o" tests/cuda/runner.cpp -x c++ || exit 1
+fi
+[ -z "${compiling:-}" ] || wait "$compiling" || exit 1
+
+declared="-DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED -include cuda_runtime.h"
+programs=
+for source; do
+    program=$build/$(echo "$source" | tr / - | sed 's/\.c$//')
+    programs="$programs $program"
+    newer "$program" $headers "$source" tests/*.h tests/*/*.h examples/*.h examples/*.c && continue
+    if grep -qE 'mptc__|define cuda' "$source"; then
+        flags="-x cu -lineinfo" objects=
+    elif grep -q 'mpt__' "$source"; then
+        flags="-x c++ -include cuda_runtime.h" objects=$cuda
+    else
+        flags="-x c++ $declared" objects="$cpu $cuda"
+    fi
+    # shellcheck disable=SC2086
+    compile "$program.o" "$source" $flags && "$NVCC" $target "$program.o" $objects -o "$program" $libraries || exit 1
+done
+echo "$made" >"$build/made"
 # shellcheck disable=SC2086
 BUILD=$build sh tests/run.sh $programs
