@@ -6,7 +6,7 @@ NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
 passed=0 failed=0
 wide="map_k finish_k norm_map_k update_k pool_forward_k pool_backward_k depthwise_k gather_kI5uint4"
-over="columns_k norm_map_k norm_backward_k update_k depthwise_k pool_forward_k" # see their comments
+over="scan_k columns_k norm_map_k norm_backward_k update_k depthwise_k pool_forward_k" # see their comments
 
 check() { # MESSAGE COMMAND...
     message=$1

@@ -6,14 +6,16 @@
 #include <cublasLt.h>
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "../check.h"
 
 /* ==== DRIVER ==== */
 
-enum { BLOCKS = 512 };
+enum { BLOCKS = 512, DEVICES = 16 };
 
 typedef struct driver_block {
     void *at;
@@ -28,6 +30,8 @@ typedef struct driver_state {
     driver_block block[BLOCKS]; /* at NULL: free */
     long objects;               /* streams, events, graphs and handles that live */
     size_t refused, left;       /* bytes of the last allocation on the device that failed; what was free then */
+    int active[DEVICES];        /* there is a context on this device */
+    int unrecorded, recorded;   /* recordings that are still to fail, that were made */
 } driver_state;
 
 static driver_state driver;
@@ -122,7 +126,9 @@ static cudaError_t driver_capture_end(cudaStream_t stream, cudaGraph_t *graph) {
 
 static cudaError_t driver_instantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags) {
     if (driver_fails()) return driver_error(cudaErrorMemoryAllocation);
+    if (driver.unrecorded && driver.unrecorded--) return driver_error(cudaErrorStreamCaptureInvalidated);
     driver.objects++;
+    driver.recorded++;
     return cudaGraphInstantiateWithFlags(exec, graph, flags);
 }
 
@@ -130,6 +136,25 @@ static cublasStatus_t driver_cublas(cublasHandle_t *handle) {
     if (driver_fails()) return CUBLAS_STATUS_ALLOC_FAILED;
     driver.objects++;
     return cublasCreate(handle);
+}
+
+static cudaError_t driver_set_device(int device) {
+    if (driver.absent) return driver_error(driver.absent);
+    if (device >= 0 && device < DEVICES) driver.active[device] = 1;
+    return cudaSetDevice(device);
+}
+
+static int driver_context_state(int device, unsigned *flags, int *active) {
+    *flags = 0;
+    *active = driver.active[device];
+    return 0;
+}
+
+static cudaError_t driver_entry(const char *symbol, void **entry) {
+    int (*const state)(int, unsigned *, int *) = driver_context_state;
+    CHECK(strcmp(symbol, "cuDevicePrimaryCtxGetState") == 0);
+    memcpy(entry, &state, sizeof state);
+    return cudaSuccess;
 }
 
 /* Nothing was kept, and no error is left for the next call. */
@@ -142,7 +167,9 @@ static int driver_clean(void) {
 #undef cublasCreate
 #undef cublasDestroy
 #define cudaGetDevice(device) (driver.absent ? driver_error(driver.absent) : cudaGetDevice(device))
-#define cudaSetDevice(device) (driver.absent ? driver_error(driver.absent) : cudaSetDevice(device))
+#define cudaSetDevice(device) driver_set_device(device)
+#define cudaGetDriverEntryPoint(symbol, entry, flags) driver_entry(symbol, entry)
+#define cudaGetDriverEntryPointByVersion(symbol, entry, version, flags, found) ((void)(found), driver_entry(symbol, entry))
 #define cudaGetDeviceCount(count) (driver.absent ? driver_error(driver.absent) : cudaGetDeviceCount(count))
 #define cudaGetLastError() driver_last()
 #define cudaMalloc(p, bytes) driver_malloc((void **)(p), bytes)
@@ -163,7 +190,7 @@ static int driver_clean(void) {
 
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../check.h"
+#include "../../mpt_cuda.cuh"
 
 /* ==== A TRAINING ==== whose calls may fail once each for want of memory, and are made again then */
 
@@ -183,6 +210,8 @@ typedef struct training {
     mpt_model *net;
     test_counter host;
     char text[TEXT]; /* the last error that the log was told */
+    char last[TEXT]; /* the last recording that failed, and... */
+    int said;        /* ...how many did, as the log was told */
     int step, failures;
     outcome out;
 } training;
@@ -196,7 +225,12 @@ static int at_home(void) {
 
 static void keep_text(mpt_log_level level, const char *text, void *user) {
     training *t = (training *)((char *)user - offsetof(training, host));
-    if (level == MPT_LOG_ERROR) snprintf(t->text, TEXT, "%s", text);
+    if (level == MPT_LOG_ERROR) {
+        snprintf(t->text, TEXT, "%s", text);
+    } else if (strstr(text, "recorded")) {
+        snprintf(t->last, TEXT, "%s", text);
+        t->said++;
+    }
 }
 
 /* Of this user's device, stream and handle */
@@ -346,6 +380,41 @@ static void test_huge_array(void) {
     free(t);
 }
 
+/* ==== ERRORS OF OTHERS ==== */
+
+/* "Not ready", which the caller's query was told, fails no call of ours; an error does, once, and is told as theirs. */
+static void test_left_errors(void) {
+    training *t = training_new(1, NULL);
+    int step;
+    training_start(t);
+    for (step = 0; step < STEPS; step++) {
+        driver.last = cudaErrorNotReady;
+        training_go_on(t);
+    }
+    driver.last = cudaErrorInvalidValue;
+    CHECK(mpt_alloc(t->ctx, 4) == NULL && test_has_word(mpt_why(t->ctx), "before"));
+    training_end(t);
+    free(t);
+}
+
+/* Recording fails once, twice, three times, and is tried again until then; the steps train to the same bits, and the
+   log is told each time. */
+static void test_recordings(const training *expected) {
+    int fails;
+    for (fails = 0; fails <= 4; fails++) {
+        training *t;
+        driver.recorded = 0, driver.unrecorded = fails;
+        t = trained(expected->seed, NULL);
+        CHECK_EQUAL(driver.recorded, fails < 3 ? 2 : 0);
+        CHECK_EQUAL(driver.unrecorded, fails < 3 ? 0 : fails - 3);
+        CHECK_EQUAL(t->said, fails < 3 ? fails : 3);
+        CHECK(!fails || strstr(t->last, cudaGetErrorString(cudaErrorStreamCaptureInvalidated)));
+        CHECK((strstr(t->last, "any more") != NULL) == (fails >= 3));
+        CHECK(driver_clean() && same(expected, t));
+    }
+    driver.unrecorded = 0;
+}
+
 /* ==== NO DEVICE ==== */
 
 static void check_refused(const mpt_cuda_desc *desc, const char *what, const char *why) {
@@ -457,29 +526,47 @@ static void test_contexts(int devices) {
     CHECK(driver_clean());
 }
 
-/* This program again, with every device hidden */
-static int passes_without_device(const char *program) {
+/* A context on the second device of a program that has used none makes no context on the first one. */
+static int test_second_device(void) {
+    void *found = dlsym(RTLD_DEFAULT, "cudacpu_counter");
+    unsigned long long (*counter)(const char *name);
+    mpt_cuda_desc desc = MPT_ZERO;
+    memcpy(&counter, &found, sizeof counter);
+    desc.device = 1, home = 1; /* current from the first call on */
+    free(trained(1, &desc));
+    CHECK(!driver.active[0] && driver.active[1]);
+    if (counter) CHECK_EQUAL(counter("contexts_created"), 1);
+    return test_counts.failed != 0;
+}
+
+/* This program again, in another world */
+static int passes(const char *program, const char *environment, const char *mode) {
     char command[TEXT];
-    snprintf(command, sizeof command, "CUDA_VISIBLE_DEVICES= CUDACPU_NO_DEVICE=1 '%s' no-device", program);
+    snprintf(command, sizeof command, "%s '%s' %s", environment, program, mode);
     return system(command) == 0;
 }
 
 int main(int count, char **arguments) {
     training *expected;
     int devices = 0;
+    if (count > 1 && strcmp(arguments[1], "second-device") == 0) return test_second_device();
     if (count > 1) {
         check_refused(NULL, "cudaGetDeviceCount", cudaGetErrorString(cudaErrorNoDevice));
         return test_counts.failed != 0;
     }
     setenv("CUDACPU_DEVICES", "2", 0); /* of the runner; a GPU knows nothing of it */
     CHECK(cudaGetDeviceCount(&devices) == cudaSuccess);
-    CHECK(passes_without_device(arguments[0]));
+    CHECK(passes(arguments[0], "CUDA_VISIBLE_DEVICES= CUDACPU_NO_DEVICE=1", "no-device"));
+    if (devices > 1) CHECK(passes(arguments[0], "", "second-device"));
+    CHECK(cudaSetDevice(home) == cudaSuccess);
     expected = trained(1, NULL);
     CHECK(driver_clean() && expected->failures == 0);
     CHECK(expected->out.skipped > 0 && expected->out.skipped < STEPS); /* some change weights, others do not */
     test_no_device(devices);
     test_handle(expected);
     test_huge_array();
+    test_left_errors();
+    test_recordings(expected);
     test_small_device(expected);
     test_failing_calls(expected);
     test_contexts(1);
