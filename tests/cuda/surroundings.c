@@ -169,7 +169,8 @@ static int driver_clean(void) {
 #define cudaGetDevice(device) (driver.absent ? driver_error(driver.absent) : cudaGetDevice(device))
 #define cudaSetDevice(device) driver_set_device(device)
 #define cudaGetDriverEntryPoint(symbol, entry, flags) driver_entry(symbol, entry)
-#define cudaGetDriverEntryPointByVersion(symbol, entry, version, flags, found) ((void)(found), driver_entry(symbol, entry))
+#define cudaGetDriverEntryPointByVersion(symbol, entry, version, flags, found) \
+    ((void)(found), driver_entry(symbol, entry))
 #define cudaGetDeviceCount(count) (driver.absent ? driver_error(driver.absent) : cudaGetDeviceCount(count))
 #define cudaGetLastError() driver_last()
 #define cudaMalloc(p, bytes) driver_malloc((void **)(p), bytes)
