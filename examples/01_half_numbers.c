@@ -114,7 +114,7 @@ static void write_gaps(const course *c) {
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "01_half_numbers");
+    course c = course_begin(argc, argv, "01_half_numbers", NULL, 0);
     print_formats(&c);
     print_examples(&c);
     print_specials(&c);

@@ -66,7 +66,7 @@ static void climb(course *c, mpt_context *ctx, const way *w, double *mean, doubl
     mpt_optimizer_free(opt), mpt_scaler_free(scaler), mpt_params_free(params);
 }
 
-/* An MLP on the digits with Adam at lr 3e-5: its test accuracy, and in *lost the share of updates that 16 bits alone
+/* An MLP on the digits with Adam at a small lr: its test accuracy, and in *lost the share of updates that 16 bits alone
    would not see. */
 static double learn(course *c, mpt_context *ctx, const course_digits *d, const way *w, uint64_t seed, double *lost) {
     static float x[(size_t)BATCH * PIXELS];
@@ -80,7 +80,7 @@ static double learn(course *c, mpt_context *ctx, const course_digits *d, const w
     mpt_model *net = mpt_model_new(ctx, policy);
     int h = mpt_relu(net, mpt_linear(net, mpt_input(net, SIDE, SIDE, 1), 64, NULL));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
-    train.batch = BATCH, train.seed = seed, train.optimizer = mpt_adam(3e-5), train.optimizer.meter = 1;
+    train.batch = BATCH, train.seed = seed, train.optimizer = mpt_adam(c->number), train.optimizer.meter = 1;
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
     *lost = 0;
     for (uint64_t step = 0; step < STEPS; step++) {
@@ -97,15 +97,16 @@ static double learn(course *c, mpt_context *ctx, const course_digits *d, const w
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "02_lost_updates");
+    course c = course_begin(argc, argv, "02_lost_updates", "lr", 3e-5);
     mpt_context_desc one = MPT_ZERO;
     one.threads = 1; /* more do not pay for nets this small */
     mpt_context *ctx = mpt_open(&one);
     course_digits *d = course_digits_read(&c);
     double mean[WAYS], deviation[WAYS], accuracy[WAYS], low, high, lost;
     course_need(&c, ctx != NULL, "no memory");
-    printf("%30s%24s%34s\n%-21s%9s%12s%12s%12s%22s\n", "bytes a", "1, after 1024 updates",
-           "digits, Adam with lr 3e-5:", "", "weight", "of 2^-11", "deviation", "lost", "right in 3 seeds");
+    course_need(&c, c.number > 0, "--lr is above 0");
+    printf("%30s%24s%29s%g:\n%-21s%9s%12s%12s%12s%22s\n", "bytes a", "1, after 1024 updates",
+           "digits, Adam with lr ", c.number, "", "weight", "of 2^-11", "deviation", "lost", "right in 3 seeds");
     for (int w = 0; w < WAYS; w++) {
         climb(&c, ctx, &ways[w], &mean[w], &deviation[w]);
         accuracy[w] = high = 0, low = 1;

@@ -106,7 +106,7 @@ static double mean_loss(const course *c, mpt_context *ctx, const course_digits *
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "03_vanishing_gradients");
+    course c = course_begin(argc, argv, "03_vanishing_gradients", NULL, 0);
     mpt_context_desc one = MPT_ZERO;
     one.threads = 1; /* more do not pay for nets this small */
     mpt_context *ctx = mpt_open(&one);

@@ -79,7 +79,7 @@ static void measure(const course *c, mpt_context *ctx, size_t k, float low, doub
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "04_accumulation");
+    course c = course_begin(argc, argv, "04_accumulation", NULL, 0);
     mpt_context *ctx = mpt_open(NULL);
     double error[KINDS + 1], mean[2], small_k = 0;
     course_need(&c, ctx != NULL, "no memory");

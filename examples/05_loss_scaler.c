@@ -91,7 +91,7 @@ static void print_journal(const course *c, mpt_model *net) {
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "05_loss_scaler");
+    course c = course_begin(argc, argv, "05_loss_scaler", NULL, 0);
     mpt_context *ctx = mpt_open(NULL);
     course_need(&c, ctx != NULL, "no memory");
     course_digits *d = course_digits_read(&c);

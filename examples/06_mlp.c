@@ -14,7 +14,7 @@
 #include "course.h"
 #include <time.h>
 
-enum { BATCH = 64, STEPS = 1000, SEEDS = 5 };
+enum { LARGEST_BATCH = 1024, STEPS = 1000, SEEDS = 5 };
 
 typedef struct way {
     const char *name;
@@ -35,8 +35,9 @@ typedef struct result {
 } result;
 
 static double train(const course *c, mpt_context *ctx, const course_digits *d, const way *w, uint64_t seed, result *r) {
-    static float x[(size_t)BATCH * PIXELS];
-    static int32_t y[BATCH];
+    static float x[(size_t)LARGEST_BATCH * PIXELS];
+    static int32_t y[LARGEST_BATCH];
+    const int batch = (int)c->number;
     mpt_train_desc desc = MPT_ZERO;
     mpt_metrics test;
     clock_t start;
@@ -45,16 +46,16 @@ static double train(const course *c, mpt_context *ctx, const course_digits *d, c
     h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 64, NULL));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
-    desc.batch = BATCH;
+    desc.batch = batch;
     desc.seed = seed;
     desc.optimizer = mpt_adam(3e-3);
     course_need(c, mpt_model_build(net, &desc) == MPT_OK, mpt_why(ctx));
     start = clock();
     for (uint64_t step = 0; step < STEPS; step++) {
-        course_batch(d, seed, step, BATCH, x, y);
+        course_batch(d, seed, step, batch, x, y);
         course_need(c, mpt_train_step(net, x, y) == MPT_OK, mpt_why(ctx));
     }
-    r->rate += (double)(STEPS * BATCH) * (double)CLOCKS_PER_SEC / (double)(clock() - start + 1) / (double)SEEDS;
+    r->rate += STEPS * c->number * (double)CLOCKS_PER_SEC / (double)(clock() - start + 1) / (double)SEEDS;
     course_need(c, mpt_evaluate(net, d->x[TRAINING], d->y + TRAINING, TEST, &test) == MPT_OK, mpt_why(ctx));
     r->scale = mpt_loss_scale(net);
     r->memory = mpt_model_memory(net);
@@ -76,11 +77,12 @@ static void print_row(const course *c, const way *w, const result *r) {
 
 int main(int argc, char **argv) {
     static result results[WAYS];
-    course c = course_begin(argc, argv, "06_mlp");
+    course c = course_begin(argc, argv, "06_mlp", "batch", 64);
     mpt_context_desc one = MPT_ZERO;
     one.threads = 1; /* so that clock() tells the time */
     mpt_context *ctx = mpt_open(&one);
     course_need(&c, ctx != NULL, "no memory");
+    course_need(&c, c.number >= 1 && c.number <= LARGEST_BATCH, "--batch is from 1 to 1024");
     course_digits *d = course_digits_read(&c);
     printf("%-8s%23s%8s%47s\n%-8s%23s%8s%10s%9s%11s%9s%13s%9s\n", "", "test digits right,", "loss", "bytes of", "",
            "5 seeds", "scale", "weights", "masters", "gradients", "moments", "activations", "all");

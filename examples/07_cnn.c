@@ -108,7 +108,7 @@ static double learn(const course *c, mpt_context *ctx, const pictures *p, const 
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "07_cnn");
+    course c = course_begin(argc, argv, "07_cnn", NULL, 0);
     mpt_context *ctx = mpt_open(NULL);
     double mean[WAYS] = {0};
     mpt_memory m[WAYS];

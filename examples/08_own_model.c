@@ -42,7 +42,7 @@ static void backward(const mpt_f16 *x, const float *p, int label, float factor, 
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "08_own_model");
+    course c = course_begin(argc, argv, "08_own_model", "scale", 0);
     mpt_context *ctx = mpt_open(NULL);
     const mpt_optimizer_desc adam = mpt_adam(0.01);
     mpt_params_desc half = MPT_ZERO;
@@ -56,6 +56,11 @@ int main(int argc, char **argv) {
     half.type = MPT_F16;         /* fp16 copies for the products; fp32 masters, which is the default */
     scale.init_scale = 16777216; /* 2^24, to see it overflow; the default is 2^16 */
     scale.growth_interval = 200; /* tries twice the scale after so many good steps; the default is 2000 */
+    if (c.exercise) {            /* --scale 1: none; --scale 1024: always that one */
+        course_need(&c, c.number >= 1, "--scale is at least 1");
+        scale.mode = MPT_SCALER_STATIC;
+        scale.init_scale = (float)c.number;
+    }
 
     mpt_params *params = mpt_params_new(ctx, &half);
     const int weight = mpt_params_add(params, "weight", CLASSES * PIXELS, MPT_GROUP_WEIGHT);

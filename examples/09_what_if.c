@@ -64,6 +64,7 @@ enum { CHOICES = sizeof choices / sizeof *choices };
 static void simulate(const course *c, mpt_lens *lens, int node, unsigned passes, const choice *w, mpt_format format) {
     mpt_what_if what = MPT_ZERO;
     what.operands.format = format;
+    if (c->number > 0) what.operands.round = MPT_ROUND_STOCHASTIC;
     what.sum.format = w->sum;
     what.chunk = w->chunk;
     course_need(c, mpt_lens_simulate(lens, node, passes, &what) == MPT_OK, "the lens cannot simulate this");
@@ -101,7 +102,7 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, c
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "09_what_if");
+    course c = course_begin(argc, argv, "09_what_if", "stochastic", 0);
     mpt_context_desc one = MPT_ZERO;
     one.threads = 1; /* more do not pay for nets this small */
     mpt_context *ctx = mpt_open(&one);

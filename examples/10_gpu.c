@@ -95,7 +95,7 @@ static int close_to(const result *a, const result *b, double eps) {
 }
 
 int main(int argc, char **argv) {
-    course c = course_begin(argc, argv, "10_gpu");
+    course c = course_begin(argc, argv, "10_gpu", NULL, 0);
     static result cpu[WAYS], gpu[WAYS];
     static const double eps[WAYS] = {5.96e-8, 0.00391, 0.000488};
     mpt_context *host = mpt_open(NULL), *device = open_gpu();

@@ -101,6 +101,12 @@ for program in examples/[01][0-9]_*.c; do
     cat "$out/$name.txt"
     check "$status" "$name: exit status $status"
 done
+# The exercises of the page end well, and say that they are exercises.
+grep -o '`build/examples/[0-9][^`]* --[a-z]* [0-9.e-]*`' examples/README.md | tr -d '`' | sed "s,^build,$build," >"$out/exercises"
+xargs -P "${JOBS:-1}" -I '{}' sh -c '{} >"$out/exercise.$$" 2>&1 && grep -q "^an exercise with" "$out/exercise.$$" &&
+    rm "$out/exercise.$$" || echo "{}"' <"$out/exercises" >"$out/exercises.failed"
+test -s "$out/exercises" && ! test -s "$out/exercises.failed"
+check $? "exercises fail: $(cat "$out/exercises.failed")"
 for page in examples/README.md README.md; do
     quotes $page
     check $? "$page: a number is not what the course prints"
