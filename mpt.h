@@ -229,7 +229,7 @@ typedef struct mpt_context_desc {
 MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc);
 /* Stops the worker threads and frees the context. NULL is allowed. */
 MPT_DEF void mpt_close(mpt_context *ctx);
-/* The reason of the last failed call, with names and values; "" if nothing failed yet. Valid until the next failure. */
+/* The reason why the last call failed, with names and values; "" after one that did not. Valid until the next call. */
 MPT_DEF const char *mpt_why(const mpt_context *ctx);
 /* Static English text of a result code. */
 MPT_DEF const char *mpt_result_text(mpt_result result);
@@ -681,7 +681,9 @@ MPT_HD double mpt_schedule_factor(const mpt_schedule *schedule, uint64_t applied
 typedef enum mpt_optimizer_kind { MPT_OPTIMIZER_DEFAULT = 0, MPT_SGD, MPT_ADAM, MPT_ADAMW } mpt_optimizer_kind;
 
 /* Hyperparameters as PyTorch names them, in double as there. Start from mpt_sgd, mpt_adam or mpt_adamw, which hold
-   PyTorch's defaults, and change what you like; then every number means itself. All zero: mpt_adam(1e-3). */
+   PyTorch's defaults, and change what you like; then every number means itself. Or start from zeros: kind 0 is Adam,
+   and where eps, which cannot be 0, is 0, zeros of lr (1e-3), beta1, beta2, eps and AdamW's weight_decay mean their
+   defaults. All zero: mpt_adam(1e-3). */
 typedef struct mpt_optimizer_desc {
     mpt_optimizer_kind kind;
     int nesterov;               /* SGD; needs momentum > 0 and dampening 0 */
@@ -777,8 +779,7 @@ typedef struct mpt_optimizer_state {
 
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
-/* Not between mpt_unscale and mpt_step: MPT_ERROR_ORDER. MPT_ERROR_ARGUMENT, naming the member, for a state from which
-   no step could go on; so does mpt_scaler_set_state. */
+/* MPT_ERROR_ARGUMENT, naming the member, for a state from which no step could go on; so does mpt_scaler_set_state. */
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
 /* From now on an applied step copies `count` floats of device memory from `pending` to `committed`, and a skipped one
    copies them back: statistics that a forward pass has gathered stand or fall with its step. A step whose pending
@@ -793,7 +794,7 @@ MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
 
 typedef enum mpt_level {
     MPT_O0 = 0, /* everything fp32 */
-    MPT_O1,     /* autocast: fp32 weights and biases; products read 16-bit copies of the weights, made once per step */
+    MPT_O1,     /* autocast: fp32 weights and biases; products read 16-bit copies of them, made once per step */
     MPT_O2,     /* 16-bit weights and biases with fp32 masters */
     MPT_O3      /* 16-bit weights without masters, 16-bit logits, no loss scale: to show what breaks */
 } mpt_level;
@@ -812,7 +813,8 @@ MPT_DEF mpt_policy mpt_policy_preset(mpt_level level, mpt_dtype type);
 /* -- Building --
 
    Every layer call takes the id of its input node and returns the id of its own, 1, 2, ...; 0 means failed, passes
-   through, and mpt_model_build reports the first reason. Descriptors may be NULL. Names are copied (31 characters). */
+   through, and mpt_model_build reports the first reason. Descriptors may be NULL. Names are copied: up to 31 characters
+   of plain ASCII without " and \, each given to one layer alone, and not beginning with "mpt.". */
 
 typedef struct mpt_model mpt_model;
 
@@ -848,7 +850,8 @@ typedef struct mpt_pool2d_desc {
     int padding; /* at most half the window */
 } mpt_pool2d_desc;
 
-/* The model's one input: samples of H x W x C floats. A flat vector of n features is (1, 1, n). */
+/* The model's one input: samples of H x W x C floats. A flat vector of n features is (1, 1, n). It stays fp32 until a
+   product reads it (but in O3): a norm that comes first sees it as it is. */
 MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C);
 /* Flattens its input in H, W, C order by itself. */
 MPT_DEF int mpt_linear(mpt_model *net, int node, int outputs, const mpt_linear_desc *desc);
@@ -909,7 +912,8 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
 /* -- Training -- */
 
 /* One step on accumulate * batch samples in host memory: x(samples,H,W,C); target as the loss says.
-   MPT_ERROR_VALUE, naming sample and value, if a label is out of range or an input is not finite; nothing changed then.
+   MPT_ERROR_VALUE, naming sample and value, if a label is out of range, an input or a target not finite, a target of
+   binary cross-entropy not in 0..1 or of any such loss an integer by its bits; nothing changed then.
    MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
    whose labels are all ignored, or of classes of weight 0: it changes nothing, not even the scale. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target);
@@ -948,7 +952,7 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
 MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
 /* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. Set them
-   from the host by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is inf or NaN, or a variance negative. */
+   from the host by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is not finite, or a variance below 0. */
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
 MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *host);
 
@@ -1960,6 +1964,11 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
         if (mpt__r != MPT_OK) return mpt__r; \
     } while (0)
 
+/* What a call that can fail begins with: no older reason is taken for its own. */
+static void mpt__forget(mpt_context *ctx) {
+    if (ctx) *ctx->why = 0;
+}
+
 MPT_DEF const char *mpt_why(const mpt_context *ctx) { return ctx ? ctx->why : "the context is NULL"; }
 
 MPT_DEF const char *mpt_result_text(mpt_result result) {
@@ -2029,11 +2038,13 @@ MPT_DEF void mpt_free(mpt_context *ctx, void *p) {
 }
 
 MPT_DEF mpt_result mpt_upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
+    mpt__forget(ctx);
     if (!ctx || !device || !host) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "upload: an argument is NULL");
     return ctx->backend.upload(ctx, device, host, bytes);
 }
 
 MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device, size_t bytes) {
+    mpt__forget(ctx);
     if (!ctx || !device || !host) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "download: an argument is NULL");
     return ctx->backend.download(ctx, host, device, bytes);
 }
@@ -3036,7 +3047,10 @@ static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char 
                     name, a, b, c, d);
 }
 
-static mpt_result mpt__need_context(mpt_context *ctx) { return ctx ? MPT_OK : MPT_ERROR_ARGUMENT; }
+static mpt_result mpt__need_context(mpt_context *ctx) {
+    mpt__forget(ctx);
+    return ctx ? MPT_OK : MPT_ERROR_ARGUMENT;
+}
 
 MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array dst, const mpt_rounding *rounding) {
     mpt_map_op op = MPT_ZERO;
@@ -5202,7 +5216,7 @@ static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *
         if (!valid) dx = mpt__float(0x7fc00000u);
         mpt__store(ctx, op->dx, row * op->C + c, 1, &dx);
     }
-    *correct += valid && best == (size_t)label;
+    *correct += valid && best == (size_t)label && !mpt__is_nan((float)sum); /* of NaN none is the largest */
     return valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
 }
 
@@ -5698,6 +5712,7 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
     int32_t stuck = 0;
     int i, count = 0;
     if (!scaler) return MPT_ERROR_ARGUMENT;
+    mpt__forget(scaler->ctx);
     for (i = 0; i < MPT_OPTIMIZERS; i++) {
         mpt_optimizer *opt = scaler->optimizers[i];
         if (!opt || opt->phase == MPT__READY) continue;
@@ -5903,6 +5918,7 @@ MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor) {
 
 static mpt_result mpt__params_need(mpt_params *params, const char *call, int tensor, const void *host) {
     if (!params) return MPT_ERROR_ARGUMENT;
+    mpt__forget(params->ctx);
     if (!params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "%s: the parameter block is not built", call);
     if (tensor < 0 || tensor > params->count)
         return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: tensor %d is not in 0..%d", call, tensor, params->count);
@@ -6057,6 +6073,22 @@ static mpt_result mpt__optimizer_check(mpt_context *ctx, const mpt_optimizer_des
     return MPT_OK;
 }
 
+/* The defaults filled in, for one that was not made by mpt_adam or its like. */
+static mpt_optimizer_desc mpt__optimizer_defaults(const mpt_optimizer_desc *desc) {
+    const mpt_optimizer_desc adam = mpt_adam(1e-3), adamw = mpt_adamw(1e-3);
+    mpt_optimizer_desc d = adam;
+    if (!desc) return d;
+    d = *desc;
+    if (d.kind == MPT_OPTIMIZER_DEFAULT) d.kind = MPT_ADAM;
+    if ((d.kind != MPT_ADAM && d.kind != MPT_ADAMW) || mpt__or(d.eps, 0) != 0) return d;
+    d.eps = adam.eps;
+    d.lr = mpt__or(d.lr, adam.lr);
+    d.beta1 = mpt__or(d.beta1, adam.beta1);
+    d.beta2 = mpt__or(d.beta2, adam.beta2);
+    if (d.kind == MPT_ADAMW) d.weight_decay = mpt__or(d.weight_decay, adamw.weight_decay);
+    return d;
+}
+
 /* Learning rates live on the device, so that a recorded step reads them anew. */
 static mpt_result mpt__slices_upload(mpt_optimizer *opt) {
     int t;
@@ -6102,11 +6134,15 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
 }
 
 MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc) {
-    mpt_optimizer_desc d = mpt_adam(1e-3);
+    const mpt_optimizer_desc d = mpt__optimizer_defaults(desc);
     mpt_optimizer *opt;
     int place = 0;
     if (!params || !scaler) return NULL;
-    if (desc && desc->kind != MPT_OPTIMIZER_DEFAULT) d = *desc;
+    if (desc && desc->kind == MPT_OPTIMIZER_DEFAULT && (d.nesterov || d.momentum != 0 || d.dampening != 0)) {
+        mpt_fail(params->ctx, MPT_ERROR_ARGUMENT,
+                 "optimizer: momentum %g, dampening %g or nesterov without kind MPT_SGD", d.momentum, d.dampening);
+        return NULL;
+    }
     if (mpt__optimizer_check(params->ctx, &d) != MPT_OK) return NULL;
     if (scaler->ctx != params->ctx || !params->elements) {
         mpt_fail(params->ctx, MPT_ERROR_ORDER, "optimizer: %s",
@@ -6170,6 +6206,7 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
 
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
     if (!opt) return MPT_ERROR_ARGUMENT;
+    mpt__forget(opt->ctx);
     if (opt->phase != MPT__READY)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: already %s since the last scaler_update",
                         opt->phase == MPT__UNSCALED ? "unscaled" : "stepped");
@@ -6181,6 +6218,7 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
 static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
     const char *call = by_norm ? "clip_norm" : "clip_value", *argument = by_norm ? "max_norm" : "value";
     if (!opt) return MPT_ERROR_ARGUMENT;
+    mpt__forget(opt->ctx);
     if (opt->phase != MPT__UNSCALED)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "%s: the gradients are %s", call,
                         opt->phase == MPT__READY ? "still scaled; call mpt_unscale first"
@@ -6197,6 +6235,7 @@ MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value) { return mpt
 
 MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
     if (!opt) return MPT_ERROR_ARGUMENT;
+    mpt__forget(opt->ctx);
     if (opt->phase == MPT__STEPPED)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "step: already stepped since the last scaler_update");
     if (opt->phase == MPT__READY) MPT__TRY(mpt_unscale(opt));
@@ -6238,6 +6277,10 @@ static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt
     if (s->found < MPT_SKIP_NONE || s->found > MPT_SKIP_MOMENT || s->scan.first > (uint64_t)tensors)
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: found %d, first tensor %z", (int)s->found,
                         (size_t)s->scan.first);
+    if (!s->found && !(mpt__not_negative(s->inv_scale) && mpt__not_negative(s->grad_norm) &&
+                       mpt__not_negative(s->schedule))) /* what a step that mpt_unscale has let through goes on with */
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: inv_scale %g, grad_norm %g, schedule %g",
+                        s->inv_scale, s->grad_norm, s->schedule);
     for (i = 0; i < MPT_JOURNAL; i++) {
         const mpt_skip *skip = &s->journal[i];
         if (skip->reason < MPT_SKIP_NONE || skip->reason > MPT_SKIP_MOMENT || skip->tensor < 0 ||
@@ -6251,8 +6294,6 @@ static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     if (!state) return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_set_state: state is NULL");
-    if (opt->phase == MPT__UNSCALED)
-        return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "optimizer_set_state: between mpt_unscale and mpt_step");
     MPT__TRY(mpt__optimizer_state_check(opt, state));
     return mpt_upload(opt->ctx, opt->op.state, state, sizeof *state);
 }
@@ -6355,6 +6396,7 @@ struct mpt_model {
     void *target;         /* device: a batch of targets */
     mpt_loss_sum *sums;   /* device: [0] of the running step, [1] of an evaluation, [2] of the passes before this one */
     float *class_weights; /* device */
+    uint32_t weights_sum; /* a hash of them; 0: none */
     size_t statistics;    /* floats of all running means and variances */
     float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
     int forward_rows;         /* samples of the forward pass that backward may follow; 0: none */
@@ -6439,6 +6481,30 @@ static int mpt__layer_failed(mpt_model *net, mpt_result result) {
     return 0;
 }
 
+static int mpt__named(const mpt_model *net, const char *name) {
+    int i;
+    for (i = 0; i < net->count; i++)
+        if (strcmp(net->nodes[i].name, name) == 0) return 1;
+    return 0;
+}
+
+/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own. */
+static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name) {
+    const char *c;
+    if (!*name || strlen(name) >= sizeof net->nodes->name)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is empty or over 31 characters", word, name);
+    for (c = name; *c; c++)
+        if (*c < 32 || *c > 126 || *c == '"' || *c == '\\')
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is not plain ASCII without \" and \\",
+                            word, name);
+    if (strncmp(name, "mpt.", 4) == 0)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' begins with mpt., as only mpt's own do", word,
+                        name);
+    if (mpt__named(net, name))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: another layer is named '%s'", word, name);
+    return MPT_OK;
+}
+
 /* Starts a node: checks the input id and the state of the model, makes up a name. NULL: failed, and remembered. The
    node counts only after mpt__layer_done. */
 static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
@@ -6447,12 +6513,15 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     mpt_result r = MPT_OK;
     if (!net || (in == 0 && kind != MPT__INPUT)) return NULL;
     for (i = 0; i < net->count; i++) number += !strncmp(net->nodes[i].name, word, strlen(word));
+    if (name) r = mpt__name_check(net, word, name);
+    if (r != MPT_OK) {
+        mpt__layer_failed(net, r);
+        return NULL;
+    }
     if (net->built) r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is built already", word);
     else if (in < 0 || in > net->count) r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
     else if (in && net->nodes[in - 1].kind == MPT__LOSS)
         r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: node %d is a loss; nothing can follow it", word, in);
-    else if (name && (!*name || strlen(name) >= sizeof table->name))
-        r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is empty or over 31 characters", word, name);
     else {
         table = (mpt__node *)mpt__grow(net->ctx, net->nodes, net->count, &net->capacity, sizeof *table);
         if (!table) r = MPT_ERROR_NO_MEMORY;
@@ -6468,7 +6537,9 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     node->in[0] = in;
     node->policy = net->depth ? net->pushed[net->depth - 1] : net->policy;
     if (name) memcpy(node->name, name, strlen(name) + 1);
-    else mpt__print(node->name, sizeof node->name, "%s%d", word, number);
+    else do
+            mpt__print(node->name, sizeof node->name, "%s%d", word, number++);
+        while (mpt__named(net, node->name));
     if (in) node->H = net->nodes[in - 1].H, node->W = net->nodes[in - 1].W, node->C = net->nodes[in - 1].C;
     return node;
 }
@@ -6796,13 +6867,29 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
 
 static int mpt__has_parameters(const mpt__node *node) { return mpt__has_weights(node) || node->kind == MPT__NORM; }
 
-/* A node's value has the compute type of its policy; what the loss reads has the output type, and with it the
-   activations between the two. */
+/* Do products alone read a node's value, if only through a flatten? Then it may as well be stored as they read it. */
+static int mpt__only_products(const mpt_model *net, int id) {
+    int i;
+    for (i = id; i < net->count; i++) {
+        const mpt__node *node = &net->nodes[i];
+        if (node->in[0] != id && node->in[1] != id) continue;
+        if (mpt__has_weights(node)) continue;
+        if (node->kind != MPT__FLATTEN || !mpt__only_products(net, i + 1)) return 0;
+    }
+    return 1;
+}
+
+/* A node's value has the compute type of its policy; the input stays fp32 until a product reads it, but in O3; what the
+   loss reads has the output type, and with it the activations between the two. */
 static void mpt__node_type(mpt_model *net, mpt__node *node, int logits) {
     const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
     const int id = (int)(node - net->nodes) + 1;
     node->type = node->grad_type = node->policy.compute;
     node->reason = node->kind == MPT__NORM ? "policy; statistics, gamma, beta f32" : "policy";
+    if (node->kind == MPT__INPUT && node->policy.output == MPT_F32 && !mpt__only_products(net, id)) {
+        node->type = MPT_F32;
+        node->reason = "not only products read it";
+    }
     if (id == logits && in) {
         node->type = node->policy.output;
         node->reason = "the loss reads it";
@@ -7043,6 +7130,9 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     if (failed) return MPT_ERROR_NO_MEMORY;
     if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
+    net->weights_sum = weights != NULL;
+    for (i = 0; (size_t)i < outputs && weights; i++)
+        net->weights_sum = mpt_hash(net->weights_sum, 0, (uint64_t)i, mpt__bits(weights[i])) | 1;
     net->opt->op.loss = &net->sums[0];
     net->opt->op.parts = net->train.accumulate;
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
@@ -7072,6 +7162,7 @@ static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *tra
 MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) {
     mpt_result r;
     if (!net) return MPT_ERROR_ARGUMENT;
+    mpt__forget(net->ctx);
     r = mpt__model_try_build(net, train);
     if (r == MPT_OK) net->built = 1;
     else if (!net->built) mpt__model_clear(net);
@@ -7103,12 +7194,12 @@ static mpt_array mpt__weight_array(mpt_model *net, const mpt__node *node) {
                                            : mpt_params_weight(net->params, node->weight);
 }
 
-/* Biases follow the parameters' type: fp32 in O1, where only products read 16-bit copies. */
+/* Biases are read as weights are: torch.autocast, too, casts them. */
 static mpt_array mpt__bias_array(mpt_model *net, const mpt__node *node) {
     const mpt_array none = MPT_ZERO;
     if (!node->bias) return none;
-    return node->policy.param == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, node->bias))
-                                         : mpt_params_weight(net->params, node->bias);
+    return node->policy.compute == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, node->bias))
+                                           : mpt_params_weight(net->params, node->bias);
 }
 
 /* gamma and beta: fp32 wherever there are masters */
@@ -7288,6 +7379,7 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
 
 static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
     if (!net) return MPT_ERROR_ARGUMENT;
+    mpt__forget(net->ctx);
     return net->built ? MPT_OK : mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
 }
 
@@ -7296,6 +7388,7 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
                                    size_t samples) {
     const mpt__node *loss = &net->nodes[net->count - 1];
     const size_t features = mpt__node_count(&net->nodes[0]), outputs = mpt__node_count(loss);
+    const int shares = loss->loss == MPT_LOSS_BCE_WITH_LOGITS;
     const float *floats = (const float *)target;
     const int32_t *labels = (const int32_t *)target;
     size_t i;
@@ -7310,10 +7403,16 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
         if ((labels[i] < 0 || (size_t)labels[i] >= outputs) && !mpt__row_ignored(&loss->cross_entropy, labels[i]))
             return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call,
                             loss->name, (int)labels[i], i, outputs - 1);
-    for (i = 0; i < samples * outputs && loss->loss != MPT_LOSS_CROSS_ENTROPY; i++)
-        if (!mpt__finite(floats[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g", call, loss->name,
-                            i % outputs, i / outputs, (double)floats[i]);
+    for (i = 0; i < samples * outputs && loss->loss != MPT_LOSS_CROSS_ENTROPY; i++) {
+        const uint32_t magnitude = mpt__bits(floats[i]) & 0x7fffffffu;
+        if (magnitude && magnitude < 0x00800000u) /* a small integer, its bits taken for a float's */
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE,
+                            "%s: '%s': target %z of sample %z has the bits of the integer %d; targets are float", call,
+                            loss->name, i % outputs, i / outputs, (int)magnitude);
+        if (!mpt__finite(floats[i]) || (shares && (floats[i] < 0 || floats[i] > 1)))
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g%s", call, loss->name,
+                            i % outputs, i / outputs, (double)floats[i], shares ? ", not in 0..1" : "");
+    }
     return MPT_OK;
 }
 

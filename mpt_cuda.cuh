@@ -1995,7 +1995,7 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     out.loss = valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
     out.weight = mpt__row_weight(d, C, label);
     out.counts = 1;
-    out.correct = valid && best == (unsigned)label;
+    out.correct = valid && best == (unsigned)label && !mpt__is_nan((float)sum); /* of NaN none is the largest */
     return out;
 }
 

@@ -223,7 +223,7 @@ MPT_DEF float mpt_precision_round(const mpt_precision *p, float x, uint32_t rand
 
 /* All zero: nothing is changed, not by a bit. */
 typedef struct mpt_what_if {
-    mpt_precision operands; /* of products: both are rounded before it, in a copy */
+    mpt_precision operands; /* of products: both, and a bias, are rounded before it, in a copy */
     mpt_precision sum;      /* of products: rounded after each addition, to which it and fp32's rounding apply */
     size_t chunk;           /* so many products are added in fp32 before they join the sum; 0: 1 */
     mpt_precision output;   /* of whatever the node writes in the pass, after bias and activation */
@@ -288,11 +288,12 @@ MPT_DEF mpt_result mpt_explain(mpt_model *net, const float *x, const void *targe
    MPT_ERROR_FILE: cannot be opened, read or written; or damaged: lengths, places, grammar, names, a checkpoint's sum.
    Of a sound file: MPT_ERROR_TYPE, MPT_ERROR_SHAPE: a tensor has another type or shape than the model, is missing, or
    is not the model's; MPT_ERROR_VALUE: a setting differs, or a running statistic is inf or NaN, or a variance negative;
-   MPT_ERROR_UNSUPPORTED: a type or version that is unknown
-   here, or a build with MPT_NO_STDIO. MPT_ERROR_VALUE when saving: two tensors of one name, or a name that is not plain
-   ASCII. */
+   MPT_ERROR_UNSUPPORTED: a type or version that is unknown here, or a build with MPT_NO_STDIO. */
 
-/* The weights alone, as type F32, F16 or BF16, nearest even; running statistics as F32. */
+/* The weights alone, as type F32, F16 or BF16, nearest even; running statistics as F32. MPT_ERROR_VALUE, naming tensor,
+   element and value, if the type does not hold one. MPT_ERROR_UNSUPPORTED, here and in mpt_weights_load, naming the
+   layer, for a model that PyTorch would compute otherwise with the same weights: where a flattened image, which it has
+   in C, H, W order, is added to what is in another order, or its channels fall into groups. */
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type);
 /* From any of the three types, or from a checkpoint. Moments, scaler and counters stay as they are. num_batches_tracked
    is passed over. */
@@ -304,7 +305,7 @@ MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path);
    never stopped. */
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 /* Into a model built with the same nodes, policy, batch, accumulate, clip_norm, seed and optimizer: what is not
-   restored must be the same. */
+   restored must be the same, to every member of every layer's descriptor. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 
 #ifdef __cplusplus
@@ -1659,11 +1660,13 @@ static mpt_result mpt__replay_kept(mpt_model *net, const float *x, const void *t
     const uint64_t steps = net->steps_at_backward;
     mpt_scaler_state scaler;
     mpt_loss_sum sums[MPT__SUMS];
+    char why[sizeof net->ctx->why];
     mpt_result r, kept;
     MPT__TRY(mpt_scaler_get_state(net->scaler, &scaler));
     MPT__TRY(mpt_download(net->ctx, sums, net->sums, sizeof sums));
     MPT__TRY(mpt_scaler_set_scale(net->scaler, out->scale));
     r = mpt__replay(net, x, target, n, out);
+    memcpy(why, net->ctx->why, sizeof why);
     kept = mpt_scaler_set_state(net->scaler, &scaler);
     if (kept == MPT_OK) kept = mpt_upload(net->ctx, net->sums, sums, sizeof sums);
     if (kept == MPT_OK && net->statistics)
@@ -1671,6 +1674,7 @@ static mpt_result mpt__replay_kept(mpt_model *net, const float *x, const void *t
     net->micro = micro, net->followed = followed, net->gathered = gathered;
     net->steps_at_backward = steps;
     net->forward_rows = 0;
+    if (r != MPT_OK) memcpy(net->ctx->why, why, sizeof why); /* not that of what came after it */
     return r != MPT_OK ? r : kept;
 }
 
@@ -1882,6 +1886,10 @@ static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
         case MPT__DROPOUT:
         case MPT__NORM:
         case MPT__ADD: id = node->in[0]; break;
+        case MPT__POOL:
+            if (mpt__node_of(net, node->in[0])->H * mpt__node_of(net, node->in[0])->W > 1) return before + i;
+            id = node->in[0];
+            break;
         case MPT__CONCAT: {
             const size_t first = (size_t)mpt__node_of(net, node->in[0])->C;
             id = node->in[i >= first];
@@ -1893,10 +1901,43 @@ static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     }
 }
 
+/* Has PyTorch the elements of two values, of one pixel each, in the same order? `other` 0: and in the model's. */
+static int mpt__same_order(const mpt_model *net, int id, int other) {
+    const size_t count = (size_t)mpt__node_of(net, id)->C;
+    size_t i;
+    for (i = 0; i < count; i++)
+        if (mpt__torch_index(net, id, i) != (other ? mpt__torch_index(net, other, i) : i)) return 0;
+    return 1;
+}
+
+/* Layers that compute something else on a flattened image than PyTorch, which has its elements in C, H, W order, so
+   that no order of their weights makes up for it: sums with what is in another order, and groups of channels. */
+static mpt_result mpt__check_orders(const mpt__job *job) {
+    const mpt_model *net = job->net;
+    int id;
+    for (id = 2; id <= net->count; id++) {
+        const mpt__node *node = mpt__node_of(net, id), *in = mpt__node_of(net, node->in[0]);
+        const int groups = (node->kind == MPT__NORM && node->norm == MPT__NORM_GROUP && node->norm_shape.groups > 1) ||
+                           (node->kind == MPT__CONV2D && node->conv.groups > 1);
+        if (in->H * in->W > 1) continue;
+        if ((node->kind == MPT__ADD && !mpt__same_order(net, node->in[0], node->in[1])) ||
+            (groups && !mpt__same_order(net, node->in[0], 0)))
+            return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED,
+                                 "'%s' reads a flattened image, which PyTorch has in C, H, W order: it would compute "
+                                 "something else there",
+                                 node->name);
+    }
+    return MPT_OK;
+}
+
 /* Where element i of the model's order stands in the file. */
 static size_t mpt__part_index(const mpt_model *net, const mpt__part *part, size_t i) {
     const size_t column = i % part->columns, row = i - column;
-    if (part->inner) return row + column % part->inner * (part->columns / part->inner) + column / part->inner;
+    if (part->inner) {
+        const size_t channel = column % part->inner, tap = column / part->inner;
+        const size_t there = part->reads ? mpt__torch_index(net, part->reads, channel) : channel;
+        return row + there * (part->columns / part->inner) + tap;
+    }
     return row + (part->reads ? mpt__torch_index(net, part->reads, column) : column);
 }
 
@@ -1928,6 +1969,8 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     part->shape[1] = part->columns = part->count / (size_t)node->C;
     if (node->kind == MPT__LINEAR) part->reads = node->in[0];
     else {
+        const mpt__node *in = mpt__node_of(job->net, node->in[0]);
+        if (in->H * in->W == 1 && node->conv.groups == 1) part->reads = node->in[0];
         part->shape[1] = part->inner = node->conv.C / node->conv.groups;
         part->shape[2] = node->conv.R, part->shape[3] = node->conv.S;
     }
@@ -1957,24 +2000,9 @@ static void mpt__list_running(mpt__job *job) {
     }
 }
 
-enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES, MPT__SETTINGS_VERSION = 1 };
+enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES, MPT__SETTINGS_VERSION = 2 };
 enum { MPT__STATE_BYTES = 1 << 24 }; /* of a state whose version is still to be read, at most */
 static size_t mpt__state_words(const mpt__job *job, int which);
-
-/* A name that needs no escape in JSON, and is like no other. */
-static mpt_result mpt__list_check(const mpt__job *job) {
-    int i, j;
-    for (i = 0; i < job->count; i++) {
-        const char *name = job->parts[i].name, *c;
-        for (c = name; *c; c++)
-            if (*c < 32 || *c > 126 || *c == '"' || *c == '\\')
-                return mpt__job_fail(job, MPT_ERROR_VALUE, "the name '%s' is not plain ASCII without \" and \\", name);
-        for (j = 0; j < i; j++)
-            if (strcmp(name, job->parts[j].name) == 0)
-                return mpt__job_fail(job, MPT_ERROR_VALUE, "two tensors are named '%s'", name);
-    }
-    return MPT_OK;
-}
 
 /* All tensors, those of wide elements first: then PyTorch finds each at a multiple of its element's size. */
 static mpt_result mpt__list(mpt__job *job) {
@@ -2001,7 +2029,7 @@ static mpt_result mpt__list(mpt__job *job) {
         mpt__list_tensors(job, "mpt.low.", MPT__RAW,
                           params->desc.master == MPT_MASTER_SPLIT ? MPT__U16 : (int)params->copy.type, params->low);
     if (job->full) mpt__part_add(job, "mpt.sum", "", "", MPT__SUM, MPT__U8, 8);
-    return mpt__list_check(job);
+    return job->full ? MPT_OK : mpt__check_orders(job);
 }
 
 /* -- Counters and settings -- one list of members each, walked to count the words, to write them and to read them */
@@ -2088,9 +2116,16 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(uint64_t, uint64_t, optimizer.schedule.steps) X(double, double, optimizer.schedule.low) \
     X(double, double, optimizer.schedule.start) X(double, double, optimizer.schedule.peak)
 #define MPT__NODE_MEMBERS(X) \
-    X(mpt__node_kind, int, kind) X(int, int, H) X(int, int, W) X(mpt_activation, int, act) X(float, float, p) \
-    X(float, float, norm_shape.eps) X(float, float, momentum) X(mpt_dtype, int, policy.param) \
-    X(mpt_dtype, int, policy.compute) X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type)
+    X(mpt__node_kind, int, kind) X(int, int, in[0]) X(int, int, in[1]) X(int, int, no_bias) \
+    X(mpt_init, int, init) X(mpt_activation, int, act) X(float, float, p) \
+    X(size_t, uint64_t, conv.R) X(size_t, uint64_t, conv.S) X(size_t, uint64_t, conv.stride) \
+    X(size_t, uint64_t, conv.padding) X(size_t, uint64_t, conv.dilation) X(size_t, uint64_t, conv.groups) \
+    X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
+    X(float, float, momentum) X(mpt_pool, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
+    X(size_t, uint64_t, pool.stride) X(size_t, uint64_t, pool.padding) X(mpt_loss_kind, int, loss) \
+    X(float, float, cross_entropy.label_smoothing) X(int, int, cross_entropy.ignore) \
+    X(int32_t, int, cross_entropy.ignore_index) X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
+    X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
 /* clang-format on */
 #define MPT__X(type, walk, member) s->member = (type)mpt__walk_##walk(w, #member, (walk)s->member);
 
@@ -2114,6 +2149,7 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
         if (!w->differs) w->node = mpt__node_of(net, id)->name;
         mpt__walk_node(w, &node);
     }
+    mpt__walk_uint64_t(w, "class_weights", net->weights_sum);
 }
 
 static void mpt__walk_optimizer(mpt__walk *w, mpt__state *state, int tensors) {
@@ -2214,15 +2250,19 @@ static mpt_result mpt__write_header(const mpt__job *job) {
 }
 
 /* Elements of the model in `raw` to bytes of the file in job->data. */
-static void mpt__pack(const mpt__job *job, const mpt__part *part, const void *raw) {
+static mpt_result mpt__pack(const mpt__job *job, const mpt__part *part, const void *raw) {
     const size_t size = mpt__file_types[part->type].size, from = part->kind == MPT__VALUES ? sizeof(float) : size;
     size_t i;
     for (i = 0; i < part->count; i++) {
         uint32_t bits = mpt__get_element(raw, i, from);
-        if (from != size)
-            bits = mpt_narrow(mpt__float(bits), (mpt_dtype)part->type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+        const float value = mpt__float(bits);
+        if (from != size) bits = mpt_narrow(value, (mpt_dtype)part->type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+        if (from != size && mpt__finite(value) && !mpt__finite(mpt_widen(bits, (mpt_dtype)part->type)))
+            return mpt__job_fail(job, MPT_ERROR_VALUE, "element %z of '%s' is %g, which %s does not hold", i,
+                                 part->name, (double)value, mpt__file_types[part->type].name);
         mpt__put_bytes(job->data + mpt__part_index(job->net, part, i) * size, bits, size);
     }
+    return MPT_OK;
 }
 
 static mpt_result mpt__write_part(mpt__job *job, const mpt__part *part, uint64_t *sum) {
@@ -2233,7 +2273,7 @@ static mpt_result mpt__write_part(mpt__job *job, const mpt__part *part, uint64_t
     else {
         if (part->kind == MPT__VALUES) MPT__TRY(mpt_params_get(job->net->params, part->id, (float *)raw));
         else MPT__TRY(mpt_download(job->ctx, raw, part->device, bytes));
-        mpt__pack(job, part, raw);
+        MPT__TRY(mpt__pack(job, part, raw));
     }
     *sum = mpt__sum_bytes(*sum, job->data, bytes);
     return mpt__need_written(job, job->data, bytes);

@@ -5,7 +5,7 @@
 
 The lines are those of make_golden_ops.py, which says what the modes f32, autocast and policy mean. In `policy` every
 stored value is rounded to bf16 where mpt's O1 stores it: the input, what each node computes (its ReLU included), the
-gradient of each of them, the copies of the weights. Logits and loss are fp32.
+gradient of each of them, the copies of the weights and biases. Logits and loss are fp32.
 
 Weights and samples are not in the files, both sides draw them, with u = mpt_uniform:
 
@@ -52,7 +52,7 @@ class Stored(torch.autograd.Function):
 
 
 class Copied(Stored):
-    """A weight that is read as bf16; its gradient is fp32."""
+    """A weight or bias that is read as bf16; its gradient is fp32."""
 
     @staticmethod
     def backward(ctx, dy):
@@ -81,12 +81,12 @@ def rounding(mode):
 
 
 def linear(p, x, r):
-    return F.linear(x.flatten(1), r.copied(next(p)), next(p))
+    return F.linear(x.flatten(1), r.copied(next(p)), r.copied(next(p)))
 
 
 def conv2d(p, x, r, stride=1, bias=True):
     w = channels_first(r.copied(next(p)))
-    y = F.conv2d(channels_first(x), w, next(p) if bias else None, stride, w.shape[2] // 2)
+    y = F.conv2d(channels_first(x), w, r.copied(next(p)) if bias else None, stride, w.shape[2] // 2)
     return y.permute(0, 2, 3, 1)
 
 

@@ -2,7 +2,7 @@
 
    The losses are PyTorch's own, written by make_golden_nets.py, which says how both sides draw the same weights and
    samples, and what the modes are; run from the top of the repository. O0 is held to the mode f32; O1 to `policy`,
-   which rounds what O1 rounds, and to `autocast`, which rounds more: biases, logits, gradients of weights.
+   which rounds what O1 rounds, and to `autocast`, which rounds more: logits, gradients of weights.
 
    How far the losses of a step may lie apart, to first order. u is the unit roundoff, z the logits, g the gradient.
 
@@ -72,8 +72,8 @@ static int resnet(mpt_model *net, int h) {
 /* Roundings on the way through a net, by the mode that is compared with. */
 typedef struct roundings {
     double terms;    /* of products, one after the other */
-    double policy;   /* arrays kept in bf16: copies of the weights, values; in the backward pass gradients of values */
-    double autocast; /* and biases and logits; in the backward pass also what rounds a weight's gradient */
+    double policy;   /* arrays kept in bf16: copies of weights and biases, values; in the backward pass gradients of values */
+    double autocast; /* and logits; in the backward pass also what rounds a weight's gradient */
 } roundings;
 
 typedef struct network {

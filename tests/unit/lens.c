@@ -667,11 +667,14 @@ static snapshot simulated_or_real(mpt_context *ctx, mpt_dtype type, int simulate
     mpt_train_desc train = MPT_ZERO;
     mpt_lens *lens = mpt_lens_open(ctx);
     mpt_what_if what = MPT_ZERO, last;
+    mpt_conv2d_desc conv = MPT_ZERO;
+    mpt_linear_desc linear = MPT_ZERO;
     snapshot s = {0, NULL};
     int h = mpt_input(net, SIDE, SIDE, CHANNELS), i, id;
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 3, NULL)), 2, NULL);
-    h = mpt_relu(net, mpt_linear(net, mpt_flatten(net, h), 9, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
+    conv.no_bias = linear.no_bias = 1; /* autocast rounds it */
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 3, &conv)), 2, NULL);
+    h = mpt_relu(net, mpt_linear(net, mpt_flatten(net, h), 9, &linear));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, &linear), NULL);
     train.batch = BATCH;
     train.scaler.mode = MPT_SCALER_STATIC, train.scaler.init_scale = 256.0f;
     train.optimizer = mpt_adam(1e-2);

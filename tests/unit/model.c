@@ -1543,6 +1543,104 @@ static void check_layer(mpt_context *ctx, mpt_model *net, int id, mpt_result cod
 
 #define CHECK_LAYER(call, code, word) (net = begin(ctx, &in), check_layer(ctx, net, call, code, word, __LINE__))
 
+/* Names that no file could hold are refused when the layer is made; those made up keep clear of those given. */
+static void test_layer_names(mpt_context *ctx) {
+    static const char *const bad[] = {"gr\xc3\xb6\xc3\x9f", "a\"b", "a\\b", "a\nb", "mpt.sum", "taken", ""};
+    mpt_linear_desc d = MPT_ZERO;
+    mpt_norm_desc n = MPT_ZERO;
+    mpt_node_info info;
+    mpt_model *net;
+    size_t i;
+    int h;
+    for (i = 0; i < sizeof bad / sizeof *bad; i++) {
+        net = mpt_model_new(ctx, policy_of(0));
+        d.name = "taken";
+        h = mpt_linear(net, mpt_input(net, 1, 1, 4), 4, &d);
+        n.name = bad[i];
+        CHECK(h && mpt_layer_norm(net, h, &n) == 0);
+        test_check_reason(ctx, "layer_norm", __FILE__, __LINE__);
+        CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "layer_norm");
+        mpt_model_free(net);
+    }
+    net = mpt_model_new(ctx, policy_of(0));
+    d.name = "linear2";
+    h = mpt_linear(net, mpt_linear(net, mpt_input(net, 1, 1, 4), 4, &d), 4, NULL); /* which would be linear2 */
+    mpt_mse(net, h);
+    CHECK_OK(ctx, mpt_model_build(net, NULL));
+    CHECK_OK(ctx, mpt_model_node(net, h, &info));
+    CHECK(strcmp(info.name, "linear3") == 0);
+    mpt_model_free(net);
+}
+
+/* A norm that reads the input sees it in fp32: features around 1000 differ by less than bf16 has there. The loss of O1
+   is that of fp32 but for the roundings of normalised values, about 1, of which the logit has three. */
+static void test_exact_input(mpt_context *ctx, mpt_policy policy, int fed) {
+    double loss[2];
+    int i, id;
+    for (i = 0; i < 2; i++) {
+        mpt_model *net = mpt_model_new(ctx, i ? policy : policy_of(0));
+        mpt_train_desc train = MPT_ZERO;
+        samples s = samples_new(mlp, 8, 5);
+        size_t j;
+        train.batch = 8, train.seed = 3;
+        id = mpt_input(net, 1, 1, 7);
+        if (fed)
+            id = mpt_concat(net, mpt_batch_norm(net, id, NULL), mpt_linear(net, id, 2, NULL)); /* both kinds read it */
+        else id = mpt_batch_norm(net, mpt_flatten(net, id), NULL);
+        mpt_softmax_cross_entropy(net, mpt_linear(net, id, CLASSES, NULL), NULL);
+        CHECK_OK(ctx, mpt_model_build(net, &train));
+        for (j = 0; j < 56; j++) s.x[j] = (fed ? 8 : 1000) + s.x[j];
+        CHECK_OK(ctx, mpt_forward(net, s.x, s.label, 8));
+        loss[i] = mpt_loss(net);
+        mpt_model_free(net);
+        samples_free(&s);
+    }
+    CHECK_NEAR(loss[1], loss[0], (fed ? 8 : 1) * 6 * test_unit(policy.compute) * 2);
+}
+
+/* O1 reads biases as torch.autocast does: rounded. */
+static void test_rounded_bias(mpt_context *ctx) {
+    const float zero[2] = {0, 0}, bias[2] = {1 + 1.0f / 512, -3 - 1.0f / 128};
+    float out[2] = {0, 0};
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O1, MPT_BF16));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 2, NULL));
+    CHECK_OK(ctx, mpt_model_build(net, NULL));
+    CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 2, bias));
+    CHECK_OK(ctx, mpt_predict(net, zero, 1, out));
+    CHECK_EQUAL(out[0], mpt_f32_from_bf16(mpt_bf16_from_f32(bias[0])));
+    CHECK_EQUAL(out[1], mpt_f32_from_bf16(mpt_bf16_from_f32(bias[1])));
+    CHECK_EQUAL(out[0], 1);
+    mpt_model_free(net);
+}
+
+/* Integers where floats are wanted, and shares outside of 0..1. */
+static void test_odd_targets(mpt_context *ctx, mpt_loss_kind loss) {
+    mpt_train_desc train = MPT_ZERO;
+    samples s = samples_new(mlp, 4, 5);
+    const float outside[] = {2, -1, 5, -0.001f};
+    mpt_model *model;
+    size_t i;
+    train.batch = 4;
+    model = build(ctx, policy_of(0), mlp, loss, &train);
+    if (loss != MPT_LOSS_CROSS_ENTROPY) {
+        int32_t labels[4 * CLASSES] = {0};
+        labels[7] = 1;
+        CHECK_ERROR(ctx, mpt_train_step(model, s.x, labels), MPT_ERROR_VALUE, "integer");
+        test_check_reason(ctx, "2", __FILE__, __LINE__);
+    }
+    for (i = 0; i < 4 && loss == MPT_LOSS_BCE_WITH_LOGITS; i++) {
+        const float kept = s.target[CLASSES + i];
+        s.target[CLASSES + i] = outside[i];
+        CHECK_ERROR(ctx, mpt_train_step(model, s.x, s.target), MPT_ERROR_VALUE, "1");
+        test_check_reason(ctx, "sample", __FILE__, __LINE__);
+        s.target[CLASSES + i] = kept;
+    }
+    CHECK_OK(ctx, mpt_train_step(model, s.x, target_of(&s, loss)));
+    CHECK(!*mpt_why(ctx));
+    mpt_model_free(model);
+    samples_free(&s);
+}
+
 static void test_layer_errors(mpt_context *ctx) {
     const char *long_name = "thirty-two characters: too long.";
     mpt_linear_desc linear = MPT_ZERO;
@@ -1930,14 +2028,14 @@ static void test_plans(mpt_context *ctx) {
 
 /* Names of 31 characters, and numbers of 10 digits. */
 static void test_wide_plan(mpt_context *ctx) {
-    const char *name = "a_name_of_thirty_one_characters";
+    const char *name = "a_name_of_thirty_one_characters", *other = "b_name_of_thirty_one_characters";
     mpt_conv2d_desc conv = MPT_ZERO;
     mpt_norm_desc norm = MPT_ZERO;
     mpt_train_desc train = MPT_ZERO;
     printed p;
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O1, MPT_BF16));
     int h = mpt_input(net, 101, 103, 100);
-    conv.name = norm.name = name;
+    conv.name = name, norm.name = other;
     h = mpt_conv2d(net, h, 100, 3, &conv);
     h = mpt_relu(net, mpt_batch_norm(net, h, &norm));
     mpt_mse(net, mpt_global_avg_pool2d(net, h));
@@ -1945,7 +2043,7 @@ static void test_wide_plan(mpt_context *ctx) {
     CHECK_OK(ctx, mpt_model_build(net, &train));
     memset(&p, 0, sizeof p);
     CHECK_OK(ctx, mpt_model_print(net, keep_line, &p));
-    CHECK(test_has_word(p.line[2], name) && test_has_word(p.line[3], name));
+    CHECK(test_has_word(p.line[2], name) && test_has_word(p.line[3], other));
     CHECK(has_number(p.line[2], (size_t)101 * 103 * 900 * 100));
     CHECK_EQUAL(info_of(ctx, net, 4).fused_into, 3);
     mpt_model_free(net);
@@ -2166,6 +2264,12 @@ int main(void) {
     test_failed_step(ctx);
     test_again();
     test_layer_errors(ctx);
+    test_layer_names(ctx);
+    test_exact_input(ctx, mpt_policy_preset(MPT_O1, MPT_BF16), 0);
+    test_exact_input(ctx, mpt_policy_preset(MPT_O2, MPT_BF16), 0);
+    test_exact_input(ctx, mpt_policy_preset(MPT_O1, MPT_BF16), 1);
+    test_rounded_bias(ctx);
+    for (i = 0; i < MPT_LOSS_KIND_COUNT; i++) test_odd_targets(ctx, (mpt_loss_kind)i);
     test_norm_errors(ctx);
     test_cross_entropy_errors(ctx);
     test_window_errors(ctx);

@@ -680,6 +680,26 @@ static void test_pool_specials(void) {
 }
 
 /* The largest stride allowed: one output, from the first window, in all three passes. */
+/* Of a row with a NaN none is the largest: it does not count as right. */
+static void test_nan_row(void) {
+    test_tensor x = test_tensor_new(context, MPT_F32, 6);
+    const int32_t labels[2] = {2, 2};
+    int32_t *device = (int32_t *)mpt_alloc(context, sizeof labels);
+    mpt_loss_sum *sum = (mpt_loss_sum *)mpt_alloc(context, sizeof *sum), out = MPT_ZERO;
+    const mpt_array none = MPT_ZERO;
+    size_t i;
+    for (i = 0; i < 6; i++) x.value[i] = i % 3 == 2 ? 5 : 1;
+    x.value[1] = (double)nan_value();
+    test_tensor_upload(&x);
+    CHECK_OK(context, mpt_upload(context, device, labels, sizeof labels));
+    CHECK_OK(context, mpt_cross_entropy(context, NULL, 2, 3, x.array, device, 1, NULL, none, sum));
+    CHECK_OK(context, mpt_download(context, &out, sum, sizeof out));
+    CHECK_EQUAL(out.rows, 2);
+    CHECK_EQUAL(out.correct, 1);
+    mpt_free(context, device), mpt_free(context, sum);
+    test_tensor_free(&x);
+}
+
 static void test_huge_stride(void) {
     mpt_conv2d_shape s = MPT_ZERO;
     mpt_pool2d_shape p = MPT_ZERO;
@@ -2057,6 +2077,7 @@ int main(void) {
     test_pool_specials();
     test_pool_errors();
     test_huge_stride();
+    test_nan_row();
     test_elementwise();
     test_elementwise_specials();
     test_elementwise_errors();

@@ -734,6 +734,53 @@ static void test_moments(mpt_context *ctx) {
     trainer_free(&t);
 }
 
+/* ==== DESCRIPTORS ==== all zero means defaults, and fields that are set count */
+
+static void check_filled(mpt_context *ctx, const mpt_optimizer_desc *given, const mpt_optimizer_desc *meant) {
+    trainer t = trainer_new(ctx, MPT_F32, MPT_MASTER_F32, given, NULL, 4, 4);
+    const mpt_optimizer_desc d = mpt_optimizer_get_desc(t.opt);
+    CHECK(d.kind == meant->kind && d.nesterov == meant->nesterov && d.amsgrad == meant->amsgrad);
+    CHECK_EQUAL(d.lr, meant->lr);
+    CHECK_EQUAL(d.momentum, meant->momentum);
+    CHECK_EQUAL(d.beta1, meant->beta1);
+    CHECK_EQUAL(d.beta2, meant->beta2);
+    CHECK_EQUAL(d.eps, meant->eps);
+    CHECK_EQUAL(d.weight_decay, meant->weight_decay);
+    trainer_free(&t);
+}
+
+static void test_filled(mpt_context *ctx) {
+    const mpt_optimizer_desc zero = MPT_ZERO;
+    mpt_optimizer_desc d = zero, meant = mpt_adam(1e-3);
+    mpt_scaler *scaler;
+    mpt_params *params;
+    check_filled(ctx, NULL, &meant);
+    check_filled(ctx, &d, &meant);
+    d.lr = meant.lr = 0.1; /* without kind */
+    check_filled(ctx, &d, &meant);
+    d.weight_decay = meant.weight_decay = 0.5, d.beta1 = meant.beta1 = 0.8, d.amsgrad = meant.amsgrad = 1;
+    check_filled(ctx, &d, &meant);
+    d = zero, d.kind = MPT_ADAM, d.lr = 1e-2, meant = mpt_adam(1e-2);
+    check_filled(ctx, &d, &meant);
+    d.eps = meant.eps = 1e-6, d.beta1 = meant.beta1 = 0,
+    d.beta2 = meant.beta2 = 0; /* eps is set: these mean themselves */
+    check_filled(ctx, &d, &meant);
+    d = zero, d.kind = MPT_ADAMW, meant = mpt_adamw(1e-3);
+    check_filled(ctx, &d, &meant);
+    d = meant = mpt_adamw(0), d.weight_decay = meant.weight_decay = 0;
+    check_filled(ctx, &d, &meant);
+    d = meant = mpt_sgd(0, 0.9);
+    check_filled(ctx, &d, &meant);
+    d = zero, d.momentum = 0.9; /* of no optimizer that has it */
+    params = mpt_params_new(ctx, NULL);
+    scaler = mpt_scaler_new(ctx, NULL);
+    mpt_params_add(params, "w", 4, 0);
+    CHECK_OK(ctx, mpt_params_build(params));
+    CHECK(mpt_optimizer_new(params, scaler, &d) == NULL);
+    test_check_reason(ctx, "momentum", __FILE__, __LINE__);
+    mpt_scaler_free(scaler), mpt_params_free(params);
+}
+
 /* ==== STATES FROM OUTSIDE ==== */
 
 static void check_scaler_state(mpt_context *ctx, mpt_scaler *scaler, const mpt_scaler_state *bad, const char *word) {
@@ -797,10 +844,10 @@ static void test_optimizer_judge(mpt_context *ctx) {
     s = start, s.scan.first = 3, check_optimizer_state(&t, &s, "tensor");
     s = start, s.journal[63].reason = 9, check_optimizer_state(&t, &s, "reason");
     s = start, s.journal[1].tensor = -1, check_optimizer_state(&t, &s, "tensor");
-    CHECK_OK(ctx, mpt_unscale(t.opt));
-    CHECK_ERROR(ctx, mpt_optimizer_set_state(t.opt, &start), MPT_ERROR_ORDER, "mpt_unscale");
-    step(&t);
+    s = start, s.inv_scale = (double)test_float(nan_bits), check_optimizer_state(&t, &s, "inv_scale");
+    s = start, s.grad_norm = -1, check_optimizer_state(&t, &s, "grad_norm");
     CHECK_OK(ctx, mpt_optimizer_set_state(t.opt, &start));
+    CHECK(!*mpt_why(ctx)); /* the reasons above are not taken for one of this call */
     step(&t);
     CHECK_EQUAL(state_of(&t).applied, 2);
     trainer_free(&t);
@@ -1372,6 +1419,7 @@ int main(void) {
     test_journal(ctx);
     test_moment_limits(ctx);
     test_dead_scale(ctx);
+    test_filled(ctx);
     test_scaler_judge(ctx);
     test_optimizer_judge(ctx);
     test_padding(ctx);
