@@ -1024,7 +1024,10 @@ typedef struct mpt_norm_op { /* see mpt_norm_stats and those after it */
     mpt_norm_shape shape; /* eps filled in */
     mpt_array x, gamma, beta;
     mpt_array y; /* backward: dy */
+    /* backward: dy is multiplied by the slope of the activation behind the norm, IDENTITY or RELU, in passing or before,
+       in place. Then beta is set, and `saved` is what that activation gave. */
     mpt_activation act;
+    mpt_array saved;
     float *stats, *running;
     float momentum;
     int frozen;
@@ -4625,6 +4628,7 @@ typedef struct mpt__norm_work {
     size_t rows, count;    /* rows: N pixels. count: values that a mean is taken of */
     size_t first, columns; /* channels of this turn */
     double *sums;          /* (MPT__COLUMN_BLOCKS, 2, MPT__COLUMNS) */
+    int32_t zero; /* bits of the largest y that is stored as 0: a ReLU behind the norm lets pass what is larger */
 } mpt__norm_work;
 
 /* What channels first .. first+columns of a sample need: its statistics, gamma / deviation, and for dx two means. Whole
@@ -4729,8 +4733,7 @@ MPT__INLINE void mpt__sum_gradients_4(const float *MPT__RESTRICT x0, const float
     }
 }
 
-/* y without its activation, dx, and dy behind the ReLU that y goes through: the y that is stored is above 0 where this
-   one is above `least` */
+/* y without its activation; */
 MPT__INLINE void mpt__norm_y(const mpt__norm_lines *l, size_t c, const float *MPT__RESTRICT x, float *MPT__RESTRICT y) {
     const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT gamma = l->gamma + c,
                                *MPT__RESTRICT beta = l->beta + c;
@@ -4738,6 +4741,19 @@ MPT__INLINE void mpt__norm_y(const mpt__norm_lines *l, size_t c, const float *MP
     for (e = 0; e < MPT__RUN; e++) y[e] = (x[e] - mean[e]) * gamma[e] + beta[e];
 }
 
+/* dy where a ReLU behind the norm passes it: y is made once more, so that it need not be read; */
+MPT__INLINE void mpt__norm_slope(const mpt__norm_lines *l, size_t c, int32_t zero, const float *MPT__RESTRICT x,
+                                 const float *MPT__RESTRICT dy, float *MPT__RESTRICT out) {
+    const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT gamma = l->gamma + c;
+    const float *MPT__RESTRICT beta = l->beta + c;
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const int32_t y = (int32_t)mpt__bits((x[e] - mean[e]) * gamma[e] + beta[e]); /* in the order of the values */
+        out[e] = mpt__float(mpt__bits(dy[e]) & (0u - (uint32_t)(y > zero)));
+    }
+}
+
+/* dx */
 MPT__INLINE void mpt__norm_dx(const mpt__norm_lines *l, size_t c, const float *MPT__RESTRICT x,
                               const float *MPT__RESTRICT dy, float *MPT__RESTRICT dx) {
     const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT inverse = l->inverse + c;
@@ -4758,8 +4774,12 @@ MPT__INLINE void mpt__norm_sum(const mpt__norm_work *w, size_t i, size_t rows, s
     const float *x[4], *dy[4];
     size_t r;
     for (r = 0; r < rows; r++) x[r] = mpt__read_run(w->ctx, w->op->x, at + r * C, n, l->room + r * MPT__RUN);
-    for (r = 0; r < rows && w->kind == MPT__SUM_GRADIENTS; r++)
+    for (r = 0; r < rows && w->kind == MPT__SUM_GRADIENTS; r++) {
         dy[r] = mpt__read_run(w->ctx, w->op->y, at + r * C, n, l->room + (4 + r) * MPT__RUN);
+        if (!w->op->act) continue;
+        mpt__norm_slope(l, c, w->zero, x[r], dy[r], l->room + (8 + r) * MPT__RUN);
+        dy[r] = l->room + (8 + r) * MPT__RUN;
+    }
     if (rows == 4 && w->kind == MPT__SUM_GRADIENTS)
         mpt__sum_gradients_4(x[0], x[1], x[2], x[3], dy[0], dy[1], dy[2], dy[3], l->mean + c, l->inverse + c, a, b);
     else if (rows == 4 && w->kind == MPT__SUM_SQUARES) mpt__sum_squares_4(x[0], x[1], x[2], x[3], l->mean + c, a, b);
@@ -4828,7 +4848,7 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
     const mpt_norm_op *op = arg_work->op;
     const size_t groups = op->shape.groups, each = op->shape.C / groups, pixels = op->shape.pixels;
     const mpt__norm_lines l = mpt__norm_lines_of(arg_work->ctx, worker);
-    double *a = (double *)(void *)(l.room + 8 * MPT__RUN), *b = a + MPT__RUN;
+    double *a = (double *)(void *)(l.room + 12 * MPT__RUN), *b = a + MPT__RUN;
     mpt__norm_work w = *arg_work;
     for (; begin < end; begin++) {
         const size_t sample = begin / groups, first = begin % groups * each;
@@ -4882,7 +4902,7 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
     }
 }
 
-/* y or dx of row i: n channels from channel first + c on. Two runs of room. */
+/* y or dx of row i: n channels from channel first + c on */
 MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t first, size_t c, size_t n,
                                const mpt__norm_lines *l) {
     const mpt_norm_op *op = w->op;
@@ -4896,7 +4916,8 @@ MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t first, 
         return;
     }
     dy = mpt__read_run(w->ctx, op->y, at, n, l->room + MPT__RUN);
-    mpt__norm_dx(l, c, x, dy, out);
+    if (op->act) mpt__norm_slope(l, c, w->zero, x, dy, l->room + 2 * MPT__RUN);
+    mpt__norm_dx(l, c, x, op->act ? l->room + 2 * MPT__RUN : dy, out);
     if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, at, n, l->room));
     mpt__write_run(w->ctx, op->dx, at, n, out);
 }
@@ -4917,9 +4938,13 @@ MPT__INLINE void mpt__norm_rows_task_body(void *arg, size_t begin, size_t end, i
 MPT__TASKS(mpt__norm_rows_task)
 
 static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op, mpt__sum_kind kind) {
+    static const int32_t zeros[3] = {0, 0x33000000, 0x8000}; /* half the smallest subnormal of f16 and bf16 */
     const mpt_norm_shape *z = &op->shape;
-    const size_t count = z->pixels * (z->C / z->groups);
-    mpt__norm_work w = {ctx, op, kind, z->N * z->pixels, count, 0, 0, (double *)(void *)ctx->workspace};
+    mpt__norm_work w = MPT_ZERO;
+    w.ctx = ctx, w.op = op, w.kind = kind;
+    w.rows = z->N * z->pixels, w.count = z->pixels * (z->C / z->groups);
+    w.sums = (double *)(void *)ctx->workspace;
+    w.zero = op->saved.data && op->saved.type <= MPT_BF16 ? zeros[op->saved.type] : 0;
     return w;
 }
 
@@ -7309,19 +7334,30 @@ static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, m
     return mpt_conv2d_backward_weight(net->ctx, &conv, dy, x, beta, dw);
 }
 
+/* Whether the backward pass of a norm takes the slope of the activation behind it in passing. */
+static int mpt__slope_in_norm(const mpt__node *node) {
+    return node->kind == MPT__NORM && node->slope == MPT_RELU && node->type <= MPT_BF16;
+}
+
 /* Gradients of gamma, beta and the input at once. Here, where the batch is known to count, its statistics join the
    pending ones. */
-static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node, mpt_array dy, size_t rows) {
+static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node, mpt_array y, mpt_array dy,
+                                          size_t rows) {
     const int to = node->in[0], wanted = mpt__node_of(net, to)->needs_gradient;
     const mpt_norm_shape shape = mpt__norm_shape_of(node, rows);
-    const mpt_array none = MPT_ZERO;
     float *stats = mpt__norm_stats_of(net, node);
+    mpt_norm_op op = MPT_ZERO;
     if (node->norm == MPT__NORM_BATCH)
         MPT__TRY(mpt_norm_running(net->ctx, &shape, node->momentum, stats, net->pending + node->running));
-    return mpt_norm_backward(net->ctx, &shape, mpt__value(net, to), stats, 0, mpt__norm_array(net, node->weight), dy,
-                             wanted ? mpt__grad_beta(net, to) : 0, wanted ? mpt__grad(net, to) : none,
-                             net->micro ? 1.0f : 0.0f, mpt_f32_array(mpt_params_grad(net->params, node->weight)),
-                             mpt_f32_array(mpt_params_grad(net->params, node->bias)));
+    op.pass = MPT_NORM_BACKWARD;
+    op.x = mpt__value(net, to), op.y = dy;
+    op.gamma = mpt__norm_array(net, node->weight), op.beta = mpt__norm_array(net, node->bias);
+    if (mpt__slope_in_norm(node)) op.act = node->slope, op.saved = y;
+    if (wanted) op.dx = mpt__grad(net, to), op.scale_x = mpt__grad_beta(net, to);
+    op.dgamma = mpt_f32_array(mpt_params_grad(net->params, node->weight));
+    op.dbeta = mpt_f32_array(mpt_params_grad(net->params, node->bias));
+    op.scale = net->micro ? 1.0f : 0.0f;
+    return mpt__norm_call(net->ctx, "norm_backward", &shape, stats, &op);
 }
 
 /* The gradient that `node` hands to its input on a side. */
@@ -7363,11 +7399,11 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
     int side;
     if (!node->needs_gradient || node->fused) return MPT_OK;
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
-    if (node->slope && node->kind != MPT__ACTIVATION)
+    if (node->slope && node->kind != MPT__ACTIVATION && !mpt__slope_in_norm(node))
         MPT__TRY(mpt_activation_backward(net->ctx, node->slope, rows * mpt__node_count(node), y, dy, 0, dy));
     mpt__enter(net, id, MPT_BACKWARD_WEIGHT, node->kind == MPT__NORM ? node->in[0] : id);
     if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
-    if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, dy, rows);
+    if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, y, dy, rows);
     for (side = 0; side < 2 && node->in[side]; side++) {
         mpt__enter(net, id, MPT_BACKWARD_DATA, node->in[side]);
         MPT__TRY(mpt__data_backward(net, id, side, dy, y, rows));

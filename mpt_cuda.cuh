@@ -1724,6 +1724,13 @@ static __global__ void mptc__norm_running_k(mpt_norm_op op, size_t count) {
 
 static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
     const mpt_norm_shape *z = &op->shape;
+    if (op->pass == MPT_NORM_BACKWARD && op->act) { /* the slope first, in place */
+        mpt_map_op slope = MPT_ZERO;
+        slope.map = MPT_MAP_ACTIVATION_GRADIENT, slope.act = op->act;
+        slope.n = z->N * z->pixels * z->C;
+        slope.a = op->saved, slope.b = slope.out = op->y;
+        MPTC__TRY(mptc__map(ctx, &slope));
+    }
     MPTC__TRY(mptc__enter(ctx));
     if (op->pass == MPT_NORM_STATS) return mptc__norm_stats(ctx, op);
     if (op->pass == MPT_NORM_FORWARD) return mptc__norm_map(ctx, op);

@@ -1325,6 +1325,23 @@ static mpt_result mpt__lens_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
 }
 
 /* Backward writes three: dx, dgamma and dbeta. */
+/* The slope of the activation behind a norm by itself, so that the gradient between the two is seen */
+static mpt_result mpt__lens_norm_slope(mpt_lens *lens, mpt_norm_op *op) {
+    mpt_context *ctx = lens->ctx;
+    const mpt_place place = ctx->place;
+    mpt_map_op slope = MPT_ZERO;
+    mpt_result r;
+    if (!op->act) return MPT_OK;
+    slope.map = MPT_MAP_ACTIVATION_GRADIENT, slope.act = op->act;
+    slope.n = op->shape.N * op->shape.pixels * op->shape.C;
+    slope.a = op->saved, slope.b = slope.out = op->y;
+    ctx->place.pass = MPT_BACKWARD_DATA, ctx->place.output = place.node;
+    r = mpt__lens_map(ctx, &slope);
+    ctx->place = place;
+    op->act = MPT_IDENTITY;
+    return r;
+}
+
 static mpt_result mpt__lens_norm_backward(mpt_lens *lens, const mpt_norm_op *op) {
     const size_t C = op->shape.C, n = op->shape.N * op->shape.pixels * C;
     mpt__output dx = mpt__output_of(lens, "normalisation", MPT_BACKWARD_DATA, 1, n, n, op->scale_x);
@@ -1334,6 +1351,7 @@ static mpt_result mpt__lens_norm_backward(mpt_lens *lens, const mpt_norm_op *op)
     mpt_result r;
     dgamma.slot = 1, dbeta.slot = 2;
     dbeta.role = MPT_ROLE_COUNT;
+    MPT__TRY(mpt__lens_norm_slope(lens, &run));
     mpt__output_reads(&dx, op->y, n, op->x, n);
     mpt__output_reads(&dgamma, op->y, n, op->x, n);
     mpt__output_reads(&dbeta, op->y, n, op->x, 0);

@@ -1369,6 +1369,65 @@ static void test_norm_cancellation(void) {
     }
 }
 
+/* The slope of a ReLU behind the norm, taken in passing, gives the bits that it gives by itself. gamma is also so small
+   that many y are stored as 0. */
+static void check_norm_slope(norm_case n, mpt_dtype type, double gamma, test_tensor *t) {
+    test_tensor *outs[3] = {&t[DX], &t[DGAMMA], &t[DSHIFT]};
+    unsigned char *alone[3], *passing[3];
+    mpt_context *ctx;
+    mpt_norm_op op = MPT_ZERO;
+    size_t i;
+    int engine, thread, j;
+    for (i = 0; i < n.s.C; i++) t[GAMMA].value[i] *= gamma, t[SHIFT].value[i] *= gamma / 8;
+    test_tensor_upload(&t[GAMMA]), test_tensor_upload(&t[SHIFT]);
+    for (j = 0; j < 3; j++) {
+        alone[j] = (unsigned char *)test_memory(2 * test_tensor_bytes(outs[j]));
+        passing[j] = alone[j] + test_tensor_bytes(outs[j]);
+    }
+    n.act = MPT_RELU, n.scale = 0, n.scale_x = 0;
+    for (engine = 0; engine < ENGINES; engine++)
+        for (thread = 0; thread < THREADS && contexts[engine][thread]; thread++) {
+            ctx = contexts[engine][thread];
+            CHECK_OK(ctx, call_norm_stats(ctx, &n, t));
+            CHECK_OK(ctx, call_norm_forward(ctx, &n, t));
+            op.pass = MPT_NORM_BACKWARD, op.shape = n.s, op.shape.eps = 1e-5f;
+            op.x = t[INPUT].array, op.y = t[SLOPE].array, op.saved = t[OUTPUT].array;
+            op.gamma = t[GAMMA].array, op.beta = t[SHIFT].array;
+            op.dx = t[DX].array, op.dgamma = t[DGAMMA].array, op.dbeta = t[DSHIFT].array;
+            op.stats = floats_of(&t[STATS]), op.act = MPT_RELU;
+            test_tensor_upload(&t[SLOPE]);
+            CHECK_OK(ctx, mpt_context_backend(ctx)->norm(ctx, &op));
+            for (j = 0; j < 3; j++)
+                CHECK_OK(ctx, mpt_download(ctx, passing[j], outs[j]->array.data, test_tensor_bytes(outs[j])));
+            test_tensor_upload(&t[SLOPE]);
+            CHECK_OK(ctx, mpt_activation_backward(ctx, MPT_RELU, t[SLOPE].count, t[OUTPUT].array, t[SLOPE].array, 0,
+                                                  t[SLOPE].array));
+            CHECK_OK(ctx, call_norm_backward(ctx, &n, t));
+            for (j = 0; j < 3; j++) {
+                CHECK_OK(ctx, mpt_download(ctx, alone[j], outs[j]->array.data, test_tensor_bytes(outs[j])));
+                if (!CHECK(memcmp(alone[j], passing[j], test_tensor_bytes(outs[j])) == 0))
+                    printf("    in the slope of %s, result %d, C %lu\n", mpt_dtype_name(type), j, (unsigned long)n.s.C);
+            }
+        }
+    for (j = 0; j < 3; j++) free(alone[j]);
+}
+
+static void test_norm_slopes(void) {
+    static const size_t shapes[][4] = {{1, 257, 130, 130}, {1, 61, 64, 64}, {5, 1, 37, 1}, {3, 35, 12, 4}};
+    static const double gammas[] = {1, 1e-7, 1e-39};
+    size_t i, g;
+    int type, j;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (g = 0; g < sizeof gammas / sizeof *gammas; g++)
+            for (type = MPT_F32; type <= MPT_BF16; type++) {
+                const norm_case n = make_norm(shapes[i]);
+                test_tensor t[NORM_TENSORS];
+                norm_tensors(&n, (mpt_dtype)type, (mpt_dtype)type, MPT_F32, t);
+                check_norm_slope(n, (mpt_dtype)type, gammas[g], t);
+                for (j = 0; j < NORM_TENSORS; j++) test_tensor_free(&t[j]);
+            }
+}
+
 /* A constant set, however large, is normalised to 0 exactly; few values far from 0 as exactly as fp32 can. */
 static void test_norm_far(void) {
     static const float far[4] = {40000, 40001, 40002, 40003};
@@ -2088,6 +2147,7 @@ int main(void) {
     test_dropout_errors();
     test_norms();
     test_norm_cancellation();
+    test_norm_slopes();
     test_norm_far();
     test_norm_long();
     test_reference_norms();
