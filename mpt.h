@@ -7063,12 +7063,29 @@ static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t rows) {
     return shape;
 }
 
+/* The side of a sum whose input has its gradient in the sum's own buffer, so that none is copied there; or -1. No later
+   node may read that input: what they add to its gradient must come after. */
+static int mpt__shared_side(const mpt_model *net, int id) {
+    const mpt__node *node = &net->nodes[id - 1];
+    int side, reader;
+    if (node->kind != MPT__ADD || node->in[0] == node->in[1]) return -1;
+    for (side = 0; side < 2; side++) {
+        const mpt__node *in = &net->nodes[node->in[side] - 1];
+        int last = id;
+        for (reader = id + 1; reader <= net->count; reader++)
+            if (net->nodes[reader - 1].in[0] == node->in[side] || net->nodes[reader - 1].in[1] == node->in[side])
+                last = reader;
+        if (last == id && in->needs_gradient && in->grad_type == node->grad_type) return side;
+    }
+    return -1;
+}
+
 /* The buffers that node i has of its own; see mpt__build_plan. */
 static void mpt__plan_node(mpt_model *net, int i, int end) {
     mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
     const mpt_norm_shape norm = mpt__norm_shape_of(node, (size_t)net->train.batch);
     const size_t batch = (size_t)net->train.batch, count = batch * mpt__node_count(node);
-    const int shares = node->fused || node->kind == MPT__FLATTEN;
+    const int shares = node->fused || node->kind == MPT__FLATTEN, side = mpt__shared_side(net, i + 1);
     node->index = node->cast = node->stats = node->grad = 0;
     if (shares) node->value = in->value;
     else node->value = mpt__plan_add(net, count, mpt_dtype_size(node->type), i, i);
@@ -7079,6 +7096,7 @@ static void mpt__plan_node(mpt_model *net, int i, int end) {
         node->cast = mpt__plan_add(net, batch * mpt__node_count(in), mpt_dtype_size(node->policy.compute), i, end - i);
     if (!node->needs_gradient) return;
     if (shares && in->consumers == 1) node->grad = in->grad;
+    else if (side >= 0) node->grad = mpt__node_of(net, node->in[side])->grad;
     else node->grad = mpt__plan_add(net, count, mpt_dtype_size(node->grad_type), end - i, end - i);
 }
 
@@ -7096,7 +7114,7 @@ static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
 
 /* Moments of a step: node i runs forward at i and backward at 2 count - 1 - i. A value lives until its last reader in
    either pass, a gradient from its first writer to its node's backward. Flatten and fused activations share the buffers
-   of their input. */
+   of their input, and a sum the gradient's. */
 static mpt_result mpt__build_plan(mpt_model *net) {
     const int n = net->count, end = 2 * n - 1;
     int i;
@@ -7371,9 +7389,9 @@ static mpt_result mpt__data_backward(mpt_model *net, int id, int side, mpt_array
     mpt_conv2d_shape conv = node->conv;
     mpt_pool2d_shape pool = node->pool;
     float beta;
-    if (!mpt__node_of(net, to)->needs_gradient || dx.data == dy.data)
-        return MPT_OK; /* or shared: it is there already */
+    if (!mpt__node_of(net, to)->needs_gradient) return MPT_OK;
     beta = mpt__grad_beta(net, to);
+    if (dx.data == dy.data) return MPT_OK; /* shared: it is there already */
     conv.N = pool.N = rows;
     switch (node->kind) {
     case MPT__LINEAR:

@@ -187,7 +187,8 @@ typedef enum mpt_role {
    gradients far from the loss an fp32 model, or one whose scale is right, tells more.
    Gradients are counted without the loss scale (shifted by log2 of it, rounded to an integer; accumulate's 1/n stays in
    them), and once a pass, when all parts have been added; those of weights once a step. A node without memory of its
-   own (fused activation, flatten) may have none: the node that it shares with has them. */
+   own (fused activation, flatten; for its gradient an input of a "sum, dy shared") may have none: the node that it
+   shares with has them. */
 MPT_DEF mpt_result mpt_lens_watch(mpt_lens *lens, mpt_model *net);
 /* *out = what node 1.. has shown in a role; node 0: all nodes. Weights are those of now. */
 MPT_DEF mpt_result mpt_lens_histogram(mpt_lens *lens, int node, mpt_role role, mpt_histogram *out);
@@ -321,7 +322,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 
 /* ==== TABLE PARTS ==== */
 
-static const char *mpt__kernel_name(const mpt__node *node) {
+static const char *mpt__kernel_name(const mpt_model *net, const mpt__node *node) {
     switch (node->kind) {
     case MPT__INPUT: return "cast";
     case MPT__LINEAR: return "product";
@@ -332,7 +333,8 @@ static const char *mpt__kernel_name(const mpt__node *node) {
     case MPT__POOL: return "pooling";
     case MPT__FLATTEN: return "shared memory";
     case MPT__CONCAT: return "copy";
-    case MPT__NORM: return "normalisation";
+    case MPT__NORM: return mpt__slope_in_norm(node) ? "norm with slope" : "normalisation";
+    case MPT__ADD: return mpt__shared_side(net, (int)(node - net->nodes) + 1) < 0 ? "elementwise" : "sum, dy shared";
     case MPT__LOSS: return "loss and gradient";
     default: return node->fused ? "epilogue" : "elementwise";
     }
@@ -347,7 +349,7 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
                         net->count);
     node = mpt__node_of(net, id);
     memset(out, 0, sizeof *out);
-    out->name = node->name, out->kernel = mpt__kernel_name(node);
+    out->name = node->name, out->kernel = mpt__kernel_name(net, node);
     out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
     out->in[0] = node->in[0], out->in[1] = node->in[1];
     out->weight = node->weight, out->bias = node->bias;

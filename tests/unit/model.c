@@ -16,7 +16,7 @@ typedef struct item {
     int kernel, stride, padding; /* padding -1: the default of conv2d */
 } item;
 
-enum { MOST_ITEMS = 20 };
+enum { MOST_ITEMS = 24 };
 
 static const item mlp[] = {{'i', 1, 1, 7, 0, 0, 0},  {'l', 0, 0, 13, 0, 0, 0}, {'r', 1, 0, 0, 0, 0, 0},
                            {'l', 2, 0, 11, 0, 0, 0}, {'r', 3, 0, 0, 0, 0, 0},  {'l', 4, 0, 5, 0, 0, 0},
@@ -55,6 +55,16 @@ static const item even[] = {{'i', 6, 6, 3, 0, 0, 0}, {'k', 0, 0, 8, 3, 1, -1}, {
                             {'T', 5, 0, 0, 0, 0, 0}, {'|', 3, 6, 0, 0, 0, 0},  {'c', 7, 0, 8, 2, 2, 0},
                             {'Y', 8, 0, 0, 0, 0, 0}, {'T', 9, 0, 0, 0, 0, 0},  {'l', 10, 0, 5, 0, 0, 0},
                             {0, 0, 0, 0, 0, 0, 0}};
+
+/* Sums whose gradient is also that of an input: of the first, of the second because the first is read later, of a sum,
+   of one with a ReLU behind it; and one both of whose inputs are read later. */
+static const item sums[] = {
+    {'i', 5, 5, 4, 0, 0, 0},   {'k', 0, 0, 4, 3, 1, -1},  {'N', 1, 0, 0, 0, 0, 0},   {'r', 2, 0, 0, 0, 0, 0},
+    {'k', 3, 0, 4, 3, 1, -1},  {'N', 4, 0, 0, 0, 0, 0},   {'r', 5, 0, 0, 0, 0, 0},   {'+', 3, 6, 0, 0, 0, 0},
+    {'c', 7, 0, 4, 1, 1, -1},  {'T', 8, 0, 0, 0, 0, 0},   {'+', 7, 9, 0, 0, 0, 0},   {'r', 10, 0, 0, 0, 0, 0},
+    {'c', 11, 0, 4, 1, 1, 0},  {'+', 12, 3, 0, 0, 0, 0},  {'+', 13, 11, 0, 0, 0, 0}, {'+', 11, 3, 0, 0, 0, 0},
+    {'+', 15, 14, 0, 0, 0, 0}, {'+', 16, 11, 0, 0, 0, 0}, {'+', 17, 3, 0, 0, 0, 0},  {'g', 18, 0, 0, 0, 0, 0},
+    {'l', 19, 0, 5, 0, 0, 0},  {0, 0, 0, 0, 0, 0, 0}};
 
 /* All new kinds at once, dropout among them. */
 static const item mixed[] = {{'i', 6, 6, 4, 0, 0, 0},  {'k', 0, 2, 8, 3, 1, -1}, {'N', 1, 0, 0, 0, 0, 0},
@@ -2204,11 +2214,11 @@ static void test_toy(mpt_context *ctx, mpt_policy policy, const item *items, mpt
 }
 
 static void test_all_gradients(mpt_context *ctx) {
-    static const item *const nets[] = {mlp, cnn, smooth, curved, normed, even};
-    static const size_t samples_of[] = {9, 5, 4, 5, 5, 6};
+    static const item *const nets[] = {mlp, cnn, smooth, curved, normed, even, sums};
+    static const size_t samples_of[] = {9, 5, 4, 5, 5, 6, 6};
     int i, loss;
     for (loss = 0; loss < MPT_LOSS_KIND_COUNT; loss++)
-        for (i = 0; i < 6; i++) test_gradients(ctx, nets[i], (mpt_loss_kind)loss, samples_of[i]);
+        for (i = 0; i < 7; i++) test_gradients(ctx, nets[i], (mpt_loss_kind)loss, samples_of[i]);
     test_gradients(ctx, mlp, MPT_LOSS_CROSS_ENTROPY, 1);
     test_gradients(ctx, mlp, MPT_LOSS_SQUARED_ERROR, 1);
     test_gradients(ctx, cnn, MPT_LOSS_CROSS_ENTROPY, 9);
