@@ -5,7 +5,7 @@
        #define MPT_IMPLEMENTATION
        #include "mpt.h"
 
-   and compile it with   cc -O2 program.c -lm   (C99 or later, or C++11 or later; nothing else to install).
+   and compile it with   cc -O2 program.c -lm -pthread   (C99 or later, or C++11 or later; nothing else to install).
    GPU: mpt_cuda.cuh beside this file opens the same API on CUDA. mpt_tools.h has floor 5: instruments, checkpoints.
 
    CONTENTS   search for "==== NAME"
@@ -127,8 +127,12 @@
      MPT_DEF             linkage of every function, for example __declspec(dllexport); default extern
 
    Only where MPT_IMPLEMENTATION is defined:
-     MPT_NO_THREADS      no worker threads, no pthread.h
+     MPT_NO_THREADS      no worker threads, no pthread.h; implied by MSVC, which has none
      MPT_NO_SIMD         plain C only, no intrinsics
+    MPT_SMALL           for little memory: a context on the CPU takes 70 KB a thread instead of 1.4 MB. Products are
+                        cut into smaller blocks: they are slower, and their sums have another order. XOR on a
+                        Cortex-M4 (tests/compile/xor.c, arm-none-eabi-gcc -Os): text 106 KB, the C library and printf
+                        included; RAM 89 KB, all of it but the stack
 
    No macro changes a public struct.                                                                                  */
 
@@ -1787,6 +1791,9 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
 
 #include <stdarg.h>
 #include <stdlib.h>
+#if defined(_MSC_VER) && !defined(MPT_NO_THREADS)
+#define MPT_NO_THREADS
+#endif
 #ifndef MPT_NO_THREADS
 #include <pthread.h> /* on Windows: winpthreads, which comes with MinGW */
 #ifdef _WIN32
@@ -2060,25 +2067,6 @@ MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device
 
 typedef void (*mpt__task)(void *arg, size_t begin, size_t end, int worker);
 
-/* Rounding mode, and what becomes of subnormals: each thread has its own, and a job is done with that of its caller. */
-#if defined(__SSE__) && defined(__GNUC__)
-static unsigned mpt__float_mode(void) { return __builtin_ia32_stmxcsr() & 0xffc0u; } /* without the status */
-static void mpt__float_mode_set(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
-#elif defined(__aarch64__) && defined(__GNUC__)
-static unsigned mpt__float_mode(void) {
-    uint64_t mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-    return (unsigned)mode;
-}
-static void mpt__float_mode_set(unsigned mode) {
-    const uint64_t wide = mode;
-    __asm__ volatile("msr fpcr, %0" : : "r"(wide));
-}
-#else
-static MPT__UNUSED unsigned mpt__float_mode(void) { return 0; }
-static MPT__UNUSED void mpt__float_mode_set(unsigned mode) { (void)mode; }
-#endif
-
 #ifdef MPT_NO_THREADS
 
 static mpt_result mpt__pool_start(mpt_context *ctx) {
@@ -2094,6 +2082,25 @@ static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task
 }
 
 #else
+
+/* Rounding mode, and what becomes of subnormals: each thread has its own, and a job is done with that of its caller. */
+#if defined(__SSE__) && defined(__GNUC__)
+static unsigned mpt__float_mode(void) { return __builtin_ia32_stmxcsr() & 0xffc0u; } /* without the status */
+static void mpt__float_mode_set(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
+#elif defined(__aarch64__) && defined(__GNUC__)
+static unsigned mpt__float_mode(void) {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return (unsigned)mode;
+}
+static void mpt__float_mode_set(unsigned mode) {
+    const uint64_t wide = mode;
+    __asm__ volatile("msr fpcr, %0" : : "r"(wide));
+}
+#else
+static unsigned mpt__float_mode(void) { return 0; }
+static void mpt__float_mode_set(unsigned mode) { (void)mode; }
+#endif
 
 #ifdef __GNUC__ /* what is written with the lock and may be looked at without */
 #define MPT__LOOKS 200
@@ -3491,17 +3498,26 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
    and the kernel alone, not on the number of threads or the CPU's caches: so do the bits.
    tests/reference.h has all operations as plain loops: what they mean. */
 
+#ifdef MPT_SMALL
+enum { MPT__BLOCK_M = 96, MPT__BLOCK_N = 32, MPT__DEEP = 32, MPT__DEEPEST = 128, MPT__LINE = 32 };
+enum { MPT__LEFT_WORDS = 96 * 32, MPT__RIGHT_WORDS = 32 * 128 };
+#else
 enum {
     MPT__BLOCK_M = 576, /* rows and columns at most of a block of the result */
     MPT__BLOCK_N = 256,
-    MPT__GROUP = 96, /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
-    MPT__TILE_M = 8, /* the largest tile */
-    MPT__TILE_N = 32,
     MPT__DEEP = 576,              /* words of a part's depth if the left operand is copied, */
     MPT__DEEPEST = 1536,          /* and if it is read in place */
     MPT__LEFT_WORDS = 96 * 576,   /* of the left operand: 216 KiB, and */
     MPT__RIGHT_WORDS = 128 * 768, /* panels, 384 KiB: both stay in L2 */
-    MPT__LINE_WORDS = MPT__TILE_N * 256,
+    MPT__LINE = 256               /* depth that is turned about at a time */
+};
+#endif
+
+enum {
+    MPT__GROUP = 96, /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
+    MPT__TILE_M = 8, /* the largest tile */
+    MPT__TILE_N = 32,
+    MPT__LINE_WORDS = MPT__TILE_N * MPT__LINE,
     MPT__TABLE = MPT__DEEPEST + 2 * MPT__RUN, /* offsets; a block has fewer rows than DEEPEST */
     MPT__ROOM = 32 * MPT__RUN,                /* for runs that would make a frame too large */
     MPT__WORKSPACE = MPT__RIGHT_WORDS + MPT__LEFT_WORDS + MPT__LINE_WORDS + MPT__BLOCK_M * MPT__BLOCK_N +
@@ -4612,7 +4628,11 @@ static mpt_result mpt__cpu_copy_columns(mpt_context *ctx, const mpt_columns_op *
 enum {
     MPT__COLUMN_BLOCKS = 16,
     MPT__NORM_LINES = 6,
+#ifdef MPT_SMALL
+    MPT__COLUMNS = 192
+#else
     MPT__COLUMNS = 4096 /* channels at a time: their lines, and the sums of all blocks, fit a workspace */
+#endif
 };
 
 typedef enum mpt__sum_kind {

@@ -104,6 +104,7 @@ for c in gcc clang; do
     cell $c-O3 "" "" $c -O3 -std=c17
     cell $c-Os-no-simd "" "" $c -Os -std=c99 -DMPT_NO_SIMD
     cell $c-no-threads "" "" $c -O1 -std=c99 -DMPT_NO_THREADS
+    cell $c-small "" "" $c -O2 -std=c99 -DMPT_SMALL
     cell $c-static "" "" $c -O0 -std=c99 -DMPT_STATIC
     cell $cxx-O0-11 "" "" $cxx -O0 -std=c++11
     cell $cxx-O2-17 "" "" $cxx -O2 -std=c++17
@@ -142,6 +143,76 @@ cell armhf qemu-arm "$slow" arm-linux-gnueabihf-gcc -static -O2 -std=c99
 cell riscv64 qemu-riscv64 "$slow" riscv64-linux-gnu-gcc -static -O2 -std=c99
 cell s390x qemu-s390x "$slow unit/memory" s390x-linux-gnu-gcc -static -O2 -std=c99
 cell s390x-c++ none "" s390x-linux-gnu-g++ -static -O2 -std=c++11
+
+# ---- a chip without an operating system: XOR on a Cortex-M4, in the text and RAM that mpt.h tells ----
+
+name=cortex-m4
+if wanted $name; then
+    small="-DMPT_NO_THREADS -DMPT_NO_SIMD -DMPT_SMALL"
+    arm="arm-none-eabi-gcc -mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16 --specs=rdimon.specs"
+    if ! has arm-none-eabi-gcc; then
+        skip "arm-none-eabi-gcc is not installed"
+    elif ! echo 'int main(void) { return 0; }' | $arm -x c - -o "$dir/xor.elf" >"$dir/log" 2>&1; then
+        skip "arm-none-eabi-gcc links no program: newlib is not installed"
+    else
+        # shellcheck disable=SC2086
+        $arm -std=c99 -Os $warn $small -I. -ffunction-sections -fdata-sections -Wl,--gc-sections -Wl,-u,vectors \
+            -Wl,--section-start=.vectors=0 tests/compile/xor.c -o "$dir/xor.elf" -lm >"$dir/log" 2>&1
+        count $? "build tests/compile/xor.c"
+        if has qemu-system-arm; then
+            timeout 300 qemu-system-arm -M mps2-an386 -nographic -semihosting-config enable=on,target=native \
+                -kernel "$dir/xor.elf" >"$dir/log" 2>&1 </dev/null
+            count $? "run tests/compile/xor.c"
+            ram=$(sed -n 's/.*RAM \([0-9]*\) bytes.*/\1/p' "$dir/log")
+            arm-none-eabi-size "$dir/xor.elf" | awk -v ram="${ram:-0}" 'NR == 2 { print $1, $2 + $3 + ram }' >"$dir/sizes"
+            sed -n 's/.*-Os): text \([0-9]*\) KB.*/\1/p; s/.* RAM \([0-9]*\) KB, all.*/\1/p' mpt.h | xargs >>"$dir/sizes"
+            awk 'NR == 1 { text = $1; ram = $2 }
+                 END { exit !(text <= $1 * 1000 && ram <= $2 * 1000 && text > 900 * $1 && ram > 900 * $2) }' "$dir/sizes"
+            sized=$?
+            cp "$dir/sizes" "$dir/log"
+            count $sized "text and RAM, in bytes, against those in KB that mpt.h tells"
+            [ $failed -eq 0 ] && printf '%-16s text %s B, RAM %s B\n' $name $(head -n 1 "$dir/sizes")
+        else
+            skip "qemu-system-arm is not installed: built, not run"
+        fi
+    fi
+fi
+
+# ---- zig cc, from PyPI's ziglang or as zig: macOS, Windows and others, compiled and not run ----
+
+name=zig
+if wanted $name; then
+    zig=
+    has zig && zig=zig
+    [ -z "$zig" ] && python3 -c 'import ziglang' 2>/dev/null && zig="python3 -m ziglang"
+    printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/zig.c"
+    for target in x86_64-macos aarch64-macos x86_64-windows-gnu aarch64-windows-gnu x86_64-linux-gnu x86_64-linux-musl \
+        aarch64-linux-musl arm-linux-musleabihf riscv64-linux-musl powerpc64le-linux-musl; do
+        [ -n "$zig" ] || { skip "neither zig nor Python's ziglang is installed"; break; }
+        # shellcheck disable=SC2086
+        $zig cc -target $target -O2 -std=c99 $warn -I. -c "$dir/zig.c" -o "$dir/zig.o" >"$dir/log" 2>&1
+        count $? "build for $target"
+    done
+    [ -n "$zig" ] && printf '%-16s compiled\n' $name
+fi
+
+# ---- MSVC, as far as clang can stand in for it: no GNU C, no pthread.h ----
+
+name=msvc-like
+if wanted $name; then
+    printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/msvc.c"
+    if has clang; then
+        clang -fgnuc-version=0 -U__clang__ -D_MSC_VER=1930 -O2 -std=c99 -Wall -Wextra -Werror -Wno-unused-parameter -I. -c "$dir/msvc.c" \
+            -o "$dir/msvc.o" >"$dir/log" 2>&1
+        count $? "build without GNU C"
+        grep -q pthread_create "$dir/msvc.o"
+        [ $? -eq 1 ]
+        count $? "no pthread"
+        printf '%-16s compiled\n' $name
+    else
+        skip "clang is not installed"
+    fi
+fi
 
 # ---- Windows: but for the trainer, which needs POSIX ----
 
