@@ -62,6 +62,7 @@ test-long: detect $(LONG)
 
 test-cuda: detect
 	@BUILD=$(BUILD) sh tests/cuda/run.sh
+	@BUILD=$(BUILD) sh tests/cuda/ways.sh
 	@BUILD=$(BUILD) sh tests/cuda/library.sh
 	@BUILD=$(BUILD) sh tests/cuda/static.sh
 

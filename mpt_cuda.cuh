@@ -47,9 +47,9 @@
 
    2. Needs CUDA 11.8 or later and a GPU of compute capability 7.5 or later. -arch=all-major builds for all of them and
    adds PTX, which newer devices compile for themselves; -arch=native builds for this machine's alone, in a fraction of
-   the time. Where only PTX is there, the first start takes seconds. Without -O2 nvcc compiles the host's half at -O0. Do
-   not pass --use_fast_math: it flushes subnormals; the log is told when a context opens. Nothing is read from the environment but what CUDA itself reads:
-   CUDA_VISIBLE_DEVICES and the like.
+   the time. Where only PTX is there, the first start takes seconds. Without -O2 nvcc compiles the host's half at -O0.
+   Do not pass --use_fast_math: it flushes subnormals; the log is told when a context opens. Nothing is read from the
+   environment but what CUDA itself reads: CUDA_VISIBLE_DEVICES and the like.
 
    3. Order of work. All calls put their work on one stream and return; only calls that give the host something
    (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before
@@ -65,9 +65,9 @@
    part of CUDA's exp, log, tanh or erf: other activations, norms, losses.
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
-   convolutions share a block that grows up to desc.workspace (beyond it only where a single row needs more) in the
-   first step, and so do the fp32 sums of products, where there are any; operands of two types are cast in a third, as
-   long as they are. After that a step allocates nothing.
+   convolutions share a block that grows up to desc.workspace (beyond it only where a single row, or with a stride the
+   gradient of an image, needs more) in the first step, and so do the fp32 sums of products, where there are any;
+   operands of two types are cast in a third, as long as they are. After that a step allocates nothing.
 
    6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
    the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells, of
@@ -95,7 +95,8 @@ typedef struct mpt_cuda_desc {
                                  cudaStreamNonBlocking: work on the default stream breaks the recording of others */
     void *cublas;             /* a cublasHandle_t of that device; NULL: its own. In use by the context alone until
                                  mpt_close puts stream, math mode and pointer mode back, and cuBLAS's own workspace */
-    size_t workspace;         /* most bytes of a block of temporaries, see manual 5; 0: 64 MiB */
+    size_t workspace;         /* most bytes of a block of temporaries, see manual 5; 0: 64 MiB or, where that is less,
+                                 half of the device's L2 cache, but at least 8 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
     int no_graph;             /* 1: training steps are not recorded: every kernel is launched by itself */
 } mpt_cuda_desc;
@@ -181,21 +182,36 @@ typedef struct mptc__sums { /* of the columns of dy(rows,C), see mpt_bias_backwa
 
 /* What was asked for and waits, because the call that follows may do it in passing:
 
-     asked for              waits as   taken by                              which then
-     upload in a step       to         its reader, a cast or a loss          reads the feed: no copy
-     bias of logits         finish     their loss                            adds it as it reads them
-     gradient of a bias     bias       product that makes the weights' one   has it as its epilogue
-     update                 update     the scaler's update                   is its last block
+     asked for               waits as   taken by                                which then
+     few bytes to be 0       clear      an elementwise operation                clears them besides
+     upload in a step        to         its reader, a cast or a loss            reads the feed: no copy
+     bias of logits          finish     their loss                              adds it as it reads them
+     gradient of a bias      bias       product that makes the weights' one     has it as its epilogue
+     gradient of a pool      pool       the gradient of the ReLU before it      is applied as it is stored
+     product of few terms    few        the gradient of the ReLU before it      is applied as it is stored
+     gradient of a ReLU      slope      the pool before it                      is applied as dy is read
+     running statistics      running    the gradient of the same norm           are averaged as its sums are added
+     update                  update     the scaler's update                     is its last block
 
    Any other call finds it waiting in mptc__enter, which does it first. */
 typedef struct mptc__held {
-    void *fed, *to; /* a copy from there to here; to NULL: none waits */
-    size_t bytes;   /* of the copy */
-    int finish;     /* 1: the bias of `product` waits */
-    int bias;       /* 1: `sums` wait */
-    int update;     /* 1: the update of `step` waits */
+    void *clear;     /* NULL: none waits */
+    size_t cleared;  /* bytes there, a multiple of 4 */
+    void *fed, *to;  /* a copy from there to here; to NULL: none waits */
+    size_t bytes;    /* of the copy */
+    int finish;      /* 1: the bias of `product` waits */
+    int bias;        /* 1: `sums` wait */
+    int pool;        /* 1: `pooling` waits */
+    int few;         /* 1: `product`, of few terms, waits */
+    int slope;       /* 1: `sloped` waits */
+    int running;     /* 1: `averages` wait */
+    int update;      /* 1: the update of `step` waits */
     mpt_gemm_op product;
     mptc__sums sums;
+    mpt_pool2d_op pooling;
+    mpt_array pooled; /* y of the ReLU that the slope of `pooling`'s dy is of; data NULL: none */
+    mpt_map_op sloped;
+    mpt_norm_op averages;
     mpt_update_op step;
 } mptc__held;
 
@@ -350,10 +366,18 @@ static void *mptc__malloc(mpt_context *ctx, size_t bytes, int pinned) {
     return NULL;
 }
 
-static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
-    MPTC__TRY(mptc__enter(ctx));
+static mpt_result mptc__clear(mpt_context *ctx, void *p, size_t bytes) {
     if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUDA(cudaMemsetAsync(p, 0, bytes, mptc__of(ctx)->stream));
+    return MPT_OK;
+}
+
+static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
+    mptc__device *device = mptc__of(ctx);
+    MPTC__TRY(mptc__enter(ctx));
+    if (!device->step.open || bytes % 4 || bytes > MPTC__THREADS * 4) return mptc__clear(ctx, p, bytes);
+    device->held.clear = p; /* the sums of the losses: the cast of the batch is next */
+    device->held.cleared = bytes;
     return MPT_OK;
 }
 
@@ -501,7 +525,10 @@ static unsigned mptc__blocks(const mpt_context *ctx, size_t work) {
    128-bit loads and stores where the address allows. A kernel switches on the type of each array; the branch is the
    same for all threads. Arithmetic is fp32. */
 
-enum { MPTC__PACK = 8 };
+enum {
+    MPTC__PACK = 8,
+    MPTC__WORDS = MPTC__PACK / 2 /* of 32 bits, of a pack of a 16-bit type */
+};
 
 #define MPTC__EACH(e) _Pragma("unroll") for (unsigned e = 0; e < MPTC__PACK; e++) /* element of a pack */
 
@@ -546,26 +573,94 @@ static __device__ __forceinline__ bool mptc__whole(const void *p, unsigned n) {
     return n == MPTC__PACK && (uintptr_t)p % 16 == 0;
 }
 
-/* bits(PACK) = p(n), zeros behind them */
-static __device__ __forceinline__ void mptc__load_bits(const uint16_t *p, unsigned n, uint16_t *bits) {
+/* words = p(n), two elements a word, zeros behind them */
+static __device__ __forceinline__ void mptc__load_words(const uint16_t *p, unsigned n, uint32_t *words) {
     if (mptc__whole(p, n)) {
         const uint4 u = *(const uint4 *)p;
-        const uint32_t words[4] = {u.x, u.y, u.z, u.w};
-        MPTC__EACH(e) bits[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
-    } else {
-        MPTC__EACH(e) bits[e] = e < n ? p[e] : (uint16_t)0;
+        words[0] = u.x;
+        words[1] = u.y;
+        words[2] = u.z;
+        words[3] = u.w;
+        return;
+    }
+#pragma unroll
+    for (unsigned w = 0; w < MPTC__WORDS; w++) {
+        const uint32_t low = 2 * w < n ? p[2 * w] : 0, high = 2 * w + 1 < n ? p[2 * w + 1] : 0;
+        words[w] = low | high << 16;
     }
 }
 
-/* p(n) = bits(n). An assignment of four words may be taken apart again by the compiler; the intrinsic may not. */
-static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n, const uint16_t *bits) {
+/* An assignment of four words may be taken apart again by the compiler; the intrinsic may not. */
+static __device__ __forceinline__ void mptc__store_words(uint16_t *p, unsigned n, const uint32_t *words) {
     if (mptc__whole(p, n)) {
-        uint32_t words[4];
-#pragma unroll
-        for (unsigned e = 0; e < 4; e++) words[e] = bits[2 * e] | (uint32_t)bits[2 * e + 1] << 16;
         __stwb((uint4 *)p, make_uint4(words[0], words[1], words[2], words[3]));
-    } else {
-        MPTC__EACH(e) if (e < n) p[e] = bits[e];
+        return;
+    }
+    MPTC__EACH(e) if (e < n) p[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
+}
+
+/* bits(PACK) = p(n), zeros behind them */
+static __device__ __forceinline__ void mptc__load_bits(const uint16_t *p, unsigned n, uint16_t *bits) {
+    uint32_t words[MPTC__WORDS];
+    mptc__load_words(p, n, words);
+    MPTC__EACH(e) bits[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
+}
+
+/* p(n) = bits(n) */
+static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n, const uint16_t *bits) {
+    uint32_t words[MPTC__WORDS];
+#pragma unroll
+    for (unsigned w = 0; w < MPTC__WORDS; w++) words[w] = bits[2 * w] | (uint32_t)bits[2 * w + 1] << 16;
+    mptc__store_words(p, n, words);
+}
+
+/* x(PACK) from a 16-bit type. The hardware's casts, unless there is a NaN among them, whose payload they would lose:
+   added to a NaN's magnitude, and to no other, `beyond` carries into the sign. */
+static __device__ __forceinline__ void mptc__widen_words(const uint32_t *words, mpt_dtype type, float *x) {
+    const uint32_t beyond = type == MPT_F16 ? 0x03ff03ffu : 0x007f007fu;
+    uint32_t nan = 0;
+#pragma unroll
+    for (unsigned w = 0; w < MPTC__WORDS; w++) {
+        nan |= (words[w] & 0x7fff7fffu) + beyond;
+        if (type == MPT_F16) {
+            __half2 pair;
+            memcpy(&pair, &words[w], sizeof pair);
+            x[2 * w] = __low2float(pair);
+            x[2 * w + 1] = __high2float(pair);
+        } else {
+            x[2 * w] = mpt__float(words[w] << 16);
+            x[2 * w + 1] = mpt__float(words[w] & 0xffff0000u);
+        }
+    }
+    if (!(nan & 0x80008000u)) return;
+    MPTC__EACH(e) {
+        const uint32_t bits = words[e / 2] >> e % 2 * 16 & 0xffffu, fraction = type == MPT_F16 ? 0x3ffu : 0x7fu;
+        if ((bits & 0x7fffu) > (0x7fffu ^ fraction))
+            x[e] = mpt__float(bits >> 15 << 31 | 0x7fc00000u | (bits & fraction) << (type == MPT_F16 ? 13 : 16));
+    }
+}
+
+/* words from x(PACK), rounded to nearest even; as above. */
+static __device__ __forceinline__ void mptc__narrow_words(const float *x, mpt_dtype type, uint32_t *words) {
+    bool nan = false;
+#pragma unroll
+    for (unsigned w = 0; w < MPTC__WORDS; w++) {
+        const float low = x[2 * w], high = x[2 * w + 1];
+        nan |= mpt__is_nan(low) || mpt__is_nan(high);
+        if (type == MPT_F16) {
+            const __half2 pair = __floats2half2_rn(low, high);
+            memcpy(&words[w], &pair, sizeof pair);
+        } else {
+            const uint32_t a = mpt__bits(low), b = mpt__bits(high);
+            words[w] = __byte_perm(a + 0x7fffu + (a >> 16 & 1u), b + 0x7fffu + (b >> 16 & 1u), 0x7632);
+        }
+    }
+    if (!nan) return;
+    MPTC__EACH(e) {
+        const uint32_t u = mpt__bits(x[e]), sign = u >> 31 << 15, fraction = u & 0x7fffffu;
+        const uint32_t bits = type == MPT_F16 ? 0x7e00u | fraction >> 13 : 0x7fc0u | fraction >> 16;
+        if (!mpt__is_nan(x[e])) continue;
+        words[e / 2] = (words[e / 2] & (e % 2 ? 0xffffu : 0xffff0000u)) | (sign | bits) << e % 2 * 16;
     }
 }
 
@@ -576,9 +671,10 @@ static __device__ __forceinline__ void mptc__load(mpt_array a, size_t i, unsigne
         x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
         x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
     } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
-        uint16_t bits[MPTC__PACK];
-        mptc__load_bits((const uint16_t *)a.data + i, n, bits);
-        MPTC__EACH(e) x[e] = a.type == MPT_F16 ? mptc__widen(bits[e], MPT_F16) : mptc__widen(bits[e], MPT_BF16);
+        uint32_t words[MPTC__WORDS];
+        mptc__load_words((const uint16_t *)a.data + i, n, words);
+        if (a.type == MPT_F16) mptc__widen_words(words, MPT_F16, x);
+        else mptc__widen_words(words, MPT_BF16, x);
     } else {
         MPTC__EACH(e) x[e] = e < n ? mptc__get(a, i + e) : 0.0f;
     }
@@ -591,10 +687,10 @@ static __device__ __forceinline__ void mptc__store(mpt_array a, size_t i, unsign
         __stwb(p, make_float4(x[0], x[1], x[2], x[3]));
         __stwb(p + 1, make_float4(x[4], x[5], x[6], x[7]));
     } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
-        uint16_t bits[MPTC__PACK];
-        MPTC__EACH(e)
-            bits[e] = (uint16_t)(a.type == MPT_F16 ? mptc__narrow(x[e], MPT_F16) : mptc__narrow(x[e], MPT_BF16));
-        mptc__store_bits((uint16_t *)a.data + i, n, bits);
+        uint32_t words[MPTC__WORDS];
+        if (a.type == MPT_F16) mptc__narrow_words(x, MPT_F16, words);
+        else mptc__narrow_words(x, MPT_BF16, words);
+        mptc__store_words((uint16_t *)a.data + i, n, words);
     } else {
         MPTC__EACH(e) if (e < n) mptc__put(a, i + e, x[e]);
     }
@@ -606,6 +702,22 @@ static __device__ __forceinline__ size_t mptc__stride() { return (size_t)gridDim
 
 static __device__ __forceinline__ unsigned mptc__left(size_t n, size_t i) {
     return n - i < MPTC__PACK ? (unsigned)(n - i) : (unsigned)MPTC__PACK;
+}
+
+/* Division of x < 2^31 by a number that is the same for all threads: a multiplication and a shift. */
+typedef struct mptc__divider {
+    unsigned by, multiplier, shift;
+} mptc__divider;
+
+static mptc__divider mptc__divider_of(size_t by) {
+    mptc__divider d = {(unsigned)by, 0, 31};
+    while ((size_t)1 << (d.shift - 31) < by) d.shift++;
+    d.multiplier = (unsigned)mptc__divide_up((size_t)1 << d.shift, by);
+    return d;
+}
+
+static __device__ __forceinline__ unsigned mptc__divide(unsigned x, mptc__divider d) {
+    return (unsigned)((uint64_t)x * d.multiplier >> d.shift);
 }
 
 /* True for the threads of the block that comes here last; it sees what all others wrote before they came. So one launch
@@ -633,12 +745,13 @@ static __device__ uint32_t mptc__cast_bits(mpt_rounding r, mpt_dtype type, size_
     return mpt_narrow(x, type, r.round, r.overflow, random);
 }
 
-/* out(n) from a(n), b(n): see mpt_map_op. A thread takes a pack at a time. Only of its own copies does the compiler see
-   that what the hash makes of them is the same for all elements. */
-static __global__ void mptc__map_k(mpt_map_op op) {
+/* out(n) from a(n), b(n): see mpt_map_op; and clear(words) = 0. A thread takes a pack at a time. Only of its own copies
+   does the compiler see that what the hash makes of them is the same for all elements. */
+static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned words) {
     const mpt_rounding rounding = op.rounding;
     const mpt_mask mask = op.mask;
     const bool plain = rounding.round == MPT_ROUND_NEAREST && rounding.overflow == MPT_OVERFLOW_INF;
+    if (blockIdx.x == 0 && threadIdx.x < words) clear[threadIdx.x] = 0;
     for (size_t i = mptc__thread() * MPTC__PACK; i < op.n; i += mptc__stride() * MPTC__PACK) {
         const unsigned n = mptc__left(op.n, i);
         float a[MPTC__PACK], b[MPTC__PACK];
@@ -669,16 +782,34 @@ static __global__ void mptc__map_k(mpt_map_op op) {
     }
 }
 
-static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op) {
-    if (!op->n) return MPT_OK;
-    return MPTC__SPREAD(mptc__map_k, mptc__divide_up(op->n, MPTC__PACK), *op);
+static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op, void *clear, size_t bytes) {
+    const unsigned words = (unsigned)(bytes / sizeof(uint32_t));
+    return MPTC__SPREAD(mptc__map_k, mptc__divide_up(op->n, MPTC__PACK), *op, (uint32_t *)clear, words);
 }
 
+/* The gradient of a ReLU in place */
+static int mptc__is_slope(const mpt_map_op *op) {
+    const int relu = op->map == MPT_MAP_ACTIVATION_GRADIENT && op->act == MPT_RELU && op->beta == 0;
+    return relu && op->out.data == op->b.data && op->out.type == op->b.type;
+}
+
+static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int *joins);
+
 static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
+    mptc__held *held = &mptc__of(ctx)->held;
     mpt_map_op op = *user;
+    int joins = 0;
+    MPTC__TRY(mptc__slope_joins(ctx, &op, &joins));
+    if (joins) return MPT_OK;
     if (op.map == MPT_MAP_CAST && op.a.data == mptc__of(ctx)->step.staging) op.a.data = mptc__fed(ctx, op.a.data);
+    void *clear = held->clear;
+    const size_t cleared = clear ? held->cleared : 0;
+    held->clear = NULL;
     MPTC__TRY(mptc__enter(ctx));
-    return mptc__map_run(ctx, &op);
+    if (!mptc__of(ctx)->step.open || clear || !mptc__is_slope(&op)) return mptc__map_run(ctx, &op, clear, cleared);
+    held->slope = 1; /* the gradient of a pool may follow */
+    held->sloped = op;
+    return MPT_OK;
 }
 
 /* out(m,n) = act(x(m,n) + beta out + bias(n)); rows of x are ld apart, of out ldc. x may be out. */
@@ -1041,11 +1172,57 @@ static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, mp
     return beta != 0 ? mptc__finish(ctx, &to, mpt_typed_array(device->sums.at, MPT_F32), s->C, beta) : MPT_OK;
 }
 
+/* -- Products of few terms, as the gradient of a classifier's input: dy(m,classes) w(classes,n) --
+
+   Writing the result takes longer than the arithmetic, and rows of ten elements of 16 bits are not aligned as Tensor
+   Cores need them. */
+
+enum { MPTC__FEW = 16 };
+
+static int mptc__has_few_terms(const mpt_gemm_op *op) {
+    const int plain = !op->trans_a && !op->trans_b && !op->bias.data && !op->act;
+    return plain && op->k && op->k <= MPTC__FEW && op->m * mptc__divide_up(op->n, MPTC__PACK) <= INT_MAX;
+}
+
+/* c(m,n) = alpha a(m,k) b(k,n) + beta c, which the slope of a ReLU multiplies if its y(m,n) is given. A thread takes a
+   pack of columns of a row. */
+static __global__ void __launch_bounds__(MPTC__THREADS, 4)
+mptc__few_k(mpt_gemm_op op, mpt_array y, mptc__divider packs) {
+    const unsigned count = (unsigned)op.m * packs.by;
+    for (unsigned i = (unsigned)mptc__thread(); i < count; i += (unsigned)mptc__stride()) {
+        const unsigned row = mptc__divide(i, packs), column = (i - row * packs.by) * MPTC__PACK;
+        const unsigned n = mptc__left(op.n, column);
+        float sum[MPTC__PACK] = {0}, b[MPTC__PACK];
+        for (unsigned k = 0; k < op.k; k++) {
+            const float a = mptc__get(op.a, row * op.lda + k);
+            mptc__load(op.b, k * op.ldb + column, n, b);
+            MPTC__EACH(e) sum[e] += a * b[e];
+        }
+        MPTC__EACH(e) sum[e] *= op.alpha;
+        if (op.beta != 0) {
+            mptc__load(op.c, row * op.ldc + column, n, b);
+            MPTC__EACH(e) sum[e] += op.beta * b[e];
+        }
+        if (y.data) {
+            mptc__load(y, row * op.ldc + column, n, b);
+            MPTC__EACH(e) sum[e] = mpt__activate_backward(MPT_RELU, b[e], sum[e]);
+        }
+        mptc__store(op.c, row * op.ldc + column, n, sum);
+    }
+}
+
+static mpt_result mptc__few_run(mpt_context *ctx, const mpt_gemm_op *op, mpt_array y) {
+    const size_t packs = mptc__divide_up(op->n, MPTC__PACK);
+    if (!op->m || !op->n) return MPT_OK;
+    return MPTC__SPREAD(mptc__few_k, op->m * packs, *op, y, mptc__divider_of(packs));
+}
+
 /* A whole gemm, with the sums that still wait */
 static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op) {
     mptc__device *device = mptc__of(ctx);
     mptc__held *held = &device->held;
     mptc__fusion f;
+    if (mptc__has_few_terms(op)) return mptc__few_run(ctx, op, op->bias);
     if (mptc__takes_sums(ctx, op, &f)) return mptc__product_sums(ctx, op, &f);
     if (mptc__fuses(ctx, op, mptc__epilogue(op, 0), op->bias.data, &f))
         return mptc__fusion_run(ctx, op, op->bias.data, &f);
@@ -1081,7 +1258,7 @@ static mpt_result mptc__one_type(mpt_context *ctx, mpt_array *a, size_t a_count,
         map.n = i ? b_count : a_count;
         map.a = *x;
         map.out = *x = mpt_f32_array((float *)mptc__carve(&at, map.n * 4));
-        MPTC__TRY(mptc__map_run(ctx, &map));
+        if (map.n) MPTC__TRY(mptc__map_run(ctx, &map, NULL, 0));
     }
     return MPT_OK;
 }
@@ -1101,6 +1278,11 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     mptc__fusion f;
     MPTC__TRY(mptc__enter_product(ctx, op.trans_a));
     MPTC__TRY(mptc__one_type(ctx, &op.a, a_count, &op.b, b_count));
+    if (mptc__has_few_terms(&op) && device->step.open && op.beta == 0 && op.ldc == op.n) {
+        device->held.few = 1; /* the gradient of a ReLU may follow */
+        device->held.product = op;
+        return MPT_OK;
+    }
     const int sums = mptc__needs_sums(&op) && !mptc__fuses(ctx, &op, mptc__epilogue(&op, 0), op.bias.data, &f);
     const size_t slice = mptc__slice_rows(device, op.m, sums ? op.n * sizeof(float) : 0, 0);
     const mpt_gemm_op all = op;
@@ -1122,101 +1304,212 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
      data      dx(inputs,C)  = spread(inputs, R S K) filters(R S K, C)
 
    patches reads x, with zeros in the padding; spread reads dy at the output whose tap (r,s) is that input, zeros where
-   there is none; filters is w(K,R,S,C) with K moved inside. Both are gathered into scratch in slices of rows that fit
-   the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. Groups are convolutions of their
-   own, one after the other, whose C and K channels lie in rows of x and y that are `groups` times as long. */
+   there is none; filters is w(K,R,S,C) with K moved inside. With a stride most of spread is zeros: then dy w is made,
+   in fp32, of which each input adds up what its taps made. Both are gathered into scratch in slices of rows that fit
+   the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. Groups are a batch of such
+   products, whose C and K channels lie in rows of x and y that are `groups` times as long; a row of the gathered matrix
+   holds one group's part after the other. */
 
-/* Position (n, down, across) number i of an image of H x W positions */
+/* Rows (n, down, across) of a matrix are the positions of N images of down x across; see mptc__divider. */
 typedef struct mptc__position {
     unsigned n, down, across;
 } mptc__position;
 
-static __device__ __forceinline__ mptc__position mptc__position_of(unsigned i, size_t H, size_t W) {
+typedef struct mptc__grid {
+    mptc__divider image, line; /* positions of an image, of a line of it */
+    unsigned down;
+} mptc__grid;
+
+static mptc__grid mptc__grid_of(size_t down, size_t across) {
+    mptc__grid grid;
+    grid.image = mptc__divider_of(down * across);
+    grid.line = mptc__divider_of(across);
+    grid.down = (unsigned)down;
+    return grid;
+}
+
+static __device__ __forceinline__ mptc__position mptc__position_of(unsigned i, mptc__grid grid) {
     mptc__position p;
-    p.n = i / (unsigned)(H * W);
-    p.down = i / (unsigned)W % (unsigned)H;
-    p.across = i % (unsigned)W;
+    p.n = mptc__divide(i, grid.image);
+    i -= p.n * grid.image.by;
+    p.down = mptc__divide(i, grid.line);
+    p.across = i - p.down * grid.line.by;
     return p;
 }
 
+/* The position as many rows on as `step` is from 0: a carry in place of divisions */
+static __device__ __forceinline__ void mptc__advance(mptc__position *p, mptc__position step, mptc__grid grid) {
+    p->across += step.across;
+    p->down += step.down;
+    p->n += step.n;
+    if (p->across >= grid.line.by) {
+        p->across -= grid.line.by;
+        p->down++;
+    }
+    if (p->down >= grid.down) {
+        p->down -= grid.down;
+        p->n++;
+    }
+}
+
 typedef struct mptc__gather {
-    mpt_conv2d_shape z;
-    unsigned P, Q;
-    int spread;              /* 1: rows are inputs (n,h,w) and read dy; 0: rows are outputs (n,p,q) and read x */
+    int spread;               /* 1: rows are inputs (n,h,w) and read dy; 0: rows are outputs (n,p,q) and read x */
+    mptc__grid grid;          /* of the rows */
+    int down, across;         /* of the images that are read */
+    int stride, padding, dilation;
+    mptc__divider strides;
     const void *from;
     void *to;
-    unsigned first, rows;    /* of this slice */
-    unsigned channels;       /* of a tap, in units of the copy... */
-    unsigned stride, ld;     /* ...as are the rows of `from` and `to` */
+    unsigned first, rows;     /* of this slice... */
+    unsigned lines;           /* ...of which so many are under way at a time */
+    mptc__divider columns;    /* of the matrix, in units of the copy... */
+    mptc__divider group;      /* ...and of a group's part of it... */
+    mptc__divider channels;   /* ...and of a tap in units, or in elements where those are shorter than a unit */
+    mptc__divider S;
+    unsigned stride_from, ld; /* of the rows of `from` and `to`, in the same */
+    unsigned patch;           /* elements of a row, where units hold several taps */
 } mptc__gather;
 
 static mptc__gather mptc__gather_of(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
     mptc__gather g = MPT_ZERO;
-    g.z = op->shape;
-    g.z.stride = mptc__min(g.z.stride, INT_MAX); /* no position is that far */
-    g.P = (unsigned)op->P, g.Q = (unsigned)op->Q;
     g.spread = op->pass == MPT_BACKWARD_DATA;
+    g.grid = g.spread ? mptc__grid_of(z->H, z->W) : mptc__grid_of(op->P, op->Q);
+    g.down = (int)(g.spread ? op->P : z->H);
+    g.across = (int)(g.spread ? op->Q : z->W);
+    g.stride = (int)mptc__min(z->stride, INT_MAX); /* no position is that far */
+    g.strides = mptc__divider_of((size_t)g.stride);
+    g.padding = (int)z->padding;
+    g.dilation = (int)mptc__min(z->dilation, INT_MAX);
+    g.S = mptc__divider_of(z->S);
     return g;
 }
 
-/* Number of the position that tap (r,s) of row u reads, or -1 for zeros */
-static __device__ int mptc__tap(const mptc__gather *g, unsigned u, unsigned r, unsigned s) {
-    const int H = (int)g->z.H, W = (int)g->z.W, P = (int)g->P, Q = (int)g->Q, stride = (int)g->z.stride;
-    const int down = (int)(r * (unsigned)g->z.dilation) - (int)g->z.padding;
-    const int across = (int)(s * (unsigned)g->z.dilation) - (int)g->z.padding;
+/* Number of the position that tap (r,s) of this row reads, or -1 for zeros */
+static __device__ __forceinline__ int mptc__tap(const mptc__gather *g, mptc__position at, unsigned r, unsigned s) {
+    const int down = (int)(r * (unsigned)g->dilation) - g->padding;
+    const int across = (int)(s * (unsigned)g->dilation) - g->padding;
+    int y, x;
     if (!g->spread) {
-        const mptc__position at = mptc__position_of(u, g->P, g->Q);
-        const int y = (int)at.down * stride + down, x = (int)at.across * stride + across;
-        return y >= 0 && y < H && x >= 0 && x < W ? ((int)at.n * H + y) * W + x : -1;
+        y = (int)at.down * g->stride + down;
+        x = (int)at.across * g->stride + across;
+    } else {
+        y = (int)at.down - down;
+        x = (int)at.across - across;
+        if (g->stride > 1) {
+            const int p = (int)mptc__divide((unsigned)y & INT_MAX, g->strides);
+            const int q = (int)mptc__divide((unsigned)x & INT_MAX, g->strides);
+            if (y < 0 || x < 0 || p * g->stride != y || q * g->stride != x) return -1;
+            y = p;
+            x = q;
+        }
     }
-    const mptc__position at = mptc__position_of(u, g->z.H, g->z.W);
-    const int y = (int)at.down - down, x = (int)at.across - across;
-    if (y < 0 || x < 0 || y % stride || x % stride || y / stride >= P || x / stride >= Q) return -1;
-    return ((int)at.n * P + y / stride) * Q + x / stride;
+    if ((unsigned)y >= (unsigned)g->down || (unsigned)x >= (unsigned)g->across) return -1;
+    return ((int)at.n * g->down + y) * g->across + x;
 }
 
-/* to(rows, ld) = what the taps of rows first.. read. A thread copies a unit: 16, 4 or 2 bytes of channels. */
-template <typename unit>
-static __global__ void mptc__gather_k(mptc__gather g) {
-    const unsigned taps = (unsigned)(g.z.R * g.z.S), S = (unsigned)g.z.S;
-    const size_t count = (size_t)g.rows * taps * g.channels;
-    for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
-        const unsigned c = (unsigned)(i % g.channels), line = (unsigned)(i / g.channels);
-        const unsigned row = line / taps, tap = line % taps;
-        const int position = mptc__tap(&g, g.first + row, tap / S, tap % S);
-        unit u = unit();
-        if (position >= 0) u = ((const unit *)g.from)[(size_t)position * g.stride + c];
-        ((unit *)g.to)[(size_t)row * g.ld + tap * g.channels + c] = u;
+/* x; dy; dy where rows between those of the stride read zeros */
+typedef enum mptc__reads { MPTC__PATCHES = 0, MPTC__SPREAD_CLOSE, MPTC__SPREAD_WIDE } mptc__reads;
+
+/* to(rows, ld) = what the taps of rows first.. read, in units of 16 bytes of channels. A thread keeps its tap and its
+   channels and takes every `lines`-th row. */
+template <mptc__reads reads> static __global__ void mptc__gather_k(mptc__gather g) {
+    g.spread = reads != MPTC__PATCHES;
+    if (reads == MPTC__SPREAD_CLOSE) g.stride = 1;
+    const unsigned count = g.lines * g.columns.by;
+    const mptc__position step = mptc__position_of(g.lines, g.grid);
+    for (unsigned i = (unsigned)mptc__thread(); i < count; i += (unsigned)mptc__stride()) {
+        unsigned row = mptc__divide(i, g.columns);
+        const unsigned column = i - row * g.columns.by, group = mptc__divide(column, g.group);
+        const unsigned within = column - group * g.group.by, tap = mptc__divide(within, g.channels);
+        const unsigned r = mptc__divide(tap, g.S), s = tap - r * g.S.by;
+        const uint4 *from = (const uint4 *)g.from + (group * g.channels.by + within - tap * g.channels.by);
+        uint4 *to = (uint4 *)g.to + (size_t)row * g.ld + column;
+        mptc__position at = mptc__position_of(g.first + row, g.grid);
+        for (; row < g.rows; row += g.lines) {
+            const int position = mptc__tap(&g, at, r, s);
+            uint4 unit = make_uint4(0, 0, 0, 0);
+            if (position >= 0) unit = from[(size_t)position * g.stride_from];
+            *to = unit;
+            to += (size_t)g.lines * g.ld;
+            mptc__advance(&at, step, g.grid);
+        }
     }
 }
 
-/* to(taps, K, C) = from(K, taps, C) */
-static __global__ void mptc__filters_k(mpt_array from, mpt_array to, size_t K, size_t taps, size_t C) {
-    for (size_t i = mptc__thread(); i < K * taps * C; i += mptc__stride()) {
-        const size_t c = i % C, k = i / C % K, tap = i / C / K;
-        mptc__put(to, i, mptc__get(from, (k * taps + tap) * C + c));
+/* The same where the channels of a tap do not fill a unit: the 16 bytes that a thread writes hold several taps. */
+template <typename element> static __global__ void mptc__gather_few_k(mptc__gather g) {
+    enum { COUNT = 16 / sizeof(element) };
+    const unsigned count = g.lines * g.columns.by;
+    const mptc__position step = mptc__position_of(g.lines, g.grid);
+    for (unsigned i = (unsigned)mptc__thread(); i < count; i += (unsigned)mptc__stride()) {
+        unsigned row = mptc__divide(i, g.columns), r[COUNT], s[COUNT], c[COUNT];
+        const unsigned column = i - row * g.columns.by, group = mptc__divide(column, g.group);
+        element *to = (element *)g.to + (size_t)row * g.ld + column * COUNT;
+        mptc__position at = mptc__position_of(g.first + row, g.grid);
+#pragma unroll
+        for (unsigned e = 0; e < COUNT; e++) {
+            const unsigned k = (column - group * g.group.by) * COUNT + e, tap = mptc__divide(k, g.channels);
+            r[e] = k < g.patch ? mptc__divide(tap, g.S) : 0x10000u; /* far outside: zeros */
+            s[e] = tap - mptc__divide(tap, g.S) * g.S.by;
+            c[e] = k - tap * g.channels.by + group * g.channels.by;
+        }
+        for (; row < g.rows; row += g.lines) {
+            element unit[COUNT];
+#pragma unroll
+            for (unsigned e = 0; e < COUNT; e++) {
+                const int position = r[e] < 0x10000u ? mptc__tap(&g, at, r[e], s[e]) : -1;
+                unit[e] = position < 0 ? 0 : ((const element *)g.from)[(size_t)position * g.stride_from + c[e]];
+            }
+            if (sizeof(element) == 2) mptc__store_bits((uint16_t *)to, MPTC__PACK, (const uint16_t *)unit);
+            else MPTC__EACH(e) if (e < COUNT) to[e] = unit[e % COUNT];
+            to += (size_t)g.lines * g.ld;
+            mptc__advance(&at, step, g.grid);
+        }
     }
 }
 
-static mpt_result mptc__filters(mpt_context *ctx, size_t K, size_t taps, size_t C, mpt_array w, void *to) {
-    return MPTC__SPREAD(mptc__filters_k, K * taps * C, w, mpt_typed_array(to, w.type), K, taps, C);
+/* to(groups, taps, K, C) = from(groups, K, taps, C) */
+static __global__ void mptc__filters_k(mpt_array from, mpt_array to, size_t groups, size_t K, size_t taps, size_t C) {
+    for (size_t i = mptc__thread(); i < groups * K * taps * C; i += mptc__stride()) {
+        const size_t c = i % C, k = i / C % K, tap = i / C / K % taps, group = i / C / K / taps;
+        mptc__put(to, i, mptc__get(from, ((group * K + k) * taps + tap) * C + c));
+    }
 }
 
-/* Gathers rows first .. first+rows of the matrix into to(rows, ld elements) with the longest unit that fits. */
+static mpt_result mptc__filters(mpt_context *ctx, size_t groups, size_t K, size_t taps, size_t C, mpt_array w,
+                                void *to) {
+    return MPTC__SPREAD(mptc__filters_k, groups * K * taps * C, w, mpt_typed_array(to, w.type), groups, K, taps, C);
+}
+
+/* Gathers rows first .. first+rows of the matrix into to(rows, ld elements). A group's part of a row is a multiple of
+   16 bytes. */
 static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, mpt_array from, size_t first,
                                     size_t rows, size_t ld, void *to) {
-    const size_t size = mpt_dtype_size(from.type);
-    const size_t channels = (op->pass == MPT_BACKWARD_DATA ? op->shape.K : op->shape.C) * size;
-    const size_t unit = channels % 16 == 0 && (uintptr_t)from.data % 16 == 0 ? 16 : size;
+    const size_t size = mpt_dtype_size(from.type), each = 16 / size, taps = op->shape.R * op->shape.S;
+    const size_t channels = op->pass == MPT_BACKWARD_DATA ? op->shape.K : op->shape.C;
+    const int whole = channels % each == 0 && (uintptr_t)from.data % 16 == 0;
+    const size_t group = mptc__divide_up(taps * channels, each), columns = op->shape.groups * group;
+    const size_t units = whole ? each : 1;
     mptc__gather g = mptc__gather_of(op);
-    g.from = from.data, g.to = to;
-    g.first = (unsigned)first, g.rows = (unsigned)rows;
-    g.channels = (unsigned)(channels / unit), g.ld = (unsigned)(ld * size / unit);
-    g.stride = g.channels * (unsigned)op->shape.groups;
-    const size_t count = rows * op->shape.R * op->shape.S * g.channels;
-    if (unit == 16) return MPTC__SPREAD(mptc__gather_k<uint4>, count, g);
-    if (unit == 4) return MPTC__SPREAD(mptc__gather_k<uint32_t>, count, g);
-    return MPTC__SPREAD(mptc__gather_k<uint16_t>, count, g);
+    const unsigned blocks = mptc__blocks(ctx, rows * columns);
+    const size_t lines = (size_t)blocks * MPTC__THREADS / columns;
+    g.from = from.data;
+    g.to = to;
+    g.first = (unsigned)first;
+    g.rows = (unsigned)rows;
+    g.lines = (unsigned)mptc__min(lines ? lines : 1, rows);
+    g.columns = mptc__divider_of(columns);
+    g.group = mptc__divider_of(group);
+    g.channels = mptc__divider_of(channels / units);
+    g.stride_from = (unsigned)(channels * op->shape.groups / units);
+    g.ld = (unsigned)(ld / units);
+    g.patch = (unsigned)(taps * channels);
+    if (whole && !g.spread) return MPTC__LAUNCH(mptc__gather_k<MPTC__PATCHES>, blocks, MPTC__THREADS, g);
+    if (whole && g.stride == 1) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_CLOSE>, blocks, MPTC__THREADS, g);
+    if (whole) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_WIDE>, blocks, MPTC__THREADS, g);
+    if (size == 4) return MPTC__LAUNCH(mptc__gather_few_k<uint32_t>, blocks, MPTC__THREADS, g);
+    return MPTC__LAUNCH(mptc__gather_few_k<uint16_t>, blocks, MPTC__THREADS, g);
 }
 
 /* The product of one pass, for all rows at once: forward and data have the gathered matrix as a, weights as b. Rows of
@@ -1283,8 +1576,63 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
     return mptc__held_do(ctx);
 }
 
-/* One group: C and K are its own */
-static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) {
+/* dx(rows,C) = the sums of those of columns(outputs, R S C) that the taps made for these rows, + beta dx. A thread
+   takes a pack of a row. */
+static __global__ void __launch_bounds__(MPTC__THREADS, 4)
+mptc__collect_k(mptc__gather g, const float *columns, mpt_array dx, float beta, unsigned R, unsigned C,
+                mptc__divider packs) {
+    const unsigned S = g.S.by, ld = R * S * C;
+    const size_t count = (size_t)g.rows * packs.by;
+    for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
+        const unsigned row = mptc__divide((unsigned)i, packs), c = ((unsigned)i - row * packs.by) * MPTC__PACK;
+        const unsigned n = mptc__left(C, c);
+        const mptc__position at = mptc__position_of(row, g.grid);
+        const size_t to = (size_t)row * C + c;
+        float sum[MPTC__PACK] = {0}, x[MPTC__PACK];
+        for (unsigned r = 0; r < R; r++)
+            for (unsigned s = 0; s < S; s++) {
+                const int position = mptc__tap(&g, at, r, s);
+                if (position < 0) continue;
+                mptc__load(mpt_f32_array(columns), (size_t)position * ld + (r * S + s) * C + c, n, x);
+                MPTC__EACH(e) sum[e] += x[e];
+            }
+        if (beta != 0) {
+            mptc__load(dx, to, n, x);
+            MPTC__EACH(e) sum[e] += beta * x[e];
+        }
+        mptc__store(dx, to, n, sum);
+    }
+}
+
+/* Data with a stride, some images at a time; all: the product, with operands of one type */
+static mpt_result mptc__conv2d_columns(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *all) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t outputs = op->P * op->Q, inputs = z->H * z->W, packs = mptc__divide_up(z->C, MPTC__PACK);
+    mpt_gemm_op g = MPT_ZERO;
+    g.alpha = 1;
+    g.n = g.ldb = g.ldc = z->R * z->S * z->C;
+    g.k = g.lda = z->K;
+    g.b = all->b;
+    const size_t slice = mptc__slice_rows(device, z->N, outputs * g.n * sizeof(float), 0);
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, slice * outputs * g.n * sizeof(float)));
+    MPTC__TRY(mptc__need_positions(ctx, "conv2d: packs of a slice", slice * inputs * packs));
+    g.c = mpt_typed_array(device->scratch.at, MPT_F32);
+    for (size_t image = 0; image < z->N; image += slice) {
+        const size_t images = mptc__min(slice, z->N - image);
+        mptc__gather from = mptc__gather_of(op);
+        g.m = images * outputs;
+        g.a = mptc__at(all->a, image * outputs * z->K);
+        from.rows = (unsigned)(images * inputs);
+        MPTC__TRY(mptc__multiply(ctx, &g, g.c, g.ldc, 0));
+        MPTC__TRY(MPTC__SPREAD(mptc__collect_k, from.rows * packs, from, (const float *)g.c.data,
+                               mptc__at(all->c, image * inputs * z->C), op->beta, (unsigned)z->R, (unsigned)z->C,
+                               mptc__divider_of(packs)));
+    }
+    return MPT_OK;
+}
+
+static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     mptc__device *device = mptc__of(ctx);
     const mpt_conv2d_shape *z = &op->shape;
     const size_t inputs = z->N * z->H * z->W, outputs = z->N * op->P * op->Q;
@@ -1300,6 +1648,7 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     const size_t a_count = mptc__span(a_rows, a_columns, g.lda);
     const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
+    if (for_data && z->stride > 1) return mptc__conv2d_columns(ctx, op, &g);
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
     const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
     const size_t others = for_data ? weights * size : for_weights && g.c.type != MPT_F32 ? weights * 4 : 0;
@@ -1314,10 +1663,133 @@ static mpt_result mptc__conv2d_group(mpt_context *ctx, const mpt_conv2d_op *op) 
     if (for_weights) return mptc__conv2d_weights(ctx, op, &g, slice, ld, at);
     if (for_data) {
         void *filters = mptc__carve(&at, weights * size);
-        MPTC__TRY(mptc__filters(ctx, z->K, taps, z->C, g.b, filters));
+        MPTC__TRY(mptc__filters(ctx, 1, z->K, taps, z->C, g.b, filters));
         g.b.data = filters;
     }
     return mptc__conv2d_rows(ctx, op, &g, slice, ld, at);
+}
+
+/* -- Groups: a batch of products -- */
+
+/* c(m,n) = op(a) op(b) + beta c for each group, whose operands lie so many elements apart; see mptc__multiply. */
+static mpt_result mptc__multiply_groups(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta,
+                                        size_t groups, const size_t *apart) {
+    const cudaDataType type = mptc__data_type(op->a.type);
+    const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    MPTC__TRY(mptc__need_ints(ctx, op));
+    if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
+    MPTC__CUBLAS(cublasGemmStridedBatchedEx(
+        mptc__of(ctx)->cublas, b_op, a_op, (int)op->n, (int)op->m, (int)op->k, &op->alpha, op->b.data, type,
+        (int)op->ldb, (long long)apart[1], op->a.data, type, (int)op->lda, (long long)apart[0], &beta, c.data,
+        mptc__data_type(c.type), (int)ldc, (long long)apart[2], (int)groups, mptc__compute(ctx, op),
+        CUBLAS_GEMM_DEFAULT));
+    return MPT_OK;
+}
+
+typedef struct mptc__groups { /* a convolution with groups */
+    const mpt_conv2d_op *op; /* C and K are those of one group */
+    mpt_gemm_op product;     /* of one group, with all rows... */
+    size_t apart[3];         /* ...and how far a, b and c of the next one are, in elements */
+    int gathers;
+    size_t slice, ld;        /* rows that are gathered at a time, elements of such a row */
+    char *at;                /* where to, and what else takes scratch, before it */
+} mptc__groups;
+
+/* Forward and data, see mptc__conv2d_rows: rows of all groups' results, which are finished together. */
+static mpt_result mptc__groups_rows(mpt_context *ctx, const mptc__groups *w) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_gemm_op *all = &w->product;
+    const size_t columns = all->n * w->op->shape.groups;
+    const int sums = mptc__needs_sums(all);
+    mpt_gemm_op g = *all;
+    if (w->gathers) {
+        g.a.data = w->at;
+        g.lda = w->ld;
+    }
+    if (sums) MPTC__TRY(mptc__grow(ctx, &device->sums, mptc__min(w->slice, all->m) * columns * sizeof(float)));
+    for (size_t row = 0; row < all->m; row += w->slice) {
+        mpt_array c = mptc__at(all->c, row * all->ldc);
+        mpt_gemm_op to = *all;
+        g.m = to.m = mptc__min(w->slice, all->m - row);
+        to.n = columns;
+        to.c = c;
+        if (w->gathers) MPTC__TRY(mptc__gather_rows(ctx, w->op, all->a, row, g.m, w->ld, w->at));
+        else g.a = mptc__at(all->a, row * all->lda);
+        if (sums) c = mpt_typed_array(device->sums.at, MPT_F32);
+        MPTC__TRY(mptc__multiply_groups(ctx, &g, c, sums ? columns : all->ldc, sums ? 0 : all->beta,
+                                        w->op->shape.groups, w->apart));
+        if (sums) MPTC__TRY(mptc__finish(ctx, &to, c, columns, all->beta));
+        else if (all->bias.data || all->act) MPTC__TRY(mptc__finish(ctx, &to, c, all->ldc, 0));
+    }
+    return MPT_OK;
+}
+
+/* See mptc__conv2d_weights. */
+static mpt_result mptc__groups_weights(mpt_context *ctx, const mptc__groups *w) {
+    const mpt_gemm_op *all = &w->product;
+    const size_t groups = w->op->shape.groups;
+    mpt_gemm_op g = *all, to = *all;
+    char *at = w->at;
+    to.m = all->m * groups;
+    if (all->c.type != MPT_F32) {
+        g.c = mpt_typed_array(mptc__carve(&at, to.m * all->n * sizeof(float)), MPT_F32);
+        g.beta = 0;
+    }
+    if (w->gathers) {
+        g.b.data = at;
+        g.ldb = w->ld;
+    }
+    for (size_t row = 0; row < all->k; row += w->slice, g.beta = 1) {
+        g.k = mptc__min(w->slice, all->k - row);
+        g.a = mptc__at(all->a, row * all->lda);
+        if (w->gathers) MPTC__TRY(mptc__gather_rows(ctx, w->op, all->b, row, g.k, w->ld, at));
+        else g.b = mptc__at(all->b, row * all->ldb);
+        MPTC__TRY(mptc__multiply_groups(ctx, &g, g.c, g.ldc, g.beta, groups, w->apart));
+    }
+    return all->c.type == MPT_F32 ? MPT_OK : mptc__finish(ctx, &to, g.c, all->n, all->beta);
+}
+
+static mpt_result mptc__conv2d_groups(mpt_context *ctx, const mpt_conv2d_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t inputs = z->N * z->H * z->W, outputs = z->N * op->P * op->Q, groups = z->groups;
+    const size_t taps = z->R * z->S, patch = taps * z->C, weights = groups * z->K * patch;
+    const size_t x_count = inputs * z->C * groups, y_count = outputs * z->K * groups;
+    const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
+    mptc__groups w = MPT_ZERO;
+    w.op = op;
+    w.product = mptc__conv2d_product(op);
+    mpt_gemm_op *g = &w.product;
+    if (!z->N) {
+        g->m *= for_weights ? groups : 1; /* gradients of weights are beta times the old ones */
+        return g->m && g->n ? mptc__gemm(ctx, g) : MPT_OK;
+    }
+    MPTC__TRY(mptc__one_type(ctx, &g->a, for_weights || for_data ? y_count : x_count, &g->b,
+                             for_weights ? x_count : weights));
+    const size_t size = mpt_dtype_size(g->a.type), columns = for_weights ? g->n : g->k;
+    const size_t part = mptc__round_up(columns, 16 / size), rows = for_weights ? outputs : g->m;
+    w.gathers = taps > 1 || z->stride > 1 || z->padding > 0;
+    w.ld = groups * part;
+    w.apart[0] = for_weights || for_data ? z->K : z->C;
+    w.apart[1] = for_weights ? z->C : z->K * patch;
+    w.apart[2] = for_weights ? z->K * patch : for_data ? z->C : z->K;
+    if (w.gathers) w.apart[for_weights] = part;
+    const int spread = for_data && w.gathers;
+    const size_t others = spread ? weights * size : for_weights && g->c.type != MPT_F32 ? weights * 4 : 0;
+    const size_t fixed = mptc__round_up(others, mptc__align);
+    w.slice = w.gathers ? mptc__slice_rows(device, rows, w.ld * size, fixed) : rows;
+    if (!for_weights && mptc__needs_sums(g))
+        w.slice = mptc__slice_rows(device, w.slice, g->n * groups * sizeof(float), 0);
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, fixed + (w.gathers ? w.slice * w.ld * size : 0)));
+    w.at = device->scratch.at;
+    if (for_weights) return mptc__groups_weights(ctx, &w);
+    if (spread) {
+        void *filters = mptc__carve(&w.at, weights * size);
+        MPTC__TRY(mptc__filters(ctx, groups, z->K, taps, z->C, g->b, filters));
+        g->b.data = filters;
+    }
+    return mptc__groups_rows(ctx, &w);
 }
 
 /* -- Depthwise convolution: one filter a channel makes no product -- */
@@ -1330,10 +1802,11 @@ static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_
     for (size_t i = mptc__thread(); i < rows * packs; i += mptc__stride()) {
         const size_t c = i % packs * MPTC__PACK, row = i / packs;
         const unsigned n = mptc__left(C, c);
+        const mptc__position at = mptc__position_of((unsigned)row, g.grid);
         float sum[MPTC__PACK] = {0}, x[MPTC__PACK], w[MPTC__PACK];
         for (unsigned r = 0; r < R; r++)
             for (unsigned s = 0; s < S; s++) {
-                const int position = mptc__tap(&g, (unsigned)row, r, s);
+                const int position = mptc__tap(&g, at, r, s);
                 if (position < 0) continue;
                 mptc__load(op.x, (size_t)position * C + c, n, x);
                 mptc__load(op.w, (r * S + s) * C + c, n, w);
@@ -1355,16 +1828,17 @@ struct mptc__tap_terms { /* dy times what taps tap.. read */
     typedef float real;
     mptc__gather g;
     mpt_array x, dy;
-    unsigned C, S, taps;
+    unsigned C, taps;
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned tap,
                         real (*acc)[MPTC__PACK]) const {
         float u[MPTC__PACK], v[MPTC__PACK];
         for (; row < end; row += blockDim.y) {
+            const mptc__position at = mptc__position_of(row, g.grid);
             mptc__load(dy, (size_t)row * C + c, n, u);
 #pragma unroll
             for (unsigned s = 0; s < SUMS; s++) {
-                const unsigned at = tap + s;
-                const int position = at < taps ? mptc__tap(&g, row, at / S, at % S) : -1;
+                const unsigned r = mptc__divide(tap + s, g.S);
+                const int position = tap + s < taps ? mptc__tap(&g, at, r, tap + s - r * g.S.by) : -1;
                 if (position < 0) continue;
                 mptc__load(x, (size_t)position * C + c, n, v);
                 MPTC__EACH(e) acc[s][e] += u[e] * v[e];
@@ -1379,7 +1853,8 @@ static mpt_result mptc__depthwise_weights(mpt_context *ctx, const mpt_conv2d_op 
     mptc__tap_terms terms;
     terms.g = mptc__gather_of(op);
     terms.x = op->x, terms.dy = op->y;
-    terms.C = (unsigned)z->C, terms.S = (unsigned)z->S, terms.taps = (unsigned)(z->R * z->S);
+    terms.C = (unsigned)z->C;
+    terms.taps = (unsigned)(z->R * z->S);
     w.samples = 1;
     w.rows = z->N * op->P * op->Q, w.C = z->C, w.planes = z->R * z->S;
     w.out = op->w;
@@ -1397,27 +1872,22 @@ static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
     if (op.pass == MPT_BACKWARD_DATA) op.x = user->y, op.y = user->x;
     MPTC__TRY(mptc__grow(ctx, &device->scratch, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
     op.w.data = device->scratch.at;
-    MPTC__TRY(mptc__filters(ctx, z->C, z->R * z->S, 1, user->w, op.w.data));
+    MPTC__TRY(mptc__filters(ctx, 1, z->C, z->R * z->S, 1, user->w, op.w.data));
     return MPTC__SPREAD(mptc__depthwise_k, rows * mptc__divide_up(z->C, MPTC__PACK), op, mptc__gather_of(user), rows);
 }
 
 static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
-    const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
+    const size_t C = z->C / z->groups, K = z->K / z->groups;
     mpt_conv2d_op one = *op;
     MPTC__TRY(mptc__enter_product(ctx, op->pass == MPT_BACKWARD_WEIGHT && z->groups == 1));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
     if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
-    one.shape.C = C, one.shape.K = K;
-    for (size_t group = 0; group < z->groups; group++) {
-        one.x = mptc__at(op->x, group * C);
-        one.y = mptc__at(op->y, group * K);
-        one.w = mptc__at(op->w, group * K * patch);
-        one.bias = mptc__at(op->bias, group * K);
-        MPTC__TRY(mptc__conv2d_group(ctx, &one));
-    }
-    return MPT_OK;
+    if (z->groups == 1) return mptc__conv2d_one(ctx, op);
+    one.shape.C = C;
+    one.shape.K = K;
+    return mptc__conv2d_groups(ctx, &one);
 }
 
 /* ==== NORMALISATION ====
@@ -1494,10 +1964,11 @@ struct mptc__moment_terms { /* x - shift and its square */
     }
 };
 
-struct mptc__gradient_terms { /* dy and dy xhat */
+struct mptc__gradient_terms { /* dy and dy xhat; if the y of a ReLU is given, dy is multiplied by its slope first */
     enum { SUMS = 2 };
     typedef double real;
     mpt_norm_op op;
+    mpt_array relu;
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
         float mean[MPTC__PACK], inverse[MPTC__PACK], x[MPTC__PACK], dy[MPTC__PACK];
         for (unsigned next = 0; row < end; row += blockDim.y) {
@@ -1508,6 +1979,12 @@ struct mptc__gradient_terms { /* dy and dy xhat */
             }
             mptc__load(op.x, (size_t)row * op.shape.C + c, n, x);
             mptc__load(op.y, (size_t)row * op.shape.C + c, n, dy);
+            if (relu.data) {
+                float y[MPTC__PACK];
+                mptc__load(relu, (size_t)row * op.shape.C + c, n, y);
+                MPTC__EACH(e) dy[e] = mpt__activate_backward(MPT_RELU, y[e], dy[e]);
+                mptc__store(op.y, (size_t)row * op.shape.C + c, n, dy);
+            }
             MPTC__EACH(e) {
                 acc[0][e] += (double)dy[e];
                 acc[1][e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
@@ -1516,8 +1993,9 @@ struct mptc__gradient_terms { /* dy and dy xhat */
     }
 };
 
-/* A warp to each of `sets` sets, and in the backward pass to each channel: what the parts add up to */
-static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t sets) {
+/* A warp to each of `sets` sets, and in the backward pass to each channel: what the parts add up to. Then the running
+   statistics, if their stats are given. */
+static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t sets, mpt_norm_op running) {
     const size_t each = w.C / op.shape.groups, outputs = sets + (op.pass == MPT_NORM_BACKWARD ? w.C : 0);
     const mpt_array none = MPT_ZERO;
     for (size_t i = mptc__thread() / MPTC__WARP; i < outputs; i += mptc__stride() / MPTC__WARP) {
@@ -1535,18 +2013,22 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
             mptc__sum_put(op.dgamma, c, b, op.scale);
         }
     }
+    const size_t averages = running.stats ? 2 * running.shape.N * running.shape.groups : 0;
+    const size_t count = running.shape.pixels * (running.shape.C / (averages ? running.shape.groups : 1));
+    for (size_t i = mptc__thread(); i < averages; i += mptc__stride()) mpt__norm_average(&running, count, i);
 }
 
 /* The sums of all columns, and of `sets` sets, which need them sample by sample. */
 template <typename terms>
-static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t) {
+static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t,
+                                     const mpt_norm_op *running) {
     const mpt_norm_shape *z = &op->shape;
     mptc__columns w = MPT_ZERO;
     w.samples = sets ? z->N : 1;
     w.rows = sets ? z->pixels : z->N * z->pixels;
     w.C = z->C, w.planes = terms::SUMS;
     MPTC__TRY(mptc__columns_run(ctx, &w, t));
-    return MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets);
+    return MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets, *running);
 }
 
 /* -- By sets: blockDim.x threads are a team, blockDim.y teams a block -- */
@@ -1698,20 +2180,24 @@ static mpt_result mptc__norm_map(mpt_context *ctx, const mpt_norm_op *op) {
 static mpt_result mptc__norm_stats(mpt_context *ctx, const mpt_norm_op *op) {
     const size_t sets = op->shape.N * op->shape.groups;
     const dim3 team = mptc__norm_team(&op->shape);
+    const mpt_norm_op none = MPT_ZERO;
     mptc__moment_terms terms;
     terms.op = *op;
-    if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms);
+    if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms, &none);
     return MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(ctx, sets * team.x), team, *op);
 }
 
-/* dx comes last: it may take the place of dy. */
-static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op) {
+/* dx comes last: it may take the place of dy. relu: y of a ReLU whose slope multiplies dy first, and is left there;
+   running: running statistics that are to be averaged besides. Both may be empty. */
+static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op, mpt_array relu,
+                                      const mpt_norm_op *running) {
     const size_t sets = op->shape.N * op->shape.groups;
     const int through = op->dx.data && !op->frozen, by_sets = mptc__norm_by_sets(&op->shape);
     const dim3 team = mptc__norm_team(&op->shape);
     mptc__gradient_terms terms;
     terms.op = *op;
-    MPTC__TRY(mptc__norm_columns(ctx, op, through && !by_sets ? sets : 0, terms));
+    terms.relu = relu;
+    MPTC__TRY(mptc__norm_columns(ctx, op, through && !by_sets ? sets : 0, terms, running));
     if (!op->dx.data) return MPT_OK;
     if (!through || !by_sets) return mptc__norm_map(ctx, op);
     return MPTC__LAUNCH(mptc__norm_backward_k, mptc__blocks(ctx, sets * team.x), team, *op);
@@ -1722,20 +2208,36 @@ static __global__ void mptc__norm_running_k(mpt_norm_op op, size_t count) {
         mpt__norm_average(&op, count, i);
 }
 
-static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
+static mpt_result mptc__norm_running(mpt_context *ctx, const mpt_norm_op *op) {
     const mpt_norm_shape *z = &op->shape;
-    if (op->pass == MPT_NORM_BACKWARD && op->act) { /* the slope first, in place */
-        mpt_map_op slope = MPT_ZERO;
-        slope.map = MPT_MAP_ACTIVATION_GRADIENT, slope.act = op->act;
-        slope.n = z->N * z->pixels * z->C;
-        slope.a = op->saved, slope.b = slope.out = op->y;
-        MPTC__TRY(mptc__map(ctx, &slope));
+    return MPTC__SPREAD(mptc__norm_running_k, 2 * z->N * z->groups, *op, z->pixels * (z->C / z->groups));
+}
+
+/* The gradient, with the slope of the ReLU behind the norm and the running statistics that wait for it */
+static mpt_result mptc__norm_gradient(mpt_context *ctx, const mpt_norm_op *op) {
+    mptc__held *held = &mptc__of(ctx)->held;
+    mpt_norm_op running = MPT_ZERO;
+    mpt_array relu = MPT_ZERO;
+    if (op->act) relu = op->saved;
+    if (held->running && held->averages.stats == op->stats) {
+        running = held->averages;
+        held->running = 0;
     }
+    MPTC__TRY(mptc__enter(ctx));
+    return mptc__norm_backward(ctx, op, relu, &running);
+}
+
+static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__held *held = &device->held;
+    if (op->pass == MPT_NORM_BACKWARD) return mptc__norm_gradient(ctx, op);
     MPTC__TRY(mptc__enter(ctx));
     if (op->pass == MPT_NORM_STATS) return mptc__norm_stats(ctx, op);
     if (op->pass == MPT_NORM_FORWARD) return mptc__norm_map(ctx, op);
-    if (op->pass == MPT_NORM_BACKWARD) return mptc__norm_backward(ctx, op);
-    return MPTC__SPREAD(mptc__norm_running_k, 2 * z->N * z->groups, *op, z->pixels * (z->C / z->groups));
+    if (!device->step.open) return mptc__norm_running(ctx, op);
+    held->running = 1;
+    held->averages = *op;
+    return MPT_OK;
 }
 
 /* ==== REDUCTIONS ==== */
@@ -1868,8 +2370,7 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
         const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
         const unsigned some = left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK;
-        if (w.update.state) mptc__scan_chunk(&w.update, 1, w.x, i, some, &w.parts[chunk]);
-        else if (w.factor == 1) mptc__scan_chunk(NULL, 1, w.x, i, some, &w.parts[chunk]);
+        if (w.update.state) mptc__scan_chunk(&w.update, 1, mpt_f32_array(w.update.grad), i, some, &w.parts[chunk]);
         else mptc__scan_chunk(NULL, w.factor, w.x, i, some, &w.parts[chunk]);
     }
     if (!mptc__last_block(w.ticket)) return;
@@ -2102,13 +2603,14 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
 
 /* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C). Over 64 registers: a pack beside its taps; with 64 it would spill. */
-static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
+static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, mptc__divider by_packs) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned H = (unsigned)z.H, W = (unsigned)z.W, R = (unsigned)z.R, S = (unsigned)z.S;
-    const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, count = z.N * op.P * op.Q * packs;
+    const size_t count = z.N * op.P * op.Q * by_packs.by;
     for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
-        const size_t c = i % packs * MPTC__PACK, out = i / packs * z.C + c;
-        const mptc__position at = mptc__position_of((unsigned)(i / packs), op.P, op.Q);
+        const unsigned row = mptc__divide((unsigned)i, by_packs);
+        const size_t c = (size_t)((unsigned)i - row * by_packs.by) * MPTC__PACK, out = row * z.C + c;
+        const mptc__position at = mptc__position_of(row, grid);
         const unsigned some = mptc__left(z.C, c);
         double sum[MPTC__PACK] = {0}; /* an average may be of a whole image */
         float best[MPTC__PACK] = {0}, x[MPTC__PACK];
@@ -2133,15 +2635,19 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op) {
     }
 }
 
-/* dx(N,H,W,C) from dy(N,P,Q,C) and index(N,P,Q,C), + beta dx */
-static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k(mpt_pool2d_op op) {
+/* dx(N,H,W,C) from dy(N,P,Q,C) and index(N,P,Q,C), + beta dx. The slopes of ReLUs multiply dx and dy if their
+   y(N,H,W,C) and y(N,P,Q,C) are given. Over 64 registers: dy, y and indices of a pack beside its sums; with 64 it would
+   spill. */
+static __global__ void mptc__pool_backward_k(mpt_pool2d_op op, mpt_array relu, mpt_array relu_dy, mptc__grid grid,
+                                             mptc__divider by_packs) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned P = (unsigned)op.P, Q = (unsigned)op.Q, R = (unsigned)z.R, S = (unsigned)z.S;
     const unsigned down = (unsigned)op.stride_h, across = (unsigned)op.stride_w;
-    const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, count = z.N * z.H * z.W * packs;
+    const size_t count = z.N * z.H * z.W * by_packs.by;
     for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
-        const size_t c = i % packs * MPTC__PACK, in = i / packs * z.C + c;
-        const mptc__position at = mptc__position_of((unsigned)(i / packs), z.H, z.W);
+        const unsigned row = mptc__divide((unsigned)i, by_packs);
+        const size_t c = (size_t)((unsigned)i - row * by_packs.by) * MPTC__PACK, in = row * z.C + c;
+        const mptc__position at = mptc__position_of(row, grid);
         const unsigned some = mptc__left(z.C, c);
         const unsigned y = at.down + (unsigned)z.padding, x = at.across + (unsigned)z.padding;
         float sum[MPTC__PACK] = {0}, dy[MPTC__PACK];
@@ -2154,30 +2660,77 @@ static __global__ void __launch_bounds__(MPTC__THREADS, 4) mptc__pool_backward_k
                 const size_t out = ((size_t)(at.n * P + p) * Q + q) * z.C + c;
                 if (p >= P || q >= Q) continue;
                 mptc__load(op.y, out, some, dy);
+                if (relu_dy.data) {
+                    float y[MPTC__PACK];
+                    mptc__load(relu_dy, out, some, y);
+                    MPTC__EACH(e) dy[e] = mpt__activate_backward(MPT_RELU, y[e], dy[e]);
+                }
                 if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
                 MPTC__EACH(e) {
                     if (op.kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(R * S);
                     else if (place[e] == r * S + s) sum[e] += dy[e];
                 }
             }
+        if (relu.data) {
+            mptc__load(relu, in, some, dy);
+            MPTC__EACH(e) sum[e] = mpt__activate_backward(MPT_RELU, dy[e], sum[e]);
+        }
         mptc__store(op.x, in, some, sum);
     }
+}
+
+static mpt_result mptc__pool_backward(mpt_context *ctx, const mpt_pool2d_op *op, mpt_array relu, mpt_array relu_dy) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t packs = mptc__divide_up(z->C, MPTC__PACK);
+    return MPTC__SPREAD(mptc__pool_backward_k, z->N * z->H * z->W * packs, *op, relu, relu_dy,
+                        mptc__grid_of(z->H, z->W), mptc__divider_of(packs));
 }
 
 static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     const mpt_pool2d_shape *z = &user->shape;
     const size_t inputs = z->N * z->H * z->W, outputs = z->N * user->P * user->Q;
     const size_t packs = mptc__divide_up(z->C, MPTC__PACK);
+    const mpt_array none = MPT_ZERO;
+    mptc__held *held = &mptc__of(ctx)->held;
+    mpt_array relu_dy = MPT_ZERO;
     mpt_pool2d_op op = *user;
     if (!z->N) return MPT_OK;
+    if (op.pass != MPT_FORWARD && held->slope && held->sloped.out.data == op.y.data &&
+        held->sloped.n == outputs * z->C) {
+        relu_dy = held->sloped.a;
+        held->slope = 0;
+    }
     MPTC__TRY(mptc__enter(ctx));
-    MPTC__TRY(mptc__need_positions(ctx, "pool2d", inputs));
-    MPTC__TRY(mptc__need_positions(ctx, "pool2d", outputs));
+    MPTC__TRY(mptc__need_positions(ctx, "pool2d", inputs * packs)); /* of packs of channels */
+    MPTC__TRY(mptc__need_positions(ctx, "pool2d", outputs * packs));
     MPTC__TRY(mptc__need_positions(ctx, "pool2d: window", z->R > z->S ? z->R : z->S));
     op.stride_h = mptc__min(op.stride_h, INT_MAX); /* no position is that far */
     op.stride_w = mptc__min(op.stride_w, INT_MAX);
-    if (op.pass == MPT_FORWARD) return MPTC__SPREAD(mptc__pool_forward_k, outputs * packs, op);
-    return MPTC__SPREAD(mptc__pool_backward_k, inputs * packs, op);
+    if (op.pass == MPT_FORWARD)
+        return MPTC__SPREAD(mptc__pool_forward_k, outputs * packs, op, mptc__grid_of(op.P, op.Q),
+                            mptc__divider_of(packs));
+    if (!mptc__of(ctx)->step.open || op.beta != 0) return mptc__pool_backward(ctx, &op, none, relu_dy);
+    held->pool = 1; /* the gradient of a ReLU may follow */
+    held->pooling = op;
+    held->pooled = relu_dy;
+    return MPT_OK;
+}
+
+/* Is this the gradient of a ReLU in place, of what waits to be written there? Then that is written with it: the same
+   bits, since 0 and the value itself are rounded as they are. */
+static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int *joins) {
+    mptc__held *held = &mptc__of(ctx)->held;
+    const mpt_pool2d_op pooling = held->pooling;
+    const mpt_gemm_op product = held->product;
+    const size_t pooled = pooling.shape.N * pooling.shape.H * pooling.shape.W * pooling.shape.C;
+    const int slope = mptc__is_slope(op);
+    const int pool = slope && held->pool && pooling.x.data == op->out.data && op->n == pooled;
+    const int few = slope && held->few && product.c.data == op->out.data && op->n == product.m * product.n;
+    *joins = pool || few;
+    if (!*joins) return MPT_OK;
+    held->pool = held->few = 0;
+    MPTC__TRY(mptc__enter(ctx));
+    return pool ? mptc__pool_backward(ctx, &pooling, op->a, held->pooled) : mptc__few_run(ctx, &product, op->a);
 }
 
 /* ==== OPTIMIZER ==== the rules of mpt.h, one launch for all tensors */
@@ -2254,7 +2807,7 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
    and then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
    nobody reads the state any more, and updates the scaler if one is given. Over 64 registers: up to six arrays of eight
    values are under way in a thread, which hides more latency than more threads would. */
-static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler, mptc__meter *total,
+static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler, int32_t *stuck, mptc__meter *total,
                                       unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
     const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
@@ -2290,20 +2843,23 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
         op.state->lost = atomicExch(&total->lost, 0);
     }
     mpt__state_stepped(&op);
-    if (scaler) mpt__scaler_follow(scaler, &found, 1);
+    if (!scaler) return;
+    mpt__scaler_follow(scaler, &found, 1);
+    if (stuck) *stuck = scaler->stuck;
 }
 
-/* scaler: the only optimizer of which this is; NULL: mptc__scale follows */
-static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler) {
+/* scaler: whose only optimizer this is; NULL: mptc__scale follows. stuck: its mirror in pinned memory, or NULL */
+static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler,
+                                   int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
-    return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op, scaler,
+    return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op, scaler, stuck,
                         (mptc__meter *)(void *)device->zeros, device->ticket);
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
     mptc__held *held = &mptc__of(ctx)->held;
     MPTC__TRY(mptc__enter(ctx));
-    if (!mptc__of(ctx)->step.open) return mptc__update_run(ctx, op, NULL);
+    if (!mptc__of(ctx)->step.open) return mptc__update_run(ctx, op, NULL, NULL);
     held->update = 1; /* the scaler is next */
     held->step = *op;
     return MPT_OK;
@@ -2314,8 +2870,9 @@ typedef struct mptc__flags { /* found of each optimizer, in device memory */
     int count;
 } mptc__flags;
 
-static __global__ void mptc__scale_k(mpt_scaler_state *scaler, mptc__flags flags) {
+static __global__ void mptc__scale_k(mpt_scaler_state *scaler, mptc__flags flags, int32_t *stuck) {
     mpt__scaler_follow(scaler, flags.found, flags.count);
+    if (stuck) *stuck = scaler->stuck;
 }
 
 /* The place of this scaler's mirror, a free one if it has none yet, or -1. */
@@ -2329,31 +2886,29 @@ static int mptc__mirror(mptc__device *device, const mpt_scaler_state *scaler) {
     return place;
 }
 
-static mpt_result mptc__scale_run(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count) {
+static mpt_result mptc__scale_run(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
+                                  int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
     mptc__flags flags = MPT_ZERO;
     if (device->held.update && count == 1 && found[0] == &device->held.step.state->found) {
         device->held.update = 0;
-        return mptc__update_run(ctx, &device->held.step, scaler);
+        return mptc__update_run(ctx, &device->held.step, scaler, stuck);
     }
     MPTC__TRY(mptc__enter(ctx));
     flags.count = count;
     for (int i = 0; i < count; i++) flags.found[i] = found[i];
-    return MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags);
+    return MPTC__LAUNCH(mptc__scale_k, 1, 1, scaler, flags, stuck);
 }
 
 static mpt_result mptc__step_close(mpt_context *ctx);
 
-/* *stuck comes from a copy in pinned memory that the device keeps up to date, so that nobody waits: what it holds now
-   may be of an earlier update. A seventeenth scaler has no copy and waits. */
+/* *stuck comes from a copy in pinned memory that the kernel writes, so that nobody waits: what it holds now may be of
+   an earlier update. A seventeenth scaler has no copy and waits. */
 static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                               int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
     const int mirror = mptc__mirror(device, scaler);
-    MPTC__TRY(mptc__scale_run(ctx, scaler, found, count));
-    if (mirror >= 0 && device->step.mode != MPTC__REPLAY)
-        MPTC__CUDA(cudaMemcpyAsync(&device->stuck[mirror], &scaler->stuck, sizeof *stuck, cudaMemcpyDeviceToHost,
-                                   device->stream));
+    MPTC__TRY(mptc__scale_run(ctx, scaler, found, count, mirror < 0 ? NULL : &device->stuck[mirror]));
     MPTC__TRY(mptc__step_close(ctx));
     if (device->step.again) return MPT_OK;
     if (mirror < 0) return mptc__download(ctx, stuck, &scaler->stuck, sizeof *stuck);
@@ -2373,15 +2928,22 @@ static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const 
 static mpt_result mptc__held_do(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     mptc__held *held = &device->held;
-    const int finish = held->finish, bias = held->bias, update = held->update;
-    void *to = held->to;
-    held->to = NULL;
-    held->finish = held->bias = held->update = 0;
+    const int finish = held->finish, bias = held->bias, pool = held->pool, few = held->few, update = held->update;
+    const int slope = held->slope, running = held->running;
+    const mpt_array none = MPT_ZERO;
+    void *to = held->to, *clear = held->clear;
+    held->to = held->clear = NULL;
+    held->finish = held->bias = held->pool = held->few = held->slope = held->running = held->update = 0;
+    if (clear) MPTC__TRY(mptc__clear(ctx, clear, held->cleared));
     if (to && device->step.mode != MPTC__REPLAY)
         MPTC__CUDA(cudaMemcpyAsync(to, held->fed, held->bytes, cudaMemcpyDeviceToDevice, device->stream));
     if (finish) MPTC__TRY(mptc__finish(ctx, &held->product, held->product.c, held->product.ldc, 0));
     if (bias) MPTC__TRY(mptc__sums_run(ctx, &held->sums));
-    return update ? mptc__update_run(ctx, &held->step, NULL) : MPT_OK;
+    if (pool) MPTC__TRY(mptc__pool_backward(ctx, &held->pooling, none, held->pooled));
+    if (few) MPTC__TRY(mptc__few_run(ctx, &held->product, none));
+    if (slope) MPTC__TRY(mptc__map_run(ctx, &held->sloped, NULL, 0));
+    if (running) MPTC__TRY(mptc__norm_running(ctx, &held->averages));
+    return update ? mptc__update_run(ctx, &held->step, NULL, NULL) : MPT_OK;
 }
 
 /* The bytes go to the feed and stay there if the next call is their only reader. */
@@ -2613,6 +3175,12 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cuda: there is no device %d; this machine has %d",
                         device->desc.device, devices);
     MPTC__CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, device->desc.device));
+    if (!device->desc.workspace) { /* a slice that the product after its gather still finds in the cache */
+        int cache = 0;
+        MPTC__CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device->desc.device));
+        device->desc.workspace = mptc__min((size_t)cache / 2, (size_t)64 << 20);
+        if (device->desc.workspace < (size_t)8 << 20) device->desc.workspace = (size_t)8 << 20;
+    }
     MPTC__CUDA(cudaFuncGetAttributes(&attributes, mptc__map_k));
     return MPT_OK;
 }
@@ -2682,7 +3250,6 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *user) {
     mptc__device *device;
     mpt_context *ctx;
     if (user) desc = *user;
-    if (!desc.workspace) desc.workspace = (size_t)64 << 20;
     device = (mptc__device *)(desc.context.alloc && desc.context.release
                                   ? desc.context.alloc(sizeof *device, desc.context.user) : malloc(sizeof *device));
     const mpt_backend table = mptc__backend();

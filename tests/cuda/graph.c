@@ -231,6 +231,23 @@ static void test_diverged(void) {
     mpt_close(ctx);
 }
 
+/* A thread that records a stream of its own may upload to another one meanwhile. */
+static void test_foreign_recording(void) {
+    mpt_context *ctx = mpt_cuda_open(NULL);
+    float host[64] = {0}, *x = (float *)mpt_alloc(ctx, sizeof host);
+    cudaStream_t stream = NULL;
+    cudaGraph_t graph = NULL;
+    int i;
+    CHECK_OK(ctx, mpt_upload(ctx, x, host, sizeof host));
+    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess);
+    for (i = 0; i < 5; i++) CHECK_OK(ctx, mpt_upload(ctx, x, host, sizeof host));
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && graph != NULL);
+    CHECK(cudaGraphDestroy(graph) == cudaSuccess && cudaStreamDestroy(stream) == cudaSuccess);
+    mpt_free(ctx, x);
+    mpt_close(ctx);
+}
+
 int main(void) {
     pair p = open_pair(cudaStreamLegacy); /* nobody can record on it */
     build_pair(&p, mpt_policy_preset(MPT_O2, MPT_F16), mlp_layers, 2);
@@ -243,5 +260,6 @@ int main(void) {
     test_turns();
     test_shared_scaler();
     test_diverged();
+    test_foreign_recording();
     return test_finish("cuda/graph");
 }

@@ -54,6 +54,26 @@ if [ -n "$run" ]; then
     check "the program does not learn: $(cat "$folder/log")" grep -q '^loss 0\.0' "$folder/log"
 fi
 
+# A build with --use_fast_math, of which no macro tells, says so when a context opens.
+if [ -n "$run" ]; then
+    cat >"$folder/fast.cu" <<'END'
+#define MPT_IMPLEMENTATION
+#include "mpt_cuda.cuh"
+#include <stdio.h>
+static void show(mpt_log_level, const char *text, void *) { puts(text); }
+int main(void) {
+    mpt_cuda_desc desc = MPT_ZERO;
+    desc.context.log = show;
+    mpt_close(mpt_cuda_open(&desc));
+    return 0;
+}
+END
+    check "a build with --use_fast_math fails" nvcc -O2 -arch=$arch -cudart shared --use_fast_math -I"$folder" \
+        "$folder/fast.cu" -o "$folder/fast" -lcublas -lcublasLt
+    LD_LIBRARY_PATH=$libraries "$folder/fast" >"$folder/log"
+    check "--use_fast_math goes unnoticed" grep -q 'fast_math' "$folder/log"
+fi
+
 [ "$skipped" -eq 0 ] && tail= || tail=", $skipped skipped"
 echo "library: $passed passed, $failed failed$tail"
 [ "$failed" -eq 0 ]

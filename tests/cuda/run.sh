@@ -1,7 +1,8 @@
 #!/bin/sh
-# Usage: [CUDACPU=FOLDER] [NVCC=nvcc] tests/cuda/run.sh [TEST.c...]
+# Usage: [CUDACPU=FOLDER] [NVCC=nvcc] [ALL=1] tests/cuda/run.sh [TEST.c...]
 # Builds the tests with nvcc and runs them with device = cuda: on a GPU if there is one, else on the runner whose
-# sources are in CUDACPU. With neither it compiles and links for all architectures and says that nothing was run.
+# sources are in CUDACPU. With neither it compiles and links for all architectures and says that nothing was run. With
+# no TEST.c a GPU runs all of them and the runner the short ones, or all with ALL=1.
 #
 # Both headers are compiled once and linked to the tests, which only include them. A test that names mpt__ has the CPU's
 # half to itself, one that names mptc__ or stands before the CUDA calls has both.
@@ -10,13 +11,13 @@ build=${BUILD:-build}/cuda
 warnings="-Wall,-Wextra"
 defines="-DMPT_TEST_CUDA -DMPT_TRAINER_CUDA -I."
 mkdir -p "$build" || exit 1
-[ $# -gt 0 ] || set -- tests/unit/*.c tests/parity/*.c tests/train/*.c tests/cuda/*.c tests/bench/bench_cuda.c
 
 command -v "$NVCC" >/dev/null || { echo "no nvcc: nothing was compiled"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 
 libraries="-lcublas -lcublasLt"
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then
     target="-arch=native"
+    ALL=1
 elif [ -n "${CUDACPU:-}" ]; then
     runner=$PWD/$build/runner
     make -s -C "$CUDACPU" BUILD="$runner" >/dev/null || exit 1
@@ -51,6 +52,12 @@ compile() {
     rm -f "$object"
     return 1
 }
+
+if [ $# -eq 0 ]; then
+    set -- tests/cuda/*.c tests/parity/operations.c tests/parity/optimizers.c tests/bench/bench_cuda.c
+    [ -z "${ALL:-}" ] ||
+        set -- tests/unit/*.c tests/parity/*.c tests/train/*.c tests/cuda/*.c tests/bench/bench_cuda.c
+fi
 
 headers="mpt.h mpt_tools.h mpt_cuda.cuh"
 cpu=$build/cpu.o cuda=$build/cuda.o
