@@ -12,6 +12,7 @@ check() { # check STATUS WHAT
 
 # A block ```text NAME [WITHIN] of a page quotes lines of build/course/NAME.txt: the words are the same and the numbers
 # within a share WITHIN (0 if none is given; numbers of a training depend on the processor's sums in their last digits).
+# ~ before a number says that it is rounding noise, whose size alone is the same on all: within a factor of 8.
 # A decimal number in the last column of a table stands in one of the blocks before it.
 quotes() {
     awk -v out="$out" '
@@ -20,8 +21,9 @@ quotes() {
         count = 0
         gsub(/[ \t]+/, " ", line)
         words = ""
-        while (match(line, /[0-9]+(\.[0-9]+)?(e[-+][0-9]+)?/)) {
+        while (match(line, /~?[0-9]+(\.[0-9]+)?(e[-+][0-9]+)?/)) {
             number[++count] = substr(line, RSTART, RLENGTH)
+            noise[count] = sub(/^~/, "", number[count])
             words = words substr(line, 1, RSTART - 1) "#"
             line = substr(line, RSTART + RLENGTH)
         }
@@ -29,10 +31,10 @@ quotes() {
     }
     function quote(line,   i, words) {
         words = skeleton(line)
-        for (i = 1; i <= count; i++) { quoted[i] = number[i]; known[number[i]] = 1 }
+        for (i = 1; i <= count; i++) { quoted[i] = number[i]; rough[i] = noise[i]; known[number[i]] = 1 }
         return words
     }
-    function found(line,   i, j, want, n, close_enough, size, d) {
+    function found(line,   i, j, want, n, close_enough, size, share, d) {
         want = quote(line)
         n = count
         for (j = 1; j <= lines; j++) {
@@ -41,7 +43,8 @@ quotes() {
             for (i = 1; i <= n; i++) {
                 d = quoted[i] - number[i]
                 size = quoted[i] > number[i] ? quoted[i] : number[i]
-                if (d > within * size || -d > within * size) close_enough = 0
+                share = rough[i] ? 7 / 8 : within
+                if (d > share * size || -d > share * size) close_enough = 0
             }
             if (close_enough) return 1
         }
