@@ -23,6 +23,7 @@
      CORE              errors, memory, threads
      SIMD              bulk loops for each instruction set, chosen once by cpuid; the context
      CHECKS            arrays and operations: arguments are checked, the backend does the work
+     REFERENCE         the operations as plain loops, a backend of their own
      ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
      TRAINING PARTS    scaler, parameter block, optimizer
      MODEL PARTS       graph, plan, forward, backward, step
@@ -224,7 +225,8 @@ typedef struct mpt_context_desc {
     void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent */
     void *user;                                                     /* handed to the three calls above */
 
-    int threads; /* 0: one per processor; 1: none but the caller's */
+    int threads;   /* 0: one per processor; 1: none but the caller's */
+    int reference; /* 1: operations are the plain loops of REFERENCE, slow and easy to read; to compare with */
     mpt_isa isa; /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
 } mpt_context_desc;
 
@@ -2959,6 +2961,7 @@ static float mpt__get(const mpt_context *ctx, mpt_array a, size_t i) {
 /* -- Opening -- */
 
 static mpt_backend mpt__cpu_backend(void);
+static void mpt__ref_backend(mpt_backend *backend);
 static mpt_result mpt__cpu_workspace(mpt_context *ctx);
 
 MPT_DEF void mpt_close(mpt_context *ctx) {
@@ -2998,9 +3001,11 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
 }
 
 MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
-    const mpt_backend backend = mpt__cpu_backend();
-    mpt_context *ctx = mpt_open_backend(desc, &backend, NULL);
+    mpt_backend backend = mpt__cpu_backend();
+    mpt_context *ctx;
     char text[64];
+    if (desc && desc->reference) mpt__ref_backend(&backend);
+    ctx = mpt_open_backend(desc, &backend, NULL);
     if (!ctx) return NULL;
     if (mpt__pool_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK) {
         mpt_close(ctx);
@@ -3486,6 +3491,387 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
     if (kind == MPT_LOSS_CROSS_ENTROPY || (unsigned)kind >= MPT_LOSS_KIND_COUNT)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "elementwise_loss: kind %d is none", (int)kind);
     return mpt__loss_run(ctx, "elementwise_loss", &op);
+}
+
+/* ==== REFERENCE ====
+
+   Every operation as the plain loop that it means: shapes in a comment, then the loop. A context opened with
+   desc.reference = 1 computes with these, on one thread, whole models too; the name behind "fast:" is the same operation
+   in ENGINE. Tests hold ENGINE and CUDA against it, and who writes another backend begins here. Sums are in double and
+   are rounded once, so no order of them matters. Losses, the check and the update are not here: ENGINE's own are plain.
+
+   Letters as everywhere: N batch, H W input, C channels, K filters, R S kernel, P Q output. */
+
+/* Element i of an array. */
+static double mpt__ref_get(mpt_array a, size_t i) {
+    if (a.type == MPT_F32) return (double)((const float *)a.data)[i];
+    if (mpt_dtype_size(a.type) == 2) return (double)mpt_widen(((const uint16_t *)a.data)[i], a.type);
+    return (double)mpt_widen(((const uint8_t *)a.data)[i], a.type);
+}
+
+/* The same with a factor; with 0 it is not read, for it may not be initialised. */
+static double mpt__ref_old(mpt_array a, size_t i, float beta) {
+    return beta == 0 ? 0 : (double)beta * mpt__ref_get(a, i);
+}
+
+/* x rounded to fp32, then to the array's type. */
+static void mpt__ref_set(mpt_array a, size_t i, double x, const mpt_rounding *rounding) {
+    const mpt_rounding nearest = MPT_ZERO, r = rounding ? *rounding : nearest;
+    const uint32_t random = r.round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i) : 0;
+    uint32_t bits;
+    if (a.type == MPT_F32) {
+        ((float *)a.data)[i] = (float)x;
+        return;
+    }
+    bits = mpt_narrow((float)x, a.type, r.round, r.overflow, random);
+    if (mpt_dtype_size(a.type) == 2) ((uint16_t *)a.data)[i] = (uint16_t)bits;
+    else ((uint8_t *)a.data)[i] = (uint8_t)bits;
+}
+
+/* out[i] = act(sum + beta out[i] + bias[channel]) */
+static void mpt__ref_put(mpt_array out, size_t i, double sum, float beta, mpt_array bias, size_t channel,
+                         mpt_activation act) {
+    const double b = bias.data ? mpt__ref_get(bias, channel) : 0;
+    const float x = (float)(sum + mpt__ref_old(out, i, beta) + b);
+    mpt__ref_set(out, i, (double)mpt__activate(act, x), NULL);
+}
+
+/* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)); rows of a, b, c are lda, ldb, ldc apart.
+   fast: mpt__cpu_gemm */
+static mpt_result mpt__ref_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+    size_t i, j, l;
+    (void)ctx;
+    for (i = 0; i < op->m; i++)
+        for (j = 0; j < op->n; j++) {
+            double sum = 0;
+            for (l = 0; l < op->k; l++) {
+                const double a = mpt__ref_get(op->a, op->trans_a ? l * op->lda + i : i * op->lda + l);
+                const double b = mpt__ref_get(op->b, op->trans_b ? j * op->ldb + l : l * op->ldb + j);
+                sum += a * b;
+            }
+            mpt__ref_put(op->c, i * op->ldc + j, (double)op->alpha * sum, op->beta, op->bias, j, op->act);
+        }
+    return MPT_OK;
+}
+
+/* Output `out` reads input *in by a tap: in = out stride + tap dilation - padding. 0: that lies in the padding. */
+static int mpt__ref_input_of(size_t out, size_t stride, size_t tap, size_t padding, size_t inputs, size_t *in) {
+    const ptrdiff_t at = (ptrdiff_t)(out * stride + tap) - (ptrdiff_t)padding;
+    *in = (size_t)at;
+    return at >= 0 && *in < inputs;
+}
+
+/* The same from the other side: which output *out reads input `in` by that tap? 0: none. */
+static int mpt__ref_output_of(size_t in, size_t stride, size_t tap, size_t padding, size_t outputs, size_t *out) {
+    const ptrdiff_t at = (ptrdiff_t)(in + padding) - (ptrdiff_t)tap;
+    *out = (size_t)at / stride;
+    return at >= 0 && (size_t)at % stride == 0 && *out < outputs;
+}
+
+/* y(n,p,q,k) = sum over r, s, c of x(n, h, w, c) w(k,r,s,c), with h and w as above and the C/groups channels c of the
+   group that k is in */
+static double mpt__ref_conv2d_y(const mpt_conv2d_op *op, size_t n, size_t p, size_t q, size_t k) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t C = z->C / z->groups, first = k / (z->K / z->groups) * C;
+    double sum = 0;
+    size_t r, s, c, h, w;
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) {
+            if (!mpt__ref_input_of(p, z->stride, r * z->dilation, z->padding, z->H, &h)) continue;
+            if (!mpt__ref_input_of(q, z->stride, s * z->dilation, z->padding, z->W, &w)) continue;
+            for (c = 0; c < C; c++)
+                sum += mpt__ref_get(op->x, ((n * z->H + h) * z->W + w) * z->C + first + c) *
+                       mpt__ref_get(op->w, ((k * z->R + r) * z->S + s) * C + c);
+        }
+    return sum;
+}
+
+/* dx(n,h,w,c) = sum over r, s, k of dy(n,p,q,k) w(k,r,s,c), over the outputs that read it */
+static double mpt__ref_conv2d_dx(const mpt_conv2d_op *op, size_t n, size_t h, size_t w, size_t c) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t C = z->C / z->groups, K = z->K / z->groups, first = c / C * K;
+    double sum = 0;
+    size_t r, s, k, p, q;
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) {
+            if (!mpt__ref_output_of(h, z->stride, r * z->dilation, z->padding, op->P, &p)) continue;
+            if (!mpt__ref_output_of(w, z->stride, s * z->dilation, z->padding, op->Q, &q)) continue;
+            for (k = first; k < first + K; k++)
+                sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * z->K + k) *
+                       mpt__ref_get(op->w, ((k * z->R + r) * z->S + s) * C + c % C);
+        }
+    return sum;
+}
+
+/* dw(k,r,s,c) = sum over n, p, q of dy(n,p,q,k) x(n,h,w,c) */
+static double mpt__ref_conv2d_dw(const mpt_conv2d_op *op, size_t k, size_t r, size_t s, size_t c) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const size_t C = z->C / z->groups, first = k / (z->K / z->groups) * C;
+    double sum = 0;
+    size_t n, p, q, h, w;
+    for (n = 0; n < z->N; n++)
+        for (p = 0; p < op->P; p++)
+            for (q = 0; q < op->Q; q++) {
+                if (!mpt__ref_input_of(p, z->stride, r * z->dilation, z->padding, z->H, &h)) continue;
+                if (!mpt__ref_input_of(q, z->stride, s * z->dilation, z->padding, z->W, &w)) continue;
+                sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * z->K + k) *
+                       mpt__ref_get(op->x, ((n * z->H + h) * z->W + w) * z->C + first + c);
+            }
+    return sum;
+}
+
+/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C/groups)) + bias(K)), or its gradients dx and dw. fast: mpt__cpu_conv2d */
+static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const int forward = op->pass == MPT_FORWARD, data = op->pass == MPT_BACKWARD_DATA;
+    const mpt_array none = MPT_ZERO;
+    const mpt_array out = forward ? op->y : data ? op->x : op->w;
+    const size_t I = forward || data ? z->N : z->K; /* the four sizes of what is written */
+    const size_t J = forward ? op->P : data ? z->H : z->R;
+    const size_t L = forward ? op->Q : data ? z->W : z->S;
+    const size_t M = forward ? z->K : data ? z->C : z->C / z->groups;
+    size_t i, j, l, m;
+    (void)ctx;
+    for (i = 0; i < I; i++)
+        for (j = 0; j < J; j++)
+            for (l = 0; l < L; l++)
+                for (m = 0; m < M; m++) {
+                    const size_t at = ((i * J + j) * L + l) * M + m;
+                    if (forward)
+                        mpt__ref_put(out, at, mpt__ref_conv2d_y(op, i, j, l, m), op->beta, op->bias, m, op->act);
+                    else if (data)
+                        mpt__ref_put(out, at, mpt__ref_conv2d_dx(op, i, j, l, m), op->beta, none, 0, MPT_IDENTITY);
+                    else mpt__ref_put(out, at, mpt__ref_conv2d_dw(op, i, j, l, m), op->beta, none, 0, MPT_IDENTITY);
+                }
+    return MPT_OK;
+}
+
+/* db(C) = sums over the rows of dy(rows,C) + beta db. fast: mpt__cpu_column_sums */
+static mpt_result mpt__ref_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
+                                       int product) {
+    size_t row, c;
+    (void)ctx;
+    (void)product;
+    for (c = 0; c < C; c++) {
+        double sum = mpt__ref_old(db, c, beta);
+        for (row = 0; row < rows; row++) sum += mpt__ref_get(dy, row * C + c);
+        mpt__ref_set(db, c, sum, NULL);
+    }
+    return MPT_OK;
+}
+
+/* y(rows,C) = x(rows,C) + beta y, rows x_stride and y_stride apart. fast: mpt__cpu_copy_columns */
+static mpt_result mpt__ref_copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+    size_t row, c;
+    (void)ctx;
+    for (row = 0; row < op->rows; row++)
+        for (c = 0; c < op->C; c++) {
+            const size_t to = row * op->y_stride + c;
+            mpt__ref_set(op->y, to, mpt__ref_get(op->x, row * op->x_stride + c) + mpt__ref_old(op->y, to, op->beta),
+                         NULL);
+        }
+    return MPT_OK;
+}
+
+/* out(n), each element from those of the same index: what mpt_map names. fast: mpt__cpu_map */
+static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
+    const uint64_t step = op->mask.step ? *op->mask.step : 0;
+    size_t i;
+    (void)ctx;
+    for (i = 0; i < op->n; i++) {
+        float x = (float)mpt__ref_get(op->a, i);
+        switch (op->map) {
+        case MPT_MAP_CAST: break;
+        case MPT_MAP_ACTIVATION: x = mpt__activate(op->act, x); break;
+        case MPT_MAP_ACTIVATION_GRADIENT:
+            x = mpt__activate_backward(op->act, x, (float)mpt__ref_get(op->b, i));
+            x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
+            break;
+        case MPT_MAP_ADD: x = mpt__activate(op->act, (float)((double)x + mpt__ref_old(op->b, i, op->beta))); break;
+        case MPT_MAP_DROPOUT:
+            x = mpt__mul(x, mpt__mask_factor(&op->mask, step, i));
+            x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
+            break;
+        }
+        mpt__ref_set(op->out, i, (double)x, op->map == MPT_MAP_CAST ? &op->rounding : NULL);
+    }
+    return MPT_OK;
+}
+
+/* y(n,p,q,c) of a window of x: the largest, whose place r S + s goes to index, or the sum / (R S). NaN is the largest. */
+static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const size_t at = ((n * op->P + p) * op->Q + q) * z->C + c;
+    double sum = 0;
+    float largest = 0;
+    int any = 0;
+    size_t r, s, h, w;
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) {
+            float x;
+            if (!mpt__ref_input_of(p, op->stride_h, r, z->padding, z->H, &h)) continue;
+            if (!mpt__ref_input_of(q, op->stride_w, s, z->padding, z->W, &w)) continue;
+            x = (float)mpt__ref_get(op->x, ((n * z->H + h) * z->W + w) * z->C + c);
+            sum += (double)x;
+            if (any && (mpt__is_nan(largest) || !(x > largest || mpt__is_nan(x)))) continue;
+            any = 1;
+            largest = x;
+            if (op->kind == MPT_POOL_MAX) op->index[at] = (uint16_t)(r * z->S + s);
+        }
+    mpt__ref_set(op->y, at, op->kind == MPT_POOL_MAX ? (double)largest : sum / (double)(z->R * z->S), NULL);
+}
+
+/* dx(n,h,w,c) = sum over the windows that it is in: of a maximum all of dy if it was the largest, of a mean its share */
+static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c) {
+    const mpt_pool2d_shape *z = &op->shape;
+    double sum = 0;
+    size_t r, s, p, q;
+    for (r = 0; r < z->R; r++)
+        for (s = 0; s < z->S; s++) {
+            size_t at;
+            if (!mpt__ref_output_of(h, op->stride_h, r, z->padding, op->P, &p)) continue;
+            if (!mpt__ref_output_of(w, op->stride_w, s, z->padding, op->Q, &q)) continue;
+            at = ((n * op->P + p) * op->Q + q) * z->C + c;
+            if (op->kind == MPT_POOL_AVERAGE) sum += mpt__ref_get(op->y, at) / (double)(z->R * z->S);
+            else if (op->index[at] == r * z->S + s) sum += mpt__ref_get(op->y, at);
+        }
+    return sum;
+}
+
+/* y(N,P,Q,C) from x(N,H,W,C), or dx from dy and index. fast: mpt__cpu_pool2d */
+static mpt_result mpt__ref_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
+    const mpt_pool2d_shape *z = &op->shape;
+    const int forward = op->pass == MPT_FORWARD;
+    const size_t J = forward ? op->P : z->H, L = forward ? op->Q : z->W;
+    const mpt_array none = MPT_ZERO;
+    size_t n, j, l, c;
+    (void)ctx;
+    for (n = 0; n < z->N; n++)
+        for (j = 0; j < J; j++)
+            for (l = 0; l < L; l++)
+                for (c = 0; c < z->C; c++) {
+                    if (forward) mpt__ref_pool2d_y(op, n, j, l, c);
+                    else
+                        mpt__ref_put(op->x, ((n * J + j) * L + l) * z->C + c, mpt__ref_pool2d_dx(op, n, j, l, c),
+                                     op->beta, none, 0, MPT_IDENTITY);
+                }
+    return MPT_OK;
+}
+
+/* Element e of set (n,g) of a norm: where it lies in x(N,pixels,C), and its channel. A set has pixels C/groups. */
+static size_t mpt__ref_norm_at(const mpt_norm_shape *z, size_t set, size_t e, size_t *channel) {
+    const size_t each = z->C / z->groups, n = set / z->groups, g = set % z->groups;
+    *channel = g * each + e % each;
+    return (n * z->pixels + e / each) * z->C + *channel;
+}
+
+/* stats[set] = mean, stats[sets + set] = variance, divided by the count */
+static void mpt__ref_norm_stats(const mpt_norm_op *op, size_t sets, size_t count) {
+    size_t set, e, c;
+    for (set = 0; set < sets; set++) {
+        double mean = 0, variance = 0;
+        for (e = 0; e < count; e++) mean += mpt__ref_get(op->x, mpt__ref_norm_at(&op->shape, set, e, &c));
+        mean /= (double)count;
+        for (e = 0; e < count; e++) {
+            const double d = mpt__ref_get(op->x, mpt__ref_norm_at(&op->shape, set, e, &c)) - mean;
+            variance += d * d;
+        }
+        op->stats[set] = (float)mean;
+        op->stats[sets + set] = (float)(variance / (double)count);
+    }
+}
+
+/* (x - mean) / sqrt(variance + eps) of an element */
+static double mpt__ref_normal(const mpt_norm_op *op, size_t sets, size_t set, size_t at) {
+    const double variance = (double)op->stats[sets + set], eps = (double)op->shape.eps;
+    return (mpt__ref_get(op->x, at) - (double)op->stats[set]) / sqrt(variance + eps);
+}
+
+/* y = act(normal gamma(C) + beta(C)) */
+static void mpt__ref_norm_forward(const mpt_norm_op *op, size_t sets, size_t count) {
+    size_t set, e, c;
+    for (set = 0; set < sets; set++)
+        for (e = 0; e < count; e++) {
+            const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
+            const double y =
+                mpt__ref_normal(op, sets, set, at) * mpt__ref_get(op->gamma, c) + mpt__ref_get(op->beta, c);
+            mpt__ref_set(op->y, at, (double)mpt__activate(op->act, (float)y), NULL);
+        }
+}
+
+/* dy, behind the slope of the activation that follows where there is one. */
+static double mpt__ref_norm_dy(const mpt_norm_op *op, size_t at) {
+    const float dy = (float)mpt__ref_get(op->y, at);
+    return (double)(op->act ? mpt__activate_backward(op->act, (float)mpt__ref_get(op->saved, at), dy) : dy);
+}
+
+/* dgamma(C) = sum of dy normal, dbeta(C) = sum of dy, each + scale times the old. */
+static void mpt__ref_norm_parameters(const mpt_norm_op *op, size_t sets, size_t count) {
+    size_t set, e, c, channel;
+    for (c = 0; c < op->shape.C; c++) {
+        double dgamma = mpt__ref_old(op->dgamma, c, op->scale), dbeta = mpt__ref_old(op->dbeta, c, op->scale);
+        for (set = 0; set < sets; set++)
+            for (e = 0; e < count; e++) {
+                const size_t at = mpt__ref_norm_at(&op->shape, set, e, &channel);
+                if (channel != c) continue;
+                dgamma += mpt__ref_norm_dy(op, at) * mpt__ref_normal(op, sets, set, at);
+                dbeta += mpt__ref_norm_dy(op, at);
+            }
+        mpt__ref_set(op->dgamma, c, dgamma, NULL);
+        mpt__ref_set(op->dbeta, c, dbeta, NULL);
+    }
+}
+
+/* With v = dy gamma: dx = (v - mean of v - normal mean of (v normal)) / sqrt(variance + eps), means over the set. frozen:
+   statistics are constants, so both means are 0. */
+static void mpt__ref_norm_dx(const mpt_norm_op *op, size_t sets, size_t count) {
+    size_t set, e, c;
+    for (set = 0; set < sets; set++) {
+        const double inverse = 1 / sqrt((double)op->stats[sets + set] + (double)op->shape.eps);
+        double mean = 0, mean_normal = 0;
+        for (e = 0; e < count && !op->frozen; e++) {
+            const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
+            const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
+            mean += v / (double)count;
+            mean_normal += v * mpt__ref_normal(op, sets, set, at) / (double)count;
+        }
+        for (e = 0; e < count; e++) {
+            const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
+            const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
+            const double dx = (v - mean - mpt__ref_normal(op, sets, set, at) * mean_normal) * inverse;
+            mpt__ref_set(op->dx, at, dx + mpt__ref_old(op->dx, at, op->scale_x), NULL);
+        }
+    }
+}
+
+/* x(N,pixels,C) in N groups sets of pixels C/groups elements. fast: mpt__cpu_norm */
+static mpt_result mpt__ref_norm(mpt_context *ctx, const mpt_norm_op *op) {
+    const size_t sets = op->shape.N * op->shape.groups, count = op->shape.pixels * (op->shape.C / op->shape.groups);
+    size_t i;
+    (void)ctx;
+    switch (op->pass) {
+    case MPT_NORM_STATS: mpt__ref_norm_stats(op, sets, count); break;
+    case MPT_NORM_FORWARD: mpt__ref_norm_forward(op, sets, count); break;
+    case MPT_NORM_BACKWARD:
+        mpt__ref_norm_parameters(op, sets, count); /* before dx, which may lie where dy does */
+        if (op->dx.data) mpt__ref_norm_dx(op, sets, count);
+        break;
+    case MPT_NORM_RUNNING:
+        for (i = 0; i < 2 * sets; i++) mpt__norm_average(op, count, i);
+        break;
+    }
+    return MPT_OK;
+}
+
+/* Puts the loops above into the table of the CPU. */
+static void mpt__ref_backend(mpt_backend *backend) {
+    backend->gemm = mpt__ref_gemm;
+    backend->conv2d = mpt__ref_conv2d;
+    backend->column_sums = mpt__ref_column_sums;
+    backend->copy_columns = mpt__ref_copy_columns;
+    backend->map = mpt__ref_map;
+    backend->pool2d = mpt__ref_pool2d;
+    backend->norm = mpt__ref_norm;
 }
 
 /* ==== ENGINE ====
