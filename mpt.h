@@ -225,7 +225,7 @@ typedef struct mpt_context_desc {
     void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent */
     void *user;                                                     /* handed to the three calls above */
 
-    int threads;   /* 0: one per processor; 1: none but the caller's */
+    int threads;   /* 0: one per processor that the process may run on; 1: none but the caller's */
     int reference; /* 1: operations are the plain loops of REFERENCE, slow and easy to read; to compare with */
     mpt_isa isa; /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
 } mpt_context_desc;
@@ -958,7 +958,7 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
 MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
 /* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. Set them
-   from the host by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is not finite, or a variance below 0. */
+   by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is not finite, or a variance below 0. */
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
 MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *host);
 
@@ -1145,6 +1145,14 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 
 #include <math.h>
 #include <string.h>
+
+#if defined(__cplusplus) && defined(__GNUC__) /* C's casts are what both languages have */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wold-style-cast"
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wuseless-cast"
+#endif
+#endif
 
 /* Keeps a float as it is: no contraction into a fused multiply-add, no reassociation, no reciprocal, whatever the
    build's flags. Only builds that could do such things pay for it. */
@@ -1784,6 +1792,10 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
     }
 }
 
+#if defined(__cplusplus) && defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+
 #endif /* MPT_H */
 
 #if defined(MPT_IMPLEMENTATION) && !defined(MPT__IMPLEMENTED)
@@ -1798,11 +1810,21 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
 #endif
 #ifndef MPT_NO_THREADS
 #include <pthread.h> /* on Windows: winpthreads, which comes with MinGW */
-#ifdef _WIN32
-#define MPT__PROCESSORS() pthread_num_processors_np()
-#else
+#endif
+
+/* A function of the system that its headers hide under -std=c99, as mpt__sys_NAME: so no declaration of theirs is
+   repeated, and none contradicted. */
+#if (defined(__unix__) || defined(__APPLE__)) && defined(__GNUC__)
+#define MPT__POSIX
 #include <unistd.h>
-#define MPT__PROCESSORS() sysconf(_SC_NPROCESSORS_ONLN)
+#define MPT__LABEL_OF(prefix, name) MPT__LABEL_TEXT(prefix, name)
+#define MPT__LABEL_TEXT(prefix, name) #prefix #name
+#ifdef __cplusplus
+#define MPT__SYSTEM(type, name, parameters) \
+    extern "C" type mpt__sys_##name parameters __asm__(MPT__LABEL_OF(__USER_LABEL_PREFIX__, name));
+#else
+#define MPT__SYSTEM(type, name, parameters) \
+    type mpt__sys_##name parameters __asm__(MPT__LABEL_OF(__USER_LABEL_PREFIX__, name));
 #endif
 #endif
 
@@ -2221,10 +2243,27 @@ static void mpt__pool_stop(mpt_context *ctx) {
     ctx->pool = NULL;
 }
 
+/* Processors that this process may run on: not all, if its affinity or a container's set says so. */
+#if defined(__linux__) && defined(MPT__POSIX)
+MPT__SYSTEM(int, sched_getaffinity, (int process, size_t bytes, void *mask))
+static long mpt__processors(void) {
+    unsigned char mask[512] = {0};
+    long count = 0;
+    size_t i;
+    if (mpt__sys_sched_getaffinity(0, sizeof mask, mask) != 0) return sysconf(_SC_NPROCESSORS_ONLN);
+    for (i = 0; i < 8 * sizeof mask; i++) count += mask[i / 8] >> i % 8 & 1;
+    return count;
+}
+#elif defined(_WIN32)
+static long mpt__processors(void) { return pthread_num_processors_np(); } /* which looks at the affinity */
+#else
+static long mpt__processors(void) { return sysconf(_SC_NPROCESSORS_ONLN); }
+#endif
+
 static mpt_result mpt__pool_start(mpt_context *ctx) {
     mpt__pool *pool;
     if (ctx->threads == 0) {
-        const long online = MPT__PROCESSORS();
+        const long online = mpt__processors();
         ctx->threads = online < 1 ? 1 : online > MPT__MAX_THREADS ? MPT__MAX_THREADS : (int)online;
     }
     if (ctx->threads == 1) return MPT_OK;
@@ -3884,22 +3923,24 @@ static void mpt__ref_backend(mpt_backend *backend) {
    and the kernel alone, not on the number of threads or the CPU's caches: so do the bits.
    tests/reference.h has all operations as plain loops: what they mean. */
 
-#ifdef MPT_SMALL
-enum { MPT__BLOCK_M = 96, MPT__BLOCK_N = 32, MPT__DEEP = 32, MPT__DEEPEST = 128, MPT__LINE = 32 };
-enum { MPT__LEFT_WORDS = 96 * 32, MPT__RIGHT_WORDS = 32 * 128 };
-#else
 enum {
+#ifdef MPT_SMALL
+    MPT__BLOCK_M = 96,
+    MPT__BLOCK_N = 32,
+    MPT__DEEP = 32,
+    MPT__DEEPEST = 128,
+    MPT__LEFT_WORDS = 96 * 32,
+    MPT__RIGHT_WORDS = 32 * 128,
+    MPT__LINE = 32,
+#else
     MPT__BLOCK_M = 576, /* rows and columns at most of a block of the result */
     MPT__BLOCK_N = 256,
     MPT__DEEP = 576,              /* words of a part's depth if the left operand is copied, */
     MPT__DEEPEST = 1536,          /* and if it is read in place */
     MPT__LEFT_WORDS = 96 * 576,   /* of the left operand: 216 KiB, and */
     MPT__RIGHT_WORDS = 128 * 768, /* panels, 384 KiB: both stay in L2 */
-    MPT__LINE = 256               /* depth that is turned about at a time */
-};
+    MPT__LINE = 256,              /* depth that is turned about at a time */
 #endif
-
-enum {
     MPT__GROUP = 96, /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
     MPT__TILE_M = 8, /* the largest tile */
     MPT__TILE_N = 32,
@@ -5017,7 +5058,7 @@ enum {
 #ifdef MPT_SMALL
     MPT__COLUMNS = 192
 #else
-    MPT__COLUMNS = 4096 /* channels at a time: their lines, and the sums of all blocks, fit a workspace */
+    MPT__COLUMNS = 4096           /* channels at a time: their lines, and the sums of all blocks, fit a workspace */
 #endif
 };
 

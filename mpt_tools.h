@@ -281,10 +281,14 @@ MPT_DEF mpt_result mpt_explain(mpt_model *net, const float *x, const void *targe
    whose layers have the names of the nodes takes a file of weights by load_state_dict, strictly, and its state_dict
    loads here.
 
-   Saving writes to path + ".tmp", flushes that to the disk where the system has a way to, and renames it to path: if
-   anything fails it is removed, and an older file stays. Loading reads and checks everything before it changes the
-   model, so that a file is loaded whole or not at all. The model is a built one, between steps: MPT_ERROR_ORDER after
-   mpt_backward until mpt_step and mpt_scaler_update.
+   Saving writes to path + a number of this writer + ".tmp", flushes that to the disk where the system has a way to, and
+   renames it to path: if anything fails it is removed, and an older file stays. Writers of one file at a time do not
+   mix: it is one's or the other's. A symbolic link stays one, and on POSIX the file keeps its permissions.
+
+   Loading reads and checks everything before it changes the model, so that a file is loaded whole or not at all; what
+   does not fit the model is told from the header, before any data is read. Taken and refused is what the safetensors
+   library takes and refuses, but for a name with a 0 in it, which is refused. The model is a built one, between steps:
+   MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
 
    MPT_ERROR_FILE: cannot be opened, read or written; or damaged: lengths, places, grammar, names, a checkpoint's sum.
    Of a sound file: MPT_ERROR_TYPE, MPT_ERROR_SHAPE: a tensor has another type or shape than the model, is missing, or
@@ -1738,6 +1742,7 @@ static const mpt__disk mpt__stdio = MPT_ZERO;
 
 #if defined(_WIN32)
 #include <io.h>
+#include <process.h>
 #ifdef __cplusplus
 extern "C"
 #endif
@@ -1745,20 +1750,29 @@ extern "C"
 static int mpt__sync(FILE *file) { return _commit(_fileno(file)) == 0; }
 static int mpt__rename(const char *from, const char *to) { return MoveFileExA(from, to, 1 | 8); } /* replace, flush */
 #else
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#ifndef __cplusplus
-int(fileno)(FILE *); /* -std=c99 hides them */
-int(fsync)(int);
-#endif
-static int mpt__sync(FILE *file) { return fsync(fileno(file)) == 0; }
+#ifdef MPT__POSIX
+#include <sys/stat.h>
+MPT__SYSTEM(int, fileno, (FILE * file)) /* -std=c99 hides them */
+MPT__SYSTEM(int, fsync, (int file))
+MPT__SYSTEM(char *, realpath, (const char *path, char *out))
+static int mpt__sync(FILE *file) { return mpt__sys_fsync(mpt__sys_fileno(file)) == 0; }
+/* With the permissions of the file that it replaces */
+static int mpt__rename(const char *from, const char *to) {
+    struct stat old;
+    if (stat(to, &old) == 0 && chmod(from, old.st_mode & 07777) != 0) return 0;
+    return rename(from, to) == 0;
+}
 #else
 static int mpt__sync(FILE *file) { return file != NULL; }
-#endif
 static int mpt__rename(const char *from, const char *to) { return rename(from, to) == 0; }
 #endif
+#endif
 
+#ifdef MPT__POSIX
+static void *mpt__open(const char *path, int writing) { return fopen(path, writing ? "wbx" : "rb"); } /* x: a new one */
+#else
 static void *mpt__open(const char *path, int writing) { return fopen(path, writing ? "wb" : "rb"); }
+#endif
 #ifdef _WIN32 /* whose long has 32 bits */
 static int mpt__seek_end(FILE *file) { return _fseeki64(file, 0, SEEK_END) == 0; }
 static int64_t mpt__tell(FILE *file) { return _ftelli64(file); }
@@ -2329,18 +2343,51 @@ static mpt_result mpt__save_to(mpt__job *job, const char *temporary) {
     return r;
 }
 
+/* A number that no other writer of the same file has at the same time: of the process, and of this job on its stack. */
+static uint32_t mpt__writer(const mpt__job *job) {
+#if defined(_WIN32) && !defined(MPT_NO_STDIO)
+    const uint64_t process = (uint64_t)_getpid();
+#elif defined(MPT__POSIX)
+    const uint64_t process = (uint64_t)getpid();
+#else
+    const uint64_t process = 0;
+#endif
+    return mpt_hash(process, (uint64_t)(uintptr_t)job, (uint64_t)(uintptr_t)job->net, 0);
+}
+
+/* The file that a symbolic link leads to, for the link is to stay one; NULL: it is none, or leads nowhere. */
+static char *mpt__linked(const mpt__job *job, mpt_result *r) {
+#if defined(MPT__POSIX) && !defined(MPT_NO_STDIO)
+    enum { LONGEST = 4096 };
+    char *target = job->disk == &mpt__stdio ? (char *)mpt__host_alloc(job->ctx, LONGEST + 1) : NULL;
+    *r = target || job->disk != &mpt__stdio ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    if (!target || mpt__sys_realpath(job->path, target)) return target;
+    mpt__host_free(job->ctx, target);
+    return NULL;
+#else
+    (void)job;
+    *r = MPT_OK;
+    return NULL;
+#endif
+}
+
 static mpt_result mpt__save_file(mpt__job *job) {
-    const size_t length = strlen(job->path);
-    char *temporary;
+    const char *given = job->path;
+    size_t size;
+    char *temporary, *target;
     mpt_result r;
     MPT__TRY(mpt__state_new(job));
     MPT__TRY(mpt__list(job));
-    temporary = (char *)mpt__host_alloc(job->ctx, length + 5);
-    if (!temporary) return MPT_ERROR_NO_MEMORY;
-    memcpy(temporary, job->path, length);
-    memcpy(temporary + length, ".tmp", 5);
-    r = mpt__save_to(job, temporary);
+    target = mpt__linked(job, &r);
+    MPT__TRY(r);
+    if (target) job->path = target;
+    size = strlen(job->path) + 16;
+    temporary = (char *)mpt__host_alloc(job->ctx, size);
+    if (temporary) mpt__print(temporary, size, "%s.%d.tmp", job->path, (int)(mpt__writer(job) >> 1));
+    r = temporary ? mpt__save_to(job, temporary) : MPT_ERROR_NO_MEMORY;
+    job->path = given;
     mpt__host_free(job->ctx, temporary);
+    mpt__host_free(job->ctx, target);
     return r;
 }
 
@@ -2364,15 +2411,156 @@ static mpt_result mpt__json_need(mpt__job *job, char c) {
     return mpt__json_take(job, c) ? MPT_OK : mpt__json_fail(job, what);
 }
 
-/* As it stands, escapes and all: no tensor of a model has a name that needs one. */
-static mpt_result mpt__json_string(mpt__job *job, const char **out) {
-    MPT__TRY(mpt__json_need(job, '"'));
-    for (*out = job->at; *job->at != '"'; job->at++) {
-        if (*job->at == '\\') job->at++;
-        if ((unsigned char)*job->at < 32) return mpt__json_fail(job, "a string with a control code, or without an end");
+/* The four digits of a \u escape at job->at, or -1 */
+static int mpt__json_unit(mpt__job *job) {
+    int unit = 0, i;
+    for (i = 0; i < 4; i++, job->at++) {
+        const char c = *job->at;
+        int digit = -1;
+        if (c >= '0' && c <= '9') digit = c - '0';
+        if (c >= 'a' && c <= 'f') digit = c - 'a' + 10;
+        if (c >= 'A' && c <= 'F') digit = c - 'A' + 10;
+        if (digit < 0) return -1;
+        unit = unit * 16 + digit;
     }
-    *job->at++ = 0;
+    return unit;
+}
+
+/* A \u escape, or two that make a pair of surrogates, to UTF-8 at *out, which they never overtake */
+static mpt_result mpt__json_unicode(mpt__job *job, char **out) {
+    int unit = mpt__json_unit(job), low = 0;
+    char *to = *out;
+    if (unit >= 0xd800 && unit < 0xdc00 && job->at[0] == '\\' && job->at[1] == 'u') {
+        job->at += 2;
+        low = mpt__json_unit(job);
+        if (low < 0xdc00 || low > 0xdfff) return mpt__json_fail(job, "half a pair of surrogates");
+        unit = 0x10000 + ((unit - 0xd800) << 10) + (low - 0xdc00);
+    }
+    if (unit <= 0 || (unit >= 0xd800 && unit < 0xe000))
+        return mpt__json_fail(job, "an escape that is no character, half a pair of surrogates, or 0");
+    if (unit < 0x80) *to++ = (char)unit;
+    else {
+        if (unit < 0x800) *to++ = (char)(0xc0 | unit >> 6);
+        else {
+            if (unit < 0x10000) *to++ = (char)(0xe0 | unit >> 12);
+            else {
+                *to++ = (char)(0xf0 | unit >> 18);
+                *to++ = (char)(0x80 | (unit >> 12 & 63));
+            }
+            *to++ = (char)(0x80 | (unit >> 6 & 63));
+        }
+        *to++ = (char)(0x80 | (unit & 63));
+    }
+    *out = to;
     return MPT_OK;
+}
+
+/* Its escapes become what they stand for, in place. */
+static mpt_result mpt__json_string(mpt__job *job, const char **out) {
+    static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    char *to;
+    MPT__TRY(mpt__json_need(job, '"'));
+    *out = to = job->at;
+    while (*job->at != '"') {
+        const char c = *job->at++;
+        const char *escape;
+        if ((unsigned char)c < 32) {
+            job->at--;
+            return mpt__json_fail(job, "a string with a control code, or without an end");
+        }
+        if (c != '\\') {
+            *to++ = c;
+            continue;
+        }
+        if (*job->at == 'u') {
+            job->at++;
+            MPT__TRY(mpt__json_unicode(job, &to));
+            continue;
+        }
+        escape = *job->at ? strchr(escapes, *job->at) : NULL;
+        if (!escape) return mpt__json_fail(job, "an unknown escape");
+        *to++ = meant[escape - escapes];
+        job->at++;
+    }
+    job->at++;
+    *to = 0;
+    return MPT_OK;
+}
+
+static int mpt__json_word(mpt__job *job, const char *word) {
+    const size_t length = strlen(word);
+    mpt__json_take(job, 0); /* blanks */
+    if (strncmp(job->at, word, length) != 0) return 0;
+    job->at += length;
+    return 1;
+}
+
+/* -1.5e+3 and the like, of JSON's grammar */
+static int mpt__json_real(mpt__job *job) {
+    const char *first;
+    int part;
+    if (*job->at == '-') job->at++;
+    for (part = 0; part < 3; part++) {
+        if (part == 1 && *job->at != '.') continue;
+        if (part == 2 && *job->at != 'e' && *job->at != 'E') continue;
+        if (part) job->at++;
+        if (part == 2 && (*job->at == '+' || *job->at == '-')) job->at++;
+        first = job->at;
+        while (*job->at >= '0' && *job->at <= '9') job->at++;
+        if (job->at == first || (!part && *first == '0' && job->at > first + 1)) return 0;
+    }
+    return 1;
+}
+
+/* Any value, which means nothing here. Lists and objects in one another are a stack of bits, 64 deep: 1, an object */
+static mpt_result mpt__json_value(mpt__job *job) {
+    uint64_t objects = 0;
+    int depth = 0;
+    const char *text;
+    for (;;) {
+        const int opened = mpt__json_take(job, '{') ? 2 : mpt__json_take(job, '[');
+        if (opened) {
+            if (depth == 64) return mpt__json_fail(job, "over 64 lists and objects in one another");
+            objects = objects << 1 | (uint64_t)(opened == 2);
+            depth++;
+            if (!mpt__json_take(job, opened == 2 ? '}' : ']')) {
+                if (opened == 1) continue;
+                MPT__TRY(mpt__json_string(job, &text));
+                MPT__TRY(mpt__json_need(job, ':'));
+                continue;
+            }
+            objects >>= 1;
+            depth--;
+        } else if (*job->at == '"') MPT__TRY(mpt__json_string(job, &text));
+        else if (!mpt__json_word(job, "null") && !mpt__json_word(job, "true") && !mpt__json_word(job, "false") &&
+                 !mpt__json_real(job))
+            return mpt__json_fail(job, "want a value");
+        while (depth && !mpt__json_take(job, ',')) {
+            MPT__TRY(mpt__json_need(job, objects & 1 ? '}' : ']'));
+            objects >>= 1;
+            depth--;
+        }
+        if (!depth) return MPT_OK;
+        if (!(objects & 1)) continue;
+        MPT__TRY(mpt__json_string(job, &text));
+        MPT__TRY(mpt__json_need(job, ':'));
+    }
+}
+
+/* Is all of it UTF-8, as RFC 3629 has it: no longer than need be, no surrogates, nothing over 0x10ffff? */
+static int mpt__is_utf8(const char *text, size_t bytes) {
+    const unsigned char *at = (const unsigned char *)text, *end = at + bytes;
+    while (at < end) {
+        const unsigned char c = *at++;
+        const int more = c < 0x80 ? 0 : c < 0xc2 ? -1 : c < 0xe0 ? 1 : c < 0xf0 ? 2 : c < 0xf5 ? 3 : -1;
+        int i;
+        if (more < 0 || end - at < more) return 0;
+        if ((c == 0xe0 && *at < 0xa0) || (c == 0xed && *at > 0x9f)) return 0;
+        if ((c == 0xf0 && *at < 0x90) || (c == 0xf4 && *at > 0x8f)) return 0;
+        for (i = 0; i < more; i++)
+            if ((*at++ & 0xc0) != 0x80) return 0;
+    }
+    return 1;
 }
 
 static mpt_result mpt__json_number(mpt__job *job, uint64_t *out) {
@@ -2402,6 +2590,7 @@ static mpt_result mpt__json_numbers(mpt__job *job, uint64_t *out, int most, int 
 /* Texts by name, which mean nothing here. */
 static mpt_result mpt__json_metadata(mpt__job *job) {
     const char *text;
+    if (mpt__json_word(job, "null")) return MPT_OK;
     MPT__TRY(mpt__json_need(job, '{'));
     if (mpt__json_take(job, '}')) return MPT_OK;
     do {
@@ -2420,7 +2609,7 @@ static mpt_result mpt__json_type(mpt__job *job, mpt__entry *entry) {
     return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED, "'%s' has the unknown type '%s'", entry->name, name);
 }
 
-/* The three members in any order, each once. */
+/* The three members in any order, each once; others are passed over. */
 static mpt_result mpt__json_tensor(mpt__job *job, mpt__entry *entry) {
     static const char *const members[] = {"dtype", "shape", "data_offsets"};
     uint64_t places[2] = {0, 0};
@@ -2431,7 +2620,11 @@ static mpt_result mpt__json_tensor(mpt__job *job, mpt__entry *entry) {
         MPT__TRY(mpt__json_string(job, &key));
         MPT__TRY(mpt__json_need(job, ':'));
         for (member = 0; member < 3 && strcmp(key, members[member]) != 0; member++) {}
-        if (member == 3 || seen & 1 << member) return mpt__json_fail(job, "a member that is unknown, or there twice");
+        if (member == 3) {
+            MPT__TRY(mpt__json_value(job));
+            continue;
+        }
+        if (seen & 1 << member) return mpt__json_fail(job, "a member that is there twice");
         seen |= 1 << member;
         if (member == 0) MPT__TRY(mpt__json_type(job, entry));
         if (member == 1) MPT__TRY(mpt__json_numbers(job, entry->shape, MPT__DIMS, &entry->dims));
@@ -2464,8 +2657,8 @@ static mpt_result mpt__json_member(mpt__job *job, int *metadata) {
 static mpt_result mpt__json_header(mpt__job *job, size_t bytes) {
     int metadata = 0;
     job->at = job->header;
-    if (*job->at != '{') return mpt__json_fail(job, "want '{'");
-    job->at++;
+    if (!mpt__is_utf8(job->header, bytes)) return mpt__json_fail(job, "it is not UTF-8");
+    MPT__TRY(mpt__json_need(job, '{'));
     if (!mpt__json_take(job, '}')) {
         do MPT__TRY(mpt__json_member(job, &metadata));
         while (mpt__json_take(job, ','));
@@ -2547,20 +2740,33 @@ static mpt_result mpt__read_json(mpt__job *job, size_t bytes) {
             return mpt__job_fail(job, MPT_ERROR_FILE, "the header cannot be read");
         have = room;
         job->at = job->header;
-        if (*job->at != '{') return mpt__json_fail(job, "want '{'");
+        if (!strchr(" \t\r\n{", *job->at) || !*job->at) return mpt__json_fail(job, "want '{'");
     }
     return mpt__json_header(job, bytes);
 }
 
 /* The header, and whether the tensors are where it says. */
 static mpt_result mpt__read_header(mpt__job *job) {
+    static const struct {
+        const char *starts, *what;
+    } others[] = {{"PK\3\4", "a zip file, as torch.save writes; safetensors.torch.save_file writes what is read here"},
+                  {"\x80\2}q", "a pickle of an old torch.save; safetensors.torch.save_file writes what is read here"},
+                  {"version ", "a git-lfs pointer, not the file; `git lfs pull` fetches it"},
+                  {"<!DOCTYP", "a web page, not the file; a download went wrong"},
+                  {"<!doctyp", "a web page, not the file; a download went wrong"},
+                  {"<html", "a web page, not the file; a download went wrong"},
+                  {"\x1f\x8b", "compressed; gzip -d unpacks it"}};
     const mpt__disk *disk = job->disk;
     unsigned char length[8];
     uint64_t size, header;
+    int i;
     if (!disk->size(job->file, &size) || size < sizeof length || !disk->read(job->file, length, sizeof length))
         return mpt__job_fail(job, MPT_ERROR_FILE, "cannot be read, or has under 8 bytes");
     header = mpt__get_bytes(length, sizeof length);
     size -= sizeof length;
+    for (i = 0; i < (int)(sizeof others / sizeof *others); i++)
+        if (memcmp(length, others[i].starts, strlen(others[i].starts)) == 0)
+            return mpt__job_fail(job, MPT_ERROR_FILE, "this is %s", others[i].what);
     if (header > size || header > MPT__HEADER || size - header > (size_t)-1 / 2)
         return mpt__job_fail(job, MPT_ERROR_FILE, "a header of %z bytes (at most %d), and %z bytes follow",
                              (size_t)header, (int)MPT__HEADER, (size_t)size);

@@ -127,6 +127,25 @@ for compiler in $(compilers "$CXX" g++ clang++); do
     done
 done
 
+# ---- a user's stricter flags: no declaration of the system repeated, C++ without old casts in what is inline ----
+
+printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/tools.c"
+printf '#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/inline.cpp"
+for compiler in $(compilers "$CC" gcc clang); do
+    has "$compiler" || continue
+    for define in -DNONE -D_GNU_SOURCE -D_POSIX_C_SOURCE=200809L; do
+        check "$compiler, redundant declarations, $define" "$compiler" -std=c99 $define $warn -Wno-frame-larger-than \
+            -Wredundant-decls -fsyntax-only -I. "$dir/tools.c"
+    done
+done
+for compiler in $(compilers "$CXX" g++ clang++); do
+    has "$compiler" || continue
+    casts=-Wold-style-cast
+    "$compiler" --version | grep -q clang || casts="$casts -Wuseless-cast"
+    check "$compiler, casts" "$compiler" -std=c++11 $warn $casts -fsyntax-only -I. "$dir/inline.cpp"
+    check "$compiler, tools" "$compiler" -x c++ -std=c++11 $warn -Wno-frame-larger-than -fsyntax-only -I. "$dir/tools.c"
+done
+
 # ---- the course: C99 and C++11 ----
 
 for source in examples/[01][0-9]_*.c; do

@@ -247,6 +247,29 @@ static void test_fork(void) {
 static void test_fork(void) { test_counts.skipped++; }
 #endif
 
+/* ==== PROCESSORS ==== threads 0: as many as the process may run on */
+
+#if defined(__linux__) && !defined(MPT_NO_THREADS) && !defined(MPT_TEST_CUDA)
+int test_getaffinity(int process, size_t bytes, void *mask) __asm__("sched_getaffinity"); /* hidden by -std=c99 */
+int test_setaffinity(int process, size_t bytes, const void *mask) __asm__("sched_setaffinity");
+
+static void test_affinity(void) {
+    unsigned char all[512] = {0}, one[512] = {0};
+    mpt_context *ctx;
+    size_t i;
+    CHECK(test_getaffinity(0, sizeof all, all) == 0);
+    for (i = 0; i < sizeof all && !all[i]; i++) {}
+    one[i] = (unsigned char)(all[i] & -all[i]); /* the first */
+    CHECK(test_setaffinity(0, sizeof one, one) == 0);
+    ctx = mpt_open(NULL);
+    CHECK_EQUAL(mpt_thread_count(ctx), 1);
+    mpt_close(ctx);
+    CHECK(test_setaffinity(0, sizeof all, all) == 0);
+}
+#else
+static void test_affinity(void) { test_counts.skipped++; }
+#endif
+
 /* What follows a mpt_open that failed: the context is NULL. */
 static void test_no_context(void) {
     CHECK_EQUAL(mpt_thread_count(NULL), 0);
@@ -359,6 +382,7 @@ int main(void) {
     test_modes();
     test_fork();
     test_no_context();
+    test_affinity();
     test_watched();
     return test_finish("surroundings");
 }
