@@ -4296,29 +4296,25 @@ static void mpt__pack_turned(const mpt__product *p, size_t i, size_t length, siz
     }
 }
 
-/* One row of words of all panels: from elements low .. low+columns and, if they are pairs, high ..; -1: zeros */
-static void mpt__pack_row(const mpt__product *p, size_t low, size_t high, size_t columns, size_t words, float *panels) {
+/* One row of a panel: n columns, from element `low` on and, if words are pairs, from `high` on; -1: zeros */
+static void mpt__pack_row(const mpt__product *p, size_t low, size_t high, size_t n, float *panel) {
     static const uint16_t none[MPT__TILE_N] = {0};
-    const size_t tile = p->ctx->simd.tile_n;
     const uint16_t *half = (const uint16_t *)p->b.data.data;
+    const float *whole = (const float *)p->b.data.data + low;
     size_t c;
-    for (c = 0; c < columns; c += tile, panels += tile * words) {
-        const size_t n = mpt__min(tile, columns - c);
-        if (p->pairs)
-            p->ctx->simd.pair(half + low + c, high == (size_t)-1 ? none : half + high + c, n,
-                              (uint32_t *)(void *)panels);
-        else if (p->b.data.type == MPT_F32 && n == MPT__TILE_N)
-            memcpy(panels, (const float *)p->b.data.data + low + c, MPT__TILE_N * sizeof *panels);
-        else mpt__load(p->ctx, p->b.data, low + c, n, panels);
-        if (n < tile) memset(panels + n, 0, (tile - n) * sizeof *panels);
-    }
+    if (p->pairs) p->ctx->simd.pair(half + low, high == (size_t)-1 ? none : half + high, n, (uint32_t *)(void *)panel);
+    else if (p->b.data.type == MPT_F32 && n % 16 == 0)
+        for (c = 0; c < n; c += 16) memcpy(panel + c, whole + c, 16 * sizeof *panel);
+    else mpt__load(p->ctx, p->b.data, low, n, panel);
+    if (n < p->ctx->simd.tile_n) memset(panel + n, 0, (p->ctx->simd.tile_n - n) * sizeof *panel);
 }
 
-/* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones */
+/* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones. Where they are rows of the array, a
+   few at a time: so neither these rows nor the panels, which lie far apart, are in too many pages. */
 static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
                             const mpt__desk *desk) {
-    const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each);
-    size_t c, r, e;
+    const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each), few = 16;
+    size_t c, r, e, i;
     if (right->step == 1)
         for (c = 0; c < columns; c += tile)
             for (r = 0; r < right->count; r++)
@@ -4326,11 +4322,14 @@ static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size
                                  mpt__min(tile, columns - c), desk->panels + c * words + r * strip * tile, desk->line);
     else
         for (r = 0; r < right->count; r++)
-            for (e = 0; e < strip; e++) {
-                const size_t low = right->strips[r] + e * each * right->step + j;
-                const size_t high = e * each + 1 < right->length ? low + right->step : (size_t)-1;
-                mpt__pack_row(p, low, high, columns, words, desk->panels + (r * strip + e) * tile);
-            }
+            for (i = 0; i < strip; i += few)
+                for (c = 0; c < columns; c += tile)
+                    for (e = i; e < mpt__min(i + few, strip); e++) {
+                        const size_t low = right->strips[r] + e * each * right->step + j + c;
+                        const size_t high = e * each + 1 < right->length ? low + right->step : (size_t)-1;
+                        mpt__pack_row(p, low, high, mpt__min(tile, columns - c),
+                                      desk->panels + c * words + (r * strip + e) * tile);
+                    }
 }
 
 /* Rows of the left matrix from row i on, `rows` at most, elements l .. l+depth: where they lie, or copied. Returns how
@@ -4549,28 +4548,45 @@ static size_t mpt__blocks_down(const mpt__product *p) {
     return mpt__pieces(p->m, p->rows);
 }
 
-/* Block after block down the columns, so that their panels serve all of them. */
+static mpt__block mpt__block_of(const mpt__product *p, size_t index, size_t down) {
+    const size_t row = index % down;
+    mpt__block b = MPT_ZERO;
+    b.j = index / down * p->columns, b.columns = mpt__min(p->columns, p->n - b.j);
+    if (p->image.kind == MPT__OUTPUTS_ARE_ROWS) {
+        b.band = mpt__band_of(&p->image, row);
+        b.i = b.band.row * p->image.Q + b.band.q, b.rows = b.band.rows * b.band.columns;
+    } else if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) {
+        b.slice = mpt__slice_of(&p->image, row);
+        b.rows = b.slice.R * b.slice.S * b.slice.C;
+    } else b.i = row * p->rows, b.rows = mpt__min(p->rows, p->m - b.i);
+    return b;
+}
+
+/* Blocks begin .. end for which panels are packed once: of the same columns; but if the depth has parts only as many as
+   keep their sums apart: one, or those of whole tiles, whose sums are in c. */
+static size_t mpt__blocks_together(const mpt__product *p, size_t begin, size_t end, size_t down) {
+    const size_t last = mpt__min(end, (begin / down + 1) * down);
+    const int tiled = p->plain && p->m % p->ctx->simd.tile_m == 0 && p->n % p->ctx->simd.tile_n == 0;
+    return p->parts <= 1 || (tiled && !p->image.kind) ? last : begin + 1;
+}
+
 static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__product *p = (const mpt__product *)arg;
-    const size_t down = mpt__blocks_down(p), first = begin;
+    const size_t down = mpt__blocks_down(p);
     const mpt__desk desk = mpt__desk_of(p->ctx, worker);
-    for (; begin < end; begin++) {
-        const size_t row = begin % down;
-        const int packed = p->parts == 1 && begin > first && row;
-        mpt__block b = MPT_ZERO;
-        size_t part;
-        b.j = begin / down * p->columns, b.columns = mpt__min(p->columns, p->n - b.j);
-        if (p->image.kind == MPT__OUTPUTS_ARE_ROWS) {
-            b.band = mpt__band_of(&p->image, row);
-            b.i = b.band.row * p->image.Q + b.band.q, b.rows = b.band.rows * b.band.columns;
-        } else if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) {
-            b.slice = mpt__slice_of(&p->image, row);
-            b.rows = b.slice.R * b.slice.S * b.slice.C;
-        } else b.i = row * p->rows, b.rows = mpt__min(p->rows, p->m - b.i);
+    size_t last, i, part;
+    for (; begin < end; begin = last) {
+        last = mpt__blocks_together(p, begin, end, down);
         for (part = 0; part < p->parts; part++)
-            if (p->image.kind) mpt__image_part(p, &b, part, packed, &desk);
-            else mpt__matrix_part(p, &b, part, packed, &desk);
-        if (!p->parts) mpt__block_empty(p, &b, &desk);
+            for (i = begin; i < last; i++) {
+                mpt__block b = mpt__block_of(p, i, down);
+                if (p->image.kind) mpt__image_part(p, &b, part, i > begin, &desk);
+                else mpt__matrix_part(p, &b, part, i > begin, &desk);
+            }
+        for (i = begin; i < last && !p->parts; i++) {
+            const mpt__block b = mpt__block_of(p, i, down);
+            mpt__block_empty(p, &b, &desk);
+        }
     }
 }
 
