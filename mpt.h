@@ -3941,9 +3941,9 @@ enum {
     MPT__RIGHT_WORDS = 128 * 768, /* panels, 384 KiB: both stay in L2 */
     MPT__LINE = 256,              /* depth that is turned about at a time */
 #endif
-    MPT__GROUP = 96, /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
-    MPT__TILE_M = 8, /* the largest tile */
-    MPT__TILE_N = 32,
+    MPT__GROUP = 96,     /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
+    MPT__FEW_TILES = 24, /* in deep and wide products: a multiple of every tile_m, too */
+    MPT__TILE_N = 32,    /* the widest tile */
     MPT__LINE_WORDS = MPT__TILE_N * MPT__LINE,
     MPT__TABLE = MPT__DEEPEST + 2 * MPT__RUN, /* offsets; a block has fewer rows than DEEPEST */
     MPT__ROOM = 32 * MPT__RUN,                /* for runs that would make a frame too large */
@@ -4643,12 +4643,12 @@ static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
         else return; /* a single tap: bands will be short */
 }
 
-/* Rows that are finished at a time: so many that their sums stay in L1 (8 KiB); but if panels are deep and many, as
-   many as keep the time to read them down; whole runs, if they are turned about. */
+/* Rows that are finished at a time: so many that their sums stay in L1 (8 KiB); but if panels are deep and many, a few
+   tiles, which share the reading of each (more would scatter what they write); whole runs, if they are turned about. */
 static size_t mpt__group(const mpt__product *p) {
     const size_t tile = p->ctx->simd.tile_m, fit = mpt__min(2048 / p->columns, MPT__GROUP) / tile * tile;
     if (p->turned) return MPT__RUN % tile ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
-    if (!p->image.kind && p->k > 512 && p->columns > 64) return MPT__GROUP;
+    if (!p->image.kind && p->k > 512 && p->columns > 64) return MPT__FEW_TILES;
     return fit ? fit : tile;
 }
 
