@@ -46,7 +46,8 @@ compile() { # PROGRAM SOURCE FLAGS...
     local program=$1 source=$2
     shift 2
     # shellcheck disable=SC2086
-    nvcc -x cu -O2 -std=c++17 -lineinfo $target -I. "$@" "$source" -o "$build/$program" $libraries
+    nvcc -x cu -O2 -std=c++17 -lineinfo $target -I. "$@" -c "$source" -o "$build/$program.o" &&
+        nvcc $target "$build/$program.o" -o "$build/$program" $libraries
 }
 
 builds() {
