@@ -206,7 +206,7 @@ typedef struct mpt_context mpt_context; /* one device, its allocator, its worker
 
 typedef enum mpt_log_level {
     MPT_LOG_ERROR = 1, /* the reason of a failed call, as mpt_why has it */
-    MPT_LOG_INFO       /* what was opened */
+    MPT_LOG_INFO       /* what was opened, and what makes it slower or less exact than it could be */
 } mpt_log_level;
 
 /* Instruction sets. Casts, scans, scaler and optimizers give the same bits on all of them. */
