@@ -42,7 +42,9 @@ static void climb(course *c, mpt_context *ctx, const way *w, double *mean, doubl
     const mpt_optimizer_desc sgd = mpt_sgd(ldexp(1, -11), 0);
     mpt_params_desc desc = MPT_ZERO;
     mpt_scaler_desc off = MPT_ZERO;
-    desc.type = w->type, desc.master = w->master, off.mode = MPT_SCALER_OFF;
+    desc.type = w->type;
+    desc.master = w->master;
+    off.mode = MPT_SCALER_OFF;
     mpt_params *params = mpt_params_new(ctx, &desc);
     const int id = mpt_params_add(params, "w", WEIGHTS, MPT_GROUP_WEIGHT);
     for (int i = 0; i < WEIGHTS; i++) ones[i] = 1;
@@ -63,7 +65,9 @@ static void climb(course *c, mpt_context *ctx, const way *w, double *mean, doubl
     for (int i = 0; i < WEIGHTS; i++)
         *deviation += ((double)values[i] - *mean) * ((double)values[i] - *mean) / (double)WEIGHTS;
     *deviation = sqrt(*deviation);
-    mpt_optimizer_free(opt), mpt_scaler_free(scaler), mpt_params_free(params);
+    mpt_optimizer_free(opt);
+    mpt_scaler_free(scaler);
+    mpt_params_free(params);
 }
 
 /* An MLP on the digits with Adam at a small lr: its test accuracy, and in *lost the share of updates that 16 bits alone
@@ -80,7 +84,10 @@ static double learn(course *c, mpt_context *ctx, const course_digits *d, const w
     mpt_model *net = mpt_model_new(ctx, policy);
     int h = mpt_relu(net, mpt_linear(net, mpt_input(net, SIDE, SIDE, 1), 64, NULL));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
-    train.batch = BATCH, train.seed = seed, train.optimizer = mpt_adam(c->number), train.optimizer.meter = 1;
+    train.batch = BATCH;
+    train.seed = seed;
+    train.optimizer = mpt_adam(c->number);
+    train.optimizer.meter = 1;
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
     *lost = 0;
     for (uint64_t step = 0; step < STEPS; step++) {
@@ -88,7 +95,8 @@ static double learn(course *c, mpt_context *ctx, const course_digits *d, const w
         course_need(c, mpt_train_step(net, x, y) == MPT_OK, mpt_why(ctx));
         if (step % 100) continue;
         course_need(c, mpt_optimizer_get_state(mpt_model_optimizer(net), &state) == MPT_OK, mpt_why(ctx));
-        *lost += (double)state.lost, moved += (double)state.moved;
+        *lost += (double)state.lost;
+        moved += (double)state.moved;
     }
     *lost /= moved;
     course_need(c, mpt_evaluate(net, d->x[TRAINING], d->y + TRAINING, TEST, &test) == MPT_OK, mpt_why(ctx));
@@ -105,14 +113,17 @@ int main(int argc, char **argv) {
     double mean[WAYS], deviation[WAYS], accuracy[WAYS], low, high, lost;
     course_need(&c, ctx != NULL, "no memory");
     course_need(&c, c.number > 0, "--lr is above 0");
-    printf("%30s%24s%29s%g:\n%-21s%9s%12s%12s%12s%22s\n", "bytes a", "1, after 1024 updates",
-           "digits, Adam with lr ", c.number, "", "weight", "of 2^-11", "deviation", "lost", "right in 3 seeds");
+    printf("%30s%24s%29s%g:\n%-21s%9s%12s%12s%12s%22s\n", "bytes a", "1, after 1024 updates", "digits, Adam with lr ",
+           c.number, "", "weight", "of 2^-11", "deviation", "lost", "right in 3 seeds");
     for (int w = 0; w < WAYS; w++) {
         climb(&c, ctx, &ways[w], &mean[w], &deviation[w]);
-        accuracy[w] = high = 0, low = 1;
+        accuracy[w] = high = 0;
+        low = 1;
         for (uint64_t seed = 1; seed <= SEEDS; seed++) {
             const double a = learn(&c, ctx, d, &ways[w], seed, &lost);
-            accuracy[w] += a / (double)SEEDS, low = a < low ? a : low, high = a > high ? a : high;
+            accuracy[w] += a / (double)SEEDS;
+            low = a < low ? a : low;
+            high = a > high ? a : high;
         }
         printf("%-21s%9d%12.4f%12.4f", ways[w].name, ways[w].bytes, mean[w], deviation[w]);
         w == FP32 ? printf("%12s", "") : printf("%10.0f %%", 100 * lost);
@@ -129,6 +140,7 @@ int main(int argc, char **argv) {
     }
     course_claim(&c, accuracy[BF16_NONE] < accuracy[FP32] - 0.1, "bf16 alone learns much less");
     course_claim(&c, accuracy[F16_NONE] < accuracy[F16_MASTERS], "fp16 alone learns less");
-    free(d), mpt_close(ctx);
+    free(d);
+    mpt_close(ctx);
     return course_end(&c);
 }

@@ -89,7 +89,8 @@ static double look(course *c, mpt_context *ctx, const course_digits *d, int whic
             course_claim(c, saved.flushed < 0.05, "the advised scale saves all but a few gradients");
         }
     }
-    mpt_model_free(net), mpt_lens_close(lens);
+    mpt_model_free(net);
+    mpt_lens_close(lens);
     return first;
 }
 
@@ -133,6 +134,7 @@ int main(int argc, char **argv) {
     course_claim(&c, loss[AUTOENCODER][at_one] > 1.2 * fp32[AUTOENCODER], "the autoencoder needs one");
     course_claim(&c, fabs(loss[AUTOENCODER][large] / fp32[AUTOENCODER] - 1) < 0.1, "with 2^8 it learns as in fp32");
     course_claim(&c, loss[MLP][0] > 1.2 * fp32[MLP] && loss[MLP][SCALES - 1] > 1.2 * fp32[MLP], "the window has ends");
-    free(d), mpt_close(ctx);
+    free(d);
+    mpt_close(ctx);
     return course_end(&c);
 }

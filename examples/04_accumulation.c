@@ -62,12 +62,16 @@ static void measure(const course *c, mpt_context *ctx, size_t k, float low, doub
     for (uint64_t sample = 0; sample < SAMPLES; sample++) {
         float product = 0;
         double sizes, right;
-        draw(a, k, low, sample, 0), draw(b, k, low, sample, 1);
+        draw(a, k, low, sample, 0);
+        draw(b, k, low, sample, 1);
         right = exact(a, b, k, &sizes);
         for (int i = 0; i < KINDS; i++) {
             const double sum = (double)dot(&kinds[i], a, b, k), e = (sum - right) / sizes;
             error[i] += e * e / (double)SAMPLES;
-            if (i == FP16) mean[0] += sum / (double)SAMPLES, mean[1] += right / (double)SAMPLES;
+            if (i == FP16) {
+                mean[0] += sum / (double)SAMPLES;
+                mean[1] += right / (double)SAMPLES;
+            }
         }
         course_need(c,
                     mpt_gemm(ctx, 0, 1, 1, 1, k, 1, mpt_f32_array(a), k, mpt_f32_array(b), k, 0,
@@ -93,7 +97,10 @@ int main(int argc, char **argv) {
             measure(&c, ctx, k, both ? -1 : 0, error, mean);
             printf("%8zu", k);
             course_data(&c, "%zu", k);
-            for (int i = 0; i <= KINDS; i++) printf("%14.1e", error[i]), course_data(&c, " %.3e", error[i]);
+            for (int i = 0; i <= KINDS; i++) {
+                printf("%14.1e", error[i]);
+                course_data(&c, " %.3e", error[i]);
+            }
             printf("%12.2f%12.2f\n", mean[0], mean[1]);
             course_data(&c, "\n");
             /* the bound of every order of summation: (k - 1) roundings of half of fp32's gap */

@@ -109,6 +109,8 @@ int main(int argc, char **argv) {
     course_claim(&c, r.skipped - (r.first_good - 1) >= 1, "later a larger scale is tried, and some are too large");
     course_claim(&c, (r.skipped - (r.first_good - 1)) * INTERVAL <= STEPS, "at most one step of 200 is lost to that");
     course_claim(&c, test.accuracy > 0.93, "the digits are learnt all the same");
-    mpt_model_free(net), free(d), mpt_close(ctx);
+    mpt_model_free(net);
+    free(d);
+    mpt_close(ctx);
     return course_end(&c);
 }

@@ -93,7 +93,9 @@ int main(int argc, char **argv) {
         r->low = 1;
         for (uint64_t seed = 1; seed <= SEEDS; seed++) {
             const double a = train(&c, ctx, d, &ways[w], seed, r);
-            r->mean += a / (double)SEEDS, r->low = a < r->low ? a : r->low, r->high = a > r->high ? a : r->high;
+            r->mean += a / (double)SEEDS;
+            r->low = a < r->low ? a : r->low;
+            r->high = a > r->high ? a : r->high;
         }
         print_row(&c, &ways[w], r);
     }
@@ -109,6 +111,7 @@ int main(int argc, char **argv) {
         course_claim(&c, m->weights + m->masters > fp32->weights, "weights do not");
     }
     course_claim(&c, results[2].scale >= 1024 && results[1].scale == 1, "fp16 has a scale, bf16 needs none");
-    free(d), mpt_close(ctx);
+    free(d);
+    mpt_close(ctx);
     return course_end(&c);
 }

@@ -33,12 +33,9 @@ static int unpack(const char *command, size_t header, unsigned char *out, size_t
 static pictures load(const course *c) {
     enum { ALL = FASHION_TRAINING + FASHION_TEST, BYTES = ALL * LARGEST };
     unsigned char *bytes = (unsigned char *)malloc(BYTES + ALL), *labels = bytes + BYTES;
-    pictures p = {28,
-                  FASHION_TRAINING,
-                  FASHION_TEST,
-                  3,
-                  (float *)malloc(sizeof(float) * BYTES),
-                  (int32_t *)malloc(sizeof(int32_t) * ALL)};
+    pictures p = {28, FASHION_TRAINING, FASHION_TEST, 3, NULL, NULL};
+    p.x = (float *)malloc(sizeof(float) * BYTES);
+    p.y = (int32_t *)malloc(sizeof(int32_t) * ALL);
     course_need(c, bytes && p.x && p.y, "no memory");
     if (unpack("gzip -dc " FASHION "train-images-idx3-ubyte.gz 2>/dev/null", 16, bytes, FASHION_TRAINING * LARGEST) &&
         unpack("gzip -dc " FASHION "train-labels-idx1-ubyte.gz 2>/dev/null", 8, labels, FASHION_TRAINING) &&
@@ -50,8 +47,12 @@ static pictures load(const course *c) {
         for (int i = 0; i < ALL; i++) p.y[i] = labels[i];
     } else {
         course_digits *d = course_digits_read(c);
-        p.side = SIDE, p.training = TRAINING, p.test = TEST, p.epochs = 20;
-        memcpy(p.x, d->x, sizeof d->x), memcpy(p.y, d->y, sizeof d->y);
+        p.side = SIDE;
+        p.training = TRAINING;
+        p.test = TEST;
+        p.epochs = 20;
+        memcpy(p.x, d->x, sizeof d->x);
+        memcpy(p.y, d->y, sizeof d->y);
         free(d);
     }
     free(bytes);
@@ -84,8 +85,11 @@ static double learn(const course *c, mpt_context *ctx, const pictures *p, const 
     h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL)), 2, NULL);
     h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL)), 2, NULL);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
-    train.batch = BATCH, train.seed = seed, train.optimizer = mpt_adam(3e-3);
-    train.optimizer.schedule.kind = MPT_SCHEDULE_COSINE, train.optimizer.schedule.steps = steps;
+    train.batch = BATCH;
+    train.seed = seed;
+    train.optimizer = mpt_adam(3e-3);
+    train.optimizer.schedule.kind = MPT_SCHEDULE_COSINE;
+    train.optimizer.schedule.steps = steps;
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
     for (uint64_t step = 0; step < steps; step++) {
         for (uint64_t i = 0; i < BATCH; i++) {
@@ -124,7 +128,9 @@ int main(int argc, char **argv) {
         course_data(&c, "# %s: step, loss\n", ways[w].name);
         for (uint64_t seed = 1; seed <= SEEDS; seed++) {
             const double a = learn(&c, ctx, &p, &ways[w], seed, &m[w]);
-            mean[w] += a / (double)SEEDS, low = a < low ? a : low, high = a > high ? a : high;
+            mean[w] += a / (double)SEEDS;
+            low = a < low ? a : low;
+            high = a > high ? a : high;
         }
         course_data(&c, "\n\n");
         printf("%-8s%7.2f %% (%.2f-%.2f)%13zu%10zu%9zu%11zu%9zu%10zu\n", ways[w].name, 100 * mean[w], 100 * low,
@@ -136,6 +142,8 @@ int main(int argc, char **argv) {
         course_claim(&c, w == 0 || 100 * m[w].activations <= 55 * m[0].activations, "activations take half");
     }
     course_claim(&c, mean[0] > (p.side == SIDE ? 0.95 : 0.75), "the CNN learns");
-    free(p.x), free(p.y), mpt_close(ctx);
+    free(p.x);
+    free(p.y);
+    mpt_close(ctx);
     return course_end(&c);
 }

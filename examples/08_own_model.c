@@ -100,7 +100,10 @@ int main(int argc, char **argv) {
     course_claim(&c, accuracy > 0.93, "the digits are learnt");
     course_claim(&c, state.journal[0].step == 1 && state.skipped >= 4, "2^24 overflows at once and is halved");
     course_claim(&c, state.skipped + state.applied == (uint64_t)(EPOCHS * BATCHES), "no step is lost count of");
-    mpt_optimizer_free(opt), mpt_scaler_free(scaler), mpt_params_free(params);
-    free(d), mpt_close(ctx);
+    mpt_optimizer_free(opt);
+    mpt_scaler_free(scaler);
+    mpt_params_free(params);
+    free(d);
+    mpt_close(ctx);
     return course_end(&c);
 }

@@ -81,8 +81,11 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, c
     layer[2] = mpt_linear(net, mpt_tanh(net, layer[1]), 16, NULL);
     layer[3] = mpt_linear(net, mpt_tanh(net, layer[2]), PIXELS, NULL);
     mpt_mse(net, layer[3]);
-    train.batch = BATCH, train.seed = seed, train.optimizer = mpt_adam(3e-3);
-    train.scaler.mode = MPT_SCALER_STATIC, train.scaler.init_scale = (float)ldexp(1, w->log2_scale);
+    train.batch = BATCH;
+    train.seed = seed;
+    train.optimizer = mpt_adam(3e-3);
+    train.scaler.mode = MPT_SCALER_STATIC;
+    train.scaler.init_scale = (float)ldexp(1, w->log2_scale);
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
     mpt_lens *lens = mpt_lens_open(ctx);
     course_need(c, lens != NULL, mpt_why(ctx));
@@ -97,7 +100,8 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, c
         if (seed == 1) course_data(c, "%d %.5f\n", step + 1, window);
         window = 0;
     }
-    mpt_lens_close(lens), mpt_model_free(net);
+    mpt_lens_close(lens);
+    mpt_model_free(net);
     return loss;
 }
 
@@ -115,7 +119,9 @@ int main(int argc, char **argv) {
         course_data(&c, "# %s: step, loss\n", choices[i].name);
         for (uint64_t seed = 1; seed <= SEEDS; seed++) {
             const double loss = learn(&c, ctx, d, &choices[i], seed);
-            mean[i] += loss / (double)SEEDS, low = loss < low ? loss : low, high = loss > high ? loss : high;
+            mean[i] += loss / (double)SEEDS;
+            low = loss < low ? loss : low;
+            high = loss > high ? loss : high;
         }
         course_data(&c, "\n\n");
         printf("%-18s  2^%-2d%9.4f (%.4f-%.4f)%8.2fx\n", choices[i].name, choices[i].log2_scale, mean[i], low, high,
@@ -132,6 +138,7 @@ int main(int argc, char **argv) {
     course_claim(&c, fabs(mean[SUMS_FP16] / mean[FP32] - 1) < 0.03, "short sums may be kept in fp16");
     course_claim(&c, mean[SUMS_E5M2] > 1.2 * mean[FP32], "sums in e5m2 hurt");
     course_claim(&c, mean[SUMS_E5M2 + 1] < mean[SUMS_E5M2], "adding 16 products in fp32 first helps");
-    free(d), mpt_close(ctx);
+    free(d);
+    mpt_close(ctx);
     return course_end(&c);
 }

@@ -116,6 +116,7 @@ int main(int argc, char **argv) {
     }
     if (!device)
         puts("\nNo GPU, or built without nvcc (the build line is in the first comment): that was the CPU alone.");
-    mpt_close(device), mpt_close(host);
+    mpt_close(device);
+    mpt_close(host);
     return course_end(&c);
 }

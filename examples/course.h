@@ -39,7 +39,8 @@ static inline course course_begin(int argc, char **argv, const char *name, const
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         char *end = NULL;
         if (strcmp(is, "out") == 0 && *value) {
-            course_need(&c, snprintf(path, sizeof path, "%s/%s.dat", value, name) < (int)sizeof path, "--out is too long");
+            course_need(&c, snprintf(path, sizeof path, "%s/%s.dat", value, name) < (int)sizeof path,
+                        "--out is too long");
             c.data = fopen(path, "w");
             course_need(&c, c.data != NULL, path);
             continue;

@@ -241,8 +241,8 @@ static int idx_parse(const unsigned char *bytes, size_t size, int dims, uint32_t
         shape[i] = big_endian(bytes + 4 + 4 * i);
         if (shape[i] == 0) return refuse(why, "size %d of %d in the header is 0", i + 1, dims);
         if (shape[i] > follow / elements)
-            return refuse(why, "truncated: size %d of %d in the header is %" PRIu32 ", but only %zu bytes follow", i + 1,
-                          dims, shape[i], follow);
+            return refuse(why, "truncated: size %d of %d in the header is %" PRIu32 ", but only %zu bytes follow",
+                          i + 1, dims, shape[i], follow);
         elements *= shape[i];
     }
     if (elements < follow) return refuse(why, "%zu bytes too many behind the data", follow - elements);

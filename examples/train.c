@@ -201,8 +201,8 @@ static options parse_options(int argc, char **argv) {
         {"--batch", "N", "samples in one step; default below", INTEGER, &o.batch, 1, 1000000},
         {"--lr", "X", "largest learning rate of Adam; default the net's, below", RATE, &o.lr, 0, 0},
         {"--seed", "N", "of initial weights, shuffling and augmentation; default 1", SEED, &o.seed, 0, UINT64_MAX},
-        {"--seeds", "N", "runs each with N seeds, from --seed on, and compares the means; default 1", INTEGER,
-         &o.seeds, 1, 1000},
+        {"--seeds", "N", "runs each with N seeds, from --seed on, and compares the means; default 1", INTEGER, &o.seeds,
+         1, 1000},
         {"--shift", "N", "moves training images by up to N pixels at random; default 0", INTEGER, &o.shift, 0, 64},
         {"--flip", "no|yes", "mirrors half of the training images, left to right; default no", CHOICE, &o.flip, 0, 0},
         {"--threads", "N", "at most 64; 0, the default: one per processor", INTEGER, &o.threads, 0, 64},
@@ -367,11 +367,11 @@ typedef struct loop {
     run *r;
     mpt_context *ctx;
     mpt_model *net;
-    int epoch;      /* from 1 */
-    size_t first;   /* step of it that comes first: 0, or where a resumed run goes on */
-    int tested;     /* r->accuracy is told */
-    size_t *order;  /* of the training samples in this epoch */
-    float *x;       /* a batch */
+    int epoch;     /* from 1 */
+    size_t first;  /* step of it that comes first: 0, or where a resumed run goes on */
+    int tested;    /* r->accuracy is told */
+    size_t *order; /* of the training samples in this epoch */
+    float *x;      /* a batch */
     int32_t *y;
     double before;  /* samples trained before resuming */
     double samples; /* and since, */
@@ -465,8 +465,7 @@ static void augment_sample(const loop *t, size_t sample, float *out) {
     const unsigned char *x = t->data->train.x + sample * sample_bytes(t->data);
     const uint64_t span = 2 * (uint64_t)t->o->shift + 1;
     uint64_t random[3];
-    for (uint64_t i = 0; i < 3; i++)
-        random[i] = mpt_hash(t->r->seed, (uint64_t)t->epoch, DRAW_AUGMENT, 3 * sample + i);
+    for (uint64_t i = 0; i < 3; i++) random[i] = mpt_hash(t->r->seed, (uint64_t)t->epoch, DRAW_AUGMENT, 3 * sample + i);
     fill_sample(t->data, x, t->o->flip && random[0] >> 31, (long)((random[1] * span) >> 32) - t->o->shift,
                 (long)((random[2] * span) >> 32) - t->o->shift, out);
 }
@@ -695,8 +694,8 @@ static void compare_seeds(const run *runs, int count, int seeds, double within) 
         const spread s = spread_of(r, seeds);
         const double points = 100 * (s.mean - fp32.mean);
         const int good = !s.diverged && !fp32.diverged && points <= within && points >= -within;
-        printf("%-7s%-7s%-5s%8.2f%8.2f%9.2f", r->net->name, level_name(r->level), mpt_dtype_name(r->type),
-               100 * s.mean, 100 * s.low, 100 * s.high);
+        printf("%-7s%-7s%-5s%8.2f%8.2f%9.2f", r->net->name, level_name(r->level), mpt_dtype_name(r->type), 100 * s.mean,
+               100 * s.low, 100 * s.high);
         if (net == r->net) printf("%+12.2f  %s", points, good ? "yes" : "NO");
         printf("%s\n", s.diverged ? "  diverged" : "");
         if (r->level != MPT_O0) continue;
