@@ -54,10 +54,13 @@ builds() {
     local status=0 pids=''
     mkdir -p "$build"
     [ -n "$gpu" ] || sh tests/cuda/run.sh tests/cuda/counters.c || return 1 # builds the runner, too
+    if [ "$jobs" -eq 1 ]; then
+        compile probe tests/cuda/probe.cu && compile bench tests/bench/bench_cuda.c &&
+            compile train examples/train.c -DMPT_TRAINER_CUDA
+        return
+    fi
     compile probe tests/cuda/probe.cu & pids="$pids $!"
-    [ "$jobs" -gt 1 ] || wait
     compile bench tests/bench/bench_cuda.c & pids="$pids $!"
-    [ "$jobs" -gt 1 ] || wait
     compile train examples/train.c -DMPT_TRAINER_CUDA & pids="$pids $!"
     for pid in $pids; do wait "$pid" || status=1; done
     return $status
