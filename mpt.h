@@ -227,7 +227,7 @@ typedef struct mpt_context_desc {
 
     int threads;   /* 0: one per processor that the process may run on; 1: none but the caller's */
     int reference; /* 1: operations are the plain loops of REFERENCE, slow and easy to read; to compare with */
-    mpt_isa isa; /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
+    mpt_isa isa;   /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
 } mpt_context_desc;
 
 /* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
@@ -4829,8 +4829,7 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
 typedef struct mpt__depthwise { /* bands of outputs, whose halos have whole runs of channels */
     mpt_context *ctx;
     const mpt_conv2d_op *op;
-    mpt__image image;
-    mpt__product finish; /* how y or dx is stored, or dw */
+    mpt__product finish; /* its image; how y or dx is stored, or dw */
 } mpt__depthwise;
 
 /* Taps at most: their filters, or sums in double, take the place of the panels. */
@@ -4840,17 +4839,17 @@ enum { MPT__DEPTHWISE_TAPS = MPT__RIGHT_WORDS / (2 * MPT__RUN) };
 static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *band, size_t c, const mpt__desk *desk) {
     mpt__slice slice = MPT_ZERO;
     mpt__halo h;
-    slice.R = d->image.R, slice.S = d->image.S;
+    slice.R = d->finish.image.R, slice.S = d->finish.image.S;
     slice.c = c, slice.C = mpt__min(d->op->shape.C - c, MPT__RUN);
-    h = mpt__halo_of(&d->image, band, &slice, 0, MPT__RUN);
-    mpt__halo_fill(d->ctx, &d->image, band, &slice, &h, desk);
+    h = mpt__halo_of(&d->finish.image, band, &slice, 0, MPT__RUN);
+    mpt__halo_fill(d->ctx, &d->finish.image, band, &slice, &h, desk);
     return h;
 }
 
 /* y or dx: the sum of an output's taps, each channel times its filter */
 MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
-    const mpt__image *image = &d->image;
+    const mpt__image *image = &d->finish.image;
     const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
     const mpt__desk desk = mpt__desk_of(d->ctx, worker);
     float *w = desk.panels; /* (taps, RUN): channels side by side */
@@ -4892,7 +4891,7 @@ MPT__INLINE void mpt__total_run(double *MPT__RESTRICT total, float *MPT__RESTRIC
 /* dw(c,taps) of runs of channels: sums over a few outputs in fp32, and of these in double */
 MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
-    const mpt__image *image = &d->image;
+    const mpt__image *image = &d->finish.image;
     const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
     const mpt__desk desk = mpt__desk_of(d->ctx, worker);
     double *total = (double *)(void *)desk.panels; /* (taps, RUN) */
@@ -4936,17 +4935,18 @@ static int mpt__depthwise_run(mpt_context *ctx, const mpt_conv2d_op *op) {
     const size_t runs = mpt__pieces(z->C, MPT__RUN), work = z->N * op->P * op->Q * z->C * z->R * z->S;
     mpt__depthwise d = MPT_ZERO;
     d.ctx = ctx, d.op = op;
-    d.image = mpt__image_of(op, 0);
-    d.image.channels = z->C;
-    d.image.taps_down = z->R, d.image.taps_across = z->S;
-    d.image.widest = MPT__LEFT_WORDS;
-    d.image.columns = mpt__evenly(d.image.Q, MPT__BLOCK_M, 1);
-    mpt__choose_band(&d.image, MPT__BLOCK_M, MPT__RUN);
-    if (!mpt__halo_fits(&d.image, 1, d.image.columns, MPT__RUN) || z->R * z->S > MPT__DEPTHWISE_TAPS) return 0;
     d.finish = mpt__conv2d_product(ctx, op, 0);
+    d.finish.image = mpt__image_of(op, 0);
+    d.finish.image.channels = z->C;
+    d.finish.image.taps_down = z->R, d.finish.image.taps_across = z->S;
+    d.finish.image.widest = MPT__LEFT_WORDS;
+    d.finish.image.columns = mpt__evenly(d.finish.image.Q, MPT__BLOCK_M, 1);
+    mpt__choose_band(&d.finish.image, MPT__BLOCK_M, MPT__RUN);
+    if (!mpt__halo_fits(&d.finish.image, 1, d.finish.image.columns, MPT__RUN) || z->R * z->S > MPT__DEPTHWISE_TAPS)
+        return 0;
     if (op->pass == MPT_BACKWARD_WEIGHT)
         mpt__parallel(ctx, runs, work, MPT__TASK(ctx, mpt__depthwise_weights_task), &d);
-    else mpt__parallel(ctx, runs * mpt__bands(&d.image), work, MPT__TASK(ctx, mpt__depthwise_task), &d);
+    else mpt__parallel(ctx, runs * mpt__bands(&d.finish.image), work, MPT__TASK(ctx, mpt__depthwise_task), &d);
     return 1;
 }
 
@@ -5513,19 +5513,20 @@ MPT__INLINE mpt__window mpt__window_of(const mpt_pool2d_op *op, size_t n, size_t
 }
 
 /* Maxima of 16-bit values. Whole runs are read and written where they are. */
-MPT__INLINE void mpt__max_pool_run(const mpt_pool2d_op *op, const mpt__window *window, size_t out, size_t c, size_t n) {
+MPT__INLINE void mpt__max_pool_run(const mpt_pool2d_op *op, const mpt__window *window, size_t out, size_t c, size_t n,
+                                   float *room) {
     const mpt_pool2d_shape *z = &op->shape;
     const uint16_t *image = (const uint16_t *)op->x.data + c, inf = op->x.type == MPT_F16 ? 0x7c00 : 0x7f80;
-    uint16_t *y = (uint16_t *)op->y.data + out, *index = op->index + out, room[3][MPT__RUN] = {{0}};
-    uint16_t *best = n < MPT__RUN ? room[0] : y, *tap = n < MPT__RUN ? room[1] : index;
+    uint16_t *y = (uint16_t *)op->y.data + out, *index = op->index + out, *line = (uint16_t *)(void *)room;
+    uint16_t *best = n < MPT__RUN ? line + MPT__RUN : y, *tap = n < MPT__RUN ? line + 2 * MPT__RUN : index;
     int16_t key[MPT__RUN] = {0};
     size_t r, s;
     int first = 1;
     for (r = window->r; r < window->R; r++)
         for (s = window->s; s < window->S; s++) {
             const uint16_t *x = image + (window->at + (r * z->W + s) * z->C);
-            if (n < MPT__RUN) memcpy(room[2], x, n * sizeof *x);
-            if (n < MPT__RUN) x = room[2];
+            if (n < MPT__RUN) memcpy(line, x, n * sizeof *x);
+            if (n < MPT__RUN) x = line;
             if (first) mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * z->S + s), 1);
             else mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * z->S + s), 0);
             first = 0;
@@ -5540,11 +5541,12 @@ MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_
                                        size_t out, size_t c, size_t n, float *room) {
     const mpt_pool2d_shape *z = &op->shape;
     const int mean = op->kind == MPT_POOL_AVERAGE;
-    double sum[MPT__RUN] = {0};
+    double *sum = (double *)(void *)(room + MPT__RUN);
     float best[MPT__RUN];
     uint32_t tap[MPT__RUN];
     size_t r, s, e;
     int first = 1;
+    memset(sum, 0, MPT__RUN * sizeof *sum);
     for (r = window->r; r < window->R; r++)
         for (s = window->s; s < window->S; s++) {
             const float *x = mpt__read_run(ctx, op->x, window->at + (r * z->W + s) * z->C + c, n, room);
@@ -5609,7 +5611,7 @@ MPT__INLINE void mpt__pool_scatter_run(const mpt_context *ctx, const mpt_pool2d_
     const mpt_pool2d_shape *z = &op->shape;
     const size_t size = mpt_dtype_size(op->x.type);
     const char *dy = (const char *)op->y.data + out * size;
-    uint32_t share[MPT__RUN]; /* dy / window */
+    float *share = room + MPT__RUN; /* dy / window, in the type of dy */
     size_t r, s, e;
     if (op->kind == MPT_POOL_AVERAGE) {
         float mean[MPT__RUN];
@@ -5659,7 +5661,7 @@ MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int wo
                 const size_t run = mpt__min(C - c, MPT__RUN);
                 if (scatters) mpt__pool_scatter_run(w->ctx, op, window.at + c, out + c, run, room);
                 else if (!outputs) mpt__pool_backward_run(w->ctx, op, n, p, i, c, run, room);
-                else if (halves) mpt__max_pool_run(op, &window, out + c, c, run);
+                else if (halves) mpt__max_pool_run(op, &window, out + c, c, run, room);
                 else mpt__pool_forward_run(w->ctx, op, &window, out + c, c, run, room);
             }
         }
