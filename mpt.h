@@ -1335,10 +1335,30 @@ typedef struct mpt__format {
 
 MPT_HD mpt__format mpt__format_of(mpt_dtype type) {
     mpt__format f = {8, 23, 0x7f7fffffu, 0x7f800000u};
-    if (type == MPT_F16) { f.exponent = 5, f.fraction = 10, f.largest = 0x7bffu, f.inf = 0x7c00u; }
-    if (type == MPT_BF16) { f.exponent = 8, f.fraction = 7, f.largest = 0x7f7fu, f.inf = 0x7f80u; }
-    if (type == MPT_E5M2) { f.exponent = 5, f.fraction = 2, f.largest = 0x7bu, f.inf = 0x7cu; }
-    if (type == MPT_E4M3) { f.exponent = 4, f.fraction = 3, f.largest = 0x7eu, f.inf = 0x7fu; }
+    if (type == MPT_F16) {
+        f.exponent = 5;
+        f.fraction = 10;
+        f.largest = 0x7bffu;
+        f.inf = 0x7c00u;
+    }
+    if (type == MPT_BF16) {
+        f.exponent = 8;
+        f.fraction = 7;
+        f.largest = 0x7f7fu;
+        f.inf = 0x7f80u;
+    }
+    if (type == MPT_E5M2) {
+        f.exponent = 5;
+        f.fraction = 2;
+        f.largest = 0x7bu;
+        f.inf = 0x7cu;
+    }
+    if (type == MPT_E4M3) {
+        f.exponent = 4;
+        f.fraction = 3;
+        f.largest = 0x7eu;
+        f.inf = 0x7fu;
+    }
     return f;
 }
 
@@ -2101,7 +2121,8 @@ static mpt_result mpt__pool_start(mpt_context *ctx) {
 static void mpt__pool_stop(mpt_context *ctx) { (void)ctx; }
 
 static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
-    (void)ctx, (void)threads;
+    (void)ctx;
+    (void)threads;
     task(arg, 0, count, 0);
 }
 
@@ -2214,9 +2235,13 @@ static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task
         return;
     }
     pthread_mutex_lock(&pool->lock);
-    pool->task = task, pool->arg = arg, pool->threads = threads;
+    pool->task = task;
+    pool->arg = arg;
+    pool->threads = threads;
     pool->mode = mpt__float_mode();
-    pool->next = 0, pool->count = count, pool->least = count / (16 * (size_t)threads) + 1;
+    pool->next = 0;
+    pool->count = count;
+    pool->least = count / (16 * (size_t)threads) + 1;
     MPT__POKE(pool->open, 1);
     for (i = 1; i < threads; i++) pthread_cond_signal(&pool->start);
     mpt__pool_share(pool, 0);
@@ -2404,11 +2429,15 @@ static void mpt__transpose_plain(const float *x, size_t stride, size_t depth, si
 static mpt__simd mpt__simd_plain(void) {
     mpt__simd s = MPT_ZERO;
     s.name = "plain";
-    s.load_f16 = mpt__load_f16_plain, s.store_f16 = mpt__store_f16_plain;
-    s.load_bf16 = mpt__load_bf16_plain, s.store_bf16 = mpt__store_bf16_plain;
+    s.load_f16 = mpt__load_f16_plain;
+    s.store_f16 = mpt__store_f16_plain;
+    s.load_bf16 = mpt__load_bf16_plain;
+    s.store_bf16 = mpt__store_bf16_plain;
     s.squares[MPT_F32] = mpt__squares_plain;
     s.update = mpt__update_plain;
-    s.tile[0][0] = s.tile[0][1] = mpt__tile_plain, s.tile_m = MPT__PLAIN_M, s.tile_n = MPT__PLAIN_N;
+    s.tile[0][0] = s.tile[0][1] = mpt__tile_plain;
+    s.tile_m = MPT__PLAIN_M;
+    s.tile_n = MPT__PLAIN_N;
     s.pair = mpt__pair_plain;
     s.transpose = mpt__transpose_plain;
     return s;
@@ -2591,10 +2620,12 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float 
     size_t i;
     if (clips || r.maximize || r.first || r.nesterov || r.amsgrad) i = mpt__update8(&r, n, p, g, m, v, largest);
     else {
-        r.clip = 1, r.clip_value = r.decay = 0;
+        r.clip = 1;
+        r.clip_value = r.decay = 0;
         r.maximize = r.first = r.nesterov = r.amsgrad = 0;
         if (r.kind == MPT_SGD && r.has_momentum) {
-            r.kind = MPT_SGD, r.has_momentum = 1;
+            r.kind = MPT_SGD;
+            r.has_momentum = 1;
             i = mpt__update8(&r, n, p, g, m, NULL, NULL);
         } else i = mpt__update8(&r, n, p, g, m, v, NULL);
     }
@@ -2663,8 +2694,10 @@ MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t 
             __m128 x0 = _mm_loadu_ps(rows + d), x1 = _mm_loadu_ps(rows + stride + d);
             __m128 x2 = _mm_loadu_ps(rows + 2 * stride + d), x3 = _mm_loadu_ps(rows + 3 * stride + d);
             _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-            _mm_storeu_ps(panel + d * n + r, x0), _mm_storeu_ps(panel + (d + 1) * n + r, x1);
-            _mm_storeu_ps(panel + (d + 2) * n + r, x2), _mm_storeu_ps(panel + (d + 3) * n + r, x3);
+            _mm_storeu_ps(panel + d * n + r, x0);
+            _mm_storeu_ps(panel + (d + 1) * n + r, x1);
+            _mm_storeu_ps(panel + (d + 2) * n + r, x2);
+            _mm_storeu_ps(panel + (d + 3) * n + r, x3);
         }
         for (; d < depth; d++)
             for (e = 0; e < 4; e++) memcpy(&panel[d * n + r + e], (const char *)(rows + e * stride + d), sizeof *panel);
@@ -2674,12 +2707,18 @@ MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t 
 static mpt__simd mpt__simd_avx2(void) {
     mpt__simd s = MPT_ZERO;
     s.name = "avx2";
-    s.load_f16 = mpt__load_f16_avx2, s.store_f16 = mpt__store_f16_avx2;
-    s.load_bf16 = mpt__load_bf16_avx2, s.store_bf16 = mpt__store_bf16_avx2;
+    s.load_f16 = mpt__load_f16_avx2;
+    s.store_f16 = mpt__store_f16_avx2;
+    s.load_bf16 = mpt__load_bf16_avx2;
+    s.store_bf16 = mpt__store_bf16_avx2;
     s.squares[MPT_F32] = mpt__squares_f32_avx2;
-    s.squares[MPT_F16] = mpt__squares_f16_avx2, s.squares[MPT_BF16] = mpt__squares_bf16_avx2;
+    s.squares[MPT_F16] = mpt__squares_f16_avx2;
+    s.squares[MPT_BF16] = mpt__squares_bf16_avx2;
     s.update = mpt__update_avx2;
-    s.tile[0][0] = mpt__tile_avx2, s.tile[0][1] = mpt__half_avx2, s.tile_m = 6, s.tile_n = 16;
+    s.tile[0][0] = mpt__tile_avx2;
+    s.tile[0][1] = mpt__half_avx2;
+    s.tile_m = 6;
+    s.tile_n = 16;
     s.pair = mpt__pair_avx2;
     s.transpose = mpt__transpose_avx2;
     s.avx2 = 1;
@@ -2789,13 +2828,22 @@ static int mpt__cpu_has_bf16(void) {
 static mpt__simd mpt__simd_avx512(void) {
     mpt__simd s = mpt__simd_avx2();
     s.name = "avx512";
-    s.load_f16 = mpt__load_f16_avx512, s.store_f16 = mpt__store_f16_avx512;
-    s.load_bf16 = mpt__load_bf16_avx512, s.store_bf16 = mpt__store_bf16_avx512;
+    s.load_f16 = mpt__load_f16_avx512;
+    s.store_f16 = mpt__store_f16_avx512;
+    s.load_bf16 = mpt__load_bf16_avx512;
+    s.store_bf16 = mpt__store_bf16_avx512;
     s.squares[MPT_F32] = mpt__squares_f32_avx512;
-    s.squares[MPT_F16] = mpt__squares_f16_avx512, s.squares[MPT_BF16] = mpt__squares_bf16_avx512;
-    s.tile[0][0] = mpt__tile_avx512, s.tile[0][1] = mpt__half_avx512, s.tile_m = 8, s.tile_n = 32;
+    s.squares[MPT_F16] = mpt__squares_f16_avx512;
+    s.squares[MPT_BF16] = mpt__squares_bf16_avx512;
+    s.tile[0][0] = mpt__tile_avx512;
+    s.tile[0][1] = mpt__half_avx512;
+    s.tile_m = 8;
+    s.tile_n = 32;
     if (mpt__cpu_has_bf16()) s.store_bf16 = mpt__store_bf16_native;
-    if (mpt__cpu_has_bf16()) s.tile[1][0] = mpt__pairs_avx512, s.tile[1][1] = mpt__half_pairs_avx512;
+    if (mpt__cpu_has_bf16()) {
+        s.tile[1][0] = mpt__pairs_avx512;
+        s.tile[1][1] = mpt__half_pairs_avx512;
+    }
     return s;
 }
 
@@ -3033,7 +3081,8 @@ MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_ba
     if (!ctx) return mpt__open_failed(&desc, "open: out of memory");
     memset(ctx, 0, sizeof *ctx);
     ctx->desc = desc;
-    ctx->backend = *backend, ctx->device = device;
+    ctx->backend = *backend;
+    ctx->device = device;
     ctx->simd = simd;
     ctx->threads = desc.threads;
     return ctx;
@@ -3113,8 +3162,10 @@ MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array
     MPT__TRY(mpt__need_any(ctx, "cast", "src", src));
     MPT__TRY(mpt__need_any(ctx, "cast", "dst", dst));
     MPT__TRY(mpt__need_size(ctx, "cast", "src", n, 1, 1, 1));
-    op.map = MPT_MAP_CAST, op.n = n;
-    op.a = src, op.out = dst;
+    op.map = MPT_MAP_CAST;
+    op.n = n;
+    op.a = src;
+    op.out = dst;
     if (rounding) op.rounding = *rounding;
     if ((unsigned)op.rounding.round > MPT_ROUND_STOCHASTIC || (unsigned)op.rounding.overflow > MPT_OVERFLOW_SATURATE)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cast: unknown rounding %d or overflow %d", (int)op.rounding.round,
@@ -3164,12 +3215,19 @@ static mpt_result mpt__gemm_run(mpt_context *ctx, const char *call, const char *
 static mpt_gemm_op mpt__gemm_op(int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha, mpt_array a,
                                 size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
     mpt_gemm_op op = MPT_ZERO;
-    op.trans_a = trans_a, op.trans_b = trans_b;
-    op.m = m, op.n = n, op.k = k;
-    op.alpha = alpha, op.beta = beta;
-    op.a = a, op.lda = lda;
-    op.b = b, op.ldb = ldb;
-    op.c = c, op.ldc = ldc;
+    op.trans_a = trans_a;
+    op.trans_b = trans_b;
+    op.m = m;
+    op.n = n;
+    op.k = k;
+    op.alpha = alpha;
+    op.beta = beta;
+    op.a = a;
+    op.lda = lda;
+    op.b = b;
+    op.ldb = ldb;
+    op.c = c;
+    op.ldc = ldc;
     return op;
 }
 
@@ -3182,7 +3240,8 @@ MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m
 MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array x, mpt_array w,
                                       mpt_array b, mpt_activation act, mpt_array y) {
     mpt_gemm_op op = mpt__gemm_op(0, 1, N, O, D, 1, x, D, w, D, 0, y, O);
-    op.bias = b, op.act = act;
+    op.bias = b;
+    op.act = act;
     return mpt__gemm_run(ctx, "linear_forward", "x", "w", "y", &op);
 }
 
@@ -3268,8 +3327,12 @@ static mpt_result mpt__conv2d_run(mpt_context *ctx, const char *call, mpt_pass p
     if (bias.data) MPT__TRY(mpt__need(ctx, call, "b", bias));
     MPT__TRY(mpt__need_act(ctx, call, act));
     op.pass = pass;
-    op.x = x, op.w = w, op.y = y;
-    op.beta = beta, op.bias = bias, op.act = act;
+    op.x = x;
+    op.w = w;
+    op.y = y;
+    op.beta = beta;
+    op.bias = bias;
+    op.act = act;
     return ctx->backend.conv2d(ctx, &op);
 }
 
@@ -3302,9 +3365,13 @@ static mpt_result mpt__map_call(mpt_context *ctx, const char *call, mpt_map map,
     MPT__TRY(mpt__need(ctx, call, gradient ? "dx" : "y", out));
     MPT__TRY(mpt__need_act(ctx, call, act));
     MPT__TRY(mpt__need_size(ctx, call, "n", n, 1, 1, 1));
-    op.map = map, op.n = n;
-    op.a = a, op.b = b, op.out = out;
-    op.beta = beta, op.act = act;
+    op.map = map;
+    op.n = n;
+    op.a = a;
+    op.b = b;
+    op.out = out;
+    op.beta = beta;
+    op.act = act;
     if (mask) op.mask = *mask;
     return ctx->backend.map(ctx, &op);
 }
@@ -3335,9 +3402,12 @@ MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt
                         x_stride, y_stride, C);
     MPT__TRY(mpt__need_size(ctx, "copy_columns", "x", rows, x_stride, 1, 1));
     MPT__TRY(mpt__need_size(ctx, "copy_columns", "y", rows, y_stride, 1, 1));
-    op.rows = rows, op.C = C;
-    op.x = x, op.x_stride = x_stride;
-    op.y = y, op.y_stride = y_stride;
+    op.rows = rows;
+    op.C = C;
+    op.x = x;
+    op.x_stride = x_stride;
+    op.y = y;
+    op.y_stride = y_stride;
     op.beta = beta;
     return ctx->backend.copy_columns(ctx, &op);
 }
@@ -3395,9 +3465,12 @@ MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape,
 MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
                                     mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y) {
     mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_FORWARD, op.act = act;
-    op.x = x, op.y = y;
-    op.gamma = gamma, op.beta = beta;
+    op.pass = MPT_NORM_FORWARD;
+    op.act = act;
+    op.x = x;
+    op.y = y;
+    op.gamma = gamma;
+    op.beta = beta;
     return mpt__norm_call(ctx, "norm_forward", shape, stats, &op);
 }
 
@@ -3405,10 +3478,16 @@ MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *sha
                                      int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
                                      float scale, mpt_array dgamma, mpt_array dbeta) {
     mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_BACKWARD, op.frozen = frozen;
-    op.x = x, op.y = dy, op.gamma = gamma;
-    op.dx = dx, op.scale_x = scale_x;
-    op.dgamma = dgamma, op.dbeta = dbeta, op.scale = scale;
+    op.pass = MPT_NORM_BACKWARD;
+    op.frozen = frozen;
+    op.x = x;
+    op.y = dy;
+    op.gamma = gamma;
+    op.dx = dx;
+    op.scale_x = scale_x;
+    op.dgamma = dgamma;
+    op.dbeta = dbeta;
+    op.scale = scale;
     return mpt__norm_call(ctx, "norm_backward", shape, stats, &op);
 }
 
@@ -3419,7 +3498,8 @@ MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shap
     MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 0));
     if (!running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm_running: running is NULL");
     op.pass = MPT_NORM_RUNNING;
-    op.momentum = momentum, op.running = running;
+    op.momentum = momentum;
+    op.running = running;
     return mpt__norm_call(ctx, "norm_running", shape, stats, &op);
 }
 
@@ -3472,8 +3552,10 @@ static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pass pass, mpt_pool kind
     MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "x" : "dx", x));
     MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "y" : "dy", y));
     if (kind == MPT_POOL_MAX && !index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
-    op.pass = pass, op.beta = beta;
-    op.x = x, op.y = y;
+    op.pass = pass;
+    op.beta = beta;
+    op.x = x;
+    op.y = y;
     memcpy(&op.index, &index, sizeof index); /* written only in the forward pass, where the caller's is not const */
     return ctx->backend.pool2d(ctx, &op);
 }
@@ -3507,9 +3589,13 @@ static mpt_loss_op mpt__loss_op(mpt_loss_kind kind, size_t N, size_t C, mpt_arra
                                 float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
     mpt_loss_op op = MPT_ZERO;
     op.kind = kind;
-    op.N = N, op.C = C;
-    op.x = x, op.dx = dx, op.target = target;
-    op.grad_scale = grad_scale, op.loss_scale = loss_scale;
+    op.N = N;
+    op.C = C;
+    op.x = x;
+    op.dx = dx;
+    op.target = target;
+    op.grad_scale = grad_scale;
+    op.loss_scale = loss_scale;
     op.sum = sum;
     return op;
 }
@@ -3921,7 +4007,7 @@ static void mpt__ref_backend(mpt_backend *backend) {
    kernel keeps a tile of the result in registers; a group of rows is finished (scale, add, bias, activation, rounding)
    while its sums are still in L1. No patch matrix is ever stored. In which order a sum is taken depends on the sizes
    and the kernel alone, not on the number of threads or the CPU's caches: so do the bits.
-   tests/reference.h has all operations as plain loops: what they mean. */
+   REFERENCE has the same operations as plain loops: what they mean. */
 
 enum {
 #ifdef MPT_SMALL
@@ -4072,9 +4158,12 @@ static size_t mpt__bands(const mpt__image *image) {
 static mpt__slice mpt__slice_of(const mpt__image *image, size_t b) {
     const size_t along = mpt__pieces(image->channels, image->some), across = mpt__pieces(image->S, image->taps_across);
     mpt__slice slice;
-    slice.c = b % along * image->some, slice.C = mpt__min(image->some, image->channels - slice.c);
-    slice.s = b / along % across * image->taps_across, slice.S = mpt__min(image->taps_across, image->S - slice.s);
-    slice.r = b / along / across * image->taps_down, slice.R = mpt__min(image->taps_down, image->R - slice.r);
+    slice.c = b % along * image->some;
+    slice.C = mpt__min(image->some, image->channels - slice.c);
+    slice.s = b / along % across * image->taps_across;
+    slice.S = mpt__min(image->taps_across, image->S - slice.s);
+    slice.r = b / along / across * image->taps_down;
+    slice.R = mpt__min(image->taps_down, image->R - slice.r);
     return slice;
 }
 
@@ -4248,8 +4337,10 @@ static mpt__right mpt__right_image(const mpt__product *p, size_t part, const mpt
     if (image->kind == MPT__OUTPUTS_ARE_DEPTH) { /* dy(outputs,K): a strip is a row of outputs */
         const mpt__band band = mpt__band_of(image, part);
         for (r = 0; r < band.rows; r++) desk->strips[r] = ((band.row + r) * image->Q + band.q) * p->b.stride;
-        right.count = band.rows, right.length = band.columns;
-        right.step = p->b.stride, right.column = 1;
+        right.count = band.rows;
+        right.length = band.columns;
+        right.step = p->b.stride;
+        right.column = 1;
     } else { /* filters: a strip is a tap, or all of them together if they lie in one piece */
         const mpt__slice slice = mpt__slice_of(image, part);
         const size_t R = image->R, S = image->S, filter = p->b.stride;
@@ -4261,8 +4352,10 @@ static mpt__right mpt__right_image(const mpt__product *p, size_t part, const mpt
                 desk->strips[r * slice.S + s] =
                     image->turned ? slice.c * filter + (R * S - 1 - at) * tap : at * tap + slice.c;
             }
-        right.count = one ? 1 : slice.R * slice.S, right.length = one ? slice.R * S * slice.C : slice.C;
-        right.step = image->turned ? filter : 1, right.column = image->turned ? 1 : filter;
+        right.count = one ? 1 : slice.R * slice.S;
+        right.length = one ? slice.R * S * slice.C : slice.C;
+        right.step = image->turned ? filter : 1;
+        right.column = image->turned ? 1 : filter;
     }
     return right;
 }
@@ -4272,8 +4365,10 @@ static mpt__right mpt__right_matrix(const mpt__product *p, size_t l, size_t dept
     mpt__right right;
     desk->strips[0] = p->b.along ? l : l * p->b.stride;
     right.strips = desk->strips;
-    right.count = 1, right.length = depth;
-    right.step = p->b.along ? 1 : p->b.stride, right.column = p->b.along ? p->b.stride : 1;
+    right.count = 1;
+    right.length = depth;
+    right.step = p->b.along ? 1 : p->b.stride;
+    right.column = p->b.along ? p->b.stride : 1;
     return right;
 }
 
@@ -4289,7 +4384,8 @@ static void mpt__pack_turned(const mpt__product *p, size_t i, size_t length, siz
         return;
     }
     for (e = 0; e < length; e += some, panel += words * tile) {
-        some = mpt__min(length - e, MPT__LINE_WORDS / MPT__TILE_N), words = mpt__pieces(some, each);
+        some = mpt__min(length - e, MPT__LINE_WORDS / MPT__TILE_N);
+        words = mpt__pieces(some, each);
         memset(lines, 0, tile * words * sizeof *lines);
         for (c = 0; c < count; c++) mpt__fetch(ctx, p->b.data, i + c * column + e, some, size, lines + c * words);
         ctx->simd.transpose(lines, words, words, tile, panel);
@@ -4340,7 +4436,9 @@ static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, siz
     const mpt_context *ctx = p->ctx;
     const size_t each = mpt__each(p), size = sizeof(float) / each, words = mpt__pieces(depth, each);
     size_t r, d, row = words * sizeof(float);
-    left->count = 1, left->length = words, left->step = sizeof(float);
+    left->count = 1;
+    left->length = words;
+    left->step = sizeof(float);
     desk->runs[0] = 0;
     if (mpt__in_place(p)) {
         left->base = (const char *)p->a.data.data + (i * p->a.stride + l) * size;
@@ -4361,7 +4459,8 @@ static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, siz
                                (uint32_t *)(void *)(desk->left + d * rows));
             else mpt__load(ctx, p->a.data, at, rows, desk->left + d * rows);
         }
-        row = sizeof(float), left->step = rows * sizeof(float);
+        row = sizeof(float);
+        left->step = rows * sizeof(float);
     }
     for (r = 0; r < rows; r++) desk->rows[r] = r * row;
     return rows;
@@ -4430,9 +4529,13 @@ MPT__TASKS(mpt__finish_task)
 static void mpt__finish_rows(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns, float *sums,
                              size_t stride, const mpt__desk *desk) {
     mpt__finish f;
-    f.p = p, f.desk = desk;
-    f.sums = sums, f.stride = stride;
-    f.i = i, f.j = j, f.columns = columns;
+    f.p = p;
+    f.desk = desk;
+    f.sums = sums;
+    f.stride = stride;
+    f.i = i;
+    f.j = j;
+    f.columns = columns;
     MPT__TASK(p->ctx, mpt__finish_task)(&f, 0, rows, 0);
 }
 
@@ -4510,7 +4613,9 @@ static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, i
     if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, desk);
     h = mpt__halo_of(image, &b->band, &b->slice, p->pairs, image->kind == MPT__OUTPUTS_ARE_ROWS ? mpt__each(p) : 1);
     mpt__halo_fill(p->ctx, image, &b->band, &b->slice, &h, desk);
-    left.base = (const char *)desk->left, left.rows = desk->rows, left.runs = desk->runs;
+    left.base = (const char *)desk->left;
+    left.rows = desk->rows;
+    left.runs = desk->runs;
     if (image->kind == MPT__OUTPUTS_ARE_ROWS) mpt__image_rows(image, &b->band, &b->slice, &h, desk, &left);
     else mpt__image_taps(image, &b->band, &b->slice, &h, desk, &left);
     for (r = b->rows; r % p->ctx->simd.tile_m; r++) desk->rows[r] = desk->rows[b->rows - 1];
@@ -4526,7 +4631,9 @@ static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t 
     if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, desk);
     for (r = 0; r < b->rows; r += some) {
         mpt__left left;
-        left.base = (const char *)desk->left, left.rows = desk->rows, left.runs = desk->runs;
+        left.base = (const char *)desk->left;
+        left.rows = desk->rows;
+        left.runs = desk->runs;
         some = mpt__left_matrix(p, b->i + r, b->rows - r, l, depth, desk, &left);
         for (t = some; t % p->ctx->simd.tile_m; t++) desk->rows[t] = desk->rows[some - 1];
         mpt__product_tiles(p, b, &left, r, some, words, part, desk);
@@ -4551,14 +4658,19 @@ static size_t mpt__blocks_down(const mpt__product *p) {
 static mpt__block mpt__block_of(const mpt__product *p, size_t index, size_t down) {
     const size_t row = index % down;
     mpt__block b = MPT_ZERO;
-    b.j = index / down * p->columns, b.columns = mpt__min(p->columns, p->n - b.j);
+    b.j = index / down * p->columns;
+    b.columns = mpt__min(p->columns, p->n - b.j);
     if (p->image.kind == MPT__OUTPUTS_ARE_ROWS) {
         b.band = mpt__band_of(&p->image, row);
-        b.i = b.band.row * p->image.Q + b.band.q, b.rows = b.band.rows * b.band.columns;
+        b.i = b.band.row * p->image.Q + b.band.q;
+        b.rows = b.band.rows * b.band.columns;
     } else if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) {
         b.slice = mpt__slice_of(&p->image, row);
         b.rows = b.slice.R * b.slice.S * b.slice.C;
-    } else b.i = row * p->rows, b.rows = mpt__min(p->rows, p->m - b.i);
+    } else {
+        b.i = row * p->rows;
+        b.rows = mpt__min(p->rows, p->m - b.i);
+    }
     return b;
 }
 
@@ -4616,14 +4728,16 @@ static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
             images = mpt__min(images > 1 ? images : 1, image->N);
         }
     }
-    image->lines = lines, image->images = images;
+    image->lines = lines;
+    image->images = images;
 }
 
 /* A slice of at most `words` words of taps and channels, `each` channels in one */
 static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
     const size_t taps = image->R * image->S, least = 8;
     size_t pixel;
-    image->taps_down = image->R, image->taps_across = image->S;
+    image->taps_down = image->R;
+    image->taps_across = image->S;
     image->some = image->channels;
     if (taps <= words / mpt__pieces(image->channels, each)) return;
     image->some = mpt__evenly(image->channels, taps <= words / least ? words / taps * each : least * each, each);
@@ -4665,7 +4779,8 @@ static void mpt__cut_rows(mpt__product *p, size_t threads) {
     image->columns = mpt__evenly(image->Q, MPT__BLOCK_M, 1);
     mpt__choose_slice(image, all <= MPT__DEEPEST ? MPT__DEEPEST : MPT__DEEP, each);
     mpt__narrow_slice(image, mpt__min(image->columns, 16), each);
-    pixel = mpt__pieces(image->some, each), words = image->taps_down * image->taps_across * pixel;
+    pixel = mpt__pieces(image->some, each);
+    words = image->taps_down * image->taps_across * pixel;
     mpt__choose_band(image, MPT__BLOCK_M, pixel);
     p->columns = mpt__evenly(p->n, mpt__min(MPT__BLOCK_N, MPT__RIGHT_WORDS / words / MPT__RUN * MPT__RUN), MPT__RUN);
     p->parts = mpt__slices(image);
@@ -4701,7 +4816,8 @@ static void mpt__cut_matrix(mpt__product *p, size_t threads) {
     const int wide = across > down;
     const size_t unit = wide ? (size_t)MPT__RUN : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
     size_t most;
-    p->rows = MPT__BLOCK_M, p->columns = mpt__evenly(p->n ? p->n : 1, MPT__BLOCK_N, MPT__RUN);
+    p->rows = MPT__BLOCK_M;
+    p->columns = mpt__evenly(p->n ? p->n : 1, MPT__BLOCK_N, MPT__RUN);
     most = mpt__min(MPT__RIGHT_WORDS / p->columns, mpt__in_place(p) ? MPT__DEEPEST : MPT__DEEP);
     if (p->k) p->deepest = mpt__evenly(p->k, most / 8 * 8 * each, 8); /* whole pairs and transposes */
     p->parts = p->k ? mpt__pieces(p->k, p->deepest) : 0;
@@ -4715,8 +4831,10 @@ static void mpt__cut_matrix(mpt__product *p, size_t threads) {
 static void mpt__turn(mpt__product *p) {
     const mpt__matrix a = p->a;
     const size_t m = p->m;
-    p->a = p->b, p->b = a;
-    p->m = p->n, p->n = m;
+    p->a = p->b;
+    p->b = a;
+    p->m = p->n;
+    p->n = m;
     p->turned = !p->turned;
 }
 
@@ -4752,12 +4870,17 @@ static mpt__matrix mpt__matrix_of(mpt_array data, size_t stride, int along) {
 static mpt__product mpt__gemm_product(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt__product p = MPT_ZERO;
     p.ctx = ctx;
-    p.m = op->m, p.n = op->n, p.k = op->k;
+    p.m = op->m;
+    p.n = op->n;
+    p.k = op->k;
     p.a = mpt__matrix_of(op->a, op->lda, !op->trans_a);
     p.b = mpt__matrix_of(op->b, op->ldb, op->trans_b != 0);
-    p.alpha = op->alpha, p.beta = op->beta;
-    p.c = op->c, p.ldc = op->ldc;
-    p.bias = op->bias, p.act = op->act;
+    p.alpha = op->alpha;
+    p.beta = op->beta;
+    p.c = op->c;
+    p.ldc = op->ldc;
+    p.bias = op->bias;
+    p.act = op->act;
     return p;
 }
 
@@ -4783,12 +4906,18 @@ static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
     image.turned = turned;
     image.data = turned ? op->y : op->x;
     image.N = z->N;
-    image.H = turned ? op->P : z->H, image.W = turned ? op->Q : z->W;
+    image.H = turned ? op->P : z->H;
+    image.W = turned ? op->Q : z->W;
     image.C = turned ? z->K : z->C;
-    image.channels = image.C / z->groups, image.first = group * image.channels;
-    image.R = z->R, image.S = z->S, image.dilation = z->dilation;
-    image.P = turned ? z->H : op->P, image.Q = turned ? z->W : op->Q;
-    image.stride = turned ? 1 : z->stride, image.up = turned ? z->stride : 1;
+    image.channels = image.C / z->groups;
+    image.first = group * image.channels;
+    image.R = z->R;
+    image.S = z->S;
+    image.dilation = z->dilation;
+    image.P = turned ? z->H : op->P;
+    image.Q = turned ? z->W : op->Q;
+    image.stride = turned ? 1 : z->stride;
+    image.up = turned ? z->stride : 1;
     image.above = turned ? (z->R - 1) * z->dilation - z->padding : z->padding;
     image.before = turned ? (z->S - 1) * z->dilation - z->padding : z->padding;
     return image;
@@ -4803,22 +4932,35 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
     const mpt_array x = mpt__array_at(op->x, group * C), y = mpt__array_at(op->y, group * K);
     mpt__product p = MPT_ZERO;
     p.ctx = ctx;
-    p.alpha = 1, p.beta = op->beta;
+    p.alpha = 1;
+    p.beta = op->beta;
     p.bias = mpt__array_at(op->bias, group * K);
     p.act = op->act;
     if (z->R * z->S > 1 || z->stride > 1 || z->padding) p.image = mpt__image_of(op, group);
     if (op->pass == MPT_FORWARD) { /* y(NPQ,K) = patches(NPQ,RSC) w(K,RSC)^T */
-        p.m = z->N * op->P * op->Q, p.n = K, p.k = patch;
-        p.a = mpt__matrix_of(x, z->C, 1), p.b = mpt__matrix_of(w, patch, 1);
-        p.c = y, p.ldc = z->K;
+        p.m = z->N * op->P * op->Q;
+        p.n = K;
+        p.k = patch;
+        p.a = mpt__matrix_of(x, z->C, 1);
+        p.b = mpt__matrix_of(w, patch, 1);
+        p.c = y;
+        p.ldc = z->K;
     } else if (op->pass == MPT_BACKWARD_DATA) { /* dx(NHW,C) = patches of dy(NHW,RSK) filters turned about(RSK,C) */
-        p.m = z->N * z->H * z->W, p.n = C, p.k = z->R * z->S * K;
-        p.a = mpt__matrix_of(y, z->K, 1), p.b = mpt__matrix_of(w, patch, 0);
-        p.c = x, p.ldc = z->C;
+        p.m = z->N * z->H * z->W;
+        p.n = C;
+        p.k = z->R * z->S * K;
+        p.a = mpt__matrix_of(y, z->K, 1);
+        p.b = mpt__matrix_of(w, patch, 0);
+        p.c = x;
+        p.ldc = z->C;
     } else { /* dw(K,RSC) = (patches(NPQ,RSC)^T dy(NPQ,K))^T */
-        p.m = patch, p.n = K, p.k = z->N * op->P * op->Q;
-        p.a = mpt__matrix_of(x, z->C, 0), p.b = mpt__matrix_of(y, z->K, 0);
-        p.c = w, p.ldc = patch;
+        p.m = patch;
+        p.n = K;
+        p.k = z->N * op->P * op->Q;
+        p.a = mpt__matrix_of(x, z->C, 0);
+        p.b = mpt__matrix_of(y, z->K, 0);
+        p.c = w;
+        p.ldc = patch;
         p.turned = 1;
     }
     return p;
@@ -4839,8 +4981,10 @@ enum { MPT__DEPTHWISE_TAPS = MPT__RIGHT_WORDS / (2 * MPT__RUN) };
 static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *band, size_t c, const mpt__desk *desk) {
     mpt__slice slice = MPT_ZERO;
     mpt__halo h;
-    slice.R = d->finish.image.R, slice.S = d->finish.image.S;
-    slice.c = c, slice.C = mpt__min(d->op->shape.C - c, MPT__RUN);
+    slice.R = d->finish.image.R;
+    slice.S = d->finish.image.S;
+    slice.c = c;
+    slice.C = mpt__min(d->op->shape.C - c, MPT__RUN);
     h = mpt__halo_of(&d->finish.image, band, &slice, 0, MPT__RUN);
     mpt__halo_fill(d->ctx, &d->finish.image, band, &slice, &h, desk);
     return h;
@@ -4934,11 +5078,13 @@ static int mpt__depthwise_run(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t runs = mpt__pieces(z->C, MPT__RUN), work = z->N * op->P * op->Q * z->C * z->R * z->S;
     mpt__depthwise d = MPT_ZERO;
-    d.ctx = ctx, d.op = op;
+    d.ctx = ctx;
+    d.op = op;
     d.finish = mpt__conv2d_product(ctx, op, 0);
     d.finish.image = mpt__image_of(op, 0);
     d.finish.image.channels = z->C;
-    d.finish.image.taps_down = z->R, d.finish.image.taps_across = z->S;
+    d.finish.image.taps_down = z->R;
+    d.finish.image.taps_across = z->S;
     d.finish.image.widest = MPT__LEFT_WORDS;
     d.finish.image.columns = mpt__evenly(d.finish.image.Q, MPT__BLOCK_M, 1);
     mpt__choose_band(&d.finish.image, MPT__BLOCK_M, MPT__RUN);
@@ -5105,8 +5251,10 @@ static mpt__norm_lines mpt__norm_lines_of(const mpt_context *ctx, int worker) {
     mpt__norm_lines l;
     l.mean = mpt__worker_space(ctx, worker) + 2 * 2 * MPT__COLUMN_BLOCKS * MPT__COLUMNS;
     l.inverse = l.mean + MPT__COLUMNS;
-    l.gamma = l.inverse + MPT__COLUMNS, l.beta = l.gamma + MPT__COLUMNS;
-    l.means[0] = l.beta + MPT__COLUMNS, l.means[1] = l.means[0] + MPT__COLUMNS;
+    l.gamma = l.inverse + MPT__COLUMNS;
+    l.beta = l.gamma + MPT__COLUMNS;
+    l.means[0] = l.beta + MPT__COLUMNS;
+    l.means[1] = l.means[0] + MPT__COLUMNS;
     l.room = mpt__worker_room(ctx, worker);
     return l;
 }
@@ -5404,8 +5552,11 @@ static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op,
     static const int32_t zeros[3] = {0, 0x33000000, 0x8000}; /* half the smallest subnormal of f16 and bf16 */
     const mpt_norm_shape *z = &op->shape;
     mpt__norm_work w = MPT_ZERO;
-    w.ctx = ctx, w.op = op, w.kind = kind;
-    w.rows = z->N * z->pixels, w.count = z->pixels * (z->C / z->groups);
+    w.ctx = ctx;
+    w.op = op;
+    w.kind = kind;
+    w.rows = z->N * z->pixels;
+    w.count = z->pixels * (z->C / z->groups);
     w.sums = (double *)(void *)ctx->workspace;
     w.zero = op->saved.data && op->saved.type <= MPT_BF16 ? zeros[op->saved.type] : 0;
     return w;
@@ -5432,7 +5583,9 @@ static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, 
     mpt_norm_op op = MPT_ZERO;
     mpt__norm_work w;
     size_t c;
-    op.shape.N = 1, op.shape.pixels = rows, op.shape.C = op.shape.groups = C;
+    op.shape.N = 1;
+    op.shape.pixels = rows;
+    op.shape.C = op.shape.groups = C;
     op.x = dy;
     op.scale = beta;
     w = mpt__norm_work_of(ctx, &op, MPT__SUM_VALUES);
@@ -5506,8 +5659,10 @@ MPT__INLINE mpt__window mpt__window_of(const mpt_pool2d_op *op, size_t n, size_t
     const mpt_pool2d_shape *z = &op->shape;
     const size_t h = p * op->stride_h - z->padding, w = q * op->stride_w - z->padding; /* may wrap below 0 */
     mpt__window at;
-    at.r = h < z->H ? 0 : 0 - h, at.R = mpt__min(z->R, z->H - h);
-    at.s = w < z->W ? 0 : 0 - w, at.S = mpt__min(z->S, z->W - w);
+    at.r = h < z->H ? 0 : 0 - h;
+    at.R = mpt__min(z->R, z->H - h);
+    at.s = w < z->W ? 0 : 0 - w;
+    at.S = mpt__min(z->S, z->W - w);
     at.at = ((n * z->H + h) * z->W + w) * z->C;
     return at;
 }
@@ -5842,7 +5997,8 @@ static mpt_result mpt__scan_run(mpt_context *ctx, size_t n, float factor, mpt_ar
         const mpt_scan *block = &ctx->scans[b];
         if (out->first == n && block->inf + block->nan) out->first = block->first;
         out->sum_squares += block->sum_squares;
-        out->inf += block->inf, out->nan += block->nan;
+        out->inf += block->inf;
+        out->nan += block->nan;
     }
     return MPT_OK;
 }
@@ -6504,20 +6660,26 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
 
 MPT_DEF mpt_optimizer_desc mpt_sgd(double lr, double momentum) {
     mpt_optimizer_desc d = MPT_ZERO;
-    d.kind = MPT_SGD, d.lr = lr, d.momentum = momentum;
+    d.kind = MPT_SGD;
+    d.lr = lr;
+    d.momentum = momentum;
     return d;
 }
 
 MPT_DEF mpt_optimizer_desc mpt_adam(double lr) {
     mpt_optimizer_desc d = MPT_ZERO;
-    d.kind = MPT_ADAM, d.lr = lr;
-    d.beta1 = 0.9, d.beta2 = 0.999, d.eps = 1e-8;
+    d.kind = MPT_ADAM;
+    d.lr = lr;
+    d.beta1 = 0.9;
+    d.beta2 = 0.999;
+    d.eps = 1e-8;
     return d;
 }
 
 MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
     mpt_optimizer_desc d = mpt_adam(lr);
-    d.kind = MPT_ADAMW, d.weight_decay = 0.01;
+    d.kind = MPT_ADAMW;
+    d.weight_decay = 0.01;
     return d;
 }
 
@@ -6606,7 +6768,8 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     for (t = 0; t < params->count; t++) {
         opt->slices[t].offset = params->tensors[t].offset;
         opt->slices[t].count = params->tensors[t].count;
-        opt->slices[t].lr_factor = 1, opt->slices[t].weight_decay = op->desc.weight_decay;
+        opt->slices[t].lr_factor = 1;
+        opt->slices[t].weight_decay = op->desc.weight_decay;
     }
     op->scaler = opt->scaler->state;
     op->tensors = params->count;
@@ -6649,7 +6812,8 @@ MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler,
     opt->ctx = params->ctx;
     opt->params = params;
     opt->scaler = scaler;
-    opt->op.desc = d, opt->lr = d.lr;
+    opt->op.desc = d;
+    opt->lr = d.lr;
     scaler->optimizers[place] = opt;
     if (mpt__optimizer_fill(opt) == MPT_OK) return opt;
     mpt_optimizer_free(opt);
@@ -6670,7 +6834,10 @@ MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt) {
 
 MPT_DEF mpt_optimizer_desc mpt_optimizer_get_desc(const mpt_optimizer *opt) {
     mpt_optimizer_desc d = MPT_ZERO;
-    if (opt) d = opt->op.desc, d.lr = opt->lr;
+    if (opt) {
+        d = opt->op.desc;
+        d.lr = opt->lr;
+    }
     return d;
 }
 
@@ -6689,7 +6856,8 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
                         weight_decay);
     for (t = 0; t < opt->params->count; t++) {
         if (!(opt->params->tensors[t].group & groups)) continue;
-        opt->slices[t].lr_factor = lr_factor, opt->slices[t].weight_decay = weight_decay;
+        opt->slices[t].lr_factor = lr_factor;
+        opt->slices[t].weight_decay = weight_decay;
     }
     return mpt__slices_upload(opt);
 }
@@ -6731,7 +6899,8 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
     if (opt->phase == MPT__READY) MPT__TRY(mpt_unscale(opt));
     MPT__TRY(opt->ctx->backend.update(opt->ctx, &opt->op));
     opt->op.max_norm = opt->op.max_value = 0;
-    opt->phase = MPT__STEPPED, opt->steps++;
+    opt->phase = MPT__STEPPED;
+    opt->steps++;
     return MPT_OK;
 }
 
@@ -6932,8 +7101,14 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->running);
     mpt_free(ctx, net->pending);
     net->class_weights = net->running = net->pending = NULL;
-    net->opt = NULL, net->scaler = NULL, net->params = NULL, net->buffers = NULL;
-    net->block = NULL, net->staging = NULL, net->target = NULL, net->sums = NULL;
+    net->opt = NULL;
+    net->scaler = NULL;
+    net->params = NULL;
+    net->buffers = NULL;
+    net->block = NULL;
+    net->staging = NULL;
+    net->target = NULL;
+    net->sums = NULL;
     net->buffer_count = 0;
 }
 
@@ -7030,7 +7205,11 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     else do
             mpt__print(node->name, sizeof node->name, "%s%d", word, number++);
         while (mpt__named(net, node->name));
-    if (in) node->H = net->nodes[in - 1].H, node->W = net->nodes[in - 1].W, node->C = net->nodes[in - 1].C;
+    if (in) {
+        node->H = net->nodes[in - 1].H;
+        node->W = net->nodes[in - 1].W;
+        node->C = net->nodes[in - 1].C;
+    }
     return node;
 }
 
@@ -7045,7 +7224,9 @@ static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, siz
     if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements",
                         node->name, H, W, C);
-    node->H = (int)H, node->W = (int)W, node->C = (int)C;
+    node->H = (int)H;
+    node->W = (int)W;
+    node->C = (int)C;
     return MPT_OK;
 }
 
@@ -7077,7 +7258,8 @@ MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_des
     if (desc) d = *desc;
     node = mpt__layer(net, MPT__LINEAR, "linear", d.name, in);
     if (!node) return 0;
-    node->no_bias = d.no_bias, node->init = d.init;
+    node->no_bias = d.no_bias;
+    node->init = d.init;
     r = mpt__layer_positive(net, node, "outputs", outputs, 1);
     if (r == MPT_OK) r = mpt__init_check(net, node);
     if (r == MPT_OK) r = mpt__layer_size(net, node, 1, 1, (size_t)outputs);
@@ -7100,8 +7282,11 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
     if (d->padding && d->no_padding)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d and no_padding", node->name, d->padding);
     s->N = 1;
-    s->H = (size_t)node->H, s->W = (size_t)node->W, s->C = (size_t)node->C;
-    s->K = (size_t)filters, s->R = s->S = (size_t)kernel;
+    s->H = (size_t)node->H;
+    s->W = (size_t)node->W;
+    s->C = (size_t)node->C;
+    s->K = (size_t)filters;
+    s->R = s->S = (size_t)kernel;
     s->stride = (size_t)(d->stride ? d->stride : 1);
     s->dilation = (size_t)dilation;
     s->groups = (size_t)(d->groups ? d->groups : 1);
@@ -7120,7 +7305,8 @@ MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mp
     if (desc) d = *desc;
     node = mpt__layer(net, MPT__CONV2D, "conv", d.name, in);
     if (!node) return 0;
-    node->no_bias = d.no_bias, node->init = d.init;
+    node->no_bias = d.no_bias;
+    node->init = d.init;
     return mpt__layer_done(net, mpt__conv2d_layer(net, node, filters, kernel, &d));
 }
 
@@ -7191,9 +7377,13 @@ static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S,
     MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
     MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
     s->N = 1;
-    s->H = (size_t)node->H, s->W = (size_t)node->W, s->C = (size_t)node->C;
-    s->R = (size_t)R, s->S = (size_t)S;
-    s->stride = (size_t)d->stride, s->padding = (size_t)d->padding;
+    s->H = (size_t)node->H;
+    s->W = (size_t)node->W;
+    s->C = (size_t)node->C;
+    s->R = (size_t)R;
+    s->S = (size_t)S;
+    s->stride = (size_t)d->stride;
+    s->padding = (size_t)d->padding;
     if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d (max: 65536 values) on a %dx%d input, padding %d",
                         node->name, R, S, node->H, node->W, d->padding);
@@ -7681,7 +7871,9 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) 
 
 static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
     mpt_place *p = &net->ctx->place;
-    p->node = node, p->pass = pass, p->output = output;
+    p->node = node;
+    p->pass = pass;
+    p->output = output;
 }
 
 static mpt_array mpt__buffer_array(const mpt_model *net, int buffer, mpt_dtype type) {
@@ -7833,10 +8025,18 @@ static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node,
     if (node->norm == MPT__NORM_BATCH)
         MPT__TRY(mpt_norm_running(net->ctx, &shape, node->momentum, stats, net->pending + node->running));
     op.pass = MPT_NORM_BACKWARD;
-    op.x = mpt__value(net, to), op.y = dy;
-    op.gamma = mpt__norm_array(net, node->weight), op.beta = mpt__norm_array(net, node->bias);
-    if (mpt__slope_in_norm(node)) op.act = node->slope, op.saved = y;
-    if (wanted) op.dx = mpt__grad(net, to), op.scale_x = mpt__grad_beta(net, to);
+    op.x = mpt__value(net, to);
+    op.y = dy;
+    op.gamma = mpt__norm_array(net, node->weight);
+    op.beta = mpt__norm_array(net, node->bias);
+    if (mpt__slope_in_norm(node)) {
+        op.act = node->slope;
+        op.saved = y;
+    }
+    if (wanted) {
+        op.dx = mpt__grad(net, to);
+        op.scale_x = mpt__grad_beta(net, to);
+    }
     op.dgamma = mpt_f32_array(mpt_params_grad(net->params, node->weight));
     op.dbeta = mpt_f32_array(mpt_params_grad(net->params, node->bias));
     op.scale = net->micro ? 1.0f : 0.0f;
@@ -8204,7 +8404,8 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
     if (!running || !host)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_set_running: node %d is no batch norm, or no host", id);
     MPT__TRY(mpt__running_check(net->ctx, "model_set_running", mpt__node_of(net, id), host));
-    at = (size_t)(running - net->running), bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
+    at = (size_t)(running - net->running);
+    bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
     MPT__TRY(mpt_upload(net->ctx, net->running + at, host, bytes));
     return mpt_upload(net->ctx, net->pending + at, host, bytes);
 }

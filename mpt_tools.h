@@ -353,13 +353,20 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
                         net->count);
     node = mpt__node_of(net, id);
     memset(out, 0, sizeof *out);
-    out->name = node->name, out->kernel = mpt__kernel_name(net, node);
+    out->name = node->name;
+    out->kernel = mpt__kernel_name(net, node);
     out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
-    out->in[0] = node->in[0], out->in[1] = node->in[1];
-    out->weight = node->weight, out->bias = node->bias;
-    out->window = (int)node->conv.R, out->groups = (int)node->conv.groups;
-    out->H = node->H, out->W = node->W, out->C = node->C;
-    out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type, out->grad_type = node->grad_type;
+    out->in[0] = node->in[0];
+    out->in[1] = node->in[1];
+    out->weight = node->weight;
+    out->bias = node->bias;
+    out->window = (int)node->conv.R;
+    out->groups = (int)node->conv.groups;
+    out->H = node->H;
+    out->W = node->W;
+    out->C = node->C;
+    out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type;
+    out->grad_type = node->grad_type;
     out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
     out->fused_into = node->fused ? node->in[0] : 0;
     out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +
@@ -462,10 +469,13 @@ static void mpt__row_end(mpt__table *t) {
 /* The header. Columns end with the one whose end is 0. */
 static void mpt__table_start(mpt__table *t, const mpt__column *columns, mpt_style style, mpt_write write, void *user) {
     int i = 0;
-    t->style = style, t->write = write, t->user = user;
+    t->style = style;
+    t->write = write;
+    t->user = user;
     t->columns = columns;
     t->at = 0;
-    t->text.at = t->line, t->text.end = t->line + sizeof t->line - 1;
+    t->text.at = t->line;
+    t->text.end = t->line + sizeof t->line - 1;
     do mpt__cell(t, "%s", columns[i].name);
     while (columns[i++].end);
     mpt__row_end(t);
@@ -528,8 +538,13 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
     MPT__TRY(mpt__need_built(net, "memory_print"));
     MPT__TRY(mpt__need_write(net->ctx, "memory_print", style, write));
     m = mpt_model_memory(net);
-    bytes[0] = m.weights, bytes[1] = m.masters, bytes[2] = m.gradients, bytes[3] = m.moments;
-    bytes[4] = m.activations, bytes[5] = m.workspace, bytes[6] = m.bookkeeping;
+    bytes[0] = m.weights;
+    bytes[1] = m.masters;
+    bytes[2] = m.gradients;
+    bytes[3] = m.moments;
+    bytes[4] = m.activations;
+    bytes[5] = m.workspace;
+    bytes[6] = m.bookkeeping;
     for (i = 0; i < 7; i++) bytes[7] += bytes[i];
     for (i = 1; i <= mpt_params_tensors(net->params); i++) parameters += mpt_params_count(net->params, i);
     mpt__table_start(&t, columns, style, write, user);
@@ -602,7 +617,8 @@ MPT_DEF mpt_result mpt_skips_print(mpt_optimizer *opt, mpt_style style, mpt_writ
 /* -- Products for Tensor Cores -- */
 
 static void mpt__linear_product(mpt_product *p, size_t N, size_t D, size_t O) {
-    p->trans_a = p->pass == MPT_BACKWARD_WEIGHT, p->trans_b = p->pass == MPT_FORWARD;
+    p->trans_a = p->pass == MPT_BACKWARD_WEIGHT;
+    p->trans_b = p->pass == MPT_FORWARD;
     p->m = p->trans_a ? O : N;
     p->n = p->trans_b ? O : D;
     p->k = p->trans_a ? N : p->trans_b ? D : O;
@@ -616,10 +632,24 @@ static void mpt__filters_product(mpt_product *p, const mpt_conv2d_shape *z, size
     const size_t taps = z->R * z->S, C = z->C / z->groups, K = z->K / z->groups;
     const int gathered = taps > 1 || z->stride > 1 || z->padding;
     mpt__linear_product(p, z->N * P * Q, taps * C, K);
-    if (p->pass == MPT_BACKWARD_DATA) p->m = z->N * z->H * z->W, p->n = C, p->k = taps * K, p->ldb = C;
-    if (p->pass == MPT_FORWARD) p->lda = z->C, p->ldc = z->K;
-    if (p->pass == MPT_BACKWARD_DATA) p->lda = z->K, p->ldc = z->C;
-    if (p->pass == MPT_BACKWARD_WEIGHT) p->lda = z->K, p->ldb = z->C;
+    if (p->pass == MPT_BACKWARD_DATA) {
+        p->m = z->N * z->H * z->W;
+        p->n = C;
+        p->k = taps * K;
+        p->ldb = C;
+    }
+    if (p->pass == MPT_FORWARD) {
+        p->lda = z->C;
+        p->ldc = z->K;
+    }
+    if (p->pass == MPT_BACKWARD_DATA) {
+        p->lda = z->K;
+        p->ldc = z->C;
+    }
+    if (p->pass == MPT_BACKWARD_WEIGHT) {
+        p->lda = z->K;
+        p->ldb = z->C;
+    }
     if (gathered && p->pass != MPT_BACKWARD_WEIGHT) p->lda = (p->k * size + 15) / 16 * 16 / size;
     if (gathered && p->pass == MPT_BACKWARD_WEIGHT) p->ldb = (p->n * size + 15) / 16 * 16 / size;
     p->count = z->groups;
@@ -685,9 +715,13 @@ static void mpt__print_product(mpt__table *t, const char *name, const mpt_produc
     const char *b = p->b == MPT_F32 ? "tf32" : mpt_dtype_name(p->b);
     mpt__cell(t, "%s", name);
     mpt__cell(t, "%s", mpt__pass_names[p->pass]);
-    mpt__cell(t, "%z", p->m), mpt__cell(t, "%z", p->n), mpt__cell(t, "%z", p->k);
+    mpt__cell(t, "%z", p->m);
+    mpt__cell(t, "%z", p->n);
+    mpt__cell(t, "%z", p->k);
     mpt__cell(t, "%s*%s>%s", a, b, mpt_dtype_name(p->c));
-    mpt__cell(t, "%z", p->lda), mpt__cell(t, "%z", p->ldb), mpt__cell(t, "%z", p->ldc);
+    mpt__cell(t, "%z", p->lda);
+    mpt__cell(t, "%z", p->ldb);
+    mpt__cell(t, "%z", p->ldc);
     mpt__cell(t, "%z", p->count);
     mpt__cell(t, "%z", p->multiply_adds);
     mpt__cell(t, "%s", *p->broken ? "no" : "yes");
@@ -772,7 +806,10 @@ MPT_DEF int mpt_histogram_scale(const mpt_histogram *h, mpt_dtype type, int head
     for (s = 0; s <= 24; s++) {
         const mpt_fit fit = mpt_histogram_fit(h, type, s);
         if (mpt_histogram_fit(h, type, s + headroom).overflowed > 0) break;
-        if (fit.flushed + fit.subnormal < least) least = fit.flushed + fit.subnormal, best = s;
+        if (fit.flushed + fit.subnormal < least) {
+            least = fit.flushed + fit.subnormal;
+            best = s;
+        }
     }
     return best;
 }
@@ -966,10 +1003,14 @@ static mpt_result mpt__lens_copy(mpt_lens *lens, size_t rows, size_t C, mpt_arra
     mpt_map_op cast = MPT_ZERO;
     cast.map = MPT_MAP_CAST;
     cast.n = rows * C;
-    cast.a = from, cast.out = to;
-    columns.rows = rows, columns.C = C;
-    columns.x = from, columns.x_stride = from_stride;
-    columns.y = to, columns.y_stride = to_stride;
+    cast.a = from;
+    cast.out = to;
+    columns.rows = rows;
+    columns.C = C;
+    columns.x = from;
+    columns.x_stride = from_stride;
+    columns.y = to;
+    columns.y_stride = to_stride;
     if (from_stride == C && to_stride == C) return lens->base.map(lens->ctx, &cast);
     return lens->base.copy_columns(lens->ctx, &columns);
 }
@@ -1005,7 +1046,9 @@ static mpt__output mpt__output_of(const mpt_lens *lens, const char *operation, m
                                   size_t stride, float beta) {
     mpt__output o = MPT_ZERO;
     o.operation = operation;
-    o.rows = rows, o.C = C, o.stride = stride;
+    o.rows = rows;
+    o.C = C;
+    o.stride = stride;
     o.beta = beta;
     o.pass = pass;
     o.node = pass == MPT_BACKWARD_WEIGHT ? lens->ctx->place.node : lens->ctx->place.output;
@@ -1016,8 +1059,10 @@ static mpt__output mpt__output_of(const mpt_lens *lens, const char *operation, m
 }
 
 static void mpt__output_reads(mpt__output *o, mpt_array a, size_t a_count, mpt_array b, size_t b_count) {
-    o->read[0] = a, o->counts[0] = a_count;
-    o->read[1] = b, o->counts[1] = b_count;
+    o->read[0] = a;
+    o->counts[0] = a_count;
+    o->read[1] = b;
+    o->counts[1] = b_count;
 }
 
 /* Sends *array, with its rows, to fp32 memory of the lens if something is to be seen or done there. */
@@ -1036,7 +1081,9 @@ static mpt_result mpt__divert(mpt_lens *lens, mpt__output *o, mpt_array *array, 
 static void mpt__histogram_join(mpt_histogram *h, const mpt_histogram *other, int subtract, int shift) {
     const uint64_t sign = subtract ? (uint64_t)0 - 1 : 1; /* modulo 2^64 */
     int e;
-    h->zero += sign * other->zero, h->inf += sign * other->inf, h->nan += sign * other->nan;
+    h->zero += sign * other->zero;
+    h->inf += sign * other->inf;
+    h->nan += sign * other->nan;
     for (e = 0; e < 255; e++)
         h->exponent[e < shift ? 0 : e - shift > 254 ? 254 : e - shift] += sign * other->exponent[e];
 }
@@ -1074,7 +1121,8 @@ static void mpt__lens_round(mpt_lens *lens, const mpt_precision *precision, uint
     mpt__rounding_work w;
     w.precision = precision;
     w.x = (float *)x;
-    w.seed = seed, w.draw = lens->draws++;
+    w.seed = seed;
+    w.draw = lens->draws++;
     mpt__parallel(lens->ctx, n, 8 * n, mpt__rounding_task, &w);
 }
 
@@ -1128,9 +1176,14 @@ static size_t mpt__plain_tap(const mpt__plain *w, size_t u, size_t r, size_t s) 
     const size_t rows = back ? z->H : op->P, columns = back ? z->W : op->Q;
     size_t y = u / columns % rows, x = u % columns; /* what is left of the image wraps to a huge number */
     if (back) {
-        y += z->padding - r * z->dilation, x += z->padding - (z->S - 1 - s) * z->dilation;
-        y = y % z->stride ? H : y / z->stride, x = x % z->stride ? W : x / z->stride;
-    } else y = y * z->stride + r * z->dilation - z->padding, x = x * z->stride + s * z->dilation - z->padding;
+        y += z->padding - r * z->dilation;
+        x += z->padding - (z->S - 1 - s) * z->dilation;
+        y = y % z->stride ? H : y / z->stride;
+        x = x % z->stride ? W : x / z->stride;
+    } else {
+        y = y * z->stride + r * z->dilation - z->padding;
+        x = x * z->stride + s * z->dilation - z->padding;
+    }
     if (y >= H || x >= W) return (size_t)-1;
     return ((u / columns / rows * H + y) * W + x) * C + w->group * (C / z->groups);
 }
@@ -1217,7 +1270,8 @@ static void mpt__plain_gemm(mpt_lens *lens, const mpt_what_if *what, const mpt_g
 
 static void mpt__plain_conv2d(mpt_lens *lens, const mpt_what_if *what, const mpt_conv2d_op *op) {
     mpt__plain w = MPT_ZERO;
-    w.op = op, w.what = what;
+    w.op = op;
+    w.what = what;
     for (w.group = 0; w.group < op->shape.groups; w.group++) {
         w.product = mpt__conv2d_product(lens->ctx, op, w.group);
         if (w.product.turned) mpt__turn(&w.product); /* dw, not its transpose */
@@ -1255,9 +1309,12 @@ static mpt_result mpt__lens_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     mpt_conv2d_op run = *op;
     mpt_array *array[3];
     mpt_result r = MPT_OK;
-    count[0] = z->N * z->H * z->W * z->C, array[0] = &run.x;
-    count[1] = z->K * z->R * z->S * (z->C / z->groups), array[1] = &run.w;
-    count[2] = z->N * op->P * op->Q * z->K, array[2] = &run.y;
+    count[0] = z->N * z->H * z->W * z->C;
+    array[0] = &run.x;
+    count[1] = z->K * z->R * z->S * (z->C / z->groups);
+    array[1] = &run.w;
+    count[2] = z->N * op->P * op->Q * z->K;
+    array[2] = &run.y;
     o = mpt__output_of(lens, "convolution", op->pass, 1, count[written], count[written], op->beta);
     mpt__output_reads(&o, *array[left], count[left], *array[right], count[right]);
     MPT__TRY(mpt__divert(lens, &o, array[written], NULL));
@@ -1338,10 +1395,13 @@ static mpt_result mpt__lens_norm_slope(mpt_lens *lens, mpt_norm_op *op) {
     mpt_map_op slope = MPT_ZERO;
     mpt_result r;
     if (!op->act) return MPT_OK;
-    slope.map = MPT_MAP_ACTIVATION_GRADIENT, slope.act = op->act;
+    slope.map = MPT_MAP_ACTIVATION_GRADIENT;
+    slope.act = op->act;
     slope.n = op->shape.N * op->shape.pixels * op->shape.C;
-    slope.a = op->saved, slope.b = slope.out = op->y;
-    ctx->place.pass = MPT_BACKWARD_DATA, ctx->place.output = place.node;
+    slope.a = op->saved;
+    slope.b = slope.out = op->y;
+    ctx->place.pass = MPT_BACKWARD_DATA;
+    ctx->place.output = place.node;
     r = mpt__lens_map(ctx, &slope);
     ctx->place = place;
     op->act = MPT_IDENTITY;
@@ -1355,7 +1415,8 @@ static mpt_result mpt__lens_norm_backward(mpt_lens *lens, const mpt_norm_op *op)
     mpt__output dbeta = dgamma;
     mpt_norm_op run = *op;
     mpt_result r;
-    dgamma.slot = 1, dbeta.slot = 2;
+    dgamma.slot = 1;
+    dbeta.slot = 2;
     dbeta.role = MPT_ROLE_COUNT;
     MPT__TRY(mpt__lens_norm_slope(lens, &run));
     mpt__output_reads(&dx, op->y, n, op->x, n);
@@ -1438,7 +1499,8 @@ MPT_DEF mpt_lens *mpt_lens_open(mpt_context *ctx) {
     b->pool2d = mpt__lens_pool2d;
     b->norm = mpt__lens_norm;
     b->loss = mpt__lens_loss;
-    b->begin = NULL, b->end = NULL; /* a recorded step would not pass through */
+    b->begin = NULL;
+    b->end = NULL; /* a recorded step would not pass through */
     return lens;
 }
 
@@ -1641,7 +1703,8 @@ static mpt_result mpt__explain_output(mpt_lens *lens, const mpt__output *o, mpt_
     MPT__TRY(lens->base.scan(lens->ctx, n, 1, stage, &scan));
     if (!(scan.inf + scan.nan)) return MPT_OK;
     MPT__TRY(mpt__range_of(lens, n, array, &e->result));
-    e->result.inf = scan.inf, e->result.nan = scan.nan;
+    e->result.inf = scan.inf;
+    e->result.nan = scan.nan;
     for (i = 0; i < 2; i++) MPT__TRY(mpt__range_of(lens, o->counts[i], o->read[i], &e->read[i]));
     e->operation = o->operation;
     e->node = lens->ctx->place.node;
@@ -1695,7 +1758,9 @@ static mpt_result mpt__replay_kept(mpt_model *net, const float *x, const void *t
     if (kept == MPT_OK) kept = mpt_upload(net->ctx, net->sums, sums, sizeof sums);
     if (kept == MPT_OK && net->statistics)
         kept = mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL);
-    net->micro = micro, net->followed = followed, net->gathered = gathered;
+    net->micro = micro;
+    net->followed = followed;
+    net->gathered = gathered;
     net->steps_at_backward = steps;
     net->forward_rows = 0;
     if (r != MPT_OK) memcpy(net->ctx->why, why, sizeof why); /* not that of what came after it */
@@ -1927,7 +1992,10 @@ static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
         case MPT__CONCAT: {
             const size_t first = (size_t)mpt__node_of(net, node->in[0])->C;
             id = node->in[i >= first];
-            if (i >= first) before += first, i -= first;
+            if (i >= first) {
+                before += first;
+                i -= first;
+            }
             break;
         }
         default: return before + i;
@@ -2006,7 +2074,8 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
         const mpt__node *in = mpt__node_of(job->net, node->in[0]);
         if (in->H * in->W == 1 && node->conv.groups == 1) part->reads = node->in[0];
         part->shape[1] = part->inner = node->conv.C / node->conv.groups;
-        part->shape[2] = node->conv.R, part->shape[3] = node->conv.S;
+        part->shape[2] = node->conv.R;
+        part->shape[3] = node->conv.S;
     }
 }
 
@@ -2090,7 +2159,8 @@ static uint64_t mpt__walk_word(mpt__walk *w, uint64_t ours) {
 static void mpt__walk_differs(mpt__walk *w, const char *name, double theirs, double ours) {
     if (w->differs) return;
     w->differs = name;
-    w->theirs = theirs, w->ours = ours;
+    w->theirs = theirs;
+    w->ours = ours;
 }
 
 static uint64_t mpt__walk_uint64_t(mpt__walk *w, const char *name, uint64_t ours) {
@@ -2242,7 +2312,8 @@ static size_t mpt__header_text(const mpt__job *job, char *out, size_t size) {
     size_t at = 0;
     mpt__text t;
     int i;
-    t.at = out, t.end = out + size - 1;
+    t.at = out;
+    t.end = out + size - 1;
     mpt__put_string(&t, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (i = 0; i < job->count; i++) {
         const mpt__part *part = &job->parts[i];
@@ -2632,7 +2703,8 @@ static mpt_result mpt__json_tensor(mpt__job *job, mpt__entry *entry) {
     } while (mpt__json_take(job, ','));
     MPT__TRY(mpt__json_need(job, '}'));
     if (seen != 7 || count != 2) return mpt__json_fail(job, "a tensor without type, shape or both its places");
-    entry->begin = places[0], entry->end = places[1];
+    entry->begin = places[0];
+    entry->end = places[1];
     return MPT_OK;
 }
 
@@ -2680,7 +2752,10 @@ static void mpt__sort(mpt__entry *entries, size_t count) {
     mpt__entry kept;
     while (end > 1) {
         if (start) kept = entries[--start];
-        else kept = entries[--end], entries[end] = entries[0];
+        else {
+            kept = entries[--end];
+            entries[end] = entries[0];
+        }
         for (parent = start; (child = 2 * parent + 1) < end; parent = child) {
             if (child + 1 < end && mpt__lies_before(&entries[child], &entries[child + 1])) child++;
             if (!mpt__lies_before(&kept, &entries[child])) break;
@@ -2802,7 +2877,8 @@ static mpt_result mpt__read_data(mpt__job *job) {
         const uint64_t size = entry->end - entry->begin;
         MPT__TRY(mpt__read_some(job, entry->used ? job->data + bytes : NULL, size));
         if (!entry->used) continue;
-        entry->begin = bytes, entry->end = bytes + size;
+        entry->begin = bytes;
+        entry->end = bytes + size;
         bytes += size;
     }
     return MPT_OK;
@@ -2830,9 +2906,11 @@ static mpt_result mpt__match_shape(const mpt__job *job, const mpt__part *part) {
     mpt__text t;
     if (entry->dims == part->dims && memcmp(entry->shape, part->shape, (size_t)part->dims * sizeof *part->shape) == 0)
         return MPT_OK;
-    t.at = shapes[0], t.end = shapes[0] + sizeof shapes[0] - 1;
+    t.at = shapes[0];
+    t.end = shapes[0] + sizeof shapes[0] - 1;
     mpt__put_shape(&t, entry->dims, entry->shape);
-    t.at = shapes[1], t.end = shapes[1] + sizeof shapes[1] - 1;
+    t.at = shapes[1];
+    t.end = shapes[1] + sizeof shapes[1] - 1;
     mpt__put_shape(&t, part->dims, part->shape);
     return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is %s, the model's is %s", part->name, shapes[0], shapes[1]);
 }
@@ -3048,8 +3126,13 @@ static mpt_result mpt__job_run(const char *call, mpt_result (*run)(mpt__job *), 
     mpt__job job = MPT_ZERO;
     mpt_result r;
     MPT__TRY(mpt__need_built(net, call));
-    job.net = net, job.ctx = net->ctx, job.call = call, job.path = path, job.disk = disk;
-    job.full = full, job.type = (int)type;
+    job.net = net;
+    job.ctx = net->ctx;
+    job.call = call;
+    job.path = path;
+    job.disk = disk;
+    job.full = full;
+    job.type = (int)type;
     if (!path || !*path) return mpt_fail(job.ctx, MPT_ERROR_ARGUMENT, "%s: path is NULL or empty", call);
     if ((unsigned)type > MPT_BF16)
         return mpt__job_fail(&job, MPT_ERROR_TYPE, "weights as type %s", mpt_dtype_name(type));
