@@ -17,12 +17,33 @@ typedef struct test_tally {
 } test_tally;
 
 static test_tally test_counts;
+static const char *test_only = ""; /* run the tests whose call has this in it */
+static const char *test_now = "";  /* the call of the test that runs */
+static long test_runs;
+
+/* The first call of main: `build/tests/unit/model NAME` runs the tests whose name contains NAME. */
+static inline void test_begin(int argc, char **argv) {
+    if (argc > 1) test_only = argv[1];
+}
+
+static inline int test_starts(const char *call) {
+    if (!strstr(call, test_only)) return 0;
+    test_now = call;
+    test_runs++;
+    return 1;
+}
+
+/* Runs a test of main's, such as RUN_TEST(test_linear(ctx)). */
+#define RUN_TEST(call)                \
+    do {                              \
+        if (test_starts(#call)) call; \
+    } while (0)
 
 static inline int test_count(int ok, const char *file, int line, const char *text) {
     if (ok) test_counts.passed++;
     else {
         test_counts.failed++;
-        printf("%s:%d: failed: %s", file, line, text);
+        printf("%s:%d: %s: failed: %s", file, line, test_now, text);
 #ifdef TEST_FIRST /* for who only asks whether one fails: mutants.py */
         exit(1);
 #endif
@@ -92,6 +113,10 @@ static inline int test_check_reason(const mpt_context *ctx, const char *word, co
 
 /* The closing line of a program and its exit status. */
 static inline int test_finish(const char *name) {
+    if (*test_only && !test_runs) {
+        test_counts.failed++;
+        printf("no test of %s has '%s' in its name\n", name, test_only);
+    }
     printf("%s: %ld passed, %ld failed", name, test_counts.passed, test_counts.failed);
     if (test_counts.skipped) printf(", %ld skipped", test_counts.skipped);
     printf("\n");
@@ -99,9 +124,7 @@ static inline int test_finish(const char *name) {
 }
 
 /* For numbers that an enum does not have: unlike a constant, a compiler may not object to its cast. */
-static inline int test_number(int number) {
-    return number;
-}
+static inline int test_number(int number) { return number; }
 
 /* ==== CONTEXTS AND MEMORY ==== */
 
@@ -154,9 +177,7 @@ static inline void *test_memory(size_t bytes) {
     return p;
 }
 
-static inline double *test_doubles(size_t count) {
-    return (double *)test_memory(count * sizeof(double));
-}
+static inline double *test_doubles(size_t count) { return (double *)test_memory(count * sizeof(double)); }
 
 /* Allocator that counts, and that fails on demand. Give &counter as desc.user. */
 typedef struct test_counter {
@@ -269,9 +290,7 @@ typedef struct test_tensor {
     double *value;
 } test_tensor;
 
-static inline size_t test_tensor_bytes(const test_tensor *t) {
-    return t->count * mpt_dtype_size(t->array.type);
-}
+static inline size_t test_tensor_bytes(const test_tensor *t) { return t->count * mpt_dtype_size(t->array.type); }
 
 static inline void test_store(void *to, uint32_t bits, mpt_dtype type) {
     uint8_t byte = (uint8_t)bits;

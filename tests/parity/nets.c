@@ -243,10 +243,11 @@ static void test_network(mpt_context *ctx, const network *n) {
     golden_free(&g);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     mpt_context *ctx = test_open(NULL);
     size_t i;
-    for (i = 0; i < sizeof networks / sizeof *networks; i++) test_network(ctx, &networks[i]);
+    test_begin(argc, argv);
+    for (i = 0; i < sizeof networks / sizeof *networks; i++) RUN_TEST(test_network(ctx, &networks[i]));
     mpt_close(ctx);
     return test_finish("parity/nets");
 }

@@ -296,10 +296,11 @@ static void test_operation(mpt_context *ctx, const operation *op) {
     golden_free(&g);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     mpt_context *ctx = test_open(NULL);
     size_t i;
-    for (i = 0; i < sizeof operations / sizeof *operations; i++) test_operation(ctx, &operations[i]);
+    test_begin(argc, argv);
+    for (i = 0; i < sizeof operations / sizeof *operations; i++) RUN_TEST(test_operation(ctx, &operations[i]));
     mpt_close(ctx);
     return test_finish("parity/operations");
 }

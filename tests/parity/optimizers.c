@@ -412,12 +412,13 @@ static void test_schedules(void) {
     fclose(file);
 }
 
-int main(void) {
-    test_optimizers();
-    test_scaler("scaler_default");
-    test_scaler("scaler_odd_factors");
-    test_scaler("scaler_ceiling");
-    test_scaler("scaler_floor");
-    test_schedules();
+int main(int argc, char **argv) {
+    test_begin(argc, argv);
+    RUN_TEST(test_optimizers());
+    RUN_TEST(test_scaler("scaler_default"));
+    RUN_TEST(test_scaler("scaler_odd_factors"));
+    RUN_TEST(test_scaler("scaler_ceiling"));
+    RUN_TEST(test_scaler("scaler_floor"));
+    RUN_TEST(test_schedules());
     return test_finish("parity/optimizers");
 }

@@ -187,16 +187,17 @@ static void test_why_scale(mpt_context *ctx, const digits *seen) {
     printf("tiny gradients: loss falls to %.2f in fp32, 1 in fp16, %.2f in fp16 with a loss scale\n", fp32, fp16);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     mpt_context *ctx = test_open(NULL);
     size_t images = 0, labels = 0;
+    test_begin(argc, argv);
     unsigned char *image = read_idx(image_path, 3, PIXELS, &images), *label = read_idx(label_path, 1, 1, &labels);
     if (image && label && CHECK_EQUAL(images, labels)) {
         digits seen = part(image, label, images, 0), unseen = part(image, label, images, 1);
-        test_policies(ctx, 0, &seen, &unseen);
-        test_policies(ctx, 1, &seen, &unseen);
-        test_huge_scale(ctx, &seen, &unseen);
-        test_why_scale(ctx, &seen);
+        RUN_TEST(test_policies(ctx, 0, &seen, &unseen));
+        RUN_TEST(test_policies(ctx, 1, &seen, &unseen));
+        RUN_TEST(test_huge_scale(ctx, &seen, &unseen));
+        RUN_TEST(test_why_scale(ctx, &seen));
         free_digits(&seen), free_digits(&unseen);
     } else {
         printf("skipped: cannot read %s and %s\n", image_path, label_path);

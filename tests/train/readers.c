@@ -247,16 +247,17 @@ static void test_normalise(void) {
     CHECK_EQUAL(data.value[5], 0); /* all alike: no deviation to divide by */
 }
 
-int main(void) {
-    test_idx(3);
-    test_idx(1);
-    test_cifar();
+int main(int argc, char **argv) {
+    test_begin(argc, argv);
+    RUN_TEST(test_idx(3));
+    RUN_TEST(test_idx(1));
+    RUN_TEST(test_cifar());
 #ifdef MPT_TRAINER_ZLIB
-    test_gzip();
+    RUN_TEST(test_gzip());
 #endif
-    test_fill();
-    test_augment();
-    test_shuffle();
-    test_normalise();
+    RUN_TEST(test_fill());
+    RUN_TEST(test_augment());
+    RUN_TEST(test_shuffle());
+    RUN_TEST(test_normalise());
     return test_finish("readers");
 }

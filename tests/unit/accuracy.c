@@ -295,11 +295,12 @@ static void test_all(void) {
     test_classes();
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     int isa;
+    test_begin(argc, argv);
     for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT; isa++) {
         context = test_open_isa((mpt_isa)isa, 2);
-        if (context) test_all();
+        if (context) RUN_TEST(test_all());
         mpt_close(context);
     }
     return test_finish("accuracy");

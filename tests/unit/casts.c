@@ -451,16 +451,17 @@ static void test_scans(mpt_dtype type) {
     }
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     int type, mode, i;
+    test_begin(argc, argv);
     open_contexts();
     for (type = MPT_F16; type < MPT_DTYPE_COUNT; type++) {
-        for (mode = 0; mode < 4; mode++) test_edges((mpt_dtype)type, (mpt_round)(mode % 2), (mpt_overflow)(mode / 2));
-        test_sample((mpt_dtype)type);
-        test_stochastic((mpt_dtype)type);
+        for (mode = 0; mode < 4; mode++) RUN_TEST(test_edges((mpt_dtype)type, (mpt_round)(mode % 2), (mpt_overflow)(mode / 2)));
+        RUN_TEST(test_sample((mpt_dtype)type));
+        RUN_TEST(test_stochastic((mpt_dtype)type));
     }
-    test_pairs();
-    for (type = MPT_F32; type < MPT_DTYPE_COUNT; type++) test_scans((mpt_dtype)type);
+    RUN_TEST(test_pairs());
+    for (type = MPT_F32; type < MPT_DTYPE_COUNT; type++) RUN_TEST(test_scans((mpt_dtype)type));
     for (i = 0; i < context_count; i++) mpt_close(contexts[i]);
     return test_finish("casts");
 }

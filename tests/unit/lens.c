@@ -1096,15 +1096,16 @@ static void test_context(mpt_context *ctx, int policies) {
     mpt_close(ctx);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     int isa;
-    test_advice();
-    test_precisions();
-    test_context(test_open_threads(3), ON_CPU ? POLICIES : 1);
+    test_begin(argc, argv);
+    RUN_TEST(test_advice());
+    RUN_TEST(test_precisions());
+    RUN_TEST(test_context(test_open_threads(3), ON_CPU ? POLICIES : 1));
     for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT && ON_CPU; isa++) {
         mpt_context *ctx = test_open_isa((mpt_isa)isa, 1);
-        if (ctx) test_context(ctx, 2);
+        if (ctx) RUN_TEST(test_context(ctx, 2));
     }
-    test_failures();
+    RUN_TEST(test_failures());
     return test_finish("lens");
 }

@@ -303,12 +303,13 @@ static void test_two_contexts(void) {
     CHECK(test_counter_clean(&a.counter) && test_counter_clean(&b.counter));
 }
 
-int main(void) {
-    test_open_defaults();
-    test_open_errors();
-    test_texts();
-    test_alloc();
-    test_two_contexts();
-    test_failures();
+int main(int argc, char **argv) {
+    test_begin(argc, argv);
+    RUN_TEST(test_open_defaults());
+    RUN_TEST(test_open_errors());
+    RUN_TEST(test_texts());
+    RUN_TEST(test_alloc());
+    RUN_TEST(test_two_contexts());
+    RUN_TEST(test_failures());
     return test_finish("memory");
 }

@@ -541,8 +541,9 @@ static void test_histogram_fits(void) {
     CHECK_EQUAL(mpt_histogram_fit(&h, MPT_F16, 0).flushed, 1);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     int type, argument, i;
+    test_begin(argc, argv);
     for (i = 0; i < 3; i++) {
         mpt_context_desc desc = MPT_ZERO;
         desc.threads = 1 << i;
@@ -550,27 +551,27 @@ int main(void) {
         contexts[i] = test_open(&desc);
     }
     for (type = MPT_F16; type < MPT_DTYPE_COUNT; type++) {
-        test_widening((mpt_dtype)type);
-        test_narrowing_sample((mpt_dtype)type);
-        test_narrowing_boundaries((mpt_dtype)type);
-        test_stochastic_exact((mpt_dtype)type);
-        test_stochastic_unbiased((mpt_dtype)type);
-        test_histogram_counts((mpt_dtype)type);
+        RUN_TEST(test_widening((mpt_dtype)type));
+        RUN_TEST(test_narrowing_sample((mpt_dtype)type));
+        RUN_TEST(test_narrowing_boundaries((mpt_dtype)type));
+        RUN_TEST(test_stochastic_exact((mpt_dtype)type));
+        RUN_TEST(test_stochastic_unbiased((mpt_dtype)type));
+        RUN_TEST(test_histogram_counts((mpt_dtype)type));
     }
-    test_histogram_counts(MPT_F32);
-    test_named_casts();
+    RUN_TEST(test_histogram_counts(MPT_F32));
+    RUN_TEST(test_named_casts());
     CHECK(mpt_dtype_size(MPT_DTYPE_COUNT) == 0 && strstr(mpt_dtype_name(MPT_DTYPE_COUNT), "unknown"));
-    test_compiler_half();
-    test_hash_values();
+    RUN_TEST(test_compiler_half());
+    RUN_TEST(test_hash_values());
     for (argument = 0; argument < 4; argument++) {
-        test_hash_balance(argument);
-        test_hash_avalanche(argument);
+        RUN_TEST(test_hash_balance(argument));
+        RUN_TEST(test_hash_avalanche(argument));
     }
-    test_uniform_moments();
-    test_casts();
-    test_cast_errors();
-    test_scans();
-    test_histogram_fits();
+    RUN_TEST(test_uniform_moments());
+    RUN_TEST(test_casts());
+    RUN_TEST(test_cast_errors());
+    RUN_TEST(test_scans());
+    RUN_TEST(test_histogram_fits());
     for (i = 0; i < 3; i++) mpt_close(contexts[i]);
     return test_finish("numbers");
 }

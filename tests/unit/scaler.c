@@ -433,10 +433,11 @@ static void test_protocol(void) {
     free(s);
 }
 
-int main(void) {
-    test_rule();
-    test_bounds();
-    test_presets();
-    test_protocol();
+int main(int argc, char **argv) {
+    test_begin(argc, argv);
+    RUN_TEST(test_rule());
+    RUN_TEST(test_bounds());
+    RUN_TEST(test_presets());
+    RUN_TEST(test_protocol());
     return test_finish("scaler");
 }

@@ -371,18 +371,19 @@ static void test_watched(void) {
     free(alone);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
 #if defined(MPT_TEST_RUNNER) /* which, unlike CUDA, lets no thread allocate while another captures a step */
+    test_begin(argc, argv);
     test_counts.skipped++;
 #elif !defined(MPT_NO_THREADS)
-    test_at_once();
+    RUN_TEST(test_at_once());
 #endif
-    test_environment();
-    test_flushed();
-    test_modes();
-    test_fork();
-    test_no_context();
-    test_affinity();
-    test_watched();
+    RUN_TEST(test_environment());
+    RUN_TEST(test_flushed());
+    RUN_TEST(test_modes());
+    RUN_TEST(test_fork());
+    RUN_TEST(test_no_context());
+    RUN_TEST(test_affinity());
+    RUN_TEST(test_watched());
     return test_finish("surroundings");
 }

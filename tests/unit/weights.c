@@ -390,29 +390,30 @@ static void test_seed(mpt_context *ctx, mpt_dtype type) {
     for (i = 0; i < 3; i++) free(out[i]);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     mpt_context *ctx = test_open_threads(2);
     int m, i;
+    test_begin(argc, argv);
     printf("share of the updates that rounding to 16 bits loses, and 1 + 512 times 2^-11 with its share\n"
            "%-18s%10s%10s%10s%10s%10s%12s\n",
            "", "SGD", "momentum", "Adam", "AdamW", "2^-11", "1.25 is");
     for (m = 0; m < MODES; m++) {
-        test_values(ctx, &modes[m]);
+        RUN_TEST(test_values(ctx, &modes[m]));
         printf("%-18s", modes[m].name);
         for (i = 0; i < OPTIMIZERS; i++) {
             const mpt_optimizer_desc d = optimizer(i);
             printf("%8.1f %%", 100 * test_rule(ctx, &modes[m], &d));
-            test_same_bits(&modes[m], &d);
+            RUN_TEST(test_same_bits(&modes[m], &d));
         }
-        test_climb(ctx, &modes[m]);
+        RUN_TEST(test_climb(ctx, &modes[m]));
     }
     for (i = 0; i < VARIANTS; i++) {
         const mpt_optimizer_desc d = optimizer(i);
-        test_split(ctx, &d);
-        if (i >= OPTIMIZERS) test_same_bits(&modes[BF16_MASTERS], &d);
+        RUN_TEST(test_split(ctx, &d));
+        if (i >= OPTIMIZERS) RUN_TEST(test_same_bits(&modes[BF16_MASTERS], &d));
     }
-    test_seed(ctx, MPT_BF16);
-    test_seed(ctx, MPT_F16);
+    RUN_TEST(test_seed(ctx, MPT_BF16));
+    RUN_TEST(test_seed(ctx, MPT_F16));
     mpt_close(ctx);
     return test_finish("weights");
 }
