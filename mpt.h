@@ -1030,8 +1030,8 @@ typedef struct mpt_norm_op { /* see mpt_norm_stats and those after it */
     mpt_norm_shape shape; /* eps filled in */
     mpt_array x, gamma, beta;
     mpt_array y; /* backward: dy */
-    /* backward: dy is multiplied by the slope of the activation behind the norm, IDENTITY or RELU, in passing or before,
-       in place. Then beta is set, and `saved` is what that activation gave. */
+    /* backward: dy is multiplied by the slope of the activation behind the norm, IDENTITY or RELU, in passing or
+       before, in place. Then beta is set, and `saved` is what that activation gave. */
     mpt_activation act;
     mpt_array saved;
     float *stats, *running;
@@ -3621,9 +3621,10 @@ MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, si
 /* ==== REFERENCE ====
 
    Every operation as the plain loop that it means: shapes in a comment, then the loop. A context opened with
-   desc.reference = 1 computes with these, on one thread, whole models too; the name behind "fast:" is the same operation
-   in ENGINE. Tests hold ENGINE and CUDA against it, and who writes another backend begins here. Sums are in double and
-   are rounded once, so no order of them matters. Losses, the check and the update are not here: ENGINE's own are plain.
+   desc.reference = 1 computes with these, on one thread, whole models too; the name behind "fast:" is the same
+   operation in ENGINE. Tests hold ENGINE and CUDA against it, and who writes another backend begins here. Sums are in
+   double and are rounded once, so no order of them matters. Losses, the check and the update are not here: ENGINE's own
+   are plain.
 
    Letters as everywhere: N batch, H W input, C channels, K filters, R S kernel, P Q output. */
 
@@ -3823,7 +3824,8 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
     return MPT_OK;
 }
 
-/* y(n,p,q,c) of a window of x: the largest, whose place r S + s goes to index, or the sum / (R S). NaN is the largest. */
+/* y(n,p,q,c) of a window of x: the largest, whose place r S + s goes to index, or the sum / (R S). NaN is the
+   largest. */
 static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c) {
     const mpt_pool2d_shape *z = &op->shape;
     const size_t at = ((n * op->P + p) * op->Q + q) * z->C + c;
@@ -3846,7 +3848,8 @@ static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_
     mpt__ref_set(op->y, at, op->kind == MPT_POOL_MAX ? (double)largest : sum / (double)(z->R * z->S), NULL);
 }
 
-/* dx(n,h,w,c) = sum over the windows that it is in: of a maximum all of dy if it was the largest, of a mean its share */
+/* dx(n,h,w,c) = sum over the windows that it is in: of a maximum all of dy if it was the largest, of a mean its
+   share */
 static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c) {
     const mpt_pool2d_shape *z = &op->shape;
     double sum = 0;
@@ -3947,8 +3950,8 @@ static void mpt__ref_norm_parameters(const mpt_norm_op *op, size_t sets, size_t 
     }
 }
 
-/* With v = dy gamma: dx = (v - mean of v - normal mean of (v normal)) / sqrt(variance + eps), means over the set. frozen:
-   statistics are constants, so both means are 0. */
+/* With v = dy gamma: dx = (v - mean of v - normal mean of (v normal)) / sqrt(variance + eps), means over the set.
+   frozen: statistics are constants, so both means are 0. */
 static void mpt__ref_norm_dx(const mpt_norm_op *op, size_t sets, size_t count) {
     size_t set, e, c;
     for (set = 0; set < sets; set++) {
@@ -4405,8 +4408,8 @@ static void mpt__pack_row(const mpt__product *p, size_t low, size_t high, size_t
     if (n < p->ctx->simd.tile_n) memset(panel + n, 0, (p->ctx->simd.tile_n - n) * sizeof *panel);
 }
 
-/* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones. Where they are rows of the array, a
-   few at a time: so neither these rows nor the panels, which lie far apart, are in too many pages. */
+/* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones. Where they are rows of the
+   array, a few at a time: so neither these rows nor the panels, which lie far apart, are in too many pages. */
 static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
                             const mpt__desk *desk) {
     const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each), few = 16;
