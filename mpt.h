@@ -3752,17 +3752,16 @@ static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const int forward = op->pass == MPT_FORWARD, data = op->pass == MPT_BACKWARD_DATA;
     const mpt_array none = MPT_ZERO;
     const mpt_array out = forward ? op->y : data ? op->x : op->w;
-    const size_t I = forward || data ? z->N : z->K; /* the four sizes of what is written */
-    const size_t J = forward ? op->P : data ? z->H : z->R;
-    const size_t L = forward ? op->Q : data ? z->W : z->S;
-    const size_t M = forward ? z->K : data ? z->C : z->C / z->groups;
+    const size_t size_y[4] = {z->N, op->P, op->Q, z->K}, size_x[4] = {z->N, z->H, z->W, z->C};
+    const size_t size_w[4] = {z->K, z->R, z->S, z->C / z->groups};
+    const size_t *size = forward ? size_y : data ? size_x : size_w; /* of what is written */
     size_t i, j, l, m;
     (void)ctx;
-    for (i = 0; i < I; i++)
-        for (j = 0; j < J; j++)
-            for (l = 0; l < L; l++)
-                for (m = 0; m < M; m++) {
-                    const size_t at = ((i * J + j) * L + l) * M + m;
+    for (i = 0; i < size[0]; i++)
+        for (j = 0; j < size[1]; j++)
+            for (l = 0; l < size[2]; l++)
+                for (m = 0; m < size[3]; m++) {
+                    const size_t at = ((i * size[1] + j) * size[2] + l) * size[3] + m;
                     if (forward)
                         mpt__ref_put(out, at, mpt__ref_conv2d_y(op, i, j, l, m), op->beta, op->bias, m, op->act);
                     else if (data)
