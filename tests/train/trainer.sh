@@ -108,7 +108,7 @@ cut -d, -f1-13 "$t/here.csv" >"$t/here" && cut -d, -f1-13 "$t/there.csv" | cmp -
 check $? "--option=value differs from --option value"
 
 # On a terminal of 40 columns the progress line is never wider, and stays on one line.
-if command -v script >/dev/null; then
+if script -qec true /dev/null >/dev/null 2>&1 </dev/null; then
     script -qec "stty cols 40; $train --model mlp --policy O0 --epochs 3" /dev/null >"$t/screen" 2>&1 </dev/null
     tr '\r' '\n' <"$t/screen" | grep '^\[1/1\]' | sed 's/\x1b\[K.*//' >"$t/lines"
     [ -s "$t/lines" ] && awk 'length >= 40 { bad = 1 } END { exit bad }' "$t/lines" && grep -q 'ETA' "$t/lines"
