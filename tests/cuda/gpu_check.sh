@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first hour on a card in under ten minutes: tests/cuda/gpu_check.sh OUT
+# The first hour on a card in under ten minutes: bash tests/cuda/gpu_check.sh OUT
 # Builds for this machine's GPU and runs every check that needs one, each stage with a limit and a log of its own in the
 # folder OUT; OUT/summary, printed at the end, has a line a stage. Without a GPU the same stages run on the runner whose
 # sources are in CUDACPU, with tiny sizes; those that need a tool that is not there are skipped by name.
