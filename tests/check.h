@@ -43,7 +43,7 @@ static inline int test_count(int ok, const char *file, int line, const char *tex
     if (ok) test_counts.passed++;
     else {
         test_counts.failed++;
-        printf("%s:%d: %s: failed: %s", file, line, test_now, text);
+        printf("%s:%d: %s%sfailed: %s", file, line, test_now, *test_now ? ": " : "", text);
 #ifdef TEST_FIRST /* for who only asks whether one fails: mutants.py */
         exit(1);
 #endif

@@ -898,6 +898,7 @@ static mpt_model *described(mpt_context *ctx, int change, const char **word) {
     mpt_cross_entropy_desc loss = MPT_ZERO;
     mpt_train_desc train = MPT_ZERO;
     int h = mpt_input(net, 9, 9, 4), g, groups = 2, average = 0, kind = 0, share = 0;
+    int (*elementwise)(mpt_model * net, int in) = NULL;
     float p = 0.25f;
     train.batch = 4;
     loss.class_weights = weights, norm.name = "norm";
@@ -923,15 +924,21 @@ static mpt_model *described(mpt_context *ctx, int change, const char **word) {
     case 17: loss.ignore_index = 7, *word = "ignore_index"; break;
     case 18: kind = 1, *word = "norm.norm"; break;
     case 19: share = 1, *word = "in[1]"; break;
+    case 20: conv.no_padding = 1, *word = "padding"; break;
+    case 21: conv.no_bias = 1, *word = "mpt.optimizer"; break;
+    case 22: linear.no_bias = 1, *word = "mpt.optimizer"; break;
+    case 23: elementwise = mpt_mse, *word = "loss"; break;
+    case 24: elementwise = mpt_huber, *word = "loss"; break;
     default: mpt_model_free(net); return NULL;
     }
     g = mpt_conv2d(net, h, 4, 3, &conv);
-    if (change == 1) g = h = mpt_conv2d(net, h, 4, 3, &conv);
     h = kind ? mpt_layer_norm(net, g, &norm) : mpt_group_norm(net, g, groups, &norm);
     h = mpt_add(net, h, share ? h : g);
     h = mpt_global_avg_pool2d(net, average ? mpt_avg_pool2d(net, h, 2, &pool) : mpt_max_pool2d(net, h, 2, &pool));
     h = mpt_dropout(net, mpt_batch_norm(net, h, &batch), p);
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, 3, &linear), &loss);
+    h = mpt_linear(net, h, 3, &linear);
+    if (elementwise) elementwise(net, h);
+    else mpt_softmax_cross_entropy(net, h, &loss);
     CHECK_OK(ctx, mpt_model_build(net, &train));
     return net;
 }
@@ -942,14 +949,15 @@ static void test_descriptors(mpt_context *ctx) {
     int change;
     CHECK_OK(ctx, save(net, "kept"));
     CHECK_OK(ctx, load(net, "kept"));
-    for (change = 2; (other = described(ctx, change, &word)) != NULL; change++) {
+    for (change = 1; (other = described(ctx, change, &word)) != NULL; change++) {
+        const int fewer = change == 21 || change == 22; /* tensors: that is told first */
         const mpt_result r = load(other, "kept");
-        if (!CHECK(r == MPT_ERROR_VALUE) || !strstr(mpt_why(ctx), word))
+        if (!CHECK(r == (fewer ? MPT_ERROR_SHAPE : MPT_ERROR_VALUE)) || !strstr(mpt_why(ctx), word))
             printf("    change %d: '%s' without '%s'\n", change, mpt_why(ctx), word);
         CHECK(strstr(mpt_why(ctx), word) != NULL);
         mpt_model_free(other);
     }
-    CHECK(change == 20);
+    CHECK(change == 25);
     mpt_model_free(net);
     ram_clear();
 }
@@ -1200,27 +1208,28 @@ static void test_shared_files(mpt_context *ctx, const char *program) {
 
 int main(int argc, char **argv) {
     mpt_context *ctx = test_open(NULL);
-    test_resumes(mlp);
-    test_resumes(cnn);
-    test_forgotten_pass(ctx);
-    test_all_weights(ctx);
-    test_weights_of_checkpoint(ctx);
-    test_layout(ctx);
-    test_names(ctx);
-    test_orders(ctx);
-    test_too_large(ctx);
-    test_descriptors(ctx);
-    test_known_members();
-    test_all_faults();
-    test_damage(ctx);
-    test_hostile(ctx);
-    test_kinds(ctx);
-    test_settings(ctx);
-    test_states(ctx);
-    test_statistics(ctx);
-    test_claims();
-    test_files(ctx, argc ? argv[0] : "checkpoint");
-    test_shared_files(ctx, argc ? argv[0] : "checkpoint");
+    test_begin(argc, argv);
+    RUN_TEST(test_resumes(mlp));
+    RUN_TEST(test_resumes(cnn));
+    RUN_TEST(test_forgotten_pass(ctx));
+    RUN_TEST(test_all_weights(ctx));
+    RUN_TEST(test_weights_of_checkpoint(ctx));
+    RUN_TEST(test_layout(ctx));
+    RUN_TEST(test_names(ctx));
+    RUN_TEST(test_orders(ctx));
+    RUN_TEST(test_too_large(ctx));
+    RUN_TEST(test_descriptors(ctx));
+    RUN_TEST(test_known_members());
+    RUN_TEST(test_all_faults());
+    RUN_TEST(test_damage(ctx));
+    RUN_TEST(test_hostile(ctx));
+    RUN_TEST(test_kinds(ctx));
+    RUN_TEST(test_settings(ctx));
+    RUN_TEST(test_states(ctx));
+    RUN_TEST(test_statistics(ctx));
+    RUN_TEST(test_claims());
+    RUN_TEST(test_files(ctx, argc ? argv[0] : "checkpoint"));
+    RUN_TEST(test_shared_files(ctx, argc ? argv[0] : "checkpoint"));
     mpt_close(ctx);
     return test_finish("unit/checkpoint");
 }
