@@ -2782,7 +2782,8 @@ MPT__AVX512_BF16 static void mpt__store_bf16_native(uint16_t *dst, size_t n, con
         const __m512i low = _mm512_loadu_si512((const void *)src), high = _mm512_loadu_si512((const void *)(src + 16));
         const __m512i a = _mm512_sub_epi32(_mm512_add_epi32(low, low), one);
         const __m512i b = _mm512_sub_epi32(_mm512_add_epi32(high, high), one);
-        if (_mm512_cmple_epu32_mask(_mm512_min_epu32(a, b), least)) mpt__store_bf16_avx2(dst, 32, src);
+        const __mmask16 rare = _mm512_cmple_epu32_mask(a, least) | _mm512_cmple_epu32_mask(b, least);
+        if (rare) mpt__store_bf16_avx2(dst, 32, src);
         else _mm512_storeu_si512((void *)dst, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     }
     mpt__store_bf16_avx2(dst, n, src);
