@@ -55,7 +55,7 @@ static double train(const course *c, mpt_context *ctx, const course_digits *d, c
         course_batch(d, seed, step, batch, x, y);
         course_need(c, mpt_train_step(net, x, y) == MPT_OK, mpt_why(ctx));
     }
-    r->rate += STEPS * c->number * (double)CLOCKS_PER_SEC / (double)(clock() - start + 1) / (double)SEEDS;
+    r->rate += (double)STEPS * c->number * (double)CLOCKS_PER_SEC / (double)(clock() - start + 1) / (double)SEEDS;
     course_need(c, mpt_evaluate(net, d->x[TRAINING], d->y + TRAINING, TEST, &test) == MPT_OK, mpt_why(ctx));
     r->scale = mpt_loss_scale(net);
     r->memory = mpt_model_memory(net);
@@ -82,7 +82,7 @@ int main(int argc, char **argv) {
     one.threads = 1; /* so that clock() tells the time */
     mpt_context *ctx = mpt_open(&one);
     course_need(&c, ctx != NULL, "no memory");
-    course_need(&c, c.number >= 1 && c.number <= LARGEST_BATCH, "--batch is from 1 to 1024");
+    course_need(&c, c.number >= 1 && c.number <= (double)LARGEST_BATCH, "--batch is from 1 to 1024");
     course_digits *d = course_digits_read(&c);
     printf("%-8s%23s%8s%47s\n%-8s%23s%8s%10s%9s%11s%9s%13s%9s\n", "", "test digits right,", "loss", "bytes of", "",
            "5 seeds", "scale", "weights", "masters", "gradients", "moments", "activations", "all");

@@ -145,7 +145,7 @@ static void test_losses(void) {
             test_floats(x, MANY, -2, 2, 1);
             test_floats(t, MANY, 0, 1, 2);
             for (i = 0; i < MANY && equal; i++) x[i] = 0.1f, t[i] = 0;
-            for (i = 0; i < MANY; i++) exact += element((mpt_loss_kind)kind, (double)x[i], (double)t[i]) / MANY;
+            for (i = 0; i < MANY; i++) exact += element((mpt_loss_kind)kind, (double)x[i], (double)t[i]) / (double)MANY;
             x_device = upload(x, MANY), t_device = upload(t, MANY);
             CHECK_OK(context, mpt_upload(context, device, &sum, sizeof sum));
             CHECK_OK(context, mpt_elementwise_loss(context, (mpt_loss_kind)kind, 1, MANY, mpt_f32_array(x_device),

@@ -372,8 +372,8 @@ static void test_watched(void) {
 }
 
 int main(int argc, char **argv) {
-#if defined(MPT_TEST_RUNNER) /* which, unlike CUDA, lets no thread allocate while another captures a step */
     test_begin(argc, argv);
+#if defined(MPT_TEST_RUNNER) /* which, unlike CUDA, lets no thread allocate while another captures a step */
     test_counts.skipped++;
 #elif !defined(MPT_NO_THREADS)
     RUN_TEST(test_at_once());
