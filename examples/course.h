@@ -95,17 +95,16 @@ typedef struct course_digits { /* first those to train on, then those to test wi
     int32_t y[DIGITS];
 } course_digits;
 
-/* The bytes behind the header of an IDX file of the digits: found from the root of the repository, or from where the
-   program lies, build/examples. */
+/* The bytes behind the header of an IDX file of the digits: found from where we are, or from a folder above the program,
+   which lies in one of the repository. */
 static inline void course_idx(const course *c, const char *file_name, long header, unsigned char *out, size_t count) {
     const char *slash = strrchr(c->program, '/');
     const int folder = slash ? (int)(slash - c->program) + 1 : 0;
     char path[1024];
-    FILE *file;
-    snprintf(path, sizeof path, "examples/data/digits/%s", file_name);
-    file = fopen(path, "rb");
-    if (!file) {
-        snprintf(path, sizeof path, "%.*s../../examples/data/digits/%s", folder, c->program, file_name);
+    FILE *file = NULL;
+    for (int up = 0; up < 5 && !file; up++) {
+        const char *above = "../../../../" + 3 * (4 - up);
+        snprintf(path, sizeof path, "%.*s%sexamples/data/digits/%s", up ? folder : 0, c->program, above, file_name);
         file = fopen(path, "rb");
     }
     course_need(c, file && fseek(file, header, SEEK_SET) == 0 && fread(out, 1, count, file) == count, path);

@@ -233,19 +233,25 @@ static options parse_options(int argc, char **argv) {
     return o;
 }
 
-/* The folder of the digits, to be freed: from the repository's root, or from where this program lies, build/examples. */
+/* The folder of the digits, to be freed: from where we are, or from a folder above this program, which lies in one of
+   the repository. */
 static char *find_digits(const char *program) {
     const char *slash = strrchr(program, '/');
-    char *here = join(program, "", "");
-    char *there;
-    here[slash ? slash - program : 0] = 0;
-    there = join(slash ? here : ".", "/../../", DIGITS);
-    free(here);
-    if (file_exists(DIGITS, "images.idx3-ubyte") || !file_exists(there, "images.idx3-ubyte")) {
+    char *above = join(program, "", "");
+    above[slash ? slash - program : 0] = 0;
+    for (int up = 0; up < 4 && slash && !file_exists(DIGITS, "images.idx3-ubyte"); up++) {
+        char *next = join(above, "/..", "");
+        char *there = join(next, "/", DIGITS);
+        free(above);
+        above = next;
+        if (file_exists(there, "images.idx3-ubyte")) {
+            free(above);
+            return there;
+        }
         free(there);
-        return join(DIGITS, "", "");
     }
-    return there;
+    free(above);
+    return join(DIGITS, "", "");
 }
 
 /* ---- Runs ---- */
