@@ -10,7 +10,6 @@
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
-#include "../mpt_tools.h"
 #include "course.h"
 #include <time.h>
 

@@ -10,7 +10,6 @@
 #define _POSIX_C_SOURCE 200809L /* popen */
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
-#include "../mpt_tools.h"
 #include "course.h"
 
 enum { BATCH = 64, SEEDS = 3, LARGEST = 28 * 28, FASHION_TRAINING = 3000, FASHION_TEST = 1000 };

@@ -5,7 +5,6 @@
    The file: a line of names, then rows of numbers; the last column is the class, from 0. A fifth of the rows validates. */
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
-#include "../mpt_tools.h"
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>

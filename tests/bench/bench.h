@@ -5,7 +5,6 @@
 #ifndef MPT_BENCH_H
 #define MPT_BENCH_H
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -4,7 +4,6 @@
    Bytes: type, level, allocation that fails, layers with their numbers till a loss, training, inputs. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
 #include "fuzz.h"
 
 enum { LAYERS = 12, BATCH = 3, MOST_INPUTS = 4096, MOST_BYTES = 1 << 24 };

@@ -4,7 +4,6 @@
    the name of a folder the files that it reads are written there. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
 #include "../check.h"
 #include "golden.h"
 

@@ -4,7 +4,6 @@
    Most files live in memory here, on a disk whose every call can be made to fail. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
 #include "../check.h"
 
 /* ==== A DISK IN MEMORY ==== */

@@ -1,7 +1,6 @@
 /* model.c - floor 4: whole models against a double forward pass, training, evaluation, memory, builder errors. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
 #include "../check.h"
 #include "../reference.h"
 
