@@ -133,7 +133,8 @@
    Only where MPT_IMPLEMENTATION is defined:
      MPT_NO_THREADS      no worker threads, no pthread.h; implied by MSVC, which has none
      MPT_NO_SIMD         plain C only, no intrinsics
-     MPT_NO_STDIO        no files: saving and loading return MPT_ERROR_UNSUPPORTED; nothing else needs stdio.h
+     MPT_NO_STDIO        no stdio.h: files are saved to memory and loaded from it; what takes a path returns
+                         MPT_ERROR_UNSUPPORTED
      MPT_SMALL           for little memory: a context on the CPU takes 70 KB a thread instead of 1.4 MB. Products are
                          cut into smaller blocks: they are slower, and their sums have another order. XOR on a
                          Cortex-M4 (tests/compile/xor.c, arm-none-eabi-gcc -Os): text 106 KB, the C library and printf
@@ -1035,28 +1036,36 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
    library takes and refuses, but for a name with a 0 in it, which is refused. The model is a built one, between steps:
    MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
 
+   What ends in _memory reads or writes the same bytes in the caller's memory. Saving there: *size is how many they are;
+   buffer NULL: they are only counted; MPT_ERROR_ARGUMENT, and nothing written, if capacity is less. After another error
+   the buffer may hold a part of them.
+
    MPT_ERROR_FILE: cannot be opened, read or written; or damaged: lengths, places, grammar, names, a checkpoint's sum.
    Of a sound file: MPT_ERROR_TYPE, MPT_ERROR_SHAPE: a tensor has another type or shape than the model, is missing, or
    is not the model's; MPT_ERROR_VALUE: a setting differs, or a running statistic is inf or NaN, or a variance negative;
-   MPT_ERROR_UNSUPPORTED: a type or version that is unknown here, or a build with MPT_NO_STDIO. */
+   MPT_ERROR_UNSUPPORTED: a type or version that is unknown here, or a path in a build with MPT_NO_STDIO. */
 
 /* The weights alone, as type F32, F16 or BF16, nearest even; running statistics as F32. MPT_ERROR_VALUE, naming tensor,
    element and value, if the type does not hold one. MPT_ERROR_UNSUPPORTED, here and in mpt_weights_load, naming the
    layer, for a model that PyTorch would compute otherwise with the same weights: where a flattened image, which it has
    in C, H, W order, is added to what is in another order, or its channels fall into groups. */
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type);
+MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size, mpt_dtype type);
 /* From any of the three types, or from a checkpoint. Moments, scaler and counters stay as they are. num_batches_tracked
    is passed over. */
 MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path);
+MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size);
 
 /* The whole training state: weights as the policy keeps them (masters; or 16 bits and what goes with them), moments,
    running statistics, counters, journal and lr of the optimizer, lr_factor and weight_decay of its groups, the scaler.
    A run that goes on from here on the same kind of device, with any number of threads, has the same bits as one that
    never stopped. */
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
+MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
 /* Into a model built with the same nodes, policy, batch, accumulate, clip_norm, seed and optimizer: what is not
    restored must be the same, to every member of every layer's descriptor. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
+MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
 /* ==== BACKEND ====
 
@@ -8738,7 +8747,8 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
     return MPT_OK;
 }
 
-/* -- The disk -- a table, so that tests can make each of these fail. Files are FILE *; 0: failed. */
+/* -- Where a file lies -- a table: on the disk, where files are FILE *, in memory, or in a test that makes each of
+   these fail. 0: failed. */
 
 typedef struct mpt__disk {
     void *(*open)(const char *path, int writing);
@@ -8750,10 +8760,37 @@ typedef struct mpt__disk {
     int (*remove)(const char *path);
 } mpt__disk;
 
-#ifdef MPT_NO_STDIO
-static const mpt__disk mpt__stdio = MPT_ZERO;
-#else
+typedef struct mpt__memory_file { /* a file in memory */
+    const unsigned char *from; /* that is read... */
+    unsigned char *to;         /* ...or written; NULL: only counted */
+    size_t size, at;
+} mpt__memory_file;
 
+static int mpt__memory_size(void *file, uint64_t *bytes) {
+    *bytes = ((const mpt__memory_file *)file)->size;
+    return 1;
+}
+
+static int mpt__memory_read(void *file, void *to, size_t bytes) {
+    mpt__memory_file *buffer = (mpt__memory_file *)file;
+    if (bytes > buffer->size - buffer->at) return 0;
+    if (bytes) memcpy(to, buffer->from + buffer->at, bytes);
+    buffer->at += bytes;
+    return 1;
+}
+
+static int mpt__memory_write(void *file, const void *from, size_t bytes) {
+    mpt__memory_file *buffer = (mpt__memory_file *)file;
+    if (bytes > buffer->size - buffer->at) return 0;
+    if (bytes) memcpy(buffer->to + buffer->at, from, bytes);
+    buffer->at += bytes;
+    return 1;
+}
+
+/* Nothing opens, closes or renames it. */
+static const mpt__disk mpt__in_memory = {NULL, mpt__memory_size, mpt__memory_read, mpt__memory_write, NULL, NULL, NULL};
+
+#ifndef MPT_NO_STDIO
 #include <stdio.h>
 
 #if defined(_WIN32)
@@ -8763,31 +8800,32 @@ static const mpt__disk mpt__stdio = MPT_ZERO;
 extern "C"
 #endif
     __declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long flags);
-static int mpt__sync(FILE *file) { return _commit(_fileno(file)) == 0; }
-static int mpt__rename(const char *from, const char *to) { return MoveFileExA(from, to, 1 | 8); } /* replace, flush */
+static int mpt__file_sync(FILE *file) { return _commit(_fileno(file)) == 0; }
+/* replace, flush */
+static int mpt__file_rename(const char *from, const char *to) { return MoveFileExA(from, to, 1 | 8); }
 #else
 #ifdef MPT__POSIX
 #include <sys/stat.h>
 MPT__SYSTEM(int, fileno, (FILE * file)) /* -std=c99 hides them */
 MPT__SYSTEM(int, fsync, (int file))
 MPT__SYSTEM(char *, realpath, (const char *path, char *out))
-static int mpt__sync(FILE *file) { return mpt__sys_fsync(mpt__sys_fileno(file)) == 0; }
+static int mpt__file_sync(FILE *file) { return mpt__sys_fsync(mpt__sys_fileno(file)) == 0; }
 /* With the permissions of the file that it replaces */
-static int mpt__rename(const char *from, const char *to) {
+static int mpt__file_rename(const char *from, const char *to) {
     struct stat old;
     if (stat(to, &old) == 0 && chmod(from, old.st_mode & 07777) != 0) return 0;
     return rename(from, to) == 0;
 }
 #else
-static int mpt__sync(FILE *file) { return file != NULL; }
-static int mpt__rename(const char *from, const char *to) { return rename(from, to) == 0; }
+static int mpt__file_sync(FILE *file) { return file != NULL; }
+static int mpt__file_rename(const char *from, const char *to) { return rename(from, to) == 0; }
 #endif
 #endif
 
-#ifdef MPT__POSIX
-static void *mpt__open(const char *path, int writing) { return fopen(path, writing ? "wbx" : "rb"); } /* x: a new one */
+#ifdef MPT__POSIX /* x: a new one */
+static void *mpt__file_open(const char *path, int writing) { return fopen(path, writing ? "wbx" : "rb"); }
 #else
-static void *mpt__open(const char *path, int writing) { return fopen(path, writing ? "wb" : "rb"); }
+static void *mpt__file_open(const char *path, int writing) { return fopen(path, writing ? "wb" : "rb"); }
 #endif
 #ifdef _WIN32 /* whose long has 32 bits */
 static int mpt__seek_end(FILE *file) { return _fseeki64(file, 0, SEEK_END) == 0; }
@@ -8796,22 +8834,23 @@ static int64_t mpt__tell(FILE *file) { return _ftelli64(file); }
 static int mpt__seek_end(FILE *file) { return fseek(file, 0, SEEK_END) == 0; }
 static int64_t mpt__tell(FILE *file) { return ftell(file); }
 #endif
-static int mpt__size(void *file, uint64_t *bytes) {
+static int mpt__file_size(void *file, uint64_t *bytes) {
     const int64_t end = mpt__seek_end((FILE *)file) ? mpt__tell((FILE *)file) : -1;
     if (end < 0) return 0;
     *bytes = (uint64_t)end;
     return fseek((FILE *)file, 0, SEEK_SET) == 0;
 }
-static int mpt__read(void *file, void *to, size_t bytes) { return fread(to, 1, bytes, (FILE *)file) == bytes; }
-static int mpt__write(void *file, const void *from, size_t bytes) {
+static int mpt__file_read(void *file, void *to, size_t bytes) { return fread(to, 1, bytes, (FILE *)file) == bytes; }
+static int mpt__file_write(void *file, const void *from, size_t bytes) {
     return fwrite(from, 1, bytes, (FILE *)file) == bytes;
 }
-static int mpt__close(void *file, int flush) {
-    const int flushed = !flush || (fflush((FILE *)file) == 0 && mpt__sync((FILE *)file));
+static int mpt__file_close(void *file, int flush) {
+    const int flushed = !flush || (fflush((FILE *)file) == 0 && mpt__file_sync((FILE *)file));
     return fclose((FILE *)file) == 0 && flushed;
 }
-static int mpt__remove(const char *path) { return remove(path) == 0; }
-static const mpt__disk mpt__stdio = {mpt__open, mpt__size, mpt__read, mpt__write, mpt__close, mpt__rename, mpt__remove};
+static int mpt__file_remove(const char *path) { return remove(path) == 0; }
+static const mpt__disk mpt__stdio = {mpt__file_open,  mpt__file_size,   mpt__file_read,  mpt__file_write,
+                                     mpt__file_close, mpt__file_rename, mpt__file_remove};
 #endif
 
 /* -- Bytes -- */
@@ -8894,7 +8933,7 @@ typedef struct mpt__state { /* what is no array */
 typedef struct mpt__job {
     mpt_model *net;
     mpt_context *ctx;
-    const char *call, *path;
+    const char *call, *path; /* path NULL: in memory */
     const mpt__disk *disk;
     void *file;
     int full; /* a checkpoint, else weights of this type */
@@ -8902,7 +8941,8 @@ typedef struct mpt__job {
     mpt__part *parts;
     int count;
     mpt__state *state;
-    char *header, *at; /* reading: the header, and how far it is read */
+    char *header, *at; /* the header; reading: how far it is read */
+    size_t header_bytes;
     mpt__entry *entries;
     int entry_count, entry_capacity;
     unsigned char *data; /* of the file; writing: of one part */
@@ -8916,6 +8956,7 @@ static mpt_result mpt__job_fail(const mpt__job *job, mpt_result result, const ch
     va_start(args, format);
     mpt__format_list(text, sizeof text, format, args);
     va_end(args);
+    if (!job->path) return mpt_fail(job->ctx, result, "%s: %s", job->call, text);
     return mpt_fail(job->ctx, result, "%s: %s, '%s'", job->call, text, job->path);
 }
 
@@ -9285,24 +9326,24 @@ static size_t mpt__header_text(const mpt__job *job, char *out, size_t size) {
     return (size_t)(t.at - out);
 }
 
+static mpt_result mpt__make_header(mpt__job *job) {
+    const size_t size = 64 + (size_t)job->count * 320;
+    job->header = (char *)mpt__host_alloc(job->ctx, size);
+    if (!job->header) return MPT_ERROR_NO_MEMORY;
+    job->header_bytes = mpt__header_text(job, job->header, size);
+    return MPT_OK;
+}
+
 static mpt_result mpt__need_written(const mpt__job *job, const void *bytes, size_t count) {
     if (job->disk->write(job->file, bytes, count)) return MPT_OK;
     return mpt__job_fail(job, MPT_ERROR_FILE, "%z bytes could not be written to the temporary file", count);
 }
 
 static mpt_result mpt__write_header(const mpt__job *job) {
-    const size_t size = 64 + (size_t)job->count * 320;
-    char *text = (char *)mpt__host_alloc(job->ctx, size);
     unsigned char length[8];
-    mpt_result r = text ? MPT_OK : MPT_ERROR_NO_MEMORY;
-    if (text) {
-        const size_t bytes = mpt__header_text(job, text, size);
-        mpt__put_bytes(length, bytes, sizeof length);
-        r = mpt__need_written(job, length, sizeof length);
-        if (r == MPT_OK) r = mpt__need_written(job, text, bytes);
-    }
-    mpt__host_free(job->ctx, text);
-    return r;
+    mpt__put_bytes(length, job->header_bytes, sizeof length);
+    MPT__TRY(mpt__need_written(job, length, sizeof length));
+    return mpt__need_written(job, job->header, job->header_bytes);
 }
 
 /* Elements of the model in `raw` to bytes of the file in job->data. */
@@ -9341,7 +9382,7 @@ static mpt_result mpt__write_all(mpt__job *job) {
     int i;
     for (i = 0; i < job->count; i++)
         if (job->parts[i].count > most) most = job->parts[i].count;
-    job->data = (unsigned char *)mpt__host_alloc(job->ctx, most * 8);
+    job->data = (unsigned char *)mpt__host_alloc(job->ctx, most * 8); /* no element has more */
     job->staging = (char *)mpt__host_alloc(job->ctx, most * sizeof(float));
     if (!job->data || !job->staging) return MPT_ERROR_NO_MEMORY;
     MPT__TRY(mpt__write_header(job));
@@ -9349,6 +9390,27 @@ static mpt_result mpt__write_all(mpt__job *job) {
     return MPT_OK;
 }
 
+/* What is to be saved. */
+static mpt_result mpt__gather(mpt__job *job) {
+    MPT__TRY(mpt__state_new(job));
+    MPT__TRY(mpt__list(job));
+    return mpt__make_header(job);
+}
+
+static mpt_result mpt__save_to_buffer(mpt__job *job) {
+    mpt__memory_file *buffer = (mpt__memory_file *)job->file;
+    const size_t capacity = buffer->size;
+    int i;
+    MPT__TRY(mpt__gather(job));
+    buffer->size = 8 + job->header_bytes;
+    for (i = 0; i < job->count; i++) buffer->size += mpt__part_bytes(&job->parts[i]);
+    if (!buffer->to) return MPT_OK;
+    if (buffer->size > capacity)
+        return mpt__job_fail(job, MPT_ERROR_ARGUMENT, "the file has %z bytes, capacity is %z", buffer->size, capacity);
+    return mpt__write_all(job);
+}
+
+#ifndef MPT_NO_STDIO
 /* The temporary file becomes the file, or goes. */
 static mpt_result mpt__save_to(mpt__job *job, const char *temporary) {
     const mpt__disk *disk = job->disk;
@@ -9367,7 +9429,7 @@ static mpt_result mpt__save_to(mpt__job *job, const char *temporary) {
 
 /* A number that no other writer of the same file has at the same time: of the process, and of this job on its stack. */
 static uint32_t mpt__writer(const mpt__job *job) {
-#if defined(_WIN32) && !defined(MPT_NO_STDIO)
+#if defined(_WIN32)
     const uint64_t process = (uint64_t)_getpid();
 #elif defined(MPT__POSIX)
     const uint64_t process = (uint64_t)getpid();
@@ -9379,7 +9441,7 @@ static uint32_t mpt__writer(const mpt__job *job) {
 
 /* The file that a symbolic link leads to, for the link is to stay one; NULL: it is none, or leads nowhere. */
 static char *mpt__linked(const mpt__job *job, mpt_result *r) {
-#if defined(MPT__POSIX) && !defined(MPT_NO_STDIO)
+#ifdef MPT__POSIX
     enum { LONGEST = 4096 };
     char *target = job->disk == &mpt__stdio ? (char *)mpt__host_alloc(job->ctx, LONGEST + 1) : NULL;
     *r = target || job->disk != &mpt__stdio ? MPT_OK : MPT_ERROR_NO_MEMORY;
@@ -9398,8 +9460,7 @@ static mpt_result mpt__save_file(mpt__job *job) {
     size_t size;
     char *temporary, *target;
     mpt_result r;
-    MPT__TRY(mpt__state_new(job));
-    MPT__TRY(mpt__list(job));
+    MPT__TRY(mpt__gather(job));
     target = mpt__linked(job, &r);
     MPT__TRY(r);
     if (target) job->path = target;
@@ -9412,6 +9473,7 @@ static mpt_result mpt__save_file(mpt__job *job) {
     mpt__host_free(job->ctx, target);
     return r;
 }
+#endif /* MPT_NO_STDIO */
 
 /* -- Reading a header -- JSON of this one form; a 0 takes the place of the quote that ends a string, and stands behind
    the header */
@@ -10049,17 +10111,15 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     return mpt_scaler_set_state(job->net->scaler, &state->scaler);
 }
 
-static mpt_result mpt__load_file(mpt__job *job) {
-    mpt_result r;
-    job->file = job->disk->open(job->path, 0);
-    if (!job->file) return mpt__job_fail(job, MPT_ERROR_FILE, "cannot be opened");
-    r = mpt__read_header(job);
-    if (r == MPT_OK) r = mpt__state_new(job);
-    if (r == MPT_OK) r = mpt__list(job);
-    if (r == MPT_OK) r = mpt__match_all(job);
-    if (r == MPT_OK) r = mpt__read_data(job);
-    job->disk->close(job->file, 0);
-    MPT__TRY(r);
+static mpt_result mpt__read_all(mpt__job *job) {
+    MPT__TRY(mpt__read_header(job));
+    MPT__TRY(mpt__state_new(job));
+    MPT__TRY(mpt__list(job));
+    MPT__TRY(mpt__match_all(job));
+    return mpt__read_data(job);
+}
+
+static mpt_result mpt__take(mpt__job *job) {
     if (job->full) {
         MPT__TRY(mpt__match_states(job));
         MPT__TRY(mpt__check_sum(job));
@@ -10069,49 +10129,138 @@ static mpt_result mpt__load_file(mpt__job *job) {
     return mpt__upload_all(job);
 }
 
-/* -- The four calls -- */
+static mpt_result mpt__load_buffer(mpt__job *job) {
+    MPT__TRY(mpt__read_all(job));
+    return mpt__take(job);
+}
 
-/* full: a checkpoint, else weights of this type */
-static mpt_result mpt__job_run(const char *call, mpt_result (*run)(mpt__job *), mpt_model *net, const char *path,
-                               int full, mpt_dtype type, const mpt__disk *disk) {
-    mpt__job job = MPT_ZERO;
+#ifndef MPT_NO_STDIO
+static mpt_result mpt__load_file(mpt__job *job) {
     mpt_result r;
-    MPT__TRY(mpt__need_built(net, call));
-    job.net = net;
-    job.ctx = net->ctx;
-    job.call = call;
-    job.path = path;
-    job.disk = disk;
-    job.full = full;
-    job.type = (int)type;
-    if (!path || !*path) return mpt_fail(job.ctx, MPT_ERROR_ARGUMENT, "%s: path is NULL or empty", call);
+    job->file = job->disk->open(job->path, 0);
+    if (!job->file) return mpt__job_fail(job, MPT_ERROR_FILE, "cannot be opened");
+    r = mpt__read_all(job);
+    job->disk->close(job->file, 0);
+    return r == MPT_OK ? mpt__take(job) : r;
+}
+#endif
+
+/* -- The calls -- */
+
+/* full: a checkpoint, else weights of this type. *job has the path, or the buffer as its file, and the disk. */
+static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt_model *net, int full, mpt_dtype type) {
+    mpt_result r;
+    job->net = net;
+    job->ctx = net->ctx;
+    job->full = full;
+    job->type = (int)type;
     if ((unsigned)type > MPT_BF16)
-        return mpt__job_fail(&job, MPT_ERROR_TYPE, "weights as type %s", mpt_dtype_name(type));
+        return mpt__job_fail(job, MPT_ERROR_TYPE, "weights as type %s", mpt_dtype_name(type));
     if (net->opt->phase != MPT__READY || (net->micro && net->steps_at_backward == net->opt->steps))
-        return mpt__job_fail(&job, MPT_ERROR_ORDER, "in the middle of a step; mpt_step and mpt_scaler_update end it");
-    if (!disk->open) return mpt__job_fail(&job, MPT_ERROR_UNSUPPORTED, "this build has no files (MPT_NO_STDIO)");
-    r = run(&job);
-    mpt__host_free(job.ctx, job.parts);
-    mpt__host_free(job.ctx, job.state);
-    mpt__host_free(job.ctx, job.header);
-    mpt__host_free(job.ctx, job.entries);
-    mpt__host_free(job.ctx, job.data);
-    mpt__host_free(job.ctx, job.staging);
+        return mpt__job_fail(job, MPT_ERROR_ORDER, "in the middle of a step; mpt_step and mpt_scaler_update end it");
+    r = run(job);
+    mpt__host_free(job->ctx, job->parts);
+    mpt__host_free(job->ctx, job->state);
+    mpt__host_free(job->ctx, job->header);
+    mpt__host_free(job->ctx, job->entries);
+    mpt__host_free(job->ctx, job->data);
+    mpt__host_free(job->ctx, job->staging);
     return r;
 }
 
+static mpt_result mpt__save_memory(const char *call, mpt_model *net, void *to, size_t capacity, size_t *size, int full,
+                                   mpt_dtype type) {
+    mpt__memory_file buffer = MPT_ZERO;
+    mpt__job job = MPT_ZERO;
+    mpt_result r;
+    MPT__TRY(mpt__need_built(net, call));
+    if (!size) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: size is NULL", call);
+    buffer.to = (unsigned char *)to;
+    buffer.size = capacity;
+    job.call = call;
+    job.disk = &mpt__in_memory;
+    job.file = &buffer;
+    *size = 0;
+    r = mpt__job_run(&job, mpt__save_to_buffer, net, full, type);
+    if (job.header_bytes) *size = buffer.size; /* it was counted */
+    return r;
+}
+
+static mpt_result mpt__load_memory(const char *call, mpt_model *net, const void *bytes, size_t size, int full) {
+    mpt__memory_file buffer = MPT_ZERO;
+    mpt__job job = MPT_ZERO;
+    MPT__TRY(mpt__need_built(net, call));
+    if (!bytes) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: bytes is NULL", call);
+    buffer.from = (const unsigned char *)bytes;
+    buffer.size = size;
+    job.call = call;
+    job.disk = &mpt__in_memory;
+    job.file = &buffer;
+    return mpt__job_run(&job, mpt__load_buffer, net, full, MPT_F32);
+}
+
+MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size,
+                                           mpt_dtype type) {
+    return mpt__save_memory("weights_save_memory", net, buffer, capacity, size, 0, type);
+}
+MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size) {
+    return mpt__load_memory("weights_load_memory", net, bytes, size, 0);
+}
+MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size) {
+    return mpt__save_memory("checkpoint_save_memory", net, buffer, capacity, size, 1, MPT_F32);
+}
+MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size) {
+    return mpt__load_memory("checkpoint_load_memory", net, bytes, size, 1);
+}
+
+#ifdef MPT_NO_STDIO
+static mpt_result mpt__no_files(mpt_model *net, const char *call) {
+    MPT__TRY(mpt__need_built(net, call));
+    return mpt_fail(net->ctx, MPT_ERROR_UNSUPPORTED, "%s: this build has no files (MPT_NO_STDIO)", call);
+}
+
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type) {
-    return mpt__job_run("weights_save", mpt__save_file, net, path, 0, type, &mpt__stdio);
+    (void)path;
+    (void)type;
+    return mpt__no_files(net, "weights_save");
 }
 MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path) {
-    return mpt__job_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, &mpt__stdio);
+    (void)path;
+    return mpt__no_files(net, "weights_load");
 }
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path) {
-    return mpt__job_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, &mpt__stdio);
+    (void)path;
+    return mpt__no_files(net, "checkpoint_save");
 }
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
-    return mpt__job_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, &mpt__stdio);
+    (void)path;
+    return mpt__no_files(net, "checkpoint_load");
 }
+#else
+static mpt_result mpt__path_run(const char *call, mpt_result (*run)(mpt__job *), mpt_model *net, const char *path,
+                                int full, mpt_dtype type, const mpt__disk *disk) {
+    mpt__job job = MPT_ZERO;
+    MPT__TRY(mpt__need_built(net, call));
+    if (!path || !*path) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: path is NULL or empty", call);
+    job.call = call;
+    job.path = path;
+    job.disk = disk;
+    return mpt__job_run(&job, run, net, full, type);
+}
+
+MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type) {
+    return mpt__path_run("weights_save", mpt__save_file, net, path, 0, type, &mpt__stdio);
+}
+MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path) {
+    return mpt__path_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, &mpt__stdio);
+}
+MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path) {
+    return mpt__path_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, &mpt__stdio);
+}
+MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
+    return mpt__path_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, &mpt__stdio);
+}
+#endif
 
 #endif /* MPT_IMPLEMENTATION */
 

@@ -178,6 +178,49 @@ program "MPT_STATIC in two files" "$CC" -std=c99 "$dir/static_one.c" "$dir/stati
 program "-DMPT_IMPLEMENTATION" "$CC" -std=c99 -DMPT_IMPLEMENTATION -include ./mpt.h "$dir/user.c"
 program "MPT_NO_THREADS" "$CC" -std=c99 -DMPT_NO_THREADS "$dir/twice.c"
 
+# ---- without stdio.h: files in memory alone ----
+
+cat >"$dir/no_stdio.c" <<'END'
+#define MPT_IMPLEMENTATION
+#include "mpt.h"
+static const float x[] = {0, 0, 0, 1, 1, 0, 1, 1};
+static const int32_t y[] = {0, 1, 1, 0};
+static mpt_model *net_new(mpt_context *ctx, uint64_t seed) {
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
+    mpt_train_desc train = MPT_ZERO;
+    mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 2, NULL), NULL);
+    train.batch = 4;
+    train.seed = seed;
+    return mpt_model_build(net, &train) == MPT_OK ? net : NULL;
+}
+int main(void) {
+    mpt_context *ctx = mpt_open(NULL);
+    mpt_model *net = net_new(ctx, 1), *other = net_new(ctx, 2);
+    float a[8], b[8];
+    size_t size = 0;
+    void *bytes;
+    if (!net || !other || mpt_train_step(net, x, y) != MPT_OK) return 1;
+    if (mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32) != MPT_OK) return 2;
+    bytes = malloc(size);
+    if (!bytes || mpt_weights_save_memory(net, bytes, size, &size, MPT_F32) != MPT_OK) return 3;
+    if (mpt_weights_load_memory(other, bytes, size) != MPT_OK) return 4;
+    if (mpt_predict(net, x, 4, a) != MPT_OK || mpt_predict(other, x, 4, b) != MPT_OK) return 5;
+    if (memcmp(a, b, sizeof a) != 0) return 6;
+    if (mpt_weights_save(net, "weights", MPT_F32) != MPT_ERROR_UNSUPPORTED || !*mpt_why(ctx)) return 7;
+    if (mpt_checkpoint_load(net, "weights") != MPT_ERROR_UNSUPPORTED) return 8;
+    free(bytes);
+    mpt_model_free(net);
+    mpt_model_free(other);
+    mpt_close(ctx);
+    return 0;
+}
+END
+program "MPT_NO_STDIO: files in memory" "$CC" -std=c99 -DMPT_NO_STDIO "$dir/no_stdio.c"
+"$CC" -std=c99 -DMPT_NO_STDIO -I. -E "$dir/no_stdio.c" >"$dir/no_stdio.i"
+check "MPT_NO_STDIO: it is preprocessed" grep -q mpt_weights_save_memory "$dir/no_stdio.i"
+grep -nwE 'FILE|stdio[.]h|fopen|fwrite' "$dir/no_stdio.i" >"$dir/stdio"
+check "MPT_NO_STDIO: no FILE and no stdio.h" nothing "$dir/stdio"
+
 # ---- memory: none from malloc in a step, on any thread ----
 
 cat >"$dir/step.c" <<'END'

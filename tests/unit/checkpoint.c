@@ -117,16 +117,16 @@ static void ram_clear(void) {
 }
 
 static mpt_result save(mpt_model *net, const char *path) {
-    return mpt__job_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, &ram_disk);
+    return mpt__path_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, &ram_disk);
 }
 static mpt_result load(mpt_model *net, const char *path) {
-    return mpt__job_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, &ram_disk);
+    return mpt__path_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, &ram_disk);
 }
 static mpt_result save_weights(mpt_model *net, const char *path, mpt_dtype type) {
-    return mpt__job_run("weights_save", mpt__save_file, net, path, 0, type, &ram_disk);
+    return mpt__path_run("weights_save", mpt__save_file, net, path, 0, type, &ram_disk);
 }
 static mpt_result load_weights(mpt_model *net, const char *path) {
-    return mpt__job_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, &ram_disk);
+    return mpt__path_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, &ram_disk);
 }
 
 /* Is the model, to the last bit, what the file "kept" says? */
@@ -1120,6 +1120,154 @@ static void test_claims(void) {
     ram_clear();
 }
 
+/* ==== FILES IN MEMORY ==== */
+
+/* Saved there; the caller frees it. full: a checkpoint, else weights of this type. */
+static unsigned char *saved(mpt_context *ctx, mpt_model *net, int full, mpt_dtype type, size_t *size) {
+    unsigned char *bytes;
+    size_t again = 0;
+    if (full) CHECK_OK(ctx, mpt_checkpoint_save_memory(net, NULL, 0, size));
+    else CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, size, type));
+    bytes = (unsigned char *)test_memory(*size + 1);
+    bytes[*size] = 0xa5;
+    if (full) CHECK_OK(ctx, mpt_checkpoint_save_memory(net, bytes, *size, &again));
+    else CHECK_OK(ctx, mpt_weights_save_memory(net, bytes, *size, &again, type));
+    CHECK(again == *size && bytes[*size] == 0xa5);
+    return bytes;
+}
+
+static mpt_result loaded(mpt_model *net, int full, const void *bytes, size_t size) {
+    return full ? mpt_checkpoint_load_memory(net, bytes, size) : mpt_weights_load_memory(net, bytes, size);
+}
+
+/* The bytes of a path, and all of what was kept, in every type. */
+static void test_memory_as_path(mpt_context *ctx, mpt_policy policy) {
+    const mpt_train_desc train = training();
+    mpt_model *net = build(ctx, cnn, policy, &train), *other = build(ctx, cnn, policy, &train);
+    int full, type;
+    step(ctx, net, 1, 0);
+    for (full = 0; full < 2; full++)
+        for (type = MPT_F32; type <= (full ? MPT_F32 : MPT_BF16); type++) {
+            size_t size;
+            unsigned char *bytes = saved(ctx, net, full, (mpt_dtype)type, &size);
+            const slot *s;
+            CHECK_OK(ctx, full ? save(net, "path") : save_weights(net, "path", (mpt_dtype)type));
+            s = ram_find("path");
+            CHECK(s->size == size && memcmp(s->bytes, bytes, size) == 0);
+            CHECK_OK(ctx, loaded(other, full, bytes, size));
+            free(bytes);
+        }
+    CHECK(same_models(ctx, net, ctx, other));
+    mpt_model_free(net), mpt_model_free(other);
+    ram_clear();
+}
+
+/* Every beginning of a file, one byte more, and buffers that are too small. */
+static void test_memory_sizes(mpt_context *ctx, int full) {
+    const mpt_train_desc train = training();
+    mpt_model *net = build(ctx, tiny, mpt_policy_preset(MPT_O2, MPT_F16), &train);
+    size_t size, told = 1, i;
+    unsigned char *bytes = saved(ctx, net, full, MPT_F32, &size), *room = (unsigned char *)test_memory(size);
+    const char *call = full ? "checkpoint_load_memory" : "weights_load_memory";
+    CHECK_OK(ctx, save(net, "kept"));
+    for (i = 0; i <= size + 1; i++) {
+        unsigned char *part = (unsigned char *)test_memory(i ? i : 1); /* of its own: reading past it would be seen */
+        memcpy(part, bytes, i > size ? size : i);
+        if (i != size) CHECK_ERROR(ctx, loaded(net, full, part, i), MPT_ERROR_FILE, call);
+        else CHECK_OK(ctx, loaded(net, full, part, i));
+        if (i % 64 == 0 || i >= size) CHECK(as_kept(ctx, net));
+        free(part);
+    }
+    memset(room, 0xa5, size);
+    for (i = 0; i < size; i++) {
+        const mpt_result r = full ? mpt_checkpoint_save_memory(net, room, i, &told)
+                                  : mpt_weights_save_memory(net, room, i, &told, MPT_F32);
+        test_check_result(ctx, r, MPT_ERROR_ARGUMENT, __FILE__, __LINE__, "a buffer that is too small");
+        CHECK_EQUAL(told, size);
+    }
+    test_check_reason(ctx, "capacity", __FILE__, __LINE__);
+    for (i = 0; i < size && room[i] == 0xa5; i++) {}
+    CHECK_EQUAL(i, size);
+    CHECK_ERROR(ctx, loaded(net, full, NULL, size), MPT_ERROR_ARGUMENT, "bytes");
+    free(bytes), free(room);
+    mpt_model_free(net);
+    ram_clear();
+}
+
+/* Every allocation fails in turn: a load changes nothing then. */
+static void test_memory_faults(void) {
+    test_counter counter;
+    const mpt_context_desc desc = test_counting(&counter, 1);
+    mpt_context *ctx = test_open(&desc);
+    const mpt_train_desc train = training();
+    mpt_model *net = build(ctx, cnn, mpt_policy_preset(MPT_O2, MPT_F16), &train);
+    size_t size, told;
+    unsigned char *bytes = saved(ctx, net, 1, MPT_F32, &size);
+    mpt_result r;
+    long n;
+    step(ctx, net, 1, 0);
+    CHECK_OK(ctx, save(net, "kept"));
+    for (n = 1, r = MPT_ERROR_NO_MEMORY; r != MPT_OK; n++) {
+        counter.fail_at = counter.calls + n;
+        r = mpt_checkpoint_load_memory(net, bytes, size);
+        counter.fail_at = 0;
+        CHECK(r == MPT_OK || (r == MPT_ERROR_NO_MEMORY && as_kept(ctx, net)));
+    }
+    CHECK(n > 6);
+    for (n = 1, r = MPT_ERROR_NO_MEMORY; r != MPT_OK; n++) {
+        counter.fail_at = counter.calls + n;
+        r = mpt_checkpoint_save_memory(net, bytes, size, &told);
+        counter.fail_at = 0;
+        CHECK(r == MPT_OK || r == MPT_ERROR_NO_MEMORY);
+    }
+    CHECK(n > 5);
+    free(bytes);
+    mpt_model_free(net);
+    mpt_close(ctx);
+    CHECK(test_counter_clean(&counter));
+    ram_clear();
+}
+
+static void test_memory_errors(mpt_context *ctx) {
+    const mpt_train_desc train = training();
+    mpt_model *net = build(ctx, tiny, mpt_policy_preset(MPT_O0, MPT_F32), &train);
+    mpt_model *none = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
+    unsigned char bytes[8] = {0}, *room;
+    const float x[2] = {1, 2}, y = 1, large[2] = {1, 65520};
+    size_t size;
+    CHECK_ERROR(ctx, mpt_weights_save_memory(net, NULL, 0, NULL, MPT_F32), MPT_ERROR_ARGUMENT, "size");
+    CHECK_ERROR(ctx, mpt_checkpoint_save_memory(net, bytes, 8, NULL), MPT_ERROR_ARGUMENT, "size");
+    CHECK_ERROR(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_E5M2), MPT_ERROR_TYPE, "e5m2");
+    CHECK_EQUAL(size, 0);
+    CHECK_ERROR(ctx, mpt_checkpoint_save_memory(none, bytes, 8, &size), MPT_ERROR_ORDER, "built");
+    CHECK_ERROR(ctx, mpt_weights_load_memory(none, bytes, 8), MPT_ERROR_ORDER, "built");
+    CHECK(mpt_weights_load_memory(NULL, bytes, 8) == MPT_ERROR_ARGUMENT);
+    CHECK_OK(ctx, mpt_forward(net, x, &y, 1));
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_ERROR(ctx, mpt_checkpoint_save_memory(net, NULL, 0, &size), MPT_ERROR_ORDER, "mpt_step");
+    CHECK_ERROR(ctx, mpt_weights_load_memory(net, bytes, 8), MPT_ERROR_ORDER, "mpt_step");
+    mpt_model_free(net);
+    net = build(ctx, tiny, mpt_policy_preset(MPT_O0, MPT_F32), &train);
+    CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 1, large));
+    CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F16));
+    room = (unsigned char *)test_memory(size);
+    CHECK_ERROR(ctx, mpt_weights_save_memory(net, room, size, &size, MPT_F16), MPT_ERROR_VALUE, "65520");
+    free(room);
+    mpt_model_free(net), mpt_model_free(none);
+}
+
+static void test_memory_files(mpt_context *ctx) {
+    mpt_policy split = mpt_policy_preset(MPT_O2, MPT_BF16);
+    split.master = MPT_MASTER_SPLIT;
+    test_memory_as_path(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
+    test_memory_as_path(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    test_memory_as_path(ctx, split);
+    test_memory_sizes(ctx, 0);
+    test_memory_sizes(ctx, 1);
+    test_memory_faults();
+    test_memory_errors(ctx);
+}
+
 /* ==== THE REAL DISK ==== */
 
 static void test_files(mpt_context *ctx, const char *program) {
@@ -1227,6 +1375,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_states(ctx));
     RUN_TEST(test_statistics(ctx));
     RUN_TEST(test_claims());
+    RUN_TEST(test_memory_files(ctx));
     RUN_TEST(test_files(ctx, argc ? argv[0] : "checkpoint"));
     RUN_TEST(test_shared_files(ctx, argc ? argv[0] : "checkpoint"));
     mpt_close(ctx);
