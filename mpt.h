@@ -250,6 +250,8 @@ MPT_DEF int mpt_version(void);
 MPT_DEF const char *mpt_device_name(const mpt_context *ctx);
 /* "plain", "avx2", "avx512" or "neon"; "none" of NULL. */
 MPT_DEF const char *mpt_isa_name(const mpt_context *ctx);
+/* What it was opened with: its allocator and its log, for those who build on it. All zero of NULL. */
+MPT_DEF mpt_context_desc mpt_context_get_desc(const mpt_context *ctx);
 /* Threads that work for this context, the caller's included; 0 of NULL. */
 MPT_DEF int mpt_thread_count(const mpt_context *ctx);
 
@@ -959,6 +961,12 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
+/* Forward and backward of n <= batch samples at a loss scale, to look at from a table before the context's own. Nothing
+   stays of them but the gradients of the parameters, which the next step overwrites. MPT_ERROR_ORDER within a step. */
+MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target, int n, float scale);
+
+/* The context that it was made from; NULL of NULL. */
+MPT_DEF mpt_context *mpt_model_context(const mpt_model *net);
 /* Number of nodes, and the descriptor that the model was built with, its defaults filled in. */
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
 MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
@@ -977,8 +985,10 @@ typedef struct mpt_node_info {
     int in[2];                          /* nodes that it reads; 0: none */
     int weight, bias;                   /* tensors of mpt_model_params; 0: none */
     int window, groups;                 /* convolution: R = S, and its groups; else 0 */
+    int stride, padding, dilation;      /* convolution; else 0 */
     int H, W, C;                        /* of a sample */
     mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
+    int needs_gradient;                 /* 1: backward makes the gradient of its value */
     mpt_dtype weight_type;              /* its product reads weights of this type; MPT_DTYPE_COUNT: it has none */
     int fused_into;                     /* node that computes it in passing; 0: itself */
     size_t parameters;                  /* elements */
@@ -3210,6 +3220,10 @@ MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
     return ctx;
 }
 
+MPT_DEF mpt_context_desc mpt_context_get_desc(const mpt_context *ctx) {
+    const mpt_context_desc none = MPT_ZERO;
+    return ctx ? ctx->desc : none;
+}
 MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx ? ctx->device : NULL; }
 MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx) { return ctx ? &ctx->backend : NULL; }
 MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx) {
@@ -8518,6 +8532,44 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
     return mpt_upload(net->ctx, net->pending + at, host, bytes);
 }
 
+MPT_DEF mpt_context *mpt_model_context(const mpt_model *net) { return net ? net->ctx : NULL; }
+
+/* A forward pass that no step follows must not count: what it touches is put back. */
+MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target, int n, float scale) {
+    mpt_scaler_state scaler;
+    mpt_loss_sum sums[MPT__SUMS];
+    char why[sizeof net->ctx->why];
+    int micro, followed, gathered;
+    uint64_t steps;
+    mpt_result r, kept;
+    MPT__TRY(mpt__need_built(net, "replay"));
+    if (net->opt->phase != MPT__READY || (net->micro && net->steps_at_backward == net->opt->steps))
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "replay: a step is under way, whose gradients it would overwrite");
+    micro = net->micro;
+    followed = net->followed;
+    gathered = net->gathered;
+    steps = net->steps_at_backward;
+    MPT__TRY(mpt_scaler_get_state(net->scaler, &scaler));
+    MPT__TRY(mpt_download(net->ctx, sums, net->sums, sizeof sums));
+    MPT__TRY(mpt_scaler_set_scale(net->scaler, scale));
+    r = mpt_forward(net, x, target, n);
+    if (r == MPT_OK) r = mpt_backward(net);
+    memcpy(why, net->ctx->why, sizeof why);
+    kept = mpt_scaler_set_state(net->scaler, &scaler);
+    if (kept == MPT_OK) kept = mpt_upload(net->ctx, net->sums, sums, sizeof sums);
+    if (kept == MPT_OK && net->statistics)
+        kept = mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL);
+    net->micro = micro;
+    net->followed = followed;
+    net->gathered = gathered;
+    net->steps_at_backward = steps;
+    net->forward_rows = 0;
+    if (r == MPT_OK) return kept;
+    net->ctx->failed = r; /* not what came after it */
+    memcpy(net->ctx->why, why, sizeof why);
+    return r;
+}
+
 /* ==== FILE PARTS ====
 
    -- The plan and its bytes -- */
@@ -8558,11 +8610,15 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     out->bias = node->bias;
     out->window = (int)node->conv.R;
     out->groups = (int)node->conv.groups;
+    out->stride = (int)node->conv.stride;
+    out->padding = (int)node->conv.padding;
+    out->dilation = (int)node->conv.dilation;
     out->H = node->H;
     out->W = node->W;
     out->C = node->C;
     out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type;
     out->grad_type = node->grad_type;
+    out->needs_gradient = node->needs_gradient;
     out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
     out->fused_into = node->fused ? node->in[0] : 0;
     out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +

@@ -1413,36 +1413,9 @@ static mpt_result mpt__replay(mpt_model *net, const float *x, const void *target
     mpt_result r = lens ? MPT_OK : MPT_ERROR_NO_MEMORY;
     if (r != MPT_OK) return r;
     lens->explain = out;
-    r = mpt_forward(net, x, target, n);
-    if (r == MPT_OK) r = mpt_backward(net);
+    r = mpt_replay(net, x, target, n, out->scale);
     mpt_lens_close(lens);
     return r;
-}
-
-/* A forward pass that no step follows must not count: what it touches is put back. */
-static mpt_result mpt__replay_kept(mpt_model *net, const float *x, const void *target, int n, mpt_explanation *out) {
-    const int micro = net->micro, followed = net->followed, gathered = net->gathered;
-    const uint64_t steps = net->steps_at_backward;
-    mpt_scaler_state scaler;
-    mpt_loss_sum sums[MPT__SUMS];
-    char why[sizeof net->ctx->why];
-    mpt_result r, kept;
-    MPT__TRY(mpt_scaler_get_state(net->scaler, &scaler));
-    MPT__TRY(mpt_download(net->ctx, sums, net->sums, sizeof sums));
-    MPT__TRY(mpt_scaler_set_scale(net->scaler, out->scale));
-    r = mpt__replay(net, x, target, n, out);
-    memcpy(why, net->ctx->why, sizeof why);
-    kept = mpt_scaler_set_state(net->scaler, &scaler);
-    if (kept == MPT_OK) kept = mpt_upload(net->ctx, net->sums, sums, sizeof sums);
-    if (kept == MPT_OK && net->statistics)
-        kept = mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL);
-    net->micro = micro;
-    net->followed = followed;
-    net->gathered = gathered;
-    net->steps_at_backward = steps;
-    net->forward_rows = 0;
-    if (r != MPT_OK) memcpy(net->ctx->why, why, sizeof why); /* not that of what came after it */
-    return r != MPT_OK ? r : kept;
 }
 
 MPT_DEF mpt_result mpt_explain(mpt_model *net, const float *x, const void *target, int n, float scale,
@@ -1450,15 +1423,13 @@ MPT_DEF mpt_result mpt_explain(mpt_model *net, const float *x, const void *targe
     const mpt_optimizer_state *s;
     MPT__TRY(mpt__need_built(net, "explain"));
     if (!out) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "explain: out is NULL");
-    if (net->opt->phase != MPT__READY || (net->micro && net->steps_at_backward == net->opt->steps))
-        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "explain: a step is under way, whose gradients it would overwrite");
     memset(out, 0, sizeof *out);
     MPT__TRY(mpt_optimizer_get_state(net->opt, &net->opt->mirror));
     s = &net->opt->mirror;
     out->scale = mpt__bits(scale) << 1 ? scale
                  : s->skipped          ? s->journal[(s->skipped - 1) % MPT_JOURNAL].scale
                                        : mpt_scaler_scale(net->scaler);
-    MPT__TRY(mpt__replay_kept(net, x, target, n, out));
+    MPT__TRY(mpt__replay(net, x, target, n, out));
     mpt__explain_text(net, out);
     return MPT_OK;
 }
