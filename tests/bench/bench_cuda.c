@@ -10,9 +10,10 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../../mpt_cuda.cuh"
+#include "../cuda/nets.h"
 #include <stdio.h>
 
-enum { REPEATS = 7, CLASSES = 10 };
+enum { REPEATS = 7 };
 
 typedef struct bench {
     mpt_context *ctx;
@@ -245,46 +246,10 @@ static void bench_kernels(bench *b) {
 
 /* ==== STEPS ==== */
 
-static void mlp(mpt_model *net, int side, int channels) {
-    int h = mpt_input(net, side, side, channels);
-    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
-    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
-}
-
-static void lenet(mpt_model *net, int side, int channels) {
-    int h = mpt_input(net, side, side, channels);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 5, NULL)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 5, NULL)), 2, NULL);
-    h = mpt_relu(net, mpt_linear(net, h, 120, NULL));
-    h = mpt_relu(net, mpt_linear(net, h, 84, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
-}
-
-static int block(mpt_model *net, int in, int filters, int stride) {
-    mpt_conv2d_desc first = MPT_ZERO, plain = MPT_ZERO;
-    int h, skip = in;
-    first.stride = stride, first.no_bias = plain.no_bias = 1;
-    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, in, filters, 3, &first), NULL));
-    h = mpt_batch_norm(net, mpt_conv2d(net, h, filters, 3, &plain), NULL);
-    if (stride > 1) skip = mpt_batch_norm(net, mpt_conv2d(net, in, filters, 1, &first), NULL);
-    return mpt_relu(net, mpt_add(net, h, skip));
-}
-
-static void resnet(mpt_model *net, int side, int channels) {
-    mpt_conv2d_desc plain = MPT_ZERO;
-    int h;
-    plain.no_bias = 1;
-    h = mpt_conv2d(net, mpt_input(net, side, side, channels), 16, 3, &plain);
-    h = mpt_relu(net, mpt_batch_norm(net, h, NULL));
-    h = block(net, block(net, block(net, h, 16, 1), 32, 2), 64, 2);
-    mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_global_avg_pool2d(net, h), CLASSES, NULL), NULL);
-}
-
 static void step(job *j) { ok(j->b, mpt_train_step(j->net, j->batch, j->label)); }
 
-static double step_seconds(bench *b, const mpt_cuda_desc *desc, mpt_policy policy,
-                           void (*layers)(mpt_model *net, int side, int channels), int side, int channels, int rows) {
+static double step_seconds(bench *b, const mpt_cuda_desc *desc, mpt_policy policy, net_layers layers, int side,
+                           int channels, int rows) {
     const size_t features = (size_t)side * (size_t)side * (size_t)channels;
     bench own = *b;
     mpt_train_desc train = MPT_ZERO;
@@ -295,7 +260,7 @@ static double step_seconds(bench *b, const mpt_cuda_desc *desc, mpt_policy polic
     size_t i;
     own.ctx = mpt_cuda_open(desc);
     for (i = 0; i < (size_t)rows * features; i++) x[i] = mpt_uniform(2, 0, 0, i);
-    for (i = 0; i < (size_t)rows; i++) label[i] = (int32_t)(i % CLASSES);
+    for (i = 0; i < (size_t)rows; i++) label[i] = (int32_t)(i % NET_CLASSES);
     train.batch = rows, train.clip_norm = 1;
     j.b = &own, j.batch = x, j.label = label, j.count = 3; /* the first steps record */
     j.net = mpt_model_new(own.ctx, policy);
@@ -312,9 +277,11 @@ static double step_seconds(bench *b, const mpt_cuda_desc *desc, mpt_policy polic
 static void bench_steps(bench *b) {
     static const struct {
         const char *name;
-        void (*layers)(mpt_model *net, int side, int channels);
+        net_layers layers;
         int side, channels, tiny;
-    } nets[] = {{"MLP 784-512-512-10", mlp, 28, 1, 4}, {"LeNet", lenet, 28, 1, 8}, {"ResNet", resnet, 32, 3, 8}};
+    } nets[] = {{"MLP 784-512-512-10", net_mlp, 28, 1, 4},
+                {"LeNet", net_lenet, 28, 1, 8},
+                {"ResNet", net_resnet, 32, 3, 8}};
     static const char *const types[] = {"f32", "tf32", "f16", "bf16"};
     const int rows = b->tiny ? 2 : 256;
     size_t n, t;

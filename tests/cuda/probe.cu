@@ -16,6 +16,7 @@
 #define MPT_IMPLEMENTATION
 #include "mpt.h"
 #include "mpt_cuda.cuh"
+#include "tests/cuda/nets.h"
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -170,13 +171,6 @@ typedef struct trainee {
     std::vector<int32_t> label;
 } trainee;
 
-static void layers_add(mpt_model *net, int side, int width) {
-    int h = mpt_input(net, side, side, 1);
-    h = mpt_relu(net, mpt_linear(net, h, width, NULL));
-    h = mpt_relu(net, mpt_linear(net, h, width, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, 10, NULL), NULL);
-}
-
 /* ctx NULL: of its own */
 static trainee trainee_new(const mpt_cuda_desc *desc, mpt_context *ctx) {
     const int side = tiny ? 6 : 28, batch = tiny ? 4 : 64;
@@ -184,7 +178,7 @@ static trainee trainee_new(const mpt_cuda_desc *desc, mpt_context *ctx) {
     trainee t;
     t.ctx = ctx ? ctx : mpt_cuda_open(desc);
     t.net = mpt_model_new(t.ctx, mpt_policy_preset(MPT_O2, MPT_F16));
-    layers_add(t.net, side, tiny ? 16 : 512);
+    net_perceptron(t.net, side, 1, 2, tiny ? 16 : 512);
     train.batch = batch;
     train.clip_norm = 1;
     need("build", t.ctx, mpt_model_build(t.net, &train));
@@ -318,60 +312,22 @@ static void evict() {
 
 /* ==== NETS ==== */
 
-static void mlp(mpt_model *net, int side, int channels) {
-    int h = mpt_input(net, side, side, channels);
-    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
-    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, 10, NULL), NULL);
-}
-
 static void wide_mlp(mpt_model *net, int side, int channels) {
-    int h = mpt_input(net, side, side, channels);
-    for (int i = 0; i < 3; i++) h = mpt_relu(net, mpt_linear(net, h, tiny ? 64 : 4096, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, 10, NULL), NULL);
+    net_perceptron(net, side, channels, 3, tiny ? 64 : 4096);
 }
 
-static void lenet(mpt_model *net, int side, int channels) {
-    int h = mpt_input(net, side, side, channels);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 5, NULL)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 5, NULL)), 2, NULL);
-    h = mpt_relu(net, mpt_linear(net, h, 120, NULL));
-    h = mpt_relu(net, mpt_linear(net, h, 84, NULL));
-    mpt_softmax_cross_entropy(net, mpt_linear(net, h, 10, NULL), NULL);
+static void resnet18(mpt_model *net, int side, int channels) {
+    net_residual(net, side, channels, tiny ? 8 : 64, 4, 2);
 }
-
-static int block(mpt_model *net, int in, int filters, int stride) {
-    mpt_conv2d_desc first = MPT_ZERO, plain = MPT_ZERO;
-    int h, skip = in;
-    first.stride = stride;
-    first.no_bias = plain.no_bias = 1;
-    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, in, filters, 3, &first), NULL));
-    h = mpt_batch_norm(net, mpt_conv2d(net, h, filters, 3, &plain), NULL);
-    if (stride > 1) skip = mpt_batch_norm(net, mpt_conv2d(net, in, filters, 1, &first), NULL);
-    return mpt_relu(net, mpt_add(net, h, skip));
-}
-
-/* stages of `blocks` blocks, each of twice the filters of the one before */
-static void resnet(mpt_model *net, int side, int channels, int filters, int stages, int blocks) {
-    mpt_conv2d_desc plain = MPT_ZERO;
-    plain.no_bias = 1;
-    int h = mpt_conv2d(net, mpt_input(net, side, side, channels), filters, 3, &plain);
-    h = mpt_relu(net, mpt_batch_norm(net, h, NULL));
-    for (int i = 0; i < stages * blocks; i++) h = block(net, h, filters << i / blocks, i && i % blocks == 0 ? 2 : 1);
-    mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_global_avg_pool2d(net, h), 10, NULL), NULL);
-}
-
-static void block_resnet(mpt_model *net, int side, int channels) { resnet(net, side, channels, 16, 3, 1); }
-static void resnet18(mpt_model *net, int side, int channels) { resnet(net, side, channels, tiny ? 8 : 64, 4, 2); }
 
 static void steps() {
     static const struct {
         const char *name;
-        void (*layers)(mpt_model *net, int side, int channels);
+        net_layers layers;
         int side, channels, batch;
-    } nets[] = {{"MLP 64", mlp, 28, 1, 64},
-                {"LeNet 64", lenet, 28, 1, 64},
-                {"block ResNet 64", block_resnet, 32, 3, 64},
+    } nets[] = {{"MLP 64", net_mlp, 28, 1, 64},
+                {"LeNet 64", net_lenet, 28, 1, 64},
+                {"block ResNet 64", net_resnet, 32, 3, 64},
                 {"ResNet-18 128", resnet18, 32, 3, 128},
                 {"wide MLP 4096", wide_mlp, 28, 1, 4096}};
     for (const auto &z : nets) {

@@ -12,12 +12,7 @@ fi
 for way in CUDACPU_LT_REFUSE=all CUDACPU_LT_REFUSE=bias,relu CUDACPU_LT_REFUSE=bgrad CUDACPU_LT_WORKSPACE=4194304 \
     CUDACPU_DEVICES=2 CUDACPU_LAZY=1 CUDACPU_SM=75 CUDACPU_SM=80 CUDACPU_SM=90; do
     echo "$way"
-    tests=$*
-    if [ "$way" = CUDACPU_LAZY=1 ]; then # where the counters tell of the late streams, and of waits for them
-        tests=$(echo "$tests" | sed 's#tests/cuda/counters\.c##')
-    fi
-    # shellcheck disable=SC2086
-    log=$(env "$way" sh tests/cuda/run.sh $tests 2>&1)
+    log=$(env "$way" sh tests/cuda/run.sh "$@" 2>&1)
     status=$?
     echo "$log"
     counts=$(echo "$log" | sed -n "\$s/^$n passed, $n failed\(, $n skipped\)\{0,1\}\$/\1 \2 \4/p")
