@@ -364,19 +364,17 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
 
 /* ==== OPERATIONS ==== floor 2
 
+   One struct and one call for each operation. Fill the struct from MPT_ZERO and call; what stays 0 has the default that
+   its comment names. It is the struct that is checked, and that CPU, CUDA and models use: see BACKEND.
+
    Raw arrays in the memory of the context's device, sizes, and no state. Storage F32, F16 or BF16 each; arithmetic and
-   sums in fp32. Forward and backward stand side by side. Gradients are named as in papers: dy is dloss/dy.
-   `beta` says what happens to the old content of an output, as in BLAS: out = new + beta * out; with 0 it is not read.
+   sums in fp32. Gradients are named as in papers: dy is dloss/dy. `beta` says what happens to the old content of an
+   output, as in BLAS: out = new + beta * out; with 0 it is not read.
    Letters: N batch, H W height and width, C channels, K filters, R S kernel height and width, P Q output height and
-   width. All calls: MPT_ERROR_ARGUMENT for a NULL array, MPT_ERROR_SHAPE for sizes that do not fit or overflow,
-   MPT_ERROR_TYPE for fp8 arrays. A size of 0 is allowed where nothing is then to do. */
+   width. All calls: MPT_ERROR_ARGUMENT for a NULL array that is not optional, MPT_ERROR_SHAPE for sizes that do not fit
+   or overflow, MPT_ERROR_TYPE for fp8 arrays. A size of 0 is allowed where nothing is then to do. */
 
-/* c(m,n) = alpha * op(a)(m,k) op(b)(k,n) + beta * c. op(x) is x, or its transpose if trans_x. Row-major: lda is the
-   distance of rows in elements of a as stored, at least its number of columns. */
-MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
-                            mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc);
-
-/* Activations, and what their gradient is told from: y, or x where y does not tell. */
+/* Activations, and which saved value the gradient needs: y or x. */
 typedef enum mpt_activation {
     MPT_IDENTITY = 0,
     MPT_RELU,       /* y: max(x, 0) */
@@ -389,72 +387,79 @@ typedef enum mpt_activation {
     MPT_ACTIVATION_COUNT
 } mpt_activation;
 
-/* y(N,O) = act(x(N,D) w(O,D)^T + b(O)); b optional. torch.nn.functional.linear */
-MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array x, mpt_array w,
-                                      mpt_array b, mpt_activation act, mpt_array y);
-/* dx(N,D) = dy(N,O) w(O,D) + beta * dx */
-MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array w,
-                                            float beta, mpt_array dx);
-/* dw(O,D) = dy(N,O)^T x(N,D) + beta * dw */
-MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array x,
-                                              float beta, mpt_array dw);
-/* db(C) = column sums of dy(rows,C) + beta * db: the bias gradient of linear (rows = N) and conv2d (rows = N P Q) */
-MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db);
+/* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)). op(x) is x, or its transpose with trans_x. Row-major:
+   lda is the distance of rows in elements of a as it is stored. A linear layer (torch.nn.functional.linear) is
+     y(N,O)  = act(x(N,D) w(O,D)^T + b(O))    trans_b
+     dx(N,D) = dy(N,O) w(O,D)
+     dw(O,D) = dy(N,O)^T x(N,D), and db(O)    trans_a, a_sums */
+typedef struct mpt_gemm_op {
+    int trans_a, trans_b;
+    size_t m, n, k;
+    mpt_array a, b, c;
+    size_t lda, ldb, ldc; /* 0: rows follow each other without a gap */
+    float alpha;          /* 0: 1 */
+    float beta;
+    mpt_array bias; /* (n), optional */
+    mpt_activation act;
+    mpt_array a_sums; /* (m), optional; for trans_a without a gap between rows. Gets the sums of the columns of a as it
+                         is stored, + beta * a_sums: the gradient of a bias, in passing */
+} mpt_gemm_op;
 
-/* Shape of a convolution. stride, dilation and groups 0 mean 1. Output P = (H + 2 padding - dilation (R - 1) - 1) /
-   stride + 1, Q likewise. Filters K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. Weights are
-   (K,R,S,C/groups), written (K,R,S,C) below. */
+MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *op);
+
+typedef enum mpt_pass { MPT_FORWARD = 0, MPT_BACKWARD_DATA, MPT_BACKWARD_WEIGHT } mpt_pass;
+
+/* Shape of a convolution. Output P = (H + 2 padding - dilation (R - 1) - 1) / stride + 1, Q likewise. Filters
+   K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. */
 typedef struct mpt_conv2d_shape {
     size_t N, H, W, C, K, R, S;
-    size_t stride, padding, dilation, groups;
+    size_t stride, padding, dilation, groups; /* stride, dilation, groups 0: 1 */
 } mpt_conv2d_shape;
 
+/* x(N,H,W,C), w(K,R,S,C/groups), y(N,P,Q,K). torch.nn.functional.conv2d
+     MPT_FORWARD            y = act(conv(x, w) + beta y + bias(K))
+     MPT_BACKWARD_DATA      x is dx, y is dy: dx = what dy hands back through w, + beta dx
+     MPT_BACKWARD_WEIGHT    w is dw, y is dy: dw = what x and dy make, + beta dw; bias is db = sums of dy + beta db */
+typedef struct mpt_conv2d_op {
+    mpt_pass pass;
+    mpt_conv2d_shape shape;
+    mpt_array x, w, y;
+    mpt_array bias;     /* optional; not read by MPT_BACKWARD_DATA */
+    mpt_activation act; /* MPT_FORWARD only */
+    float beta;
+    size_t P, Q; /* filled in by the call */
+} mpt_conv2d_op;
+
+MPT_DEF mpt_result mpt_op_conv2d(mpt_context *ctx, const mpt_conv2d_op *op);
 /* Output height and width. MPT_ERROR_SHAPE (and *P = *Q = 0) if the kernel does not fit. ctx may be NULL. */
 MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q);
-/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C)) + b(K)); b optional. torch.nn.functional.conv2d */
-MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array x, mpt_array w,
-                                      mpt_array b, mpt_activation act, mpt_array y);
-/* dx(N,H,W,C) += contributions of dy(N,P,Q,K) through w; beta scales the old dx */
-MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array w,
-                                            float beta, mpt_array dx);
-/* dw(K,R,S,C) likewise from dy and x; the bias gradient is mpt_bias_backward over N P Q rows */
-MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy,
-                                              mpt_array x, float beta, mpt_array dw);
 
-/* y = act(x), n elements; x and y may be the same array. */
-MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y);
-/* dx = dy * act'(x) + beta * dx, n elements, from what the list above names: saved is x or y. dx may be the same array
-   as dy. */
-MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array saved,
-                                           mpt_array dy, float beta, mpt_array dx);
+typedef enum mpt_pool_kind { MPT_POOL_MAX = 0, MPT_POOL_AVERAGE } mpt_pool_kind;
 
-typedef enum mpt_pool { MPT_POOL_MAX = 0, MPT_POOL_AVERAGE } mpt_pool;
-
-/* Shape of a pooling window R x S. stride 0 means the window's size (R down, S across). Padding is at most half the
-   window; max ignores it, average counts it as zeros (PyTorch's defaults). Global pooling: R = H, S = W. */
+/* Shape of a pooling window R x S. Padding is at most half the window; max ignores it, average counts it as zeros
+   (PyTorch's defaults). Global pooling: R = H, S = W. R S at most 65536 for max. */
 typedef struct mpt_pool2d_shape {
     size_t N, H, W, C, R, S;
-    size_t stride, padding;
+    size_t stride; /* 0: the window's size, R down and S across */
+    size_t padding;
 } mpt_pool2d_shape;
 
+/* x(N,H,W,C), y(N,P,Q,C). torch.nn.functional.max_pool2d, avg_pool2d
+     MPT_FORWARD          y from x. Max: index gets r * S + s of the first largest element; NaN is larger than all
+     MPT_BACKWARD_DATA    x is dx, y is dy: dx = the gradient of x + beta dx */
+typedef struct mpt_pool2d_op {
+    mpt_pool_kind kind;
+    mpt_pass pass;
+    mpt_pool2d_shape shape;
+    mpt_array x, y;
+    uint16_t *index;                 /* (N,P,Q,C), written forward, read backward; average: NULL */
+    float beta;                      /* MPT_BACKWARD_DATA only */
+    size_t P, Q, stride_h, stride_w; /* filled in by the call */
+} mpt_pool2d_op;
+
+MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *op);
+/* Output height and width, as mpt_conv2d_output. */
 MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q);
-/* y(N,P,Q,C) from x(N,H,W,C). Max: index(N,P,Q,C) receives r * S + s of the first largest element for the
-   backward pass; NaN counts as larger than all. Average: index may be NULL. R S at most 65536 for max. */
-MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
-                                      mpt_array y, uint16_t *index);
-/* dx(N,H,W,C) = gradient from dy(N,P,Q,C) + beta * dx */
-MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array dy,
-                                       const uint16_t *index, float beta, mpt_array dx);
-
-/* y = act(a + beta * b), n elements; y may be a or b; with beta 0 b is not read. The residual connection, and the
-   sum of gradients where a value is used twice. */
-MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
-                                  mpt_array y);
-
-/* y(rows,C) = x(rows,C) + beta * y, rows of both `stride` elements apart: concatenation of channels, and its
-   gradient. */
-MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt_array x, size_t x_stride, float beta,
-                                    mpt_array y, size_t y_stride);
 
 /* A dropout mask that is never stored: element i is dropped if mpt_hash(seed, *step, tensor, i) < p 2^32, the same on
    every device and any number of threads. */
@@ -464,10 +469,38 @@ typedef struct mpt_mask {
     const uint64_t *step; /* device memory; NULL: 0 */
 } mpt_mask;
 
-/* y = x / (1 - p) where it is kept, 0 x where it is dropped, + beta * y; n elements; y may be x. The gradient is the
-   same call on dy. (Srivastava et al. 2014; torch.nn.functional.dropout) */
-MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
-                                     mpt_array y);
+/* What an element of the output is made of, from the elements of the same index. */
+typedef enum mpt_map {
+    MPT_MAP_CAST = 0,            /* out = a, rounded as mpt_cast does; any type, fp8 too */
+    MPT_MAP_ACTIVATION,          /* out = act(a) */
+    MPT_MAP_ACTIVATION_GRADIENT, /* out = b * act'(x) + beta * out; a: the saved value that the list above names, b: dy */
+    MPT_MAP_ADD,                 /* out = act(a + beta * b); with beta 0 b is not read */
+    MPT_MAP_DROPOUT              /* out = a / (1 - p) where it is kept, 0 a where it is dropped, + beta * out; the
+                                    gradient is the same of dy (Srivastava et al. 2014; torch.nn.functional.dropout) */
+} mpt_map;
+
+typedef struct mpt_map_op {
+    mpt_map map;
+    size_t n;
+    mpt_array a, b;
+    mpt_array out; /* may be a or b, but not overlap them otherwise */
+    float beta;
+    mpt_activation act;
+    mpt_rounding rounding; /* MPT_MAP_CAST */
+    mpt_mask mask;         /* MPT_MAP_DROPOUT */
+} mpt_map_op;
+
+MPT_DEF mpt_result mpt_op_map(mpt_context *ctx, const mpt_map_op *op);
+
+/* y(rows,C) = x(rows,C) + beta * y: concatenation of channels, and its gradient. */
+typedef struct mpt_columns_op {
+    size_t rows, C;
+    mpt_array x, y;
+    size_t x_stride, y_stride; /* distances of rows in elements; 0: C */
+    float beta;
+} mpt_columns_op;
+
+MPT_DEF mpt_result mpt_op_columns(mpt_context *ctx, const mpt_columns_op *op);
 
 /* Shape of a normalisation: x(N,pixels,C), whose C channels fall into equal groups. Each group of each sample has a
    mean and a variance over its pixels and channels:
@@ -478,21 +511,34 @@ typedef struct mpt_norm_shape {
     float eps; /* 0: 1e-5 */
 } mpt_norm_shape;
 
-/* stats(4, N groups), fp32 in device memory: means of x, then variances (divided by the count); two rows stay free for
-   the backward pass. Sums in double. */
-MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats);
-/* y = act((x - mean) / sqrt(variance + eps) * gamma(C) + beta(C)): with the statistics of x, or with running ones. y
-   may be x. torch.nn.functional.batch_norm, layer_norm, group_norm */
-MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
-                                    mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y);
-/* Gradients from dy, which is taken before the activation. frozen: stats(2, N groups) are constants; else they are
-   those of x, and dx goes through them. dx = new + scale_x * dx, optional; dgamma(C), dbeta(C) = new + scale * old. */
-MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats,
-                                     int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
-                                     float scale, mpt_array dgamma, mpt_array dbeta);
-/* running(2, N groups) = (1 - momentum) running + momentum (mean, variance divided by one less than the count). */
-MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shape, float momentum, const float *stats,
-                                    float *running);
+typedef enum mpt_norm_pass {
+    MPT_NORM_STATS = 0, /* stats = means and variances of x; sums in double */
+    MPT_NORM_FORWARD,   /* y = act((x - mean) / sqrt(variance + eps) * gamma + beta), with any statistics */
+    MPT_NORM_BACKWARD,  /* dx, dgamma, dbeta from y, which is dy */
+    MPT_NORM_RUNNING    /* running = (1 - momentum) running + momentum (mean, variance by one less than the count) */
+} mpt_norm_pass;
+
+/* torch.nn.functional.batch_norm, layer_norm, group_norm, a pass at a time. */
+typedef struct mpt_norm_op {
+    mpt_norm_pass pass;
+    mpt_norm_shape shape;
+    mpt_array x;
+    float *stats; /* (4, N groups) fp32, device: means, then variances divided by the count; BACKWARD writes the rest */
+    mpt_array gamma, beta; /* (C); FORWARD both, BACKWARD gamma */
+    mpt_array y;           /* as x; FORWARD may write it over x */
+    mpt_activation act;    /* FORWARD: any */
+    /* BACKWARD, with act MPT_RELU: dy comes from behind a ReLU that made `saved`, and is multiplied by its slope first,
+       in passing or in place; beta is then needed, too. Else act is MPT_IDENTITY. */
+    mpt_array saved;
+    int frozen;   /* BACKWARD: 1: stats (2, N groups) are constants; else those of x, and dx goes through them */
+    mpt_array dx; /* BACKWARD, optional: new + scale_x * dx */
+    mpt_array dgamma, dbeta; /* BACKWARD: (C), new + scale * old */
+    float scale_x, scale;
+    float *running; /* RUNNING: (2, N groups) fp32, device: mean, variance */
+    float momentum; /* RUNNING: in 0..1 */
+} mpt_norm_op;
+
+MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *op);
 
 /* What a loss call adds to, in the memory of the context's device; zero it first. The mean is loss / weight. */
 typedef struct mpt_loss_sum {
@@ -510,18 +556,9 @@ typedef struct mpt_cross_entropy_desc {
     int32_t ignore_index;
 } mpt_cross_entropy_desc;
 
-/* Losses with their gradient, in fp32. Of one call, mean = sum of the rows' losses / sum of their weights, and
-   dx(N,C) = d mean / dx * grad_scale * *loss_scale; dx optional. loss_scale points into device memory; NULL means 1.
-
-   Softmax cross-entropy: row loss = sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the class weight of j times 1
-   for the label, smoothed; taken from the row's largest value so that nothing overflows. labels(N) in 0..C-1; any other
-   label that is not ignored makes that row's loss and gradient NaN. If all rows are ignored dx is 0. desc may be NULL.
-   torch.nn.functional.cross_entropy */
-MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
-                                     mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
-                                     mpt_array dx, mpt_loss_sum *sum);
-
-/* As torch.nn.functional names them. */
+/* As torch.nn.functional names them. Row loss: of cross-entropy sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the
+   class weight of j times 1 for the label, smoothed, taken from the row's largest value so that nothing overflows; of
+   the others the mean over the row's C elements. */
 typedef enum mpt_loss_kind {
     MPT_LOSS_CROSS_ENTROPY = 0,
     MPT_LOSS_SQUARED_ERROR,   /* mse_loss: (x - t)^2 */
@@ -531,10 +568,24 @@ typedef enum mpt_loss_kind {
     MPT_LOSS_KIND_COUNT
 } mpt_loss_kind;
 
-/* One of the others, element by element: row loss = the mean over its C elements; target(N,C). */
-MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, size_t N, size_t C, mpt_array x,
-                                        const float *target, float grad_scale, const float *loss_scale, mpt_array dx,
-                                        mpt_loss_sum *sum);
+/* A loss of x(N,C), added to *sum, and its gradient, in fp32. Of one call, mean = sum of the rows' losses / sum of
+   their weights, and dx = d mean / dx * grad_scale * *loss_scale. If no row has any weight dx is 0. */
+typedef struct mpt_loss_op {
+    mpt_loss_kind kind;
+    size_t N, C;
+    mpt_array x;
+    const void *target; /* device: cross-entropy int32_t(N) in 0..C-1, any other label that is not ignored makes that
+                           row's loss and gradient NaN; else float(N,C) */
+    mpt_cross_entropy_desc cross_entropy; /* for MPT_LOSS_CROSS_ENTROPY */
+    mpt_array dx;                         /* (N,C), optional */
+    float grad_scale;                     /* 0: 1 */
+    const float *loss_scale;              /* device; NULL: 1 */
+    mpt_loss_sum *sum;                    /* device */
+    int part; /* 1: dx is not of the mean, but of the sum, / sum->unit. Where that is 0, it is set to the weight of this
+                 call's rows first, or to their number if they weigh nothing */
+} mpt_loss_op;
+
+MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *op);
 
 /* ==== TRAINING ==== floor 3
 
@@ -1082,93 +1133,6 @@ MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes,
    A device is one table of operations; floors 3 to 5 call nothing else. The public functions above have checked every
    argument before the table sees it. Operations may be asynchronous; download waits. mpt_cuda.cuh is another table. */
 
-typedef struct mpt_gemm_op { /* c = act(alpha op(a) op(b) + beta c + bias), see mpt_gemm */
-    int trans_a, trans_b;
-    size_t m, n, k, lda, ldb, ldc;
-    float alpha, beta;
-    mpt_array a, b, c;
-    mpt_array bias; /* (n), data NULL: none */
-    mpt_activation act;
-} mpt_gemm_op;
-
-typedef enum mpt_pass { MPT_FORWARD = 0, MPT_BACKWARD_DATA, MPT_BACKWARD_WEIGHT } mpt_pass;
-
-typedef struct mpt_conv2d_op { /* see mpt_conv2d_forward and its two gradients */
-    mpt_pass pass;             /* which of x, w, y is written: y, x, w */
-    mpt_conv2d_shape shape;    /* stride and dilation filled in */
-    size_t P, Q;
-    mpt_array x, w, y;
-    float beta;
-    mpt_array bias; /* forward only */
-    mpt_activation act;
-} mpt_conv2d_op;
-
-typedef struct mpt_pool2d_op { /* see mpt_pool2d_forward */
-    mpt_pool kind;
-    mpt_pass pass;          /* MPT_FORWARD writes y and index, MPT_BACKWARD_DATA writes x */
-    mpt_pool2d_shape shape; /* padding filled in */
-    size_t P, Q, stride_h, stride_w;
-    mpt_array x, y;
-    uint16_t *index;
-    float beta;
-} mpt_pool2d_op;
-
-typedef enum mpt_map {
-    MPT_MAP_CAST = 0,
-    MPT_MAP_ACTIVATION,
-    MPT_MAP_ACTIVATION_GRADIENT,
-    MPT_MAP_ADD,
-    MPT_MAP_DROPOUT
-} mpt_map;
-
-typedef struct mpt_map_op { /* one output element from the elements of the same index */
-    mpt_map map;
-    size_t n;
-    mpt_array a, b; /* cast, activation, dropout: a. gradient: a = saved, b = dy. add: both */
-    mpt_array out;
-    float beta; /* gradient, dropout: of the old out. add: of b */
-    mpt_activation act;
-    mpt_rounding rounding; /* cast */
-    mpt_mask mask;         /* dropout */
-} mpt_map_op;
-
-typedef struct mpt_columns_op { /* see mpt_copy_columns */
-    size_t rows, C, x_stride, y_stride;
-    mpt_array x, y;
-    float beta;
-} mpt_columns_op;
-
-typedef enum mpt_norm_pass { MPT_NORM_STATS = 0, MPT_NORM_FORWARD, MPT_NORM_BACKWARD, MPT_NORM_RUNNING } mpt_norm_pass;
-
-typedef struct mpt_norm_op { /* see mpt_norm_stats and those after it */
-    mpt_norm_pass pass;
-    mpt_norm_shape shape; /* eps filled in */
-    mpt_array x, gamma, beta;
-    mpt_array y; /* backward: dy */
-    /* backward: dy is multiplied by the slope of the activation behind the norm, IDENTITY or RELU, in passing or
-       before, in place. Then beta is set, and `saved` is what that activation gave. */
-    mpt_activation act;
-    mpt_array saved;
-    float *stats, *running;
-    float momentum;
-    int frozen;
-    mpt_array dx, dgamma, dbeta;
-    float scale_x, scale;
-} mpt_norm_op;
-
-typedef struct mpt_loss_op { /* see mpt_cross_entropy, mpt_elementwise_loss */
-    mpt_loss_kind kind;
-    size_t N, C;
-    mpt_array x, dx;
-    const void *target;                   /* int32_t(N) or float(N,C) */
-    mpt_cross_entropy_desc cross_entropy; /* class_weights: device memory */
-    float grad_scale;
-    const float *loss_scale;
-    mpt_loss_sum *sum;
-    int part; /* 1: dx is not of the mean, but of the sum, / sum->unit. Where that is 0, it is set to the weight of this
-                 call's rows first, or to their number if they weigh nothing */
-} mpt_loss_op;
-
 typedef struct mpt_slice { /* a tensor in the flat arrays, and how its group is updated */
     size_t offset, count;
     double lr, lr_factor, weight_decay; /* lr: the optimizer's times the factor */
@@ -1211,15 +1175,14 @@ typedef struct mpt_backend {
     void (*release)(mpt_context *ctx, void *p);
     mpt_result (*upload)(mpt_context *ctx, void *device, const void *host, size_t bytes);
     mpt_result (*download)(mpt_context *ctx, void *host, const void *device, size_t bytes);
+    mpt_result (*copy)(mpt_context *ctx, void *to, const void *from, size_t bytes); /* both of the device */
     mpt_result (*zero)(mpt_context *ctx, void *device, size_t bytes);
     mpt_result (*scan)(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host); /* mpt_scale_array */
     mpt_result (*histogram)(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *host);
     mpt_result (*map)(mpt_context *ctx, const mpt_map_op *op);
     mpt_result (*gemm)(mpt_context *ctx, const mpt_gemm_op *op);
     mpt_result (*conv2d)(mpt_context *ctx, const mpt_conv2d_op *op);
-    mpt_result (*column_sums)(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                              int product); /* 1: the next call makes the gradient of weights from the same dy */
-    mpt_result (*copy_columns)(mpt_context *ctx, const mpt_columns_op *op);
+    mpt_result (*columns)(mpt_context *ctx, const mpt_columns_op *op);
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
     mpt_result (*norm)(mpt_context *ctx, const mpt_norm_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
@@ -1367,6 +1330,7 @@ MPT_HD float mpt__float(uint32_t u) {
 
 /* Told by the bits, so that -ffast-math cannot assume the answer. */
 MPT_HD int mpt__finite(float x) { return (mpt__bits(x) & 0x7f800000u) != 0x7f800000u; }
+MPT_HD int mpt__is_zero(float x) { return (mpt__bits(x) & 0x7fffffffu) == 0; }
 MPT_HD int mpt__is_nan(float x) { return (mpt__bits(x) & 0x7fffffffu) > 0x7f800000u; }
 
 /* -- Activations -- */
@@ -3275,22 +3239,9 @@ static mpt_result mpt__need_context(mpt_context *ctx) {
     return ctx ? MPT_OK : MPT_ERROR_ARGUMENT;
 }
 
-MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array dst, const mpt_rounding *rounding) {
-    mpt_map_op op = MPT_ZERO;
+static mpt_result mpt__need_op(mpt_context *ctx, const char *call, const void *op) {
     MPT__TRY(mpt__need_context(ctx));
-    if (!n) return MPT_OK;
-    MPT__TRY(mpt__need_any(ctx, "cast", "src", src));
-    MPT__TRY(mpt__need_any(ctx, "cast", "dst", dst));
-    MPT__TRY(mpt__need_size(ctx, "cast", "src", n, 1, 1, 1));
-    op.map = MPT_MAP_CAST;
-    op.n = n;
-    op.a = src;
-    op.out = dst;
-    if (rounding) op.rounding = *rounding;
-    if ((unsigned)op.rounding.round > MPT_ROUND_STOCHASTIC || (unsigned)op.rounding.overflow > MPT_OVERFLOW_SATURATE)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cast: unknown rounding %d or overflow %d", (int)op.rounding.round,
-                        (int)op.rounding.overflow);
-    return ctx->backend.map(ctx, &op);
+    return op ? MPT_OK : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: op is NULL", call);
 }
 
 MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
@@ -3313,77 +3264,37 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
     return ctx->backend.histogram(ctx, n, x, h);
 }
 
-/* Checks a product whose operands the caller knows as a, b and c. */
-static mpt_result mpt__gemm_run(mpt_context *ctx, const char *call, const char *a, const char *b, const char *c,
-                                const mpt_gemm_op *op) {
-    MPT__TRY(mpt__need_context(ctx));
-    if (!op->m || !op->n) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, call, a, op->a));
-    MPT__TRY(mpt__need(ctx, call, b, op->b));
-    MPT__TRY(mpt__need(ctx, call, c, op->c));
-    if (op->bias.data) MPT__TRY(mpt__need(ctx, call, "b", op->bias));
-    MPT__TRY(mpt__need_act(ctx, call, op->act));
-    if (op->lda < (op->trans_a ? op->m : op->k) || op->ldb < (op->trans_b ? op->k : op->n) || op->ldc < op->n)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: lda %z, ldb %z or ldc %z is shorter than its row (m %z, n %z, k %z)",
-                        call, op->lda, op->ldb, op->ldc, op->m, op->n, op->k);
-    MPT__TRY(mpt__need_size(ctx, call, a, op->trans_a ? op->k : op->m, op->lda, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, call, b, op->trans_b ? op->n : op->k, op->ldb, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, call, c, op->m, op->ldc, 1, 1));
-    return ctx->backend.gemm(ctx, op);
-}
-
-static mpt_gemm_op mpt__gemm_op(int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha, mpt_array a,
-                                size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
+MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     mpt_gemm_op op = MPT_ZERO;
-    op.trans_a = trans_a;
-    op.trans_b = trans_b;
-    op.m = m;
-    op.n = n;
-    op.k = k;
-    op.alpha = alpha;
-    op.beta = beta;
-    op.a = a;
-    op.lda = lda;
-    op.b = b;
-    op.ldb = ldb;
-    op.c = c;
-    op.ldc = ldc;
-    return op;
-}
-
-MPT_DEF mpt_result mpt_gemm(mpt_context *ctx, int trans_a, int trans_b, size_t m, size_t n, size_t k, float alpha,
-                            mpt_array a, size_t lda, mpt_array b, size_t ldb, float beta, mpt_array c, size_t ldc) {
-    const mpt_gemm_op op = mpt__gemm_op(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    return mpt__gemm_run(ctx, "gemm", "a", "b", "c", &op);
-}
-
-MPT_DEF mpt_result mpt_linear_forward(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array x, mpt_array w,
-                                      mpt_array b, mpt_activation act, mpt_array y) {
-    mpt_gemm_op op = mpt__gemm_op(0, 1, N, O, D, 1, x, D, w, D, 0, y, O);
-    op.bias = b;
-    op.act = act;
-    return mpt__gemm_run(ctx, "linear_forward", "x", "w", "y", &op);
-}
-
-MPT_DEF mpt_result mpt_linear_backward_data(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array w,
-                                            float beta, mpt_array dx) {
-    const mpt_gemm_op op = mpt__gemm_op(0, 0, N, D, O, 1, dy, O, w, D, beta, dx, D);
-    return mpt__gemm_run(ctx, "linear_backward_data", "dy", "w", "dx", &op);
-}
-
-MPT_DEF mpt_result mpt_linear_backward_weight(mpt_context *ctx, size_t N, size_t D, size_t O, mpt_array dy, mpt_array x,
-                                              float beta, mpt_array dw) {
-    const mpt_gemm_op op = mpt__gemm_op(1, 0, O, D, N, 1, dy, O, x, D, beta, dw, D);
-    return mpt__gemm_run(ctx, "linear_backward_weight", "dy", "x", "dw", &op);
-}
-
-MPT_DEF mpt_result mpt_bias_backward(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
-    MPT__TRY(mpt__need_context(ctx));
-    if (!C) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, "bias_backward", "dy", dy));
-    MPT__TRY(mpt__need(ctx, "bias_backward", "db", db));
-    MPT__TRY(mpt__need_size(ctx, "bias_backward", "dy", rows, C, 1, 1));
-    return ctx->backend.column_sums(ctx, rows, C, dy, beta, db, 0);
+    size_t a_row, b_row;
+    MPT__TRY(mpt__need_op(ctx, "gemm", user));
+    op = *user;
+    if (!op.m || !op.n) return MPT_OK;
+    a_row = op.trans_a ? op.m : op.k;
+    b_row = op.trans_b ? op.k : op.n;
+    if (!op.lda) op.lda = a_row;
+    if (!op.ldb) op.ldb = b_row;
+    if (!op.ldc) op.ldc = op.n;
+    if (mpt__is_zero(op.alpha)) op.alpha = 1;
+    MPT__TRY(mpt__need(ctx, "gemm", "a", op.a));
+    MPT__TRY(mpt__need(ctx, "gemm", "b", op.b));
+    MPT__TRY(mpt__need(ctx, "gemm", "c", op.c));
+    if (op.bias.data) MPT__TRY(mpt__need(ctx, "gemm", "bias", op.bias));
+    MPT__TRY(mpt__need_act(ctx, "gemm", op.act));
+    if (op.lda < a_row || op.ldb < b_row || op.ldc < op.n)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE,
+                        "gemm: lda %z, ldb %z or ldc %z is shorter than its row (m %z, n %z, k %z)", op.lda, op.ldb,
+                        op.ldc, op.m, op.n, op.k);
+    MPT__TRY(mpt__need_size(ctx, "gemm", "a", op.trans_a ? op.k : op.m, op.lda, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "gemm", "b", op.trans_b ? op.n : op.k, op.ldb, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "gemm", "c", op.m, op.ldc, 1, 1));
+    if (op.a_sums.data) {
+        MPT__TRY(mpt__need(ctx, "gemm", "a_sums", op.a_sums));
+        if (!op.trans_a || op.lda != op.m)
+            return mpt_fail(ctx, MPT_ERROR_SHAPE, "gemm: a_sums needs trans_a (it is %d) and lda (%z) equal to m (%z)",
+                            op.trans_a, op.lda, op.m);
+    }
+    return ctx->backend.gemm(ctx, &op);
 }
 
 enum { MPT__MOST = 0x7fffffff }; /* a stride or dilation: sums of it and a size wrap nowhere */
@@ -3393,12 +3304,10 @@ static size_t mpt__window_count(size_t size, size_t padding, size_t reach, size_
     return size + 2 * padding < reach ? 0 : (size + 2 * padding - reach) / stride + 1;
 }
 
-/* Fills in the defaults of user's shape and finds P and Q. */
-static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *user, mpt_conv2d_op *op) {
+/* Checks the shape, fills in its defaults, and finds P and Q. */
+static mpt_result mpt__conv2d_plan(mpt_context *ctx, mpt_conv2d_op *op) {
     mpt_conv2d_shape *s = &op->shape;
     size_t reach_h, reach_w;
-    if (!user) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d: shape is NULL");
-    *s = *user;
     if (!s->stride) s->stride = 1;
     if (!s->dilation) s->dilation = 1;
     if (!s->groups) s->groups = 1;
@@ -3422,114 +3331,39 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const mpt_conv2d_shape *use
     op->P = mpt__window_count(s->H, s->padding, reach_h + 1, s->stride);
     op->Q = mpt__window_count(s->W, s->padding, reach_w + 1, s->stride);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "y", s->N, op->P, op->Q, s->K));
-    MPT__TRY(mpt__need_size(ctx, "conv2d", "taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1));
-    return MPT_OK;
+    return mpt__need_size(ctx, "conv2d", "taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1);
 }
 
 MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q) {
     mpt_conv2d_op op = MPT_ZERO;
-    const mpt_result r =
-        P && Q ? mpt__conv2d_plan(ctx, shape, &op) : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d_output: P or Q is NULL");
-    if (P) *P = r == MPT_OK ? op.P : 0;
-    if (Q) *Q = r == MPT_OK ? op.Q : 0;
-    return r;
+    mpt_result r;
+    if (P) *P = 0;
+    if (Q) *Q = 0;
+    if (!shape || !P || !Q) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d_output: shape, P or Q is NULL");
+    op.shape = *shape;
+    r = mpt__conv2d_plan(ctx, &op);
+    if (r != MPT_OK) return r;
+    *P = op.P;
+    *Q = op.Q;
+    return MPT_OK;
 }
 
-static mpt_result mpt__conv2d_run(mpt_context *ctx, const char *call, mpt_pass pass, const mpt_conv2d_shape *shape,
-                                  mpt_array x, mpt_array w, mpt_array y, float beta, mpt_array bias,
-                                  mpt_activation act) {
+MPT_DEF mpt_result mpt_op_conv2d(mpt_context *ctx, const mpt_conv2d_op *user) {
     mpt_conv2d_op op = MPT_ZERO;
-    MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__conv2d_plan(ctx, shape, &op));
-    MPT__TRY(mpt__need(ctx, call, pass == MPT_BACKWARD_DATA ? "dx" : "x", x));
-    MPT__TRY(mpt__need(ctx, call, pass == MPT_BACKWARD_WEIGHT ? "dw" : "w", w));
-    MPT__TRY(mpt__need(ctx, call, pass == MPT_FORWARD ? "y" : "dy", y));
-    if (bias.data) MPT__TRY(mpt__need(ctx, call, "b", bias));
-    MPT__TRY(mpt__need_act(ctx, call, act));
-    op.pass = pass;
-    op.x = x;
-    op.w = w;
-    op.y = y;
-    op.beta = beta;
-    op.bias = bias;
-    op.act = act;
+    MPT__TRY(mpt__need_op(ctx, "conv2d", user));
+    op = *user;
+    if ((unsigned)op.pass > MPT_BACKWARD_WEIGHT)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d: unknown pass %d", (int)op.pass);
+    MPT__TRY(mpt__conv2d_plan(ctx, &op));
+    MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_BACKWARD_DATA ? "x (dx)" : "x", op.x));
+    MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_BACKWARD_WEIGHT ? "w (dw)" : "w", op.w));
+    MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_FORWARD ? "y" : "y (dy)", op.y));
+    if (op.pass == MPT_BACKWARD_DATA) op.bias.data = NULL;
+    if (op.bias.data) MPT__TRY(mpt__need(ctx, "conv2d", "bias", op.bias));
+    MPT__TRY(mpt__need_act(ctx, "conv2d", op.act));
+    if (op.act && op.pass != MPT_FORWARD)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d: activation %d in a backward pass", (int)op.act);
     return ctx->backend.conv2d(ctx, &op);
-}
-
-MPT_DEF mpt_result mpt_conv2d_forward(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array x, mpt_array w,
-                                      mpt_array b, mpt_activation act, mpt_array y) {
-    return mpt__conv2d_run(ctx, "conv2d_forward", MPT_FORWARD, shape, x, w, y, 0, b, act);
-}
-
-MPT_DEF mpt_result mpt_conv2d_backward_data(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy, mpt_array w,
-                                            float beta, mpt_array dx) {
-    const mpt_array none = MPT_ZERO;
-    return mpt__conv2d_run(ctx, "conv2d_backward_data", MPT_BACKWARD_DATA, shape, dx, w, dy, beta, none, MPT_IDENTITY);
-}
-
-MPT_DEF mpt_result mpt_conv2d_backward_weight(mpt_context *ctx, const mpt_conv2d_shape *shape, mpt_array dy,
-                                              mpt_array x, float beta, mpt_array dw) {
-    const mpt_array none = MPT_ZERO;
-    return mpt__conv2d_run(ctx, "conv2d_backward_weight", MPT_BACKWARD_WEIGHT, shape, x, dw, dy, beta, none,
-                           MPT_IDENTITY);
-}
-
-static mpt_result mpt__map_call(mpt_context *ctx, const char *call, mpt_map map, size_t n, mpt_array a, mpt_array b,
-                                float beta, mpt_array out, mpt_activation act, const mpt_mask *mask) {
-    const int gradient = map == MPT_MAP_ACTIVATION_GRADIENT, add = map == MPT_MAP_ADD;
-    mpt_map_op op = MPT_ZERO;
-    MPT__TRY(mpt__need_context(ctx));
-    if (!n) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, call, gradient ? "saved" : add ? "a" : "x", a));
-    if (gradient || add) MPT__TRY(mpt__need(ctx, call, add ? "b" : "dy", b));
-    MPT__TRY(mpt__need(ctx, call, gradient ? "dx" : "y", out));
-    MPT__TRY(mpt__need_act(ctx, call, act));
-    MPT__TRY(mpt__need_size(ctx, call, "n", n, 1, 1, 1));
-    op.map = map;
-    op.n = n;
-    op.a = a;
-    op.b = b;
-    op.out = out;
-    op.beta = beta;
-    op.act = act;
-    if (mask) op.mask = *mask;
-    return ctx->backend.map(ctx, &op);
-}
-
-MPT_DEF mpt_result mpt_activation_forward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array x, mpt_array y) {
-    return mpt__map_call(ctx, "activation_forward", MPT_MAP_ACTIVATION, n, x, x, 0, y, act, NULL);
-}
-
-MPT_DEF mpt_result mpt_activation_backward(mpt_context *ctx, mpt_activation act, size_t n, mpt_array saved,
-                                           mpt_array dy, float beta, mpt_array dx) {
-    return mpt__map_call(ctx, "activation_backward", MPT_MAP_ACTIVATION_GRADIENT, n, saved, dy, beta, dx, act, NULL);
-}
-
-MPT_DEF mpt_result mpt_add_arrays(mpt_context *ctx, size_t n, mpt_array a, float beta, mpt_array b, mpt_activation act,
-                                  mpt_array y) {
-    return mpt__map_call(ctx, "add_arrays", MPT_MAP_ADD, n, a, b, beta, y, act, NULL);
-}
-
-MPT_DEF mpt_result mpt_copy_columns(mpt_context *ctx, size_t rows, size_t C, mpt_array x, size_t x_stride, float beta,
-                                    mpt_array y, size_t y_stride) {
-    mpt_columns_op op;
-    MPT__TRY(mpt__need_context(ctx));
-    if (!rows || !C) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, "copy_columns", "x", x));
-    MPT__TRY(mpt__need(ctx, "copy_columns", "y", y));
-    if (x_stride < C || y_stride < C)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "copy_columns: x_stride %z or y_stride %z is shorter than C, %z",
-                        x_stride, y_stride, C);
-    MPT__TRY(mpt__need_size(ctx, "copy_columns", "x", rows, x_stride, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, "copy_columns", "y", rows, y_stride, 1, 1));
-    op.rows = rows;
-    op.C = C;
-    op.x = x;
-    op.x_stride = x_stride;
-    op.y = y;
-    op.y_stride = y_stride;
-    op.beta = beta;
-    return ctx->backend.copy_columns(ctx, &op);
 }
 
 static mpt_result mpt__need_share(mpt_context *ctx, const char *call, const char *name, float x, int below_1) {
@@ -3538,98 +3372,120 @@ static mpt_result mpt__need_share(mpt_context *ctx, const char *call, const char
                     below_1 ? ", 1 excluded" : "");
 }
 
-MPT_DEF mpt_result mpt_dropout_array(mpt_context *ctx, size_t n, const mpt_mask *mask, mpt_array x, float beta,
-                                     mpt_array y) {
-    MPT__TRY(mpt__need_context(ctx));
-    if (!mask) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "dropout_array: mask is NULL");
-    MPT__TRY(mpt__need_share(ctx, "dropout_array", "p", mask->p, 1));
-    return mpt__map_call(ctx, "dropout_array", MPT_MAP_DROPOUT, n, x, x, beta, y, MPT_IDENTITY, mask);
+static mpt_result mpt__cast_check(mpt_context *ctx, const mpt_map_op *op) {
+    MPT__TRY(mpt__need_any(ctx, "cast", "src", op->a));
+    MPT__TRY(mpt__need_any(ctx, "cast", "dst", op->out));
+    if ((unsigned)op->rounding.round <= MPT_ROUND_STOCHASTIC &&
+        (unsigned)op->rounding.overflow <= MPT_OVERFLOW_SATURATE)
+        return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cast: unknown rounding %d or overflow %d", (int)op->rounding.round,
+                    (int)op->rounding.overflow);
 }
 
-static mpt_result mpt__norm_call(mpt_context *ctx, const char *call, const mpt_norm_shape *user, const float *stats,
-                                 mpt_norm_op *op) {
-    const int forward = op->pass == MPT_NORM_FORWARD, backward = op->pass == MPT_NORM_BACKWARD;
-    mpt_norm_shape *s = &op->shape;
-    MPT__TRY(mpt__need_context(ctx));
-    if (!user || !stats) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: shape or stats is NULL", call);
-    memcpy(&op->stats, &stats, sizeof stats); /* written only where the caller's is not const */
-    *s = *user;
-    if (!(mpt__bits(s->eps) << 1)) s->eps = 1e-5f;
+static mpt_result mpt__map_check(mpt_context *ctx, const mpt_map_op *op) {
+    if ((unsigned)op->map > MPT_MAP_DROPOUT)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "map: unknown map %d", (int)op->map);
+    MPT__TRY(mpt__need_size(ctx, "map", "n", op->n, 1, 1, 1));
+    if (op->map == MPT_MAP_CAST) return mpt__cast_check(ctx, op);
+    MPT__TRY(mpt__need(ctx, "map", "a", op->a));
+    if (op->map == MPT_MAP_ACTIVATION_GRADIENT || op->map == MPT_MAP_ADD) MPT__TRY(mpt__need(ctx, "map", "b", op->b));
+    MPT__TRY(mpt__need(ctx, "map", "out", op->out));
+    MPT__TRY(mpt__need_act(ctx, "map", op->act));
+    return op->map == MPT_MAP_DROPOUT ? mpt__need_share(ctx, "map", "mask.p", op->mask.p, 1) : MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_op_map(mpt_context *ctx, const mpt_map_op *op) {
+    MPT__TRY(mpt__need_op(ctx, "map", op));
+    if (!op->n) return MPT_OK;
+    MPT__TRY(mpt__map_check(ctx, op));
+    return ctx->backend.map(ctx, op);
+}
+
+MPT_DEF mpt_result mpt_cast(mpt_context *ctx, size_t n, mpt_array src, mpt_array dst, const mpt_rounding *rounding) {
+    mpt_map_op op = MPT_ZERO; /* MPT_MAP_CAST */
+    op.n = n;
+    op.a = src;
+    op.out = dst;
+    if (rounding) op.rounding = *rounding;
+    return mpt_op_map(ctx, &op);
+}
+
+MPT_DEF mpt_result mpt_op_columns(mpt_context *ctx, const mpt_columns_op *user) {
+    mpt_columns_op op = MPT_ZERO;
+    MPT__TRY(mpt__need_op(ctx, "columns", user));
+    op = *user;
+    if (!op.rows || !op.C) return MPT_OK;
+    if (!op.x_stride) op.x_stride = op.C;
+    if (!op.y_stride) op.y_stride = op.C;
+    MPT__TRY(mpt__need(ctx, "columns", "x", op.x));
+    MPT__TRY(mpt__need(ctx, "columns", "y", op.y));
+    if (op.x_stride < op.C || op.y_stride < op.C)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "columns: x_stride %z or y_stride %z is shorter than C, %z", op.x_stride,
+                        op.y_stride, op.C);
+    MPT__TRY(mpt__need_size(ctx, "columns", "x", op.rows, op.x_stride, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "columns", "y", op.rows, op.y_stride, 1, 1));
+    return ctx->backend.columns(ctx, &op);
+}
+
+static mpt_result mpt__norm_shape_check(mpt_context *ctx, mpt_norm_pass pass, const mpt_norm_shape *s) {
     if (!mpt__finite(s->eps) || s->eps < 0)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", call, (double)s->eps);
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: eps %g is not a finite number above 0", (double)s->eps);
     if (!s->N || !s->pixels || !s->C || !s->groups || s->C % s->groups)
         return mpt_fail(ctx, MPT_ERROR_SHAPE,
-                        "%s: a size is 0, or groups does not divide C (N %z, pixels %z, C %z, groups %z)", call, s->N,
+                        "norm: a size is 0, or groups does not divide C (N %z, pixels %z, C %z, groups %z)", s->N,
                         s->pixels, s->C, s->groups);
-    MPT__TRY(mpt__need_size(ctx, call, "x", s->N, s->pixels, s->C, 1));
-    if (op->pass == MPT_NORM_RUNNING && s->pixels * (s->C / s->groups) < 2)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: one value has no variance", call);
-    if (op->pass != MPT_NORM_RUNNING) MPT__TRY(mpt__need(ctx, call, "x", op->x));
-    if (forward || backward) MPT__TRY(mpt__need(ctx, call, "gamma", op->gamma));
-    if (forward || backward) MPT__TRY(mpt__need(ctx, call, forward ? "y" : "dy", op->y));
-    if (forward) MPT__TRY(mpt__need(ctx, call, "beta", op->beta));
-    if (forward) MPT__TRY(mpt__need_act(ctx, call, op->act));
-    if (op->dx.data) MPT__TRY(mpt__need(ctx, call, "dx", op->dx));
-    if (backward) MPT__TRY(mpt__need(ctx, call, "dgamma", op->dgamma));
-    if (backward) MPT__TRY(mpt__need(ctx, call, "dbeta", op->dbeta));
-    return ctx->backend.norm(ctx, op);
+    MPT__TRY(mpt__need_size(ctx, "norm", "x", s->N, s->pixels, s->C, 1));
+    if (pass == MPT_NORM_RUNNING && s->pixels * (s->C / s->groups) < 2)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "norm: one value has no variance");
+    return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_norm_stats(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats) {
+static mpt_result mpt__norm_forward_check(mpt_context *ctx, const mpt_norm_op *op) {
+    MPT__TRY(mpt__need(ctx, "norm", "x", op->x));
+    MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
+    MPT__TRY(mpt__need(ctx, "norm", "beta", op->beta));
+    MPT__TRY(mpt__need(ctx, "norm", "y", op->y));
+    return mpt__need_act(ctx, "norm", op->act);
+}
+
+static mpt_result mpt__norm_backward_check(mpt_context *ctx, const mpt_norm_op *op) {
+    MPT__TRY(mpt__need(ctx, "norm", "x", op->x));
+    MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
+    MPT__TRY(mpt__need(ctx, "norm", "y (dy)", op->y));
+    if (op->dx.data) MPT__TRY(mpt__need(ctx, "norm", "dx", op->dx));
+    MPT__TRY(mpt__need(ctx, "norm", "dgamma", op->dgamma));
+    MPT__TRY(mpt__need(ctx, "norm", "dbeta", op->dbeta));
+    if (op->act == MPT_IDENTITY) return MPT_OK;
+    if (op->act != MPT_RELU)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: activation %d behind a backward pass; it may be ReLU (%d)",
+                        (int)op->act, (int)MPT_RELU);
+    MPT__TRY(mpt__need(ctx, "norm", "saved", op->saved));
+    return mpt__need(ctx, "norm", "beta", op->beta);
+}
+
+MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
     mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_STATS;
-    op.x = x;
-    return mpt__norm_call(ctx, "norm_stats", shape, stats, &op);
+    MPT__TRY(mpt__need_op(ctx, "norm", user));
+    op = *user;
+    if (mpt__is_zero(op.shape.eps)) op.shape.eps = 1e-5f;
+    if (!op.stats) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: stats is NULL");
+    MPT__TRY(mpt__norm_shape_check(ctx, op.pass, &op.shape));
+    switch (op.pass) {
+    case MPT_NORM_STATS: MPT__TRY(mpt__need(ctx, "norm", "x", op.x)); break;
+    case MPT_NORM_FORWARD: MPT__TRY(mpt__norm_forward_check(ctx, &op)); break;
+    case MPT_NORM_BACKWARD: MPT__TRY(mpt__norm_backward_check(ctx, &op)); break;
+    case MPT_NORM_RUNNING:
+        MPT__TRY(mpt__need_share(ctx, "norm", "momentum", op.momentum, 0));
+        if (!op.running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: running is NULL");
+        break;
+    default: return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: unknown pass %d", (int)op.pass);
+    }
+    return ctx->backend.norm(ctx, &op);
 }
 
-MPT_DEF mpt_result mpt_norm_forward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, const float *stats,
-                                    mpt_array gamma, mpt_array beta, mpt_activation act, mpt_array y) {
-    mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_FORWARD;
-    op.act = act;
-    op.x = x;
-    op.y = y;
-    op.gamma = gamma;
-    op.beta = beta;
-    return mpt__norm_call(ctx, "norm_forward", shape, stats, &op);
-}
-
-MPT_DEF mpt_result mpt_norm_backward(mpt_context *ctx, const mpt_norm_shape *shape, mpt_array x, float *stats,
-                                     int frozen, mpt_array gamma, mpt_array dy, float scale_x, mpt_array dx,
-                                     float scale, mpt_array dgamma, mpt_array dbeta) {
-    mpt_norm_op op = MPT_ZERO;
-    op.pass = MPT_NORM_BACKWARD;
-    op.frozen = frozen;
-    op.x = x;
-    op.y = dy;
-    op.gamma = gamma;
-    op.dx = dx;
-    op.scale_x = scale_x;
-    op.dgamma = dgamma;
-    op.dbeta = dbeta;
-    op.scale = scale;
-    return mpt__norm_call(ctx, "norm_backward", shape, stats, &op);
-}
-
-MPT_DEF mpt_result mpt_norm_running(mpt_context *ctx, const mpt_norm_shape *shape, float momentum, const float *stats,
-                                    float *running) {
-    mpt_norm_op op = MPT_ZERO;
-    MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need_share(ctx, "norm_running", "momentum", momentum, 0));
-    if (!running) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm_running: running is NULL");
-    op.pass = MPT_NORM_RUNNING;
-    op.momentum = momentum;
-    op.running = running;
-    return mpt__norm_call(ctx, "norm_running", shape, stats, &op);
-}
-
-static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *user, mpt_pool2d_op *op) {
-    mpt_pool2d_shape *s = &op->shape;
-    if (!user) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: shape is NULL");
-    if (kind != MPT_POOL_MAX && kind != MPT_POOL_AVERAGE)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: unknown kind %d", (int)kind);
-    op->kind = kind;
-    *s = *user;
+/* Checks the shape, and finds P, Q and the strides. */
+static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool2d_op *op) {
+    const mpt_pool2d_shape *s = &op->shape;
     if (!s->H || !s->W || !s->C || !s->R || !s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C,
                         s->R, s->S);
@@ -3650,92 +3506,54 @@ static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool kind, const mpt_po
     if (!op->P || !op->Q)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zx%z on a %zx%z input with padding %z", s->R, s->S, s->H,
                         s->W, s->padding);
-    if (kind == MPT_POOL_MAX && s->R > 65536 / s->S)
+    if (op->kind == MPT_POOL_MAX && s->R > 65536 / s->S)
         return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zx%z has more than 65536 elements", s->R, s->S);
     return mpt__need_size(ctx, "pool2d", "y", s->N, op->P, op->Q, s->C);
 }
 
 MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q) {
     mpt_pool2d_op op = MPT_ZERO;
-    const mpt_result r = P && Q ? mpt__pool2d_plan(ctx, MPT_POOL_AVERAGE, shape, &op)
-                                : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d_output: P or Q is NULL");
-    if (P) *P = r == MPT_OK ? op.P : 0;
-    if (Q) *Q = r == MPT_OK ? op.Q : 0;
-    return r;
+    mpt_result r;
+    if (P) *P = 0;
+    if (Q) *Q = 0;
+    if (!shape || !P || !Q) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d_output: shape, P or Q is NULL");
+    op.kind = MPT_POOL_AVERAGE;
+    op.shape = *shape;
+    r = mpt__pool2d_plan(ctx, &op);
+    if (r != MPT_OK) return r;
+    *P = op.P;
+    *Q = op.Q;
+    return MPT_OK;
 }
 
-static mpt_result mpt__pool2d_run(mpt_context *ctx, mpt_pass pass, mpt_pool kind, const mpt_pool2d_shape *shape,
-                                  mpt_array x, float beta, mpt_array y, const uint16_t *index) {
+MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     mpt_pool2d_op op = MPT_ZERO;
-    MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__pool2d_plan(ctx, kind, shape, &op));
-    MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "x" : "dx", x));
-    MPT__TRY(mpt__need(ctx, "pool2d", pass == MPT_FORWARD ? "y" : "dy", y));
-    if (kind == MPT_POOL_MAX && !index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
-    op.pass = pass;
-    op.beta = beta;
-    op.x = x;
-    op.y = y;
-    memcpy(&op.index, &index, sizeof index); /* written only in the forward pass, where the caller's is not const */
+    MPT__TRY(mpt__need_op(ctx, "pool2d", user));
+    op = *user;
+    if ((unsigned)op.kind > MPT_POOL_AVERAGE || (unsigned)op.pass > MPT_BACKWARD_DATA)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: unknown kind %d or pass %d", (int)op.kind, (int)op.pass);
+    MPT__TRY(mpt__pool2d_plan(ctx, &op));
+    MPT__TRY(mpt__need(ctx, "pool2d", op.pass == MPT_FORWARD ? "x" : "x (dx)", op.x));
+    MPT__TRY(mpt__need(ctx, "pool2d", op.pass == MPT_FORWARD ? "y" : "y (dy)", op.y));
+    if (op.kind == MPT_POOL_MAX && !op.index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
     return ctx->backend.pool2d(ctx, &op);
 }
 
-MPT_DEF mpt_result mpt_pool2d_forward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array x,
-                                      mpt_array y, uint16_t *index) {
-    return mpt__pool2d_run(ctx, MPT_FORWARD, kind, shape, x, 0, y, index);
-}
-
-MPT_DEF mpt_result mpt_pool2d_backward(mpt_context *ctx, mpt_pool kind, const mpt_pool2d_shape *shape, mpt_array dy,
-                                       const uint16_t *index, float beta, mpt_array dx) {
-    return mpt__pool2d_run(ctx, MPT_BACKWARD_DATA, kind, shape, dx, beta, dy, index);
-}
-
-static mpt_result mpt__loss_run(mpt_context *ctx, const char *call, const mpt_loss_op *op) {
-    MPT__TRY(mpt__need_context(ctx));
-    MPT__TRY(mpt__need(ctx, call, "x", op->x));
-    if (op->dx.data) MPT__TRY(mpt__need(ctx, call, "dx", op->dx));
-    if (!op->target || !op->sum)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is NULL", call,
-                        op->target                           ? "sum"
-                        : op->kind == MPT_LOSS_CROSS_ENTROPY ? "labels"
-                                                             : "target");
-    if (!op->C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: C is 0", call);
-    MPT__TRY(mpt__need_share(ctx, call, "label_smoothing", op->cross_entropy.label_smoothing, 0));
-    MPT__TRY(mpt__need_size(ctx, call, "x", op->N, op->C, 1, 1));
-    return ctx->backend.loss(ctx, op);
-}
-
-static mpt_loss_op mpt__loss_op(mpt_loss_kind kind, size_t N, size_t C, mpt_array x, const void *target,
-                                float grad_scale, const float *loss_scale, mpt_array dx, mpt_loss_sum *sum) {
+MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *user) {
     mpt_loss_op op = MPT_ZERO;
-    op.kind = kind;
-    op.N = N;
-    op.C = C;
-    op.x = x;
-    op.dx = dx;
-    op.target = target;
-    op.grad_scale = grad_scale;
-    op.loss_scale = loss_scale;
-    op.sum = sum;
-    return op;
-}
-
-MPT_DEF mpt_result mpt_cross_entropy(mpt_context *ctx, const mpt_cross_entropy_desc *desc, size_t N, size_t C,
-                                     mpt_array x, const int32_t *labels, float grad_scale, const float *loss_scale,
-                                     mpt_array dx, mpt_loss_sum *sum) {
-    mpt_loss_op op = mpt__loss_op(MPT_LOSS_CROSS_ENTROPY, N, C, x, labels, grad_scale, loss_scale, dx, sum);
-    if (desc) op.cross_entropy = *desc;
-    return mpt__loss_run(ctx, "cross_entropy", &op);
-}
-
-MPT_DEF mpt_result mpt_elementwise_loss(mpt_context *ctx, mpt_loss_kind kind, size_t N, size_t C, mpt_array x,
-                                        const float *target, float grad_scale, const float *loss_scale, mpt_array dx,
-                                        mpt_loss_sum *sum) {
-    const mpt_loss_op op = mpt__loss_op(kind, N, C, x, target, grad_scale, loss_scale, dx, sum);
-    MPT__TRY(mpt__need_context(ctx));
-    if (kind == MPT_LOSS_CROSS_ENTROPY || (unsigned)kind >= MPT_LOSS_KIND_COUNT)
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "elementwise_loss: kind %d is none", (int)kind);
-    return mpt__loss_run(ctx, "elementwise_loss", &op);
+    MPT__TRY(mpt__need_op(ctx, "loss", user));
+    op = *user;
+    if (mpt__is_zero(op.grad_scale)) op.grad_scale = 1;
+    if ((unsigned)op.kind >= MPT_LOSS_KIND_COUNT)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: unknown kind %d", (int)op.kind);
+    MPT__TRY(mpt__need(ctx, "loss", "x", op.x));
+    if (op.dx.data) MPT__TRY(mpt__need(ctx, "loss", "dx", op.dx));
+    if (!op.target) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: target is NULL");
+    if (!op.sum) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: sum is NULL");
+    if (!op.C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "loss: C is 0");
+    MPT__TRY(mpt__need_share(ctx, "loss", "label_smoothing", op.cross_entropy.label_smoothing, 0));
+    MPT__TRY(mpt__need_size(ctx, "loss", "x", op.N, op.C, 1, 1));
+    return ctx->backend.loss(ctx, &op);
 }
 
 /* ==== REFERENCE ====
@@ -3782,11 +3600,22 @@ static void mpt__ref_put(mpt_array out, size_t i, double sum, float beta, mpt_ar
     mpt__ref_set(out, i, (double)mpt__activate(act, x), NULL);
 }
 
-/* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)); rows of a, b, c are lda, ldb, ldc apart.
-   fast: mpt__cpu_gemm */
+/* sums(C) = sums over the rows of x(rows,C) + beta sums. fast: mpt__column_sums */
+static void mpt__ref_column_sums(size_t rows, size_t C, mpt_array x, float beta, mpt_array sums) {
+    size_t row, c;
+    for (c = 0; c < C; c++) {
+        double sum = mpt__ref_old(sums, c, beta);
+        for (row = 0; row < rows; row++) sum += mpt__ref_get(x, row * C + c);
+        mpt__ref_set(sums, c, sum, NULL);
+    }
+}
+
+/* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)); rows of a, b, c are lda, ldb, ldc apart. Before it
+   a_sums(m), from a(k,m). fast: mpt__cpu_gemm */
 static mpt_result mpt__ref_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     size_t i, j, l;
     (void)ctx;
+    if (op->a_sums.data) mpt__ref_column_sums(op->k, op->m, op->a, op->beta, op->a_sums);
     for (i = 0; i < op->m; i++)
         for (j = 0; j < op->n; j++) {
             double sum = 0;
@@ -3866,7 +3695,8 @@ static double mpt__ref_conv2d_dw(const mpt_conv2d_op *op, size_t k, size_t r, si
     return sum;
 }
 
-/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C/groups)) + bias(K)), or its gradients dx and dw. fast: mpt__cpu_conv2d */
+/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C/groups)) + bias(K)), or its gradients dx, dw and db. fast:
+   mpt__cpu_conv2d */
 static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const int forward = op->pass == MPT_FORWARD, data = op->pass == MPT_BACKWARD_DATA;
@@ -3877,6 +3707,8 @@ static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const size_t *size = forward ? size_y : data ? size_x : size_w; /* of what is written */
     size_t i, j, l, m;
     (void)ctx;
+    if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data)
+        mpt__ref_column_sums(z->N * op->P * op->Q, z->K, op->y, op->beta, op->bias);
     for (i = 0; i < size[0]; i++)
         for (j = 0; j < size[1]; j++)
             for (l = 0; l < size[2]; l++)
@@ -3891,22 +3723,8 @@ static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     return MPT_OK;
 }
 
-/* db(C) = sums over the rows of dy(rows,C) + beta db. fast: mpt__cpu_column_sums */
-static mpt_result mpt__ref_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                                       int product) {
-    size_t row, c;
-    (void)ctx;
-    (void)product;
-    for (c = 0; c < C; c++) {
-        double sum = mpt__ref_old(db, c, beta);
-        for (row = 0; row < rows; row++) sum += mpt__ref_get(dy, row * C + c);
-        mpt__ref_set(db, c, sum, NULL);
-    }
-    return MPT_OK;
-}
-
-/* y(rows,C) = x(rows,C) + beta y, rows x_stride and y_stride apart. fast: mpt__cpu_copy_columns */
-static mpt_result mpt__ref_copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+/* y(rows,C) = x(rows,C) + beta y, rows x_stride and y_stride apart. fast: mpt__cpu_columns */
+static mpt_result mpt__ref_columns(mpt_context *ctx, const mpt_columns_op *op) {
     size_t row, c;
     (void)ctx;
     for (row = 0; row < op->rows; row++)
@@ -4114,8 +3932,7 @@ static mpt_result mpt__ref_norm(mpt_context *ctx, const mpt_norm_op *op) {
 static void mpt__ref_backend(mpt_backend *backend) {
     backend->gemm = mpt__ref_gemm;
     backend->conv2d = mpt__ref_conv2d;
-    backend->column_sums = mpt__ref_column_sums;
-    backend->copy_columns = mpt__ref_copy_columns;
+    backend->columns = mpt__ref_columns;
     backend->map = mpt__ref_map;
     backend->pool2d = mpt__ref_pool2d;
     backend->norm = mpt__ref_norm;
@@ -5006,8 +4823,11 @@ static mpt__product mpt__gemm_product(mpt_context *ctx, const mpt_gemm_op *op) {
     return p;
 }
 
+static void mpt__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array x, float beta, mpt_array sums);
+
 static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt__product p = mpt__gemm_product(ctx, op);
+    if (op->a_sums.data) mpt__column_sums(ctx, op->k, op->m, op->a, op->beta, op->a_sums);
     return mpt__product_run(&p);
 }
 
@@ -5056,7 +4876,7 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
     p.ctx = ctx;
     p.alpha = 1;
     p.beta = op->beta;
-    p.bias = mpt__array_at(op->bias, group * K);
+    if (op->pass == MPT_FORWARD) p.bias = mpt__array_at(op->bias, group * K);
     p.act = op->act;
     if (z->R * z->S > 1 || z->stride > 1 || z->padding) p.image = mpt__image_of(op, group);
     if (op->pass == MPT_FORWARD) { /* y(NPQ,K) = patches(NPQ,RSC) w(K,RSC)^T */
@@ -5221,6 +5041,8 @@ static int mpt__depthwise_run(mpt_context *ctx, const mpt_conv2d_op *op) {
 static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     size_t group;
+    if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data)
+        mpt__column_sums(ctx, z->N * op->P * op->Q, z->K, op->y, op->beta, op->bias);
     if (z->groups > 1 && z->groups == z->C && z->C == z->K && mpt__depthwise_run(ctx, op)) return MPT_OK;
     for (group = 0; group < z->groups; group++) {
         mpt__product p = mpt__conv2d_product(ctx, op, group);
@@ -5323,7 +5145,7 @@ MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int
 }
 MPT__TASKS(mpt__columns_task)
 
-static mpt_result mpt__cpu_copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+static mpt_result mpt__cpu_columns(mpt_context *ctx, const mpt_columns_op *op) {
     mpt__work w = {ctx, op};
     mpt__parallel(ctx, op->rows, op->rows * op->C, MPT__TASK(ctx, mpt__columns_task), &w);
     return MPT_OK;
@@ -5699,24 +5521,22 @@ static mpt_result mpt__cpu_norm(mpt_context *ctx, const mpt_norm_op *op) {
     return MPT_OK;
 }
 
-/* db(C) = column sums of dy(rows,C) + beta db */
-static mpt_result mpt__cpu_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                                       MPT__UNUSED int product) {
+/* sums(C) = sums over the rows of x(rows,C) + beta sums */
+static void mpt__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array x, float beta, mpt_array sums) {
     mpt_norm_op op = MPT_ZERO;
     mpt__norm_work w;
     size_t c;
     op.shape.N = 1;
     op.shape.pixels = rows;
     op.shape.C = op.shape.groups = C;
-    op.x = dy;
+    op.x = x;
     op.scale = beta;
     w = mpt__norm_work_of(ctx, &op, MPT__SUM_VALUES);
     for (w.first = 0; w.first < C; w.first += MPT__COLUMNS) {
         w.columns = mpt__min(C - w.first, MPT__COLUMNS);
         mpt__norm_columns(&w);
-        for (c = 0; c < w.columns; c++) mpt__norm_put(&w, db, w.first + c, w.sums[c]);
+        for (c = 0; c < w.columns; c++) mpt__norm_put(&w, sums, w.first + c, w.sums[c]);
     }
-    return MPT_OK;
 }
 
 /* -- Pooling: every output, or in the gradient every input, gathers what it needs, a run of channels at a time -- */
@@ -6287,14 +6107,14 @@ static mpt_backend mpt__cpu_backend(void) {
     b.release = mpt__host_free;
     b.upload = mpt__cpu_copy;
     b.download = mpt__cpu_copy;
+    b.copy = mpt__cpu_copy;
     b.zero = mpt__cpu_zero;
     b.scan = mpt__cpu_scan;
     b.histogram = mpt__cpu_histogram;
     b.map = mpt__cpu_map;
     b.gemm = mpt__cpu_gemm;
     b.conv2d = mpt__cpu_conv2d;
-    b.column_sums = mpt__cpu_column_sums;
-    b.copy_columns = mpt__cpu_copy_columns;
+    b.columns = mpt__cpu_columns;
     b.pool2d = mpt__cpu_pool2d;
     b.norm = mpt__cpu_norm;
     b.loss = mpt__cpu_loss;
@@ -7127,7 +6947,7 @@ typedef struct mpt__node {
     float momentum;            /* batch norm */
     size_t running;            /* batch norm: where its mean is in the statistics */
     float p;                   /* dropout */
-    mpt_pool pool_kind;
+    mpt_pool_kind pool_kind;
     mpt_pool2d_shape pool;
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
@@ -7512,7 +7332,7 @@ static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S,
     return mpt__layer_size(net, node, P, Q, s->C);
 }
 
-static int mpt__pool_node(mpt_model *net, int in, mpt_pool kind, int window, const mpt_pool2d_desc *desc) {
+static int mpt__pool_node(mpt_model *net, int in, mpt_pool_kind kind, int window, const mpt_pool2d_desc *desc) {
     mpt__node *node = mpt__layer(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
     mpt_pool2d_desc d = MPT_ZERO;
     const int global = window == -1;
@@ -7787,7 +7607,7 @@ static mpt_result mpt__build_init(mpt_model *net) {
             MPT__TRY(mpt_params_init(net->params, node->bias, node->init, in, (size_t)node->C * taps, net->train.seed));
     }
     if (!net->statistics) return MPT_OK;
-    return mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL);
+    return net->ctx->backend.copy(net->ctx, net->pending, net->running, net->statistics * sizeof *net->running);
 }
 
 /* Adds a buffer of `count` elements that is alive from `first` to `last`. Returns its number. */
@@ -8056,56 +7876,122 @@ static uint16_t *mpt__pool_index(const mpt_model *net, const mpt__node *node) {
 /* Batch norm takes the statistics of the batch in training, else the running ones. */
 static mpt_result mpt__norm_node_forward(mpt_model *net, const mpt__node *node, mpt_array x, mpt_array y, size_t rows,
                                          int train) {
-    const mpt_norm_shape shape = mpt__norm_shape_of(node, rows);
     const int batch = node->norm == MPT__NORM_BATCH;
-    float *stats = mpt__norm_stats_of(net, node);
-    if (batch && !train) stats = net->running + node->running;
-    else MPT__TRY(mpt_norm_stats(net->ctx, &shape, x, stats));
-    return mpt_norm_forward(net->ctx, &shape, x, stats, mpt__norm_array(net, node->weight),
-                            mpt__norm_array(net, node->bias), node->act, y);
+    mpt_norm_op op = MPT_ZERO;
+    op.shape = mpt__norm_shape_of(node, rows);
+    op.x = x;
+    op.stats = batch && !train ? net->running + node->running : mpt__norm_stats_of(net, node);
+    if (train || !batch) MPT__TRY(mpt_op_norm(net->ctx, &op)); /* MPT_NORM_STATS */
+    op.pass = MPT_NORM_FORWARD;
+    op.y = y;
+    op.gamma = mpt__norm_array(net, node->weight);
+    op.beta = mpt__norm_array(net, node->bias);
+    op.act = node->act;
+    return mpt_op_norm(net->ctx, &op);
 }
 
 static mpt_result mpt__concat_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
-    const size_t pixels = rows * (size_t)node->H * (size_t)node->W, C = (size_t)node->C;
-    size_t first = 0;
+    mpt_columns_op op = MPT_ZERO;
     int side;
+    op.rows = rows * (size_t)node->H * (size_t)node->W;
+    op.y_stride = (size_t)node->C;
     for (side = 0; side < 2; side++) {
-        const size_t some = (size_t)mpt__node_of(net, node->in[side])->C;
-        MPT__TRY(mpt_copy_columns(net->ctx, pixels, some, mpt__value(net, node->in[side]), some, 0,
-                                  mpt__array_at(y, first), C));
-        first = some;
+        op.x = mpt__value(net, node->in[side]);
+        op.y = mpt__array_at(y, op.C); /* behind the channels of the side before */
+        op.C = (size_t)mpt__node_of(net, node->in[side])->C;
+        MPT__TRY(mpt_op_columns(net->ctx, &op));
     }
     return MPT_OK;
+}
+
+/* y(rows,K) = act(x(rows,inputs) w(K,inputs)^T + b) */
+static mpt_result mpt__linear_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.trans_b = 1;
+    op.m = rows;
+    op.n = (size_t)node->C;
+    op.k = mpt__node_count(mpt__node_of(net, node->in[0]));
+    op.a = mpt__product_input(net, node);
+    op.b = mpt__weight_array(net, node);
+    op.c = y;
+    op.bias = mpt__bias_array(net, node);
+    op.act = node->act;
+    return mpt_op_gemm(net->ctx, &op);
+}
+
+/* The operation of a convolution in a pass over `rows` samples, without the array that it writes. */
+static mpt_conv2d_op mpt__conv2d_op(mpt_model *net, const mpt__node *node, mpt_pass pass, size_t rows) {
+    mpt_conv2d_op op = MPT_ZERO;
+    op.pass = pass;
+    op.shape = node->conv;
+    op.shape.N = rows;
+    op.x = mpt__product_input(net, node);
+    op.w = mpt__weight_array(net, node);
+    return op;
+}
+
+static mpt_result mpt__conv2d_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
+    mpt_conv2d_op op = mpt__conv2d_op(net, node, MPT_FORWARD, rows);
+    op.y = y;
+    op.bias = mpt__bias_array(net, node);
+    op.act = node->act;
+    return mpt_op_conv2d(net->ctx, &op);
+}
+
+static mpt_pool2d_op mpt__pool2d_op(const mpt_model *net, const mpt__node *node, mpt_pass pass, size_t rows) {
+    mpt_pool2d_op op = MPT_ZERO;
+    op.kind = node->pool_kind;
+    op.pass = pass;
+    op.shape = node->pool;
+    op.shape.N = rows;
+    op.index = mpt__pool_index(net, node);
+    return op;
+}
+
+/* The operation of a node that is one element at a time, over `rows` samples: out = map(a). */
+static mpt_map_op mpt__map_op(const mpt_model *net, int id, size_t rows, mpt_map map, mpt_array a, mpt_array out) {
+    mpt_map_op op = MPT_ZERO;
+    op.map = map;
+    op.n = rows * mpt__node_count(mpt__node_of(net, id));
+    op.a = op.b = a;
+    op.out = out;
+    return op;
 }
 
 /* Everything but the input and the loss, which know the batch. */
 static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows, int train) {
     const mpt__node *node = mpt__node_of(net, id);
     const mpt_array x = mpt__value(net, node->in[0]), y = mpt__value(net, id);
-    const size_t count = rows * mpt__node_count(node), inputs = mpt__node_count(mpt__node_of(net, node->in[0]));
-    const mpt_mask mask = mpt__dropout_mask(net, id);
-    mpt_conv2d_shape conv = node->conv;
-    mpt_pool2d_shape pool = node->pool;
-    conv.N = pool.N = rows;
+    const size_t inputs = mpt__node_count(mpt__node_of(net, node->in[0]));
+    mpt_pool2d_op pool;
+    mpt_map_op map = mpt__map_op(net, id, rows, MPT_MAP_ADD, x, y); /* a copy */
     mpt__enter(net, id, MPT_FORWARD, id);
     if (node->cast) MPT__TRY(mpt_cast(net->ctx, rows * inputs, x, mpt__product_input(net, node), NULL));
     switch (node->kind) {
-    case MPT__LINEAR:
-        return mpt_linear_forward(net->ctx, rows, inputs, (size_t)node->C, mpt__product_input(net, node),
-                                  mpt__weight_array(net, node), mpt__bias_array(net, node), node->act, y);
-    case MPT__CONV2D:
-        return mpt_conv2d_forward(net->ctx, &conv, mpt__product_input(net, node), mpt__weight_array(net, node),
-                                  mpt__bias_array(net, node), node->act, y);
+    case MPT__LINEAR: return mpt__linear_forward(net, node, y, rows);
+    case MPT__CONV2D: return mpt__conv2d_forward(net, node, y, rows);
     case MPT__ACTIVATION:
         if (node->fused) return MPT_OK;
-        return mpt_activation_forward(net->ctx, node->act, count, x, y);
-    case MPT__POOL: return mpt_pool2d_forward(net->ctx, node->pool_kind, &pool, x, y, mpt__pool_index(net, node));
-    case MPT__ADD: return mpt_add_arrays(net->ctx, count, x, 1, mpt__value(net, node->in[1]), node->act, y);
+        map.map = MPT_MAP_ACTIVATION;
+        map.act = node->act;
+        return mpt_op_map(net->ctx, &map);
+    case MPT__POOL:
+        pool = mpt__pool2d_op(net, node, MPT_FORWARD, rows);
+        pool.x = x;
+        pool.y = y;
+        return mpt_op_pool2d(net->ctx, &pool);
+    case MPT__ADD:
+        map.b = mpt__value(net, node->in[1]);
+        map.beta = 1;
+        map.act = node->act;
+        return mpt_op_map(net->ctx, &map);
     case MPT__CONCAT: return mpt__concat_forward(net, node, y, rows);
     case MPT__NORM: return mpt__norm_node_forward(net, node, x, y, rows, train);
     case MPT__DROPOUT:
-        if (train) return mpt_dropout_array(net->ctx, count, &mask, x, 0, y);
-        return mpt_add_arrays(net->ctx, count, x, 0, x, MPT_IDENTITY, y);
+        if (!train) return mpt_op_map(net->ctx, &map);
+        map.map = MPT_MAP_DROPOUT;
+        map.mask = mpt__dropout_mask(net, id);
+        return mpt_op_map(net->ctx, &map);
     default: return MPT_OK; /* flatten shares its input's buffer */
     }
 }
@@ -8118,17 +8004,31 @@ static float mpt__grad_beta(mpt_model *net, int id) {
     return beta;
 }
 
+/* Gradients of weights and bias, added to those of the micro-batches before. */
 static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, mpt_array dy, size_t rows) {
-    const mpt_array x = mpt__product_input(net, node), dw = mpt_f32_array(mpt_params_grad(net->params, node->weight));
-    const size_t inputs = mpt__node_count(mpt__node_of(net, node->in[0])), outputs = (size_t)node->C;
+    const mpt_array dw = mpt_f32_array(mpt_params_grad(net->params, node->weight));
+    const mpt_array db = mpt_f32_array(node->bias ? mpt_params_grad(net->params, node->bias) : NULL);
     const float beta = net->micro ? 1.0f : 0.0f;
-    mpt_conv2d_shape conv = node->conv;
-    conv.N = rows;
-    if (node->bias)
-        MPT__TRY(net->ctx->backend.column_sums(net->ctx, rows * (size_t)node->H * (size_t)node->W, outputs, dy, beta,
-                                               mpt_f32_array(mpt_params_grad(net->params, node->bias)), 1));
-    if (node->kind == MPT__LINEAR) return mpt_linear_backward_weight(net->ctx, rows, inputs, outputs, dy, x, beta, dw);
-    return mpt_conv2d_backward_weight(net->ctx, &conv, dy, x, beta, dw);
+    mpt_conv2d_op conv;
+    mpt_gemm_op gemm = MPT_ZERO;
+    if (node->kind == MPT__CONV2D) {
+        conv = mpt__conv2d_op(net, node, MPT_BACKWARD_WEIGHT, rows);
+        conv.y = dy;
+        conv.w = dw;
+        conv.bias = db;
+        conv.beta = beta;
+        return mpt_op_conv2d(net->ctx, &conv);
+    }
+    gemm.trans_a = 1;
+    gemm.m = (size_t)node->C;
+    gemm.n = mpt__node_count(mpt__node_of(net, node->in[0]));
+    gemm.k = rows;
+    gemm.a = dy;
+    gemm.b = mpt__product_input(net, node);
+    gemm.c = dw;
+    gemm.a_sums = db;
+    gemm.beta = beta;
+    return mpt_op_gemm(net->ctx, &gemm);
 }
 
 /* Whether the backward pass of a norm takes the slope of the activation behind it in passing. */
@@ -8141,11 +8041,15 @@ static int mpt__slope_in_norm(const mpt__node *node) {
 static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node, mpt_array y, mpt_array dy,
                                           size_t rows) {
     const int to = node->in[0], wanted = mpt__node_of(net, to)->needs_gradient;
-    const mpt_norm_shape shape = mpt__norm_shape_of(node, rows);
-    float *stats = mpt__norm_stats_of(net, node);
     mpt_norm_op op = MPT_ZERO;
-    if (node->norm == MPT__NORM_BATCH)
-        MPT__TRY(mpt_norm_running(net->ctx, &shape, node->momentum, stats, net->pending + node->running));
+    op.shape = mpt__norm_shape_of(node, rows);
+    op.stats = mpt__norm_stats_of(net, node);
+    if (node->norm == MPT__NORM_BATCH) {
+        op.pass = MPT_NORM_RUNNING;
+        op.momentum = node->momentum;
+        op.running = net->pending + node->running;
+        MPT__TRY(mpt_op_norm(net->ctx, &op));
+    }
     op.pass = MPT_NORM_BACKWARD;
     op.x = mpt__value(net, to);
     op.y = dy;
@@ -8162,7 +8066,7 @@ static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node,
     op.dgamma = mpt_f32_array(mpt_params_grad(net->params, node->weight));
     op.dbeta = mpt_f32_array(mpt_params_grad(net->params, node->bias));
     op.scale = net->micro ? 1.0f : 0.0f;
-    return mpt__norm_call(net->ctx, "norm_backward", &shape, stats, &op);
+    return mpt_op_norm(net->ctx, &op);
 }
 
 /* The gradient that `node` hands to its input on a side. */
@@ -8170,32 +8074,67 @@ static mpt_result mpt__data_backward(mpt_model *net, int id, int side, mpt_array
     const mpt__node *node = mpt__node_of(net, id);
     const int to = node->in[side];
     const mpt_array dx = mpt__grad(net, to);
-    const size_t count = rows * mpt__node_count(node), inputs = mpt__node_count(mpt__node_of(net, to));
-    const size_t C = (size_t)mpt__node_of(net, to)->C;
-    const mpt_mask mask = mpt__dropout_mask(net, id);
-    mpt_conv2d_shape conv = node->conv;
-    mpt_pool2d_shape pool = node->pool;
+    const size_t inputs = mpt__node_count(mpt__node_of(net, to)), C = (size_t)mpt__node_of(net, to)->C;
+    mpt_gemm_op gemm = MPT_ZERO;
+    mpt_conv2d_op conv;
+    mpt_pool2d_op pool;
+    mpt_columns_op columns = MPT_ZERO;
+    mpt_map_op map = mpt__map_op(net, id, rows, MPT_MAP_ADD, dy, dx);
     float beta;
     if (!mpt__node_of(net, to)->needs_gradient) return MPT_OK;
     beta = mpt__grad_beta(net, to);
     if (dx.data == dy.data) return MPT_OK; /* shared: it is there already */
-    conv.N = pool.N = rows;
+    map.beta = beta;
     switch (node->kind) {
     case MPT__LINEAR:
-        return mpt_linear_backward_data(net->ctx, rows, inputs, (size_t)node->C, dy, mpt__weight_array(net, node), beta,
-                                        dx);
-    case MPT__CONV2D: return mpt_conv2d_backward_data(net->ctx, &conv, dy, mpt__weight_array(net, node), beta, dx);
+        gemm.m = rows;
+        gemm.n = inputs;
+        gemm.k = (size_t)node->C;
+        gemm.a = dy;
+        gemm.b = mpt__weight_array(net, node);
+        gemm.c = dx;
+        gemm.beta = beta;
+        return mpt_op_gemm(net->ctx, &gemm);
+    case MPT__CONV2D:
+        conv = mpt__conv2d_op(net, node, MPT_BACKWARD_DATA, rows);
+        conv.y = dy;
+        conv.x = dx;
+        conv.beta = beta;
+        return mpt_op_conv2d(net->ctx, &conv);
     case MPT__POOL:
-        return mpt_pool2d_backward(net->ctx, node->pool_kind, &pool, dy, mpt__pool_index(net, node), beta, dx);
+        pool = mpt__pool2d_op(net, node, MPT_BACKWARD_DATA, rows);
+        pool.y = dy;
+        pool.x = dx;
+        pool.beta = beta;
+        return mpt_op_pool2d(net->ctx, &pool);
     case MPT__ACTIVATION:
-        return mpt_activation_backward(net->ctx, node->act, count,
-                                       mpt__act_saves_input(node->act) ? mpt__value(net, to) : y, dy, beta, dx);
+        map.map = MPT_MAP_ACTIVATION_GRADIENT;
+        map.act = node->act;
+        map.a = mpt__act_saves_input(node->act) ? mpt__value(net, to) : y;
+        map.b = dy;
+        return mpt_op_map(net->ctx, &map);
     case MPT__CONCAT:
-        return mpt_copy_columns(net->ctx, rows * inputs / C, C, mpt__array_at(dy, side ? (size_t)node->C - C : 0),
-                                (size_t)node->C, beta, dx, C);
-    case MPT__DROPOUT: return mpt_dropout_array(net->ctx, count, &mask, dy, beta, dx);
-    default: return mpt_add_arrays(net->ctx, count, dy, beta, dx, MPT_IDENTITY, dx); /* add, flatten */
+        columns.rows = rows * inputs / C;
+        columns.C = C;
+        columns.x = mpt__array_at(dy, side ? (size_t)node->C - C : 0);
+        columns.x_stride = (size_t)node->C;
+        columns.y = dx;
+        columns.beta = beta;
+        return mpt_op_columns(net->ctx, &columns);
+    case MPT__DROPOUT:
+        map.map = MPT_MAP_DROPOUT;
+        map.mask = mpt__dropout_mask(net, id);
+        return mpt_op_map(net->ctx, &map);
+    default: /* add, flatten: dx = dy + beta dx */ map.b = dx; return mpt_op_map(net->ctx, &map);
     }
+}
+
+/* dy, in place, from behind the activation that a node computes in passing */
+static mpt_result mpt__slope_backward(mpt_model *net, int id, mpt_array y, mpt_array dy, size_t rows) {
+    mpt_map_op op = mpt__map_op(net, id, rows, MPT_MAP_ACTIVATION_GRADIENT, y, dy);
+    op.b = dy;
+    op.act = mpt__node_of(net, id)->slope;
+    return mpt_op_map(net->ctx, &op);
 }
 
 static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
@@ -8205,7 +8144,7 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
     if (!node->needs_gradient || node->fused) return MPT_OK;
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
     if (node->slope && node->kind != MPT__ACTIVATION && !mpt__slope_in_norm(node))
-        MPT__TRY(mpt_activation_backward(net->ctx, node->slope, rows * mpt__node_count(node), y, dy, 0, dy));
+        MPT__TRY(mpt__slope_backward(net, id, y, dy, rows));
     mpt__enter(net, id, MPT_BACKWARD_WEIGHT, node->kind == MPT__NORM ? node->in[0] : id);
     if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
     if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, y, dy, rows);
@@ -8262,17 +8201,21 @@ static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows,
     const mpt__node *loss = &net->nodes[net->count - 1];
     const size_t outputs = mpt__node_count(loss);
     const int classes = loss->loss == MPT_LOSS_CROSS_ENTROPY;
-    const mpt_array none = MPT_ZERO, logits = mpt__value(net, loss->in[0]);
-    const mpt_array dlogits = train ? mpt__grad(net, loss->in[0]) : none;
-    const float grad_scale = (float)(1.0 / net->train.accumulate), *loss_scale = &net->scaler->state->scale;
-    mpt_loss_op op;
+    mpt_loss_op op = MPT_ZERO;
     MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * (classes ? 1 : outputs) * sizeof(float)));
-    op = mpt__loss_op(loss->loss, rows, outputs, logits, net->target, grad_scale, loss_scale, dlogits,
-                      &net->sums[train ? 0 : 1]);
+    op.kind = loss->loss;
+    op.N = rows;
+    op.C = outputs;
+    op.x = mpt__value(net, loss->in[0]);
+    op.target = net->target;
     op.cross_entropy = loss->cross_entropy;
     op.cross_entropy.class_weights = net->class_weights;
+    if (train) op.dx = mpt__grad(net, loss->in[0]);
+    op.grad_scale = (float)(1.0 / net->train.accumulate);
+    op.loss_scale = &net->scaler->state->scale;
+    op.sum = &net->sums[train ? 0 : 1];
     op.part = train;
-    return mpt__loss_run(net->ctx, loss->name, &op);
+    return mpt_op_loss(net->ctx, &op);
 }
 
 /* Forward over rows <= batch samples that were checked. target NULL: no loss. train: as training does, and with the
@@ -8296,18 +8239,18 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
 /* The first forward pass after a step starts a new sum of losses and new gradients, and forgets the statistics of
    backward passes that no step followed. A later one forgets the loss of a forward pass that no backward followed. */
 static mpt_result mpt__start_forward(mpt_model *net) {
-    const size_t words = sizeof *net->sums / sizeof(float);
-    const mpt_array sum = mpt_typed_array(&net->sums[0], MPT_F32), kept = mpt_typed_array(&net->sums[2], MPT_F32);
-    net->opt->op.loss = &net->sums[0];
+    mpt_backend *backend = &net->ctx->backend;
+    mpt_loss_sum *sum = &net->sums[0], *kept = &net->sums[2];
+    net->opt->op.loss = sum;
     if (net->micro && net->steps_at_backward == net->opt->steps) {
-        net->opt->op.loss = &net->sums[2]; /* until a backward pass follows */
-        return mpt_cast(net->ctx, words, net->followed ? sum : kept, net->followed ? kept : sum, NULL);
+        net->opt->op.loss = kept; /* until a backward pass follows */
+        return backend->copy(net->ctx, net->followed ? kept : sum, net->followed ? sum : kept, sizeof *sum);
     }
     net->micro = 0;
     if (net->gathered && net->steps_at_backward == net->opt->steps)
-        MPT__TRY(mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL));
+        MPT__TRY(backend->copy(net->ctx, net->pending, net->running, net->statistics * sizeof *net->running));
     net->gathered = 0;
-    return net->ctx->backend.zero(net->ctx, &net->sums[0], sizeof net->sums[0]);
+    return backend->zero(net->ctx, sum, sizeof *sum);
 }
 
 static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void *target, size_t rows) {

@@ -174,7 +174,7 @@ typedef struct mptc__step { /* from begin to end */
     int failed;      /* ...call by call, since recording them failed */
 } mptc__step;
 
-typedef struct mptc__sums { /* of the columns of dy(rows,C), see mpt_bias_backward */
+typedef struct mptc__sums { /* db(C) = sums over the rows of dy(rows,C) + beta db: the gradient of a bias */
     size_t rows, C;
     mpt_array dy, db;
     float beta;
@@ -186,7 +186,7 @@ typedef struct mptc__sums { /* of the columns of dy(rows,C), see mpt_bias_backwa
      few bytes to be 0       clear      an elementwise operation                clears them besides
      upload in a step        to         its reader, a cast or a loss            reads the feed: no copy
      bias of logits          finish     their loss                              adds it as it reads them
-     gradient of a bias      bias       product that makes the weights' one     has it as its epilogue
+     gradient of a bias      bias       slices of the product of the weights'   has it as its epilogue
      gradient of a pool      pool       the gradient of the ReLU before it      is applied as it is stored
      product of few terms    few        the gradient of the ReLU before it      is applied as it is stored
      gradient of a ReLU      slope      the pool before it                      is applied as dy is read
@@ -337,11 +337,6 @@ static mpt_result mptc__enter(mpt_context *ctx) {
     return mptc__held_do(ctx);
 }
 
-/* Or here: sums that wait go on waiting if this may be their product. */
-static mpt_result mptc__enter_product(mpt_context *ctx, int for_weights) {
-    return for_weights && mptc__of(ctx)->held.bias ? mptc__no_error(ctx) : mptc__enter(ctx);
-}
-
 /* -- Memory -- */
 
 /* Device memory, or pinned memory of the host; not cleared. NULL and a reason if it fails. */
@@ -417,6 +412,13 @@ static mpt_result mptc__download(mpt_context *ctx, void *host, const void *from,
     MPTC__TRY(mptc__enter(ctx));
     MPTC__CUDA(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, mptc__of(ctx)->stream));
     MPTC__CUDA(cudaStreamSynchronize(mptc__of(ctx)->stream));
+    return MPT_OK;
+}
+
+static mpt_result mptc__copy(mpt_context *ctx, void *to, const void *from, size_t bytes) {
+    MPTC__TRY(mptc__enter(ctx));
+    if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
+    MPTC__CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, mptc__of(ctx)->stream));
     return MPT_OK;
 }
 
@@ -840,7 +842,7 @@ static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, mpt_arra
     return MPTC__SPREAD(mptc__finish_k, packs, op->m, op->n, x, ld, op->c, op->ldc, beta, op->bias, op->act);
 }
 
-static mpt_result mptc__copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+static mpt_result mptc__columns_copy(mpt_context *ctx, const mpt_columns_op *op) {
     mpt_gemm_op to = MPT_ZERO;
     to.m = op->rows, to.n = op->C;
     to.c = op->y, to.ldc = op->y_stride;
@@ -989,15 +991,11 @@ static mpt_result mptc__sums_run(mpt_context *ctx, const mptc__sums *s) {
     return mptc__columns_run(ctx, &w, terms);
 }
 
-static mpt_result mptc__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                                    int product) {
+/* The sums wait for the product of the weights' gradient, which the same operation makes next. */
+static void mptc__sums_wait(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
     const mptc__sums sums = {rows, C, dy, db, beta};
-    if (!C) return MPT_OK;
-    MPTC__TRY(mptc__enter(ctx));
-    if (!product) return mptc__sums_run(ctx, &sums);
     mptc__of(ctx)->held.bias = 1;
     mptc__of(ctx)->held.sums = sums;
-    return MPT_OK;
 }
 
 /* ==== PRODUCTS ====
@@ -1276,7 +1274,8 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     const size_t a_count = op.trans_a ? mptc__span(op.k, op.m, op.lda) : mptc__span(op.m, op.k, op.lda);
     const size_t b_count = op.trans_b ? mptc__span(op.n, op.k, op.ldb) : mptc__span(op.k, op.n, op.ldb);
     mptc__fusion f;
-    MPTC__TRY(mptc__enter_product(ctx, op.trans_a));
+    MPTC__TRY(mptc__enter(ctx));
+    if (op.a_sums.data) mptc__sums_wait(ctx, op.k, op.m, op.a, op.beta, op.a_sums);
     MPTC__TRY(mptc__one_type(ctx, &op.a, a_count, &op.b, b_count));
     if (mptc__has_few_terms(&op) && device->step.open && op.beta == 0 && op.ldc == op.n) {
         device->held.few = 1; /* the gradient of a ReLU may follow */
@@ -1520,10 +1519,10 @@ static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
     const size_t x_row = z->C * z->groups, y_row = z->K * z->groups;
     mpt_gemm_op g = MPT_ZERO;
     g.alpha = 1, g.beta = op->beta;
-    g.bias = op->bias;
     g.act = op->act;
     if (op->pass == MPT_FORWARD) {
         g.trans_b = 1;
+        g.bias = op->bias;
         g.m = outputs, g.n = z->K, g.k = patch;
         g.a = op->x, g.b = op->w, g.c = op->y;
         g.lda = x_row, g.ldb = patch, g.ldc = y_row;
@@ -1536,6 +1535,7 @@ static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
         g.m = z->K, g.n = patch, g.k = outputs;
         g.a = op->y, g.b = op->x, g.c = op->w;
         g.lda = y_row, g.ldb = x_row, g.ldc = patch;
+        if (z->groups == 1) g.a_sums = op->bias;
     }
     return g;
 }
@@ -1647,6 +1647,7 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     const size_t a_rows = for_weights || for_data ? outputs : inputs, a_columns = for_weights || for_data ? z->K : z->C;
     const size_t a_count = mptc__span(a_rows, a_columns, g.lda);
     const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
+    if (g.a_sums.data) mptc__sums_wait(ctx, g.k, g.m, g.a, g.beta, g.a_sums);
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
     if (for_data && z->stride > 1) return mptc__conv2d_columns(ctx, op, &g);
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
@@ -1880,9 +1881,13 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t C = z->C / z->groups, K = z->K / z->groups;
     mpt_conv2d_op one = *op;
-    MPTC__TRY(mptc__enter_product(ctx, op->pass == MPT_BACKWARD_WEIGHT && z->groups == 1));
+    MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
+    if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data && z->groups > 1) {
+        const mptc__sums sums = {z->N * op->P * op->Q, z->K, op->y, op->bias, op->beta};
+        MPTC__TRY(mptc__sums_run(ctx, &sums));
+    }
     if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
     if (z->groups == 1) return mptc__conv2d_one(ctx, op);
     one.shape.C = C;
@@ -3146,14 +3151,14 @@ static mpt_backend mptc__backend(void) {
     table.release = MPTC__VISIT(mptc__release);
     table.upload = MPTC__VISIT(mptc__upload);
     table.download = MPTC__VISIT(mptc__download);
+    table.copy = MPTC__VISIT(mptc__copy);
     table.zero = MPTC__VISIT(mptc__zero);
     table.scan = MPTC__VISIT(mptc__scan);
     table.histogram = MPTC__VISIT(mptc__histogram);
     table.map = MPTC__VISIT(mptc__map);
     table.gemm = MPTC__VISIT(mptc__gemm);
     table.conv2d = MPTC__VISIT(mptc__conv2d);
-    table.column_sums = MPTC__VISIT(mptc__column_sums);
-    table.copy_columns = MPTC__VISIT(mptc__copy_columns);
+    table.columns = MPTC__VISIT(mptc__columns_copy);
     table.pool2d = MPTC__VISIT(mptc__pool2d);
     table.norm = MPTC__VISIT(mptc__norm);
     table.loss = MPTC__VISIT(mptc__loss);
