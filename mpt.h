@@ -8805,7 +8805,7 @@ static int mpt__file_rename(const char *from, const char *to) { return MoveFileE
 #else
 #ifdef MPT__POSIX
 #include <sys/stat.h>
-MPT__SYSTEM(int, fileno, (FILE * file)) /* -std=c99 hides them */
+MPT__SYSTEM(int, fileno, (FILE * file))                                   /* -std=c99 hides them */
 MPT__SYSTEM(int, fsync, (int file))
 MPT__SYSTEM(char *, realpath, (const char *path, char *out))
 static int mpt__file_sync(FILE *file) { return mpt__sys_fsync(mpt__sys_fileno(file)) == 0; }
@@ -9216,7 +9216,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(size_t, uint64_t, conv.R) X(size_t, uint64_t, conv.S) X(size_t, uint64_t, conv.stride) \
     X(size_t, uint64_t, conv.padding) X(size_t, uint64_t, conv.dilation) X(size_t, uint64_t, conv.groups) \
     X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
-    X(float, float, momentum) X(mpt_pool, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
+    X(float, float, momentum) X(mpt_pool_kind, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
     X(size_t, uint64_t, pool.stride) X(size_t, uint64_t, pool.padding) X(mpt_loss_kind, int, loss) \
     X(float, float, cross_entropy.label_smoothing) X(int, int, cross_entropy.ignore) \
     X(int32_t, int, cross_entropy.ignore_index) X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \

@@ -690,7 +690,7 @@ static mpt_result mpt__lens_copy(mpt_lens *lens, size_t rows, size_t C, mpt_arra
     columns.y = to;
     columns.y_stride = to_stride;
     if (from_stride == C && to_stride == C) return lens->base.map(lens->ctx, &cast);
-    return lens->base.copy_columns(lens->ctx, &columns);
+    return lens->base.columns(lens->ctx, &columns);
 }
 
 /* What is simulated of this operation; NULL: nothing. */
@@ -959,6 +959,33 @@ static void mpt__plain_conv2d(mpt_lens *lens, const mpt_what_if *what, const mpt
 
 /* -- The lens's own table -- */
 
+/* db(C) = sums over the rows of dy(rows,C) + beta db: what a product makes in passing is made apart here, beside the
+   product of dy with its own first column, which nobody reads, so that the lens sees both. */
+static mpt_result mpt__lens_bias(mpt_lens *lens, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+    mpt__output o = mpt__output_of(lens, "bias gradient", MPT_BACKWARD_WEIGHT, 1, C, C, beta);
+    mpt_gemm_op op = MPT_ZERO;
+    mpt_result r = MPT_OK;
+    if (!db.data) return MPT_OK;
+    o.role = MPT_ROLE_COUNT;
+    mpt__output_reads(&o, dy, rows * C, dy, 0);
+    MPT__TRY(mpt__lens_scratch(lens, MPT__OUTPUT + 1, C, &op.c));
+    MPT__TRY(mpt__divert(lens, &o, &db, NULL));
+    op.trans_a = 1;
+    op.m = C;
+    op.n = 1;
+    op.k = rows;
+    op.a = dy;
+    op.b = dy;
+    op.lda = C;
+    op.ldb = C;
+    op.ldc = 1;
+    op.alpha = 1;
+    op.beta = beta;
+    op.a_sums = db;
+    MPT__THROUGH(lens, r, gemm, &op);
+    return r == MPT_OK ? mpt__deliver(lens, &o, db) : r;
+}
+
 static mpt_result mpt__lens_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt_lens *lens = mpt__lens_of(ctx);
     const mpt_pass pass = ctx->place.node ? ctx->place.pass : MPT_FORWARD;
@@ -967,6 +994,8 @@ static mpt_result mpt__lens_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt__output o = mpt__output_of(lens, "product", pass, op->m, op->n, op->ldc, op->beta);
     mpt_gemm_op run = *op;
     mpt_result r = MPT_OK;
+    MPT__TRY(mpt__lens_bias(lens, op->k, op->m, op->a, op->beta, op->a_sums));
+    run.a_sums.data = NULL;
     mpt__output_reads(&o, op->a, op->m * op->k, op->b, op->k * op->n);
     MPT__TRY(mpt__divert(lens, &o, &run.c, &run.ldc));
     MPT__TRY(mpt__operand(lens, what, MPT__LEFT, a_rows, op->trans_a ? op->m : op->k, &run.a, &run.lda));
@@ -994,6 +1023,10 @@ static mpt_result mpt__lens_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     count[2] = z->N * op->P * op->Q * z->K;
     array[2] = &run.y;
     o = mpt__output_of(lens, "convolution", op->pass, 1, count[written], count[written], op->beta);
+    if (op->pass == MPT_BACKWARD_WEIGHT) {
+        MPT__TRY(mpt__lens_bias(lens, z->N * op->P * op->Q, z->K, op->y, op->beta, op->bias));
+        run.bias.data = NULL;
+    }
     mpt__output_reads(&o, *array[left], count[left], *array[right], count[right]);
     MPT__TRY(mpt__divert(lens, &o, array[written], NULL));
     MPT__TRY(mpt__operand(lens, what, MPT__LEFT, 1, count[left], array[left], &count[left]));
@@ -1001,22 +1034,6 @@ static mpt_result mpt__lens_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     if (mpt__sum_changes(what)) mpt__plain_conv2d(lens, what, &run);
     else MPT__THROUGH(lens, r, conv2d, &run);
     return r == MPT_OK ? mpt__deliver(lens, &o, *array[written]) : r;
-}
-
-static mpt_result mpt__lens_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                                        int product) {
-    mpt_lens *lens = mpt__lens_of(ctx);
-    mpt__output o = mpt__output_of(lens, "bias gradient", MPT_BACKWARD_WEIGHT, 1, C, C, beta);
-    mpt_array to = db;
-    mpt_result r;
-    (void)product; /* that the device could do both at once: then the lens would see neither */
-    o.role = MPT_ROLE_COUNT;
-    mpt__output_reads(&o, dy, rows * C, dy, 0);
-    MPT__TRY(mpt__divert(lens, &o, &to, NULL));
-    ctx->backend.user = lens->inner.user;
-    r = lens->inner.column_sums(ctx, rows, C, dy, beta, to, 0);
-    ctx->backend.user = lens;
-    return r == MPT_OK ? mpt__deliver(lens, &o, to) : r;
 }
 
 /* Casts are looked at for inf only, and as nothing but a cast to nearest can be told apart from its rounding. */
@@ -1041,13 +1058,13 @@ static mpt_result mpt__lens_map(mpt_context *ctx, const mpt_map_op *op) {
     return r == MPT_OK ? mpt__deliver(lens, &o, run.out) : r;
 }
 
-static mpt_result mpt__lens_copy_columns(mpt_context *ctx, const mpt_columns_op *op) {
+static mpt_result mpt__lens_columns(mpt_context *ctx, const mpt_columns_op *op) {
     mpt_lens *lens = mpt__lens_of(ctx);
     mpt__output o = mpt__output_of(lens, "copy", ctx->place.pass, op->rows, op->C, op->y_stride, op->beta);
     mpt_columns_op run = *op;
     mpt_result r;
     MPT__TRY(mpt__divert(lens, &o, &run.y, &run.y_stride));
-    MPT__THROUGH(lens, r, copy_columns, &run);
+    MPT__THROUGH(lens, r, columns, &run);
     return r == MPT_OK ? mpt__deliver(lens, &o, run.y) : r;
 }
 
@@ -1172,8 +1189,7 @@ MPT_DEF mpt_lens *mpt_lens_open(mpt_context *ctx) {
     b->map = mpt__lens_map;
     b->gemm = mpt__lens_gemm;
     b->conv2d = mpt__lens_conv2d;
-    b->column_sums = mpt__lens_column_sums;
-    b->copy_columns = mpt__lens_copy_columns;
+    b->columns = mpt__lens_columns;
     b->pool2d = mpt__lens_pool2d;
     b->norm = mpt__lens_norm;
     b->loss = mpt__lens_loss;

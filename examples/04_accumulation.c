@@ -6,7 +6,7 @@
    fp16, bf16 or fp32. The fp16 sum is fine at k = 16 and stands still at 2048 however long the vectors are: half of
    the gap there is 1, more than what is added. Of numbers of both signs the sum stays small and the error grows
    slowly: that is what most layers add, and why fp16 sums often pass unnoticed. In blocks of 32 that are summed in
-   fp32, as some chips do, the wall is 16 times as far away. mpt_gemm sums in fp32.                                   */
+   fp32, as some chips do, the wall is 16 times as far away. mpt_op_gemm sums in fp32.                                   */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
@@ -57,10 +57,17 @@ static void draw(float *x, size_t n, float low, uint64_t sample, uint64_t vector
    the mean of the fp16 sums and of the exact ones. */
 static void measure(const course *c, mpt_context *ctx, size_t k, float low, double error[KINDS + 1], double mean[2]) {
     static float a[LONGEST], b[LONGEST];
+    mpt_gemm_op product = MPT_ZERO; /* (1,k) times (k,1) */
+    float result;
+    product.trans_b = 1;
+    product.m = product.n = 1;
+    product.k = k;
+    product.a = mpt_f32_array(a);
+    product.b = mpt_f32_array(b);
+    product.c = mpt_f32_array(&result);
     memset(error, 0, (KINDS + 1) * sizeof *error);
     mean[0] = mean[1] = 0;
     for (uint64_t sample = 0; sample < SAMPLES; sample++) {
-        float product = 0;
         double sizes, right;
         draw(a, k, low, sample, 0);
         draw(b, k, low, sample, 1);
@@ -73,11 +80,8 @@ static void measure(const course *c, mpt_context *ctx, size_t k, float low, doub
                 mean[1] += right / (double)SAMPLES;
             }
         }
-        course_need(c,
-                    mpt_gemm(ctx, 0, 1, 1, 1, k, 1, mpt_f32_array(a), k, mpt_f32_array(b), k, 0,
-                             mpt_f32_array(&product), 1) == MPT_OK,
-                    mpt_why(ctx));
-        error[KINDS] += ((double)product - right) / sizes * ((double)product - right) / sizes / (double)SAMPLES;
+        course_need(c, mpt_op_gemm(ctx, &product) == MPT_OK, mpt_why(ctx));
+        error[KINDS] += ((double)result - right) / sizes * ((double)result - right) / sizes / (double)SAMPLES;
     }
     for (int i = 0; i <= KINDS; i++) error[i] = sqrt(error[i]);
 }
@@ -91,8 +95,8 @@ int main(int argc, char **argv) {
         printf("%sNumbers from %d to 1; error of the dot product relative to the sum of |products|\n%8s",
                both ? "\n" : "", both ? -1 : 0, "k");
         for (int i = 0; i < KINDS; i++) printf("%14s", kinds[i].name);
-        printf("%14s%12s%12s\n", "mpt_gemm", "fp16 sum", "right");
-        course_data(&c, "# numbers from %d to 1: k, error of fp16, bf16, fp16 in blocks, fp32, mpt_gemm\n", -both);
+        printf("%14s%12s%12s\n", "mpt_op_gemm", "fp16 sum", "right");
+        course_data(&c, "# numbers from %d to 1: k, error of fp16, bf16, fp16 in blocks, fp32, mpt_op_gemm\n", -both);
         for (size_t k = 16; k <= LONGEST; k *= 4) {
             measure(&c, ctx, k, both ? -1 : 0, error, mean);
             printf("%8zu", k);
@@ -105,7 +109,7 @@ int main(int argc, char **argv) {
             course_data(&c, "\n");
             /* the bound of every order of summation: (k - 1) roundings of half of fp32's gap */
             course_claim(&c, error[FP32] <= (double)k * ldexp(1, -24), "fp32 stays within k 2^-24");
-            course_claim(&c, error[KINDS] <= (double)k * ldexp(1, -24), "mpt_gemm stays within k 2^-24");
+            course_claim(&c, error[KINDS] <= (double)k * ldexp(1, -24), "mpt_op_gemm stays within k 2^-24");
             if (k == 16) small_k = error[FP16];
             if (!both && k >= 16384) course_claim(&c, mean[0] == 2048, "the fp16 sum stands still");
             if (!both && k == 16384) course_claim(&c, error[FP16_BLOCKS] < error[FP16] / 10, "blocks help");

@@ -190,7 +190,7 @@ static inline void reference_windows(const mpt_pool2d_shape *s, size_t P, size_t
 }
 
 typedef struct reference_pooling {
-    mpt_pool kind;
+    mpt_pool_kind kind;
     double *x, *y;
     long *place; /* of the largest in its window; -1 before the first. Max only */
     double area; /* of the window */
@@ -207,7 +207,7 @@ static inline void reference_pool_visit(void *user, size_t in, size_t out, size_
 }
 
 /* y, and of max pooling the place r * S + s of the first largest. NaN is the caller's. */
-static inline void reference_pool2d(mpt_pool kind, const mpt_pool2d_shape *s, size_t P, size_t Q, double *x, double *y,
+static inline void reference_pool2d(mpt_pool_kind kind, const mpt_pool2d_shape *s, size_t P, size_t Q, double *x, double *y,
                                     long *place) {
     reference_pooling pool;
     size_t i;

@@ -5,6 +5,7 @@
 #ifndef MPT_BENCH_H
 #define MPT_BENCH_H
 #include "../../mpt.h"
+#include "../positional.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

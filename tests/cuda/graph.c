@@ -3,6 +3,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
+#include "../positional.h"
 
 enum { BATCH = 6, ACCUMULATE = 2, SIDE = 6, CHANNELS = 2, CLASSES = 3, FEATURES = SIDE * SIDE * CHANNELS };
 

@@ -3,6 +3,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
+#include "../positional.h"
 
 static mpt_context *sides[2]; /* CPU, CUDA */
 
@@ -193,7 +194,7 @@ static void test_copy_columns(mpt_dtype type, mpt_dtype out) {
     }
 }
 
-static void test_pool(mpt_pool kind, mpt_dtype type) {
+static void test_pool(mpt_pool_kind kind, mpt_dtype type) {
     const mpt_pool2d_shape s = {3, 9, 7, 13, 3, 2, 2, 1};
     const size_t inputs = 3 * 9 * 7 * 13;
     size_t P = 0, Q = 0, outputs;

@@ -11,6 +11,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
+#include "../positional.h"
 #include "golden.h"
 
 /* ==== ONE RUN ==== of an operation in a mode; the arrays it used */
@@ -139,7 +140,7 @@ static void run_conv2d(run *r) {
 }
 
 static void run_pool2d(run *r) {
-    const mpt_pool kind = (mpt_pool)r->option;
+    const mpt_pool_kind kind = (mpt_pool_kind)r->option;
     const mpt_array x = input(r, "x"), dy = input(r, "dy");
     mpt_pool2d_shape s = MPT_ZERO;
     uint16_t *index;

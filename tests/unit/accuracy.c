@@ -3,6 +3,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
+#include "../positional.h"
 
 static mpt_context *context;
 

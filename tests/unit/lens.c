@@ -5,6 +5,7 @@
 #include "../../mpt.h"
 #include "../../mpt_tools.h"
 #include "../check.h"
+#include "../positional.h"
 
 #ifdef MPT_TEST_CUDA
 enum { ON_CPU = 0 };

@@ -4,6 +4,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
+#include "../positional.h"
 
 typedef struct host { /* desc.user: what the callbacks of a context see */
     test_counter counter;

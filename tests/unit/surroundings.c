@@ -6,6 +6,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
+#include "../positional.h"
 #include <errno.h>
 #include <fenv.h>
 #ifndef MPT_NO_THREADS
