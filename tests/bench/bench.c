@@ -508,6 +508,7 @@ PROFILED(conv2d, mpt_conv2d_op, (double)(op->shape.N * op->P * op->Q * op->shape
          (unsigned long)op->shape.C, (unsigned long)op->shape.K)
 PROFILED(map, mpt_map_op, 0, "map_%s_n%lu_%s_to_%s", map_name(op->map), (unsigned long)op->n,
          mpt_dtype_name(op->a.type), mpt_dtype_name(op->out.type))
+PROFILED(columns, mpt_columns_op, 0, "columns_rows%lu_c%lu", (unsigned long)op->rows, (unsigned long)op->C)
 PROFILED(pool2d, mpt_pool2d_op, 0, "pool_%s_%s_%lux%lu_c%lu", op->kind == MPT_POOL_MAX ? "max" : "average",
          pass_name(op->pass), (unsigned long)op->P, (unsigned long)op->Q, (unsigned long)op->shape.C)
 PROFILED(norm, mpt_norm_op, 0, "norm_%s_n%lu_pixels%lu_c%lu", norm_name(op->pass), (unsigned long)op->shape.N,
@@ -515,18 +516,6 @@ PROFILED(norm, mpt_norm_op, 0, "norm_%s_n%lu_pixels%lu_c%lu", norm_name(op->pass
 PROFILED(loss, mpt_loss_op, 0, "loss_n%lu_c%lu", (unsigned long)op->N, (unsigned long)op->C)
 PROFILED(check, mpt_update_op, 0, "check_n%lu", (unsigned long)op->count)
 PROFILED(update, mpt_update_op, 0, "update_n%lu", (unsigned long)op->count)
-
-static mpt_result profiled_column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db,
-                                       int next) {
-    profile *p = profile_of(ctx);
-    const double start = busy_seconds();
-    const mpt_result result = p->inner.column_sums(ctx, rows, C, dy, beta, db, next);
-    const double took = busy_seconds() - start;
-    char text[NAME];
-    snprintf(text, sizeof text, "sums_rows%lu_c%lu", (unsigned long)rows, (unsigned long)C);
-    profile_add(p, text, took, 0);
-    return result;
-}
 
 static mpt_result profiled_upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
     profile *p = profile_of(ctx);
@@ -553,10 +542,16 @@ static void bench_profile(const net_kind *kind, mpt_level level, mpt_dtype type)
     p.inner = *table;
     p.count = 0;
     table->user = &p;
-    table->gemm = profiled_gemm, table->conv2d = profiled_conv2d, table->map = profiled_map;
-    table->pool2d = profiled_pool2d, table->norm = profiled_norm, table->loss = profiled_loss;
-    table->check = profiled_check, table->update = profiled_update, table->upload = profiled_upload;
-    table->column_sums = profiled_column_sums;
+    table->gemm = profiled_gemm;
+    table->conv2d = profiled_conv2d;
+    table->map = profiled_map;
+    table->columns = profiled_columns;
+    table->pool2d = profiled_pool2d;
+    table->norm = profiled_norm;
+    table->loss = profiled_loss;
+    table->check = profiled_check;
+    table->update = profiled_update;
+    table->upload = profiled_upload;
     for (start = busy_seconds(); busy_seconds() - start < 1; steps++) run_train(&s);
     took = busy_seconds() - start;
     qsort(p.all, (size_t)p.count, sizeof *p.all, slower);

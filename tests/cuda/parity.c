@@ -245,17 +245,23 @@ static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pa
     pair_free(&dw), pair_free(&db);
 }
 
-/* The gradients of bias and weights one behind the other, as a model asks for them: the product may add up dy as it
-   reads it, in slices and on top of what is there. */
+/* The gradients of weights and bias by one operation: the product may add up dy as it reads it, in slices and on top of
+   what is there. */
 static void test_conv2d_sums(const mpt_conv2d_shape *s, size_t weights, pair *x, pair *dy, float beta) {
     const size_t rows = pair_count(dy) / s->K;
     const double sum = (double)(rows + 1);
     pair dw = pair_random(MPT_F32, weights, 18, SIZES), db = pair_random(MPT_F32, s->K, 19, SIZES);
     int side;
     for (side = 0; side < 2; side++) {
-        mpt_context *ctx = sides[side];
-        CHECK_OK(ctx, mpt_context_backend(ctx)->column_sums(ctx, rows, s->K, dy->array[side], beta, db.array[side], 1));
-        CHECK_OK(ctx, mpt_conv2d_backward_weight(ctx, s, dy->array[side], x->array[side], beta, dw.array[side]));
+        mpt_conv2d_op op = MPT_ZERO;
+        op.pass = MPT_BACKWARD_WEIGHT;
+        op.shape = *s;
+        op.x = x->array[side];
+        op.y = dy->array[side];
+        op.w = dw.array[side];
+        op.bias = db.array[side];
+        op.beta = beta;
+        CHECK_OK(sides[side], mpt_op_conv2d(sides[side], &op));
     }
     pair_near(&dw, sum, sum, "conv2d weight gradient with sums");
     pair_near(&db, sum, sum, "conv2d bias gradient by the product");
