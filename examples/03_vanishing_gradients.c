@@ -11,7 +11,8 @@
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
-#include "../mpt_tools.h"
+#define LENS_IMPLEMENTATION
+#include "lens.h"
 #include "course.h"
 
 enum { LARGEST_BATCH = 512, SEEDS = 3, FROM = -16, TO = 24, EVERY = 4, SCALES = (TO - FROM) / EVERY + 1 };
@@ -46,12 +47,12 @@ static mpt_model *build(const course *c, mpt_context *ctx, int which, mpt_policy
 
 /* Trains it; loss is the mean over the last 50 steps. A lens looks on from the half of the training to its end. */
 static double learn(const course *c, mpt_context *ctx, const course_digits *d, int which, mpt_model *net, uint64_t seed,
-                    mpt_lens *lens) {
+                    lens_view *lens) {
     static float x[(size_t)LARGEST_BATCH * PIXELS];
     static int32_t y[LARGEST_BATCH];
     double loss = 0;
     for (int step = 0; step < steps[which]; step++) {
-        if (lens && step == steps[which] / 2) course_need(c, mpt_lens_watch(lens, net) == MPT_OK, mpt_why(ctx));
+        if (lens && step == steps[which] / 2) course_need(c, lens_watch(lens, net) == MPT_OK, mpt_why(ctx));
         course_batch(d, seed, (uint64_t)step, batches[which], x, y);
         course_need(c, mpt_train_step(net, x, which == MLP ? (const void *)y : x) == MPT_OK, mpt_why(ctx));
         if (step >= steps[which] - 50) loss += mpt_loss(net) / 50;
@@ -62,17 +63,17 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, i
 /* The histograms of a net's gradients in fp32: a row, and a block for the figure. Returns the share of gradients of
    activations that fp16 does not hold with all its bits at S = 1. */
 static double look(course *c, mpt_context *ctx, const course_digits *d, int which) {
-    static const mpt_role roles[] = {MPT_ROLE_ACTIVATION_GRADIENT, MPT_ROLE_WEIGHT_GRADIENT};
-    mpt_lens *lens = mpt_lens_open(ctx);
+    static const lens_role roles[] = {LENS_ACTIVATION_GRADIENT, LENS_WEIGHT_GRADIENT};
+    lens_view *lens = lens_open(ctx);
     mpt_model *net = build(c, ctx, which, mpt_policy_preset(MPT_O0, MPT_F32), 0, 1);
     double first = 0;
     course_need(c, lens != NULL, mpt_why(ctx));
     learn(c, ctx, d, which, net, 1, lens);
     for (int r = 0; r < 2; r++) {
         mpt_histogram h;
-        course_need(c, mpt_lens_histogram(lens, 0, roles[r], &h) == MPT_OK, mpt_why(ctx));
-        const int advised = mpt_histogram_scale(&h, MPT_F16, MPT_SCALE_HEADROOM);
-        const mpt_fit bare = mpt_histogram_fit(&h, MPT_F16, 0), saved = mpt_histogram_fit(&h, MPT_F16, advised);
+        course_need(c, lens_histogram(lens, 0, roles[r], &h) == MPT_OK, mpt_why(ctx));
+        const int advised = lens_histogram_scale(&h, MPT_F16, LENS_HEADROOM);
+        const lens_fit bare = lens_histogram_fit(&h, MPT_F16, 0), saved = lens_histogram_fit(&h, MPT_F16, advised);
         double count = 0;
         for (int e = 0; e < 256; e++) count += (double)h.exponent[e];
         printf("%-12s%-13s%9.1f %%%12.1f %%%12.1f %%%9s2^%-6d%8.2f %%%12.2f %%\n", names[which],
@@ -90,7 +91,7 @@ static double look(course *c, mpt_context *ctx, const course_digits *d, int whic
         }
     }
     mpt_model_free(net);
-    mpt_lens_close(lens);
+    lens_close(lens);
     return first;
 }
 

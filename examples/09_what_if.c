@@ -11,7 +11,8 @@
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
-#include "../mpt_tools.h"
+#define LENS_IMPLEMENTATION
+#include "lens.h"
 #include "course.h"
 
 enum { BATCH = 32, STEPS = 250, SEEDS = 3, EVERY = 10 };
@@ -21,27 +22,27 @@ typedef struct choice {
     const char *name;
     int layer; /* 0: all */
     int log2_scale;
-    mpt_format forward, backward; /* what products read */
-    mpt_format sum;               /* what they add up in, so many in fp32 first */
+    lens_format forward, backward; /* what products read */
+    lens_format sum;               /* what they add up in, so many in fp32 first */
     size_t chunk;
 } choice;
 
 static const choice choices[] = {
-    {"fp32", 0, 0, MPT_FORMAT_F32, MPT_FORMAT_F32, MPT_FORMAT_F32, 0},
-    {"TF32", 0, 0, MPT_FORMAT_TF32, MPT_FORMAT_TF32, MPT_FORMAT_F32, 0},
-    {"bf16", 0, 0, MPT_FORMAT_BF16, MPT_FORMAT_BF16, MPT_FORMAT_F32, 0},
-    {"fp16", 0, 0, MPT_FORMAT_F16, MPT_FORMAT_F16, MPT_FORMAT_F32, 0},
-    {"e4m3, back e5m2", 0, 10, MPT_FORMAT_E4M3, MPT_FORMAT_E5M2, MPT_FORMAT_F32, 0},
-    {"e4m3", 0, 10, MPT_FORMAT_E4M3, MPT_FORMAT_E4M3, MPT_FORMAT_F32, 0},
-    {"e4m3, S = 1", 0, 0, MPT_FORMAT_E4M3, MPT_FORMAT_E4M3, MPT_FORMAT_F32, 0},
-    {"e5m2", 0, 10, MPT_FORMAT_E5M2, MPT_FORMAT_E5M2, MPT_FORMAT_F32, 0},
-    {"e5m2, layer 1", 1, 10, MPT_FORMAT_E5M2, MPT_FORMAT_E5M2, MPT_FORMAT_F32, 0},
-    {"e5m2, layer 2", 2, 10, MPT_FORMAT_E5M2, MPT_FORMAT_E5M2, MPT_FORMAT_F32, 0},
-    {"e5m2, layer 3", 3, 10, MPT_FORMAT_E5M2, MPT_FORMAT_E5M2, MPT_FORMAT_F32, 0},
-    {"sums fp16", 0, 0, MPT_FORMAT_F32, MPT_FORMAT_F32, MPT_FORMAT_F16, 0},
-    {"sums bf16", 0, 0, MPT_FORMAT_F32, MPT_FORMAT_F32, MPT_FORMAT_BF16, 0},
-    {"sums e5m2", 0, 0, MPT_FORMAT_F32, MPT_FORMAT_F32, MPT_FORMAT_E5M2, 0},
-    {"sums e5m2 by 16", 0, 0, MPT_FORMAT_F32, MPT_FORMAT_F32, MPT_FORMAT_E5M2, 16},
+    {"fp32", 0, 0, LENS_F32, LENS_F32, LENS_F32, 0},
+    {"TF32", 0, 0, LENS_TF32, LENS_TF32, LENS_F32, 0},
+    {"bf16", 0, 0, LENS_BF16, LENS_BF16, LENS_F32, 0},
+    {"fp16", 0, 0, LENS_F16, LENS_F16, LENS_F32, 0},
+    {"e4m3, back e5m2", 0, 10, LENS_E4M3, LENS_E5M2, LENS_F32, 0},
+    {"e4m3", 0, 10, LENS_E4M3, LENS_E4M3, LENS_F32, 0},
+    {"e4m3, S = 1", 0, 0, LENS_E4M3, LENS_E4M3, LENS_F32, 0},
+    {"e5m2", 0, 10, LENS_E5M2, LENS_E5M2, LENS_F32, 0},
+    {"e5m2, layer 1", 1, 10, LENS_E5M2, LENS_E5M2, LENS_F32, 0},
+    {"e5m2, layer 2", 2, 10, LENS_E5M2, LENS_E5M2, LENS_F32, 0},
+    {"e5m2, layer 3", 3, 10, LENS_E5M2, LENS_E5M2, LENS_F32, 0},
+    {"sums fp16", 0, 0, LENS_F32, LENS_F32, LENS_F16, 0},
+    {"sums bf16", 0, 0, LENS_F32, LENS_F32, LENS_BF16, 0},
+    {"sums e5m2", 0, 0, LENS_F32, LENS_F32, LENS_E5M2, 0},
+    {"sums e5m2 by 16", 0, 0, LENS_F32, LENS_F32, LENS_E5M2, 16},
 };
 enum {
     FP32,
@@ -61,13 +62,13 @@ enum {
 };
 enum { CHOICES = sizeof choices / sizeof *choices };
 
-static void simulate(const course *c, mpt_lens *lens, int node, unsigned passes, const choice *w, mpt_format format) {
-    mpt_what_if what = MPT_ZERO;
+static void simulate(const course *c, lens_view *lens, int node, unsigned passes, const choice *w, lens_format format) {
+    lens_what_if what = MPT_ZERO;
     what.operands.format = format;
     if (c->number > 0) what.operands.round = MPT_ROUND_STOCHASTIC;
     what.sum.format = w->sum;
     what.chunk = w->chunk;
-    course_need(c, mpt_lens_simulate(lens, node, passes, &what) == MPT_OK, "the lens cannot simulate this");
+    course_need(c, lens_simulate(lens, node, passes, &what) == MPT_OK, "the lens cannot simulate this");
 }
 
 static double learn(const course *c, mpt_context *ctx, const course_digits *d, const choice *w, uint64_t seed) {
@@ -87,7 +88,7 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, c
     train.scaler.mode = MPT_SCALER_STATIC;
     train.scaler.init_scale = (float)ldexp(1, w->log2_scale);
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
-    mpt_lens *lens = mpt_lens_open(ctx);
+    lens_view *lens = lens_open(ctx);
     course_need(c, lens != NULL, mpt_why(ctx));
     simulate(c, lens, layer[w->layer], FORWARD, w, w->forward);
     simulate(c, lens, layer[w->layer], BACKWARD, w, w->backward);
@@ -100,7 +101,7 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, c
         if (seed == 1) course_data(c, "%d %.5f\n", step + 1, window);
         window = 0;
     }
-    mpt_lens_close(lens);
+    lens_close(lens);
     mpt_model_free(net);
     return loss;
 }

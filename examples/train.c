@@ -16,7 +16,8 @@
 #else
 #include "../mpt.h"
 #endif
-#include "../mpt_tools.h"
+#define LENS_IMPLEMENTATION
+#include "lens.h"
 #include "readers.h"
 
 #include <signal.h>
@@ -784,7 +785,7 @@ static void print_verdict(const run *scaled, const run *bare, double flushed, si
 static int compare_scaling(mpt_context *ctx, const options *o, const image_data *data) {
     run runs[3], *plain = &runs[0], *scaled = &runs[1], *bare = &runs[2];
     mpt_histogram *h = (mpt_histogram *)allocate(1, sizeof *h);
-    mpt_fit without, with;
+    lens_fit without, with;
     int log2_scale;
     memset(runs, 0, sizeof runs);
     for (int i = 0; i < 3; i++) {
@@ -806,8 +807,8 @@ static int compare_scaling(mpt_context *ctx, const options *o, const image_data 
         return 0;
     }
     log2_scale = (int)lround(log2((double)scaled->scale));
-    without = mpt_histogram_fit(h, MPT_F16, 0);
-    with = mpt_histogram_fit(h, MPT_F16, log2_scale);
+    without = lens_histogram_fit(h, MPT_F16, 0);
+    with = lens_histogram_fit(h, MPT_F16, log2_scale);
     printf("mlp O2 f16: test accuracy %.2f %% with the scale, %.2f %% without.\n"
            "Gradients of the weights in the last epoch of fp32 training by size, the zeros left out:\n",
            100 * scaled->accuracy, 100 * bare->accuracy);

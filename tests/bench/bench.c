@@ -8,10 +8,13 @@
    same threads: memcpy of as many bytes, a loop that only reads, a loop of multiply-adds (of pairs of bf16 where the
    CPU has them and the operands are bf16). ratio is how much of the yardstick's speed is reached; 1 is all of it. The
    rows of a profile come first: each operation of a training step of the four nets and its share. Takes a few minutes;
-   other load on the machine spoils it. */
+   other load on the machine spoils it. Private names: mpt__parallel, so that a yardstick runs on the context's threads.
+   */
 #define _POSIX_C_SOURCE 199309L
 #define MPT_IMPLEMENTATION
+#define LENS_IMPLEMENTATION
 #include "bench.h"
+#include "../../examples/lens.h"
 
 enum { MANY = 10000000, FEW = 16384, LOOPS = 100000 }; /* elements in main memory, in cache; under a millisecond */
 
@@ -335,7 +338,7 @@ static const net_kind lenet64 = {"lenet", 28, 28, 1, 64, lenet}, block64 = {"blo
 typedef struct trained {
     mpt_context *ctx;
     mpt_model *net;
-    mpt_lens *lens; /* or NULL */
+    lens_view *lens; /* or NULL */
     float *x;
     int32_t *label;
 } trained;
@@ -363,7 +366,7 @@ static trained trained_new(int threads, const net_kind *kind, mpt_policy policy,
 }
 
 static void trained_free(trained *s) {
-    ok(s->ctx, mpt_lens_close(s->lens));
+    ok(s->ctx, lens_close(s->lens));
     mpt_model_free(s->net);
     mpt_free(s->ctx, s->x);
     free(s->label);
@@ -584,14 +587,14 @@ static void bench_profiles(void) {
 /* ==== LENSES ==== */
 
 /* Steps of the MLP with a lens; the yardstick is the same step without one. what NULL: nothing is simulated. */
-static void bench_lens(const char *use, int threads, mpt_level level, int watch, const mpt_what_if *what) {
+static void bench_lens(const char *use, int threads, mpt_level level, int watch, const lens_what_if *what) {
     const mpt_policy policy = mpt_policy_preset(level, MPT_F16);
     trained with = trained_new(threads, &mlp64, policy, mpt_adam(1e-3));
     trained without = trained_new(threads, &mlp64, policy, mpt_adam(1e-3));
     timing t;
-    with.lens = (mpt_lens *)need(mpt_lens_open(with.ctx));
-    if (watch) ok(with.ctx, mpt_lens_watch(with.lens, with.net));
-    if (what) ok(with.ctx, mpt_lens_simulate(with.lens, 0, 0, what));
+    with.lens = (lens_view *)need(lens_open(with.ctx));
+    if (watch) ok(with.ctx, lens_watch(with.lens, with.net));
+    if (what) ok(with.ctx, lens_simulate(with.lens, 0, 0, what));
     t = measure(run_train, &with, run_train, &without);
     printf("lens use=%s level=O%d threads=%d value=%.4g unit=ms/step peak=%.4g ratio=%.3f\n", use, (int)level, threads,
            t.value * 1e3, t.peak * 1e3, t.peak / t.value);
@@ -600,8 +603,8 @@ static void bench_lens(const char *use, int threads, mpt_level level, int watch,
 }
 
 static void bench_lenses(int threads) {
-    mpt_what_if operands = MPT_ZERO, sums = MPT_ZERO;
-    operands.operands.format = sums.sum.format = MPT_FORMAT_F16;
+    lens_what_if operands = MPT_ZERO, sums = MPT_ZERO;
+    operands.operands.format = sums.sum.format = LENS_F16;
     bench_lens("none", threads, MPT_O2, 0, NULL);
     bench_lens("histograms", threads, MPT_O2, 1, NULL);
     bench_lens("operands_f16", threads, MPT_O0, 0, &operands);

@@ -131,13 +131,13 @@ done
 
 # ---- a user's stricter flags: no declaration of the system repeated, C++ without old casts in what is inline ----
 
-printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/tools.c"
-printf '#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/inline.cpp"
+printf '#define MPT_IMPLEMENTATION\n#define LENS_IMPLEMENTATION\n#include "examples/lens.h"\n' >"$dir/lens.c"
+printf '#include "mpt.h"\n#include "examples/lens.h"\n' >"$dir/inline.cpp"
 for compiler in $(compilers "$CC" gcc clang); do
     has "$compiler" || continue
     for define in -DNONE -D_GNU_SOURCE -D_POSIX_C_SOURCE=200809L; do
         check "$compiler, redundant declarations, $define" "$compiler" -std=c99 $define $warn -Wno-frame-larger-than \
-            -Wredundant-decls -fsyntax-only -I. "$dir/tools.c"
+            -Wredundant-decls -fsyntax-only -I. "$dir/lens.c"
     done
 done
 for compiler in $(compilers "$CXX" g++ clang++); do
@@ -145,7 +145,7 @@ for compiler in $(compilers "$CXX" g++ clang++); do
     casts=-Wold-style-cast
     "$compiler" --version | grep -q clang || casts="$casts -Wuseless-cast"
     check "$compiler, casts" "$compiler" -std=c++11 $warn $casts -fsyntax-only -I. "$dir/inline.cpp"
-    check "$compiler, tools" "$compiler" -x c++ -std=c++11 $warn -Wno-frame-larger-than -fsyntax-only -I. "$dir/tools.c"
+    check "$compiler, lens.h" "$compiler" -x c++ -std=c++11 $warn -Wno-frame-larger-than -fsyntax-only -I. "$dir/lens.c"
 done
 
 # ---- the course: C99 and C++11 ----
@@ -299,9 +299,18 @@ for part in declarations implementation; do
     check "$part: only MPT_ macros are defined" nothing "$dir/leaked"
 done
 
+# ---- private names: mpt.h's and mpt_cuda.cuh's alone, but for files that say "private names" and why ----
+
+find README.md Makefile examples tests -type f ! -name '*.txt' -exec grep -l 'mpt__' {} + >"$dir/users"
+check "private names: some tests use them" grep -q tests/unit/checkpoint.c "$dir/users"
+xargs grep -iL 'private names' <"$dir/users" >"$dir/silent"
+check "private names: whoever uses them says why" nothing "$dir/silent"
+grep -h examples/ "$dir/users" >"$dir/examples"
+check "private names: no example uses them" nothing "$dir/examples"
+
 # ---- line length ----
 
-for file in mpt.h mpt_cuda.cuh; do
+for file in mpt.h mpt_cuda.cuh examples/lens.h; do
     [ -f $file ] || continue
     awk 'length > 120 { print FILENAME ":" FNR ": " length " columns" }' $file >"$dir/long"
     check "$file: at most 120 columns" nothing "$dir/long"

@@ -73,10 +73,10 @@ cell() {
     case $options in
     *MPT_STATIC*) link="-lm -pthread" ;; # a copy in each program
     *)
-        printf '#define MPT_IMPLEMENTATION\n#include "%s"\n#include "mpt_tools.h"\n' "$header" >"$dir/mpt.c"
+        printf '#define MPT_IMPLEMENTATION\n#include "%s"\n' "$header" >"$dir/mpt.c"
         rm -f "$dir/mpt.o"
         build "$dir/mpt.c" "$dir/mpt.o" -c
-        shared="-DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED" object=$dir/mpt.o link="-lm -pthread"
+        shared=-DMPT__IMPLEMENTED object=$dir/mpt.o link="-lm -pthread"
         ;;
     esac
     for example in $examples; do build "$example" "$dir/program"; done
@@ -186,7 +186,7 @@ if wanted $name; then
     zig=
     has zig && zig=zig
     [ -z "$zig" ] && python3 -c 'import ziglang' 2>/dev/null && zig="python3 -m ziglang"
-    printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/zig.c"
+    printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n' >"$dir/zig.c"
     for target in x86_64-macos aarch64-macos x86_64-windows-gnu aarch64-windows-gnu x86_64-linux-gnu x86_64-linux-musl \
         aarch64-linux-musl arm-linux-musleabihf riscv64-linux-musl powerpc64le-linux-musl; do
         [ -n "$zig" ] || { skip "neither zig nor Python's ziglang is installed"; break; }
@@ -201,7 +201,7 @@ fi
 
 name=msvc-like
 if wanted $name; then
-    printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_tools.h"\n' >"$dir/msvc.c"
+    printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n' >"$dir/msvc.c"
     if has clang; then
         clang -fgnuc-version=0 -U__clang__ -D_MSC_VER=1930 -O2 -std=c99 -Wall -Wextra -Werror \
             -Wno-unused-parameter -I. -c "$dir/msvc.c" \

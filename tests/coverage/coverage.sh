@@ -7,13 +7,13 @@ command -v gcov >/dev/null || { echo "coverage.sh: no gcov: 0 passed, 0 failed, 
 rm -rf "$build"
 mkdir -p "$build"
 flags="-std=c99 -O0 -w --coverage -fprofile-update=atomic -DTEST_STRIDE=65536 -I."
-printf '#define MPT_IMPLEMENTATION\n#include "mpt_tools.h"\n' >"$build/mpt.c"
+printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n' >"$build/mpt.c"
 # shellcheck disable=SC2086
 gcc $flags -c "$build/mpt.c" -o "$build/mpt.o" || exit 1
 failed=0
 for test in tests/unit/*.c tests/parity/*.c; do
     program=$build/$(echo "$test" | tr / - | sed 's/\.c$//')
-    implemented="-DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED" object=$build/mpt.o
+    implemented=-DMPT__IMPLEMENTED object=$build/mpt.o
     grep -q -e mpt__ -e 'ctx->' "$test" && implemented= object= # private names need an implementation beside them
     # shellcheck disable=SC2086
     gcc $flags $implemented -c "$test" -o "$program.o" &&

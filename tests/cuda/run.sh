@@ -4,8 +4,8 @@
 # sources are in CUDACPU. With neither it compiles and links for all architectures and says that nothing was run. With
 # no TEST.c a GPU runs all of them and the runner the short ones, or all with ALL=1.
 #
-# Both headers are compiled once and linked to the tests, which only include them. A test that names mpt__ has the CPU's
-# half to itself, one that names mptc__ or stands before the CUDA calls has both.
+# Both headers are compiled once and linked to the tests, which only include them. A test with private names, mpt__, has
+# the CPU's half to itself, one that names mptc__ or stands before the CUDA calls has both.
 NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
 warnings="-Wall,-Wextra"
@@ -59,7 +59,7 @@ if [ $# -eq 0 ]; then
         set -- tests/unit/*.c tests/parity/*.c tests/train/*.c tests/cuda/*.c tests/bench/bench_cuda.c
 fi
 
-headers="mpt.h mpt_tools.h mpt_cuda.cuh"
+headers="mpt.h mpt_cuda.cuh"
 cpu=$build/cpu.o cuda=$build/cuda.o
 if ! newer "$cuda" $headers; then
     printf '#include "mpt_cuda.cuh"\n' >"$build/cuda.cu"
@@ -67,7 +67,7 @@ if ! newer "$cuda" $headers; then
     compiling=$!
 fi
 if ! newer "$cpu" $headers; then
-    printf '#include "mpt.h"\n#include "mpt_tools.h"\n' >"$build/cpu.cpp"
+    printf '#include "mpt.h"\n' >"$build/cpu.cpp"
     compile "$cpu" "$build/cpu.cpp" -x c++ -DMPT_IMPLEMENTATION || exit 1
 fi
 if [ -n "${runner:-}" ] && ! newer "$build/runner.o" tests/cuda/runner.cpp; then
@@ -75,7 +75,7 @@ if [ -n "${runner:-}" ] && ! newer "$build/runner.o" tests/cuda/runner.cpp; then
 fi
 [ -z "${compiling:-}" ] || wait "$compiling" || exit 1
 
-declared="-DMPT__IMPLEMENTED -DMPT__TOOLS_IMPLEMENTED -include cuda_runtime.h"
+declared="-DMPT__IMPLEMENTED -include cuda_runtime.h"
 programs=
 for source; do
     program=$build/$(echo "$source" | tr / - | sed 's/\.c$//')

@@ -2,7 +2,8 @@
    is taken makes a model that can be saved.
 
    Bytes: 0 a file of weights, 1 a checkpoint, 2 the header of a file of weights, whose length and data are made up, 3
-   changes of a good checkpoint, three bytes each: place, place, value; its sum is put right. */
+   changes of a good checkpoint, three bytes each: place, place, value; its sum is put right.
+   Private names: that sum. */
 #define main unit_main
 #include "../unit/checkpoint.c"
 #undef main

@@ -2,7 +2,7 @@
 """Do the tests notice a wrong operator or constant in mpt.h? `make mutants`, N=30 of them (N=300 takes an hour or two).
 
 One operator or number in the casts, the scaler, the optimizers or an operation is changed in a copy of mpt.h, the tests
-of that part are built against it, with checked array bounds, and run, quickest first, until one fails. A mutant that no
+of that part (private names tell which) are built against it, with checked array bounds, and run, quickest first, until one fails. A mutant that no
 test notices survives: it is printed, and fails the run if over 5 % do (one is allowed). equivalent.txt lists those that
 cannot be noticed, and why.
 The same seed gives the same mutants; results are kept beside the copy, so that an interrupted run goes on.

@@ -1,7 +1,8 @@
 /* checkpoint.c - floor 5: files of weights and training states: resumed runs, layouts, faults of disk and memory, every
    truncation and damage of a small file, hostile headers.
 
-   Most files live in memory here, on a disk whose every call can be made to fail. */
+   Most files live in memory here, on a disk whose every call can be made to fail. Private names: the table of the
+   disk's calls, and the sum of a checkpoint, which is put right after a change. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"

@@ -1,9 +1,10 @@
-/* lens.c - floor 5's instruments: what a lens counts, changes and leaves alone; tables; explained steps.
+/* lens.c - examples/lens.h: what a lens counts, changes and leaves alone; tables; explained steps.
 
    Runs on every instruction set and, built for it, on CUDA; what is simulated is CPU only. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
+#define LENS_IMPLEMENTATION
+#include "../../examples/lens.h"
 #include "../check.h"
 #include "../positional.h"
 
@@ -117,27 +118,27 @@ typedef enum lens_use { USE_NONE = 0, USE_OPEN, USE_WATCH, USE_TWO, USE_F32, USE
 
 static snapshot trained_with(mpt_context *ctx, mpt_policy policy, lens_use use) {
     mpt_model *net = net_new(ctx, policy, MPT_SCALER_DEFAULT, MICRO);
-    mpt_lens *lens = use == USE_NONE ? NULL : mpt_lens_open(ctx), *second = NULL;
+    lens_view *lens = use == USE_NONE ? NULL : lens_open(ctx), *second = NULL;
     const data d = data_new(77);
-    mpt_what_if nothing = MPT_ZERO;
-    mpt_explanation why;
+    lens_what_if nothing = MPT_ZERO;
+    lens_explanation why;
     snapshot s;
     int i;
     CHECK(use == USE_NONE || lens);
     train_steps(ctx, net, 1);
-    if (use == USE_WATCH || use == USE_TWO) CHECK_OK(ctx, mpt_lens_watch(lens, net));
+    if (use == USE_WATCH || use == USE_TWO) CHECK_OK(ctx, lens_watch(lens, net));
     if (use == USE_TWO) {
-        second = mpt_lens_open(ctx);
-        CHECK_OK(ctx, mpt_lens_watch(second, net));
+        second = lens_open(ctx);
+        CHECK_OK(ctx, lens_watch(second, net));
     }
-    if (use == USE_F32 && ON_CPU) CHECK_OK(ctx, mpt_lens_simulate(lens, 0, 0, &nothing));
+    if (use == USE_F32 && ON_CPU) CHECK_OK(ctx, lens_simulate(lens, 0, 0, &nothing));
     for (i = 0; i < 3; i++) {
         const data next = data_new((uint64_t)i);
-        if (use == USE_EXPLAIN) CHECK_OK(ctx, mpt_explain(net, d.x, d.label, BATCH - i, 8, &why));
+        if (use == USE_EXPLAIN) CHECK_OK(ctx, lens_explain(net, d.x, d.label, BATCH - i, 8, &why));
         CHECK_OK(ctx, mpt_train_step(net, next.x, next.label));
     }
-    CHECK_OK(ctx, mpt_lens_close(second));
-    CHECK_OK(ctx, mpt_lens_close(lens));
+    CHECK_OK(ctx, lens_close(second));
+    CHECK_OK(ctx, lens_close(lens));
     train_steps(ctx, net, 1);
     s = snapshot_of(ctx, net);
     mpt_model_free(net);
@@ -165,10 +166,10 @@ static uint64_t histogram_total(const mpt_histogram *h) {
     return sum;
 }
 
-static mpt_histogram histogram_of(mpt_context *ctx, mpt_lens *lens, int node, mpt_role role) {
+static mpt_histogram histogram_of(mpt_context *ctx, lens_view *lens, int node, lens_role role) {
     mpt_histogram h;
     memset(&h, 0xff, sizeof h);
-    CHECK_OK(ctx, mpt_lens_histogram(lens, node, role, &h));
+    CHECK_OK(ctx, lens_histogram(lens, node, role, &h));
     return h;
 }
 
@@ -196,46 +197,46 @@ static mpt_model *powers_net(mpt_context *ctx, int accumulate, const float *weig
 static void test_counting_values(mpt_context *ctx, int accumulate) {
     const uint64_t values = (uint64_t)(2 * WIDTH * accumulate);
     float weight[WIDTH * WIDTH] = {0}, x[4 * WIDTH], target[4 * WIDTH];
-    mpt_lens *lens = mpt_lens_open(ctx);
+    lens_view *lens = lens_open(ctx);
     mpt_histogram h;
     mpt_model *net;
     int i, step;
     for (i = 0; i < WIDTH; i++) weight[i * WIDTH + i] = 1.0f / 16384.0f;
     for (i = 0; i < 4 * WIDTH; i++) x[i] = 1, target[i] = 2;
     net = powers_net(ctx, accumulate, weight);
-    CHECK_OK(ctx, mpt_lens_watch(lens, net));
+    CHECK_OK(ctx, lens_watch(lens, net));
     for (step = 1; step <= 3; step++) {
         const uint64_t n = values * (uint64_t)step;
         CHECK_OK(ctx, mpt_train_step(net, x, target));
-        h = histogram_of(ctx, lens, 1, MPT_ROLE_ACTIVATION);
+        h = histogram_of(ctx, lens, 1, LENS_ACTIVATION);
         CHECK(h.exponent[127] == n && histogram_total(&h) == n);
-        h = histogram_of(ctx, lens, 2, MPT_ROLE_ACTIVATION);
+        h = histogram_of(ctx, lens, 2, LENS_ACTIVATION);
         CHECK(h.exponent[127 - 14] == n && histogram_total(&h) == n);
-        h = histogram_of(ctx, lens, 3, MPT_ROLE_ACTIVATION);
+        h = histogram_of(ctx, lens, 3, LENS_ACTIVATION);
         CHECK(h.exponent[127 - 28] == n && histogram_total(&h) == n);
         /* d mean / dy = 2 (y - 2) / 8 / accumulate = -1/2 / accumulate, a little less, in 2^-2 / accumulate .. */
-        h = histogram_of(ctx, lens, 3, MPT_ROLE_ACTIVATION_GRADIENT);
+        h = histogram_of(ctx, lens, 3, LENS_ACTIVATION_GRADIENT);
         CHECK(h.exponent[127 - 1 - (accumulate > 1)] + h.exponent[127 - 2 - (accumulate > 1)] == n);
         CHECK(histogram_total(&h) == n);
-        h = histogram_of(ctx, lens, 2, MPT_ROLE_ACTIVATION_GRADIENT);
+        h = histogram_of(ctx, lens, 2, LENS_ACTIVATION_GRADIENT);
         CHECK(h.exponent[127 - 15 - (accumulate > 1)] + h.exponent[127 - 16 - (accumulate > 1)] == n);
         /* once a step, when all is added: dw = sum over 2 x accumulate samples of x dy, x = 1 */
-        h = histogram_of(ctx, lens, 2, MPT_ROLE_WEIGHT_GRADIENT);
+        h = histogram_of(ctx, lens, 2, LENS_WEIGHT_GRADIENT);
         CHECK_EQUAL(histogram_total(&h), WIDTH * WIDTH * step);
         CHECK_EQUAL(h.exponent[127 - 14] + h.exponent[127 - 15], WIDTH * WIDTH * step);
-        h = histogram_of(ctx, lens, 0, MPT_ROLE_WEIGHT_GRADIENT);
+        h = histogram_of(ctx, lens, 0, LENS_WEIGHT_GRADIENT);
         CHECK_EQUAL(histogram_total(&h), 2 * WIDTH * WIDTH * step);
     }
-    h = histogram_of(ctx, lens, 2, MPT_ROLE_WEIGHT);
+    h = histogram_of(ctx, lens, 2, LENS_WEIGHT);
     CHECK(h.exponent[127 - 14] == WIDTH && h.zero == WIDTH * (WIDTH - 1));
-    h = histogram_of(ctx, lens, 0, MPT_ROLE_WEIGHT);
+    h = histogram_of(ctx, lens, 0, LENS_WEIGHT);
     CHECK_EQUAL(histogram_total(&h), 2 * WIDTH * WIDTH);
-    h = histogram_of(ctx, lens, 4, MPT_ROLE_ACTIVATION);
+    h = histogram_of(ctx, lens, 4, LENS_ACTIVATION);
     CHECK_EQUAL(histogram_total(&h), 0);
-    CHECK_OK(ctx, mpt_lens_watch(lens, net)); /* from zero again */
-    h = histogram_of(ctx, lens, 0, MPT_ROLE_ACTIVATION);
+    CHECK_OK(ctx, lens_watch(lens, net)); /* from zero again */
+    h = histogram_of(ctx, lens, 0, LENS_ACTIVATION);
     CHECK_EQUAL(histogram_total(&h), 0);
-    CHECK_OK(ctx, mpt_lens_close(lens));
+    CHECK_OK(ctx, lens_close(lens));
     mpt_model_free(net);
 }
 
@@ -253,16 +254,16 @@ static int in_shared_sum(mpt_context *ctx, mpt_model *net, int id) {
 /* Each node's values once a pass, gradients once a pass however many parts they have, and no others. */
 static void test_counts_of_all(mpt_context *ctx, int policy) {
     mpt_model *net = net_new(ctx, policy_of(policy), MPT_SCALER_DEFAULT, MICRO);
-    mpt_lens *lens = mpt_lens_open(ctx);
-    uint64_t all[MPT_ROLE_COUNT] = {0};
+    lens_view *lens = lens_open(ctx);
+    uint64_t all[LENS_ROLE_COUNT] = {0};
     int id, role;
-    CHECK_OK(ctx, mpt_lens_watch(lens, net));
+    CHECK_OK(ctx, lens_watch(lens, net));
     train_steps(ctx, net, 2);
     for (id = 1; id <= mpt_model_nodes(net); id++) {
         mpt_node_info n;
-        const mpt_histogram value = histogram_of(ctx, lens, id, MPT_ROLE_ACTIVATION);
-        const mpt_histogram grad = histogram_of(ctx, lens, id, MPT_ROLE_ACTIVATION_GRADIENT);
-        const mpt_histogram weight = histogram_of(ctx, lens, id, MPT_ROLE_WEIGHT_GRADIENT);
+        const mpt_histogram value = histogram_of(ctx, lens, id, LENS_ACTIVATION);
+        const mpt_histogram grad = histogram_of(ctx, lens, id, LENS_ACTIVATION_GRADIENT);
+        const mpt_histogram weight = histogram_of(ctx, lens, id, LENS_WEIGHT_GRADIENT);
         uint64_t passes, tensor = 0;
         CHECK_OK(ctx, mpt_model_node(net, id, &n));
         if (n.weight) tensor = mpt_params_count(mpt_model_params(net), n.weight);
@@ -273,15 +274,35 @@ static void test_counts_of_all(mpt_context *ctx, int policy) {
             CHECK_EQUAL(histogram_total(&grad), n.H * n.W * n.C * SAMPLES * 2);
         CHECK_EQUAL(histogram_total(&weight), 2 * tensor);
         if (n.weight && !in_shared_sum(ctx, net, id)) CHECK(histogram_total(&grad) > 0);
-        all[MPT_ROLE_ACTIVATION] += histogram_total(&value),
-            all[MPT_ROLE_ACTIVATION_GRADIENT] += histogram_total(&grad);
-        all[MPT_ROLE_WEIGHT] += tensor, all[MPT_ROLE_WEIGHT_GRADIENT] += histogram_total(&weight);
+        all[LENS_ACTIVATION] += histogram_total(&value),
+            all[LENS_ACTIVATION_GRADIENT] += histogram_total(&grad);
+        all[LENS_WEIGHT] += tensor, all[LENS_WEIGHT_GRADIENT] += histogram_total(&weight);
     }
-    for (role = 0; role < MPT_ROLE_COUNT; role++) {
-        const mpt_histogram sum = histogram_of(ctx, lens, 0, (mpt_role)role);
+    for (role = 0; role < LENS_ROLE_COUNT; role++) {
+        const mpt_histogram sum = histogram_of(ctx, lens, 0, (lens_role)role);
         CHECK(histogram_total(&sum) == all[role] && all[role] > 0);
     }
-    CHECK_OK(ctx, mpt_lens_close(lens));
+    CHECK_OK(ctx, lens_close(lens));
+    mpt_model_free(net);
+}
+
+/* Of two lenses each sees what one alone would, also of what the first takes apart. */
+static void test_two_watch(mpt_context *ctx, int policy) {
+    mpt_model *net = net_new(ctx, policy_of(policy), MPT_SCALER_DEFAULT, MICRO);
+    lens_view *lens = lens_open(ctx), *second = lens_open(ctx);
+    int id, role, differ = 0;
+    CHECK_OK(ctx, lens_watch(lens, net));
+    CHECK_OK(ctx, lens_watch(second, net));
+    train_steps(ctx, net, 2);
+    for (id = 0; id <= mpt_model_nodes(net); id++)
+        for (role = 0; role < LENS_ROLE_COUNT; role++) {
+            const mpt_histogram a = histogram_of(ctx, lens, id, (lens_role)role);
+            const mpt_histogram b = histogram_of(ctx, second, id, (lens_role)role);
+            differ += memcmp(&a, &b, sizeof a) != 0;
+        }
+    CHECK_EQUAL(differ, 0);
+    CHECK_OK(ctx, lens_close(second));
+    CHECK_OK(ctx, lens_close(lens));
     mpt_model_free(net);
 }
 
@@ -313,7 +334,7 @@ static void test_advice(void) {
             if (high + s + 2 > (type == MPT_E4M3 ? 8 : type == MPT_BF16 ? 127 : 15)) break;
             if (lost < least) least = lost, best = s;
         }
-        CHECK_EQUAL(mpt_histogram_scale(&h, type, 2), best);
+        CHECK_EQUAL(lens_histogram_scale(&h, type, 2), best);
     }
 }
 
@@ -324,7 +345,7 @@ static const double largest_value[] = {3.4028234663852886e38, 65504, 3.389531389
                                        3.4011621342146535e38};
 
 /* Rounding in double, from the definition: x in units of the last place, floor, and the rest decides. */
-static double rounded(const mpt_precision *p, double x, uint32_t random) {
+static double rounded(const lens_precision *p, double x, uint32_t random) {
     const int f = (int)p->format, fraction = fraction_bits[f], shift = 23 - fraction;
     double size = fabs(x), unit, units, rest;
     int exponent;
@@ -342,13 +363,13 @@ static double rounded(const mpt_precision *p, double x, uint32_t random) {
     return x < 0 ? -size : size;
 }
 
-static mpt_precision precision_of(mpt_format format, mpt_round round) {
-    mpt_precision p = MPT_ZERO;
+static lens_precision precision_of(lens_format format, mpt_round round) {
+    lens_precision p = MPT_ZERO;
     p.format = format, p.round = round;
     return p;
 }
 
-static void check_precision(const mpt_precision *p) {
+static void check_precision(const lens_precision *p) {
     size_t i, wrong = 0;
     for (i = 0; i < 20000; i++) {
         uint32_t bits = mpt_hash(9, (uint64_t)p->format, 0, i), random = mpt_hash(10, 0, 0, i);
@@ -357,7 +378,7 @@ static void check_precision(const mpt_precision *p) {
         if (i % 4 == 0) bits = (bits & 0x87ffffffu) | 0x38000000u; /* near 1: where formats have their values */
         if (i % 16 == 1) bits &= 0xffffe000u;
         if (i % 16 == 5) bits = (bits & 0xff800000u) | (bits & 0x1000u) | (bits & 0x7fe000u); /* ties of TF32 */
-        x = test_float(bits), y = mpt_precision_round(p, x, random);
+        x = test_float(bits), y = lens_precision_round(p, x, random);
         if ((bits & 0x7f800000u) == 0x7f800000u) continue;
 #ifdef __FAST_MATH__
         if ((bits & 0x7f800000u) == 0) continue; /* the reference would take it for 0 */
@@ -365,40 +386,40 @@ static void check_precision(const mpt_precision *p) {
         /* stochastic below the smallest normal draws from more bits than the fraction lacks */
         if (p->round == MPT_ROUND_STOCHASTIC && fabs((double)x) < ldexp(1, lowest_exponent[p->format])) continue;
         expected = rounded(p, (double)x, random);
-        if (p->format == MPT_FORMAT_E4M3 && !test_is_finite(expected))
+        if (p->format == LENS_E4M3 && !test_is_finite(expected))
             wrong += (test_bits(y) & 0x7fffffffu) <= 0x7f800000u;
         else wrong += test_bits(y) != test_bits((float)expected);
     }
     if (!CHECK_EQUAL(wrong, 0))
-        printf("    %s, round %d, overflow %d, flush %d\n", mpt_format_name(p->format), p->round, p->overflow,
+        printf("    %s, round %d, overflow %d, flush %d\n", lens_format_name(p->format), p->round, p->overflow,
                p->flush);
 }
 
 static void test_precisions(void) {
     int format, round, overflow, flush;
-    mpt_precision p = MPT_ZERO;
-    for (format = 0; format < MPT_FORMAT_COUNT; format++)
+    lens_precision p = MPT_ZERO;
+    for (format = 0; format < LENS_FORMAT_COUNT; format++)
         for (round = 0; round < 3; round++)
             for (overflow = 0; overflow < 2; overflow++)
                 for (flush = 0; flush < 2; flush++) {
-                    p.format = (mpt_format)format, p.round = (mpt_round)round;
+                    p.format = (lens_format)format, p.round = (mpt_round)round;
                     p.overflow = (mpt_overflow)overflow, p.flush = flush;
                     check_precision(&p);
                 }
-    p = precision_of(MPT_FORMAT_TF32, MPT_ROUND_NEAREST);
-    CHECK_EQUAL(test_bits(mpt_precision_round(&p, test_float(0xff800000u), 0)), 0xff800000u);
-    CHECK((test_bits(mpt_precision_round(&p, test_float(0x7f800001u), 0)) & 0x7fffffffu) > 0x7f800000u);
+    p = precision_of(LENS_TF32, MPT_ROUND_NEAREST);
+    CHECK_EQUAL(test_bits(lens_precision_round(&p, test_float(0xff800000u), 0)), 0xff800000u);
+    CHECK((test_bits(lens_precision_round(&p, test_float(0x7f800001u), 0)) & 0x7fffffffu) > 0x7f800000u);
     p.overflow = MPT_OVERFLOW_SATURATE;
-    CHECK_EQUAL(test_bits(mpt_precision_round(&p, test_float(0x7f800000u), 0)), 0x7f7fe000u);
+    CHECK_EQUAL(test_bits(lens_precision_round(&p, test_float(0x7f800000u), 0)), 0x7f7fe000u);
     for (format = 0; format < (int)MPT_DTYPE_COUNT; format++)
-        CHECK(strcmp(mpt_format_name((mpt_format)format), mpt_dtype_name((mpt_dtype)format)) == 0);
-    CHECK(strcmp(mpt_format_name(MPT_FORMAT_TF32), "tf32") == 0);
+        CHECK(strcmp(lens_format_name((lens_format)format), mpt_dtype_name((mpt_dtype)format)) == 0);
+    CHECK(strcmp(lens_format_name(LENS_TF32), "tf32") == 0);
 }
 
 /* ==== WHAT IF ==== */
 
-typedef struct sum_state { /* a sum as mpt_what_if tells it; every product is one call, padding's too */
-    const mpt_what_if *what;
+typedef struct sum_state { /* a sum as lens_what_if tells it; every product is one call, padding's too */
+    const lens_what_if *what;
     float sum, part;
     size_t count, element;
     uint64_t draw;
@@ -407,7 +428,7 @@ typedef struct sum_state { /* a sum as mpt_what_if tells it; every product is on
 static void sum_close(sum_state *s) {
     const uint32_t random = mpt_hash(s->what->seed, s->draw, s->element + 1, s->count - 1);
     volatile float total = s->sum + s->part;
-    s->sum = mpt_precision_round(&s->what->sum, total, random);
+    s->sum = lens_precision_round(&s->what->sum, total, random);
     s->part = 0;
 }
 
@@ -419,17 +440,17 @@ static void sum_product(sum_state *s, float a, float b, int last) {
 }
 
 /* Draws of a product in the order of the lens: one for each rounded operand, one for the sums, one for the output. */
-static float operand(const mpt_what_if *what, const float *x, size_t i, uint64_t draw) {
-    return mpt_precision_round(&what->operands, x[i], mpt_hash(what->seed, draw, 0, i));
+static float operand(const lens_what_if *what, const float *x, size_t i, uint64_t draw) {
+    return lens_precision_round(&what->operands, x[i], mpt_hash(what->seed, draw, 0, i));
 }
 
-static int changes(const mpt_precision *p) { return p->format != MPT_FORMAT_F32 || p->flush; }
+static int changes(const lens_precision *p) { return p->format != LENS_F32 || p->flush; }
 
 typedef struct draws {
     uint64_t left, right, sum, output, next;
 } draws;
 
-static draws draws_from(const mpt_what_if *what, uint64_t next) {
+static draws draws_from(const lens_what_if *what, uint64_t next) {
     draws d;
     d.left = d.right = next;
     if (changes(&what->operands)) d.right = next + 1, next += 2;
@@ -439,17 +460,17 @@ static draws draws_from(const mpt_what_if *what, uint64_t next) {
     return d;
 }
 
-static float finished(const mpt_what_if *what, float alpha, float sum, float beta, float old, float bias,
+static float finished(const lens_what_if *what, float alpha, float sum, float beta, float old, float bias,
                       mpt_activation act, uint64_t draw, size_t i) {
     volatile float y = alpha * sum, scaled = beta * old;
     if (beta != 0) y = y + scaled;
     y = y + bias;
     if (act == MPT_RELU) y = y > 0 ? y : 0;
-    return changes(&what->output) ? mpt_precision_round(&what->output, y, mpt_hash(what->seed, draw, 0, i)) : y;
+    return changes(&what->output) ? lens_precision_round(&what->output, y, mpt_hash(what->seed, draw, 0, i)) : y;
 }
 
 /* A linear layer with relu, or a gemm with alpha and beta, on odd sizes with gaps between rows. */
-static void check_gemm(mpt_context *ctx, mpt_lens *lens, const mpt_what_if *what, int trans_a, int trans_b,
+static void check_gemm(mpt_context *ctx, lens_view *lens, const lens_what_if *what, int trans_a, int trans_b,
                        uint64_t *next) {
     enum { M = 7, N = 37, K = 45, LD = 51 };
     const draws d = draws_from(what, *next);
@@ -470,9 +491,9 @@ static void check_gemm(mpt_context *ctx, mpt_lens *lens, const mpt_what_if *what
                 const float *at_a = x + (trans_a ? l * LD + i : i * LD + l),
                             *at_b = y + (trans_b ? j * LD + l : l * LD + j);
                 sum_product(&s,
-                            mpt_precision_round(&what->operands, *at_a,
+                            lens_precision_round(&what->operands, *at_a,
                                                 mpt_hash(what->seed, d.left, 0, trans_a ? l * M + i : i * K + l)),
-                            mpt_precision_round(&what->operands, *at_b,
+                            lens_precision_round(&what->operands, *at_b,
                                                 mpt_hash(what->seed, d.right, 0, trans_b ? j * K + l : l * N + j)),
                             l + 1 == K);
             }
@@ -491,7 +512,7 @@ typedef struct convolution {
     size_t P, Q, C, K; /* C and K of a group */
     const float *x, *w, *y;
     draws d;
-    const mpt_what_if *what;
+    const lens_what_if *what;
 } convolution;
 
 /* Where output p reads through tap r; -1 in the padding. */
@@ -567,7 +588,7 @@ static float conv_element(const convolution *c, mpt_pass pass, size_t i, sum_sta
     return conv_weight_sum(c, i / c->C / z->S / z->R, i / c->C / z->S % z->R, i / c->C % z->S, i % c->C, s);
 }
 
-static void check_conv(mpt_context *ctx, const mpt_what_if *what, const mpt_conv2d_shape *shape, mpt_pass pass,
+static void check_conv(mpt_context *ctx, const lens_what_if *what, const mpt_conv2d_shape *shape, mpt_pass pass,
                        uint64_t *next) {
     convolution c;
     test_tensor x, w, y, bias;
@@ -623,51 +644,51 @@ static const mpt_conv2d_shape shapes[] = {{2, 7, 5, 3, 4, 3, 3, 1, 1, 1, 1},
 static void test_plain_sums(mpt_context *ctx) {
     int i, j;
     for (i = 0; i < 12; i++) {
-        mpt_lens *lens = mpt_lens_open(ctx);
-        mpt_what_if what = MPT_ZERO;
+        lens_view *lens = lens_open(ctx);
+        lens_what_if what = MPT_ZERO;
         uint64_t next = 0;
-        what.operands = precision_of((mpt_format)((i * 7) % MPT_FORMAT_COUNT), (mpt_round)(i % 3));
-        what.sum = precision_of((mpt_format)((i + 1) % MPT_FORMAT_COUNT), (mpt_round)(i / 3 % 3));
-        what.output = precision_of((mpt_format)((i * 5 + 2) % MPT_FORMAT_COUNT), (mpt_round)(i / 2 % 3));
-        what.chunk = (size_t)(i % 4 * 3 + (what.sum.format == MPT_FORMAT_F32));
+        what.operands = precision_of((lens_format)((i * 7) % LENS_FORMAT_COUNT), (mpt_round)(i % 3));
+        what.sum = precision_of((lens_format)((i + 1) % LENS_FORMAT_COUNT), (mpt_round)(i / 3 % 3));
+        what.output = precision_of((lens_format)((i * 5 + 2) % LENS_FORMAT_COUNT), (mpt_round)(i / 2 % 3));
+        what.chunk = (size_t)(i % 4 * 3 + (what.sum.format == LENS_F32));
         what.sum.flush = i % 2, what.seed = (uint64_t)i;
         what.operands.overflow = what.sum.overflow = what.output.overflow = MPT_OVERFLOW_SATURATE;
-        CHECK_OK(ctx, mpt_lens_simulate(lens, 0, 0, &what));
+        CHECK_OK(ctx, lens_simulate(lens, 0, 0, &what));
         for (j = 0; j < 4; j++) check_gemm(ctx, lens, &what, j & 1, j >> 1, &next);
         for (j = 0; j < 12; j++) check_conv(ctx, &what, &shapes[j % 4], (mpt_pass)(j / 4), &next);
-        CHECK_OK(ctx, mpt_lens_close(lens));
+        CHECK_OK(ctx, lens_close(lens));
     }
 }
 
 /* x rounded on the host, in place. */
-static void round_tensor(test_tensor *t, const mpt_precision *p) {
+static void round_tensor(test_tensor *t, const lens_precision *p) {
     float *x = (float *)t->array.data;
     size_t i;
-    for (i = 0; i < t->count; i++) x[i] = mpt_precision_round(p, x[i], 0);
+    for (i = 0; i < t->count; i++) x[i] = lens_precision_round(p, x[i], 0);
 }
 
 /* Where the engine adds, the same bits as the engine gives for operands rounded beforehand, its result then rounded. */
 static void test_engine_sums(mpt_context *ctx) {
     enum { N = 13, I = 301, O = 35 };
     int i;
-    for (i = 0; i < 2 * MPT_FORMAT_COUNT; i++) {
-        const mpt_precision p =
-            precision_of((mpt_format)(i % MPT_FORMAT_COUNT), i / MPT_FORMAT_COUNT ? MPT_ROUND_ZERO : MPT_ROUND_NEAREST);
+    for (i = 0; i < 2 * LENS_FORMAT_COUNT; i++) {
+        const lens_precision p =
+            precision_of((lens_format)(i % LENS_FORMAT_COUNT), i / LENS_FORMAT_COUNT ? MPT_ROUND_ZERO : MPT_ROUND_NEAREST);
         test_tensor x = test_tensor_random(ctx, MPT_F32, N * I, 1), w = test_tensor_random(ctx, MPT_F32, O * I, 2);
         test_tensor b = test_tensor_random(ctx, MPT_F32, O, 3), y = test_tensor_new(ctx, MPT_F32, N * O);
         test_tensor z = test_tensor_new(ctx, MPT_F32, N * O);
-        mpt_lens *lens = mpt_lens_open(ctx);
-        mpt_what_if what = MPT_ZERO;
+        lens_view *lens = lens_open(ctx);
+        lens_what_if what = MPT_ZERO;
         what.operands = what.output = p;
-        CHECK_OK(ctx, mpt_lens_simulate(lens, 0, 1u << MPT_FORWARD, &what));
+        CHECK_OK(ctx, lens_simulate(lens, 0, 1u << MPT_FORWARD, &what));
         CHECK_OK(ctx, mpt_linear_forward(ctx, N, I, O, x.array, w.array, b.array, MPT_GELU, y.array));
-        CHECK_OK(ctx, mpt_lens_simulate(lens, 0, 0, NULL));
+        CHECK_OK(ctx, lens_simulate(lens, 0, 0, NULL));
         round_tensor(&x, &p), round_tensor(&w, &p);
         CHECK_OK(ctx, mpt_linear_forward(ctx, N, I, O, x.array, w.array, b.array, MPT_GELU, z.array));
-        CHECK((memcmp(y.array.data, z.array.data, N * O * sizeof(float)) == 0) == (p.format == MPT_FORMAT_F32));
+        CHECK((memcmp(y.array.data, z.array.data, N * O * sizeof(float)) == 0) == (p.format == LENS_F32));
         round_tensor(&z, &p);
         CHECK(memcmp(y.array.data, z.array.data, N * O * sizeof(float)) == 0);
-        CHECK_OK(ctx, mpt_lens_close(lens));
+        CHECK_OK(ctx, lens_close(lens));
         test_tensor_free(&x), test_tensor_free(&w), test_tensor_free(&b), test_tensor_free(&y), test_tensor_free(&z);
     }
 }
@@ -677,8 +698,8 @@ static void test_engine_sums(mpt_context *ctx) {
 static snapshot simulated_or_real(mpt_context *ctx, mpt_dtype type, int simulated) {
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(simulated ? MPT_O0 : MPT_O1, type));
     mpt_train_desc train = MPT_ZERO;
-    mpt_lens *lens = mpt_lens_open(ctx);
-    mpt_what_if what = MPT_ZERO, last;
+    lens_view *lens = lens_open(ctx);
+    lens_what_if what = MPT_ZERO, last;
     mpt_conv2d_desc conv = MPT_ZERO;
     mpt_linear_desc linear = MPT_ZERO;
     snapshot s = {0, NULL};
@@ -691,19 +712,19 @@ static snapshot simulated_or_real(mpt_context *ctx, mpt_dtype type, int simulate
     train.scaler.mode = MPT_SCALER_STATIC, train.scaler.init_scale = 256.0f;
     train.optimizer = mpt_adam(1e-2);
     CHECK_OK(ctx, mpt_model_build(net, &train));
-    what.operands.format = what.output.format = type == MPT_F16 ? MPT_FORMAT_F16 : MPT_FORMAT_BF16;
-    last = what, last.output.format = MPT_FORMAT_F32; /* weight gradients, and the logits, are fp32 */
+    what.operands.format = what.output.format = type == MPT_F16 ? LENS_F16 : LENS_BF16;
+    last = what, last.output.format = LENS_F32; /* weight gradients, and the logits, are fp32 */
     for (id = 0; id <= mpt_model_nodes(net) && simulated; id++) {
-        CHECK_OK(ctx, mpt_lens_simulate(lens, id, 1u << MPT_FORWARD, id == mpt_model_nodes(net) - 1 ? &last : &what));
-        CHECK_OK(ctx, mpt_lens_simulate(lens, id, 1u << MPT_BACKWARD_DATA, &what));
-        CHECK_OK(ctx, mpt_lens_simulate(lens, id, 1u << MPT_BACKWARD_WEIGHT, &last));
+        CHECK_OK(ctx, lens_simulate(lens, id, 1u << MPT_FORWARD, id == mpt_model_nodes(net) - 1 ? &last : &what));
+        CHECK_OK(ctx, lens_simulate(lens, id, 1u << MPT_BACKWARD_DATA, &what));
+        CHECK_OK(ctx, lens_simulate(lens, id, 1u << MPT_BACKWARD_WEIGHT, &last));
     }
     for (i = 0; i < 4; i++) {
         const data d = data_new((uint64_t)i);
         CHECK_OK(ctx, mpt_train_step(net, d.x, d.label));
     }
     snapshot_add(&s, ctx, mpt_params_master(mpt_model_params(net), 0), 4 * mpt_params_count(mpt_model_params(net), 0));
-    CHECK_OK(ctx, mpt_lens_close(lens));
+    CHECK_OK(ctx, lens_close(lens));
     mpt_model_free(net);
     return s;
 }
@@ -740,8 +761,8 @@ static mpt_model *plain_net(mpt_context *ctx, float first, float second) {
 static void test_explain(mpt_context *ctx) {
     const float x[2 * WIDTH] = {1, 1, 1, 1, 1, 1, 1, 1}, target[2 * WIDTH] = {0};
     mpt_model *net = plain_net(ctx, 16384.0f, 1);
-    mpt_explanation why;
-    CHECK_OK(ctx, mpt_explain(net, x, target, 2, 1, &why)); /* 4 * 16384 = 65536 */
+    lens_explanation why;
+    CHECK_OK(ctx, lens_explain(net, x, target, 2, 1, &why)); /* 4 * 16384 = 65536 */
     CHECK(why.found && why.node == 2 && why.output == 2 && why.pass == MPT_FORWARD && why.type == MPT_F16);
     CHECK(strcmp(why.operation, "product") == 0);
     CHECK(why.result.count == 2 * WIDTH && why.result.inf == 2 * WIDTH && why.result.nan == 0);
@@ -751,9 +772,9 @@ static void test_explain(mpt_context *ctx) {
     mpt_model_free(net);
 
     net = plain_net(ctx, 1, 8); /* y = 128, dlogits = 2 y / 8 = 32 S; hidden gradient 4 * 8 * 32 S = 1024 S */
-    CHECK_OK(ctx, mpt_explain(net, x, target, 2, 1, &why));
+    CHECK_OK(ctx, lens_explain(net, x, target, 2, 1, &why));
     CHECK(!why.found && why.result.count == 0 && test_has_word(why.text, "finite"));
-    CHECK_OK(ctx, mpt_explain(net, x, target, 2, 64, &why));
+    CHECK_OK(ctx, lens_explain(net, x, target, 2, 64, &why));
     CHECK(why.found && why.node == 4 && why.output == 3 && why.pass == MPT_BACKWARD_DATA);
     CHECK(why.result.largest == 65536.0 && why.read[0].largest == 2048.0 && why.read[1].largest == 8.0);
     CHECK(why.scale >= 64.0f && why.scale <= 64.0f);
@@ -762,20 +783,20 @@ static void test_explain(mpt_context *ctx) {
     CHECK_OK(ctx, mpt_train_step(net, x, target)); /* skipped, at 65536 */
     CHECK_EQUAL(mpt_steps_skipped(net), 1);
     CHECK_EQUAL(mpt_loss_scale(net), 32768);
-    CHECK_OK(ctx, mpt_explain(net, x, target, 2, 0, &why));
+    CHECK_OK(ctx, lens_explain(net, x, target, 2, 0, &why));
     CHECK(why.found && why.scale >= 65536.0f && why.scale <= 65536.0f);
     CHECK(why.node == 5 || why.node == 4); /* the loss writes 32 S in fp32 or fp16 */
     CHECK_EQUAL(mpt_loss_scale(net), 32768);
     CHECK_EQUAL(mpt_steps_skipped(net), 1);
-    CHECK_ERROR(ctx, mpt_explain(net, x, target, 2, 1, NULL), MPT_ERROR_ARGUMENT, "out");
-    CHECK_ERROR(ctx, mpt_explain(net, x, target, 2, -1, &why), MPT_ERROR_ARGUMENT, "finite");
-    CHECK_ERROR(ctx, mpt_explain(net, x, target, 3, 1, &why), MPT_ERROR_ARGUMENT, "n");
+    CHECK_ERROR(ctx, lens_explain(net, x, target, 2, 1, NULL), MPT_ERROR_ARGUMENT, "out");
+    CHECK_ERROR(ctx, lens_explain(net, x, target, 2, -1, &why), MPT_ERROR_ARGUMENT, "finite");
+    CHECK_ERROR(ctx, lens_explain(net, x, target, 3, 1, &why), MPT_ERROR_ARGUMENT, "n");
     CHECK_EQUAL(mpt_loss_scale(net), 32768); /* put back after an error, too */
     CHECK_OK(ctx, mpt_forward(net, x, target, 2));
     CHECK_OK(ctx, mpt_backward(net));
-    CHECK_ERROR(ctx, mpt_explain(net, x, target, 2, 1, &why), MPT_ERROR_ORDER, "step");
+    CHECK_ERROR(ctx, lens_explain(net, x, target, 2, 1, &why), MPT_ERROR_ORDER, "step");
     CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(net)));
-    CHECK_ERROR(ctx, mpt_explain(net, x, target, 2, 1, &why), MPT_ERROR_ORDER, "step");
+    CHECK_ERROR(ctx, lens_explain(net, x, target, 2, 1, &why), MPT_ERROR_ORDER, "step");
     mpt_model_free(net);
 }
 
@@ -848,7 +869,7 @@ static void test_optimizer_tables(mpt_context *ctx, mpt_model *net) {
     table *t = table_new();
     uint64_t i;
     CHECK(s.moved > 0 && s.skipped > 0);
-    CHECK_OK(ctx, mpt_optimizer_print(block.opt, MPT_CSV, keep_row, t));
+    CHECK_OK(ctx, lens_optimizer_print(net, MPT_CSV, keep_row, t));
     CHECK_EQUAL(t->rows, 8);
     CHECK_EQUAL(number(t, 2, "value"), s.applied);
     CHECK_EQUAL(number(t, 3, "value"), s.skipped);
@@ -856,7 +877,7 @@ static void test_optimizer_tables(mpt_context *ctx, mpt_model *net) {
     CHECK_EQUAL(number(t, 6, "value"), s.lost);
     CHECK_NEAR(number(t, 7, "value"), 100 * (double)s.lost / (double)s.moved, 1e-3);
     t->rows = 0;
-    CHECK_OK(ctx, mpt_skips_print(block.opt, MPT_CSV, keep_row, t));
+    CHECK_OK(ctx, lens_skips_print(net, MPT_CSV, keep_row, t));
     CHECK_EQUAL(t->rows, 1 + (int)s.skipped);
     for (i = 0; i < s.skipped; i++) {
         const int row = 1 + (int)i;
@@ -870,50 +891,50 @@ static void test_optimizer_tables(mpt_context *ctx, mpt_model *net) {
 
 /* The sum over a histogram's bins, from the definition of the formats. */
 static void test_histogram_tables(mpt_context *ctx, mpt_model *net) {
-    mpt_lens *lens = mpt_lens_open(ctx);
+    lens_view *lens = lens_open(ctx);
     mpt_histogram h;
     table *t = table_new();
-    mpt_fit fit;
+    lens_fit fit;
     double sum = 0;
     int row, i;
-    CHECK_OK(ctx, mpt_lens_watch(lens, net));
+    CHECK_OK(ctx, lens_watch(lens, net));
     train_steps(ctx, net, 1);
-    h = histogram_of(ctx, lens, 0, MPT_ROLE_ACTIVATION_GRADIENT);
-    CHECK_OK(ctx, mpt_lens_print(lens, 12, MPT_CSV, keep_row, t));
+    h = histogram_of(ctx, lens, 0, LENS_ACTIVATION_GRADIENT);
+    CHECK_OK(ctx, lens_print(lens, 12, MPT_CSV, keep_row, t));
     row = row_with(t, "0", "all,activation gradient");
     if (CHECK(row > 0)) {
-        fit = mpt_histogram_fit(&h, MPT_F16, 0);
+        fit = lens_histogram_fit(&h, MPT_F16, 0);
         CHECK_EQUAL(number(t, row, "values"), histogram_total(&h));
         CHECK_EQUAL(number(t, row, "zero"), h.zero);
         CHECK(strcmp(cell(t, row, "type"), "f16") == 0);
         CHECK_NEAR(number(t, row, "flushed"), 100 * fit.flushed, 1e-3);
         CHECK_NEAR(number(t, row, "subnormal"), 100 * fit.subnormal, 1e-3);
-        fit = mpt_histogram_fit(&h, MPT_F16, 12);
+        fit = lens_histogram_fit(&h, MPT_F16, 12);
         CHECK_NEAR(number(t, row, "flushed S"), 100 * fit.flushed, 1e-3);
-        CHECK_EQUAL(number(t, row, "advised"), mpt_histogram_scale(&h, MPT_F16, MPT_SCALE_HEADROOM));
+        CHECK_EQUAL(number(t, row, "advised"), lens_histogram_scale(&h, MPT_F16, LENS_HEADROOM));
         CHECK(h.exponent[127 + (int)number(t, row, "high")] && h.exponent[127 + (int)number(t, row, "low")]);
         CHECK_EQUAL(row_with(t, "0", "all,weight gradient"), row + 4);
     }
     CHECK(strcmp(cell(t, row_with(t, "2", "conv1,activation"), "advised"), "-") == 0);
     t->rows = 0;
-    CHECK_OK(ctx, mpt_histogram_print(&h, MPT_CSV, keep_row, t));
+    CHECK_OK(ctx, lens_histogram_print(&h, MPT_CSV, keep_row, t));
     for (i = 1; i < t->rows; i++) {
         CHECK_EQUAL(number(t, i, "count"), h.exponent[127 + (int)number(t, i, "log2")]);
         sum += number(t, i, "count");
     }
     CHECK_EQUAL(sum, histogram_total(&h) - h.zero - h.inf - h.nan);
     t->rows = 0;
-    CHECK_OK(ctx, mpt_sweep_print(&h, -3, 20, MPT_CSV, keep_row, t));
+    CHECK_OK(ctx, lens_sweep_print(&h, -3, 20, MPT_CSV, keep_row, t));
     CHECK_EQUAL(t->rows, 25);
     for (i = 1; i < t->rows; i++) {
         CHECK_EQUAL(number(t, i, "log2 S"), i - 4);
-        CHECK_NEAR(number(t, i, "f16 flushed"), 100 * mpt_histogram_fit(&h, MPT_F16, i - 4).flushed, 1e-3);
-        CHECK_NEAR(number(t, i, "e5m2 overflowed"), 100 * mpt_histogram_fit(&h, MPT_E5M2, i - 4).overflowed, 1e-3);
+        CHECK_NEAR(number(t, i, "f16 flushed"), 100 * lens_histogram_fit(&h, MPT_F16, i - 4).flushed, 1e-3);
+        CHECK_NEAR(number(t, i, "e5m2 overflowed"), 100 * lens_histogram_fit(&h, MPT_E5M2, i - 4).overflowed, 1e-3);
     }
     t->rows = 0;
-    CHECK_OK(ctx, mpt_lens_print(lens, 12, MPT_TEXT, keep_row, t));
+    CHECK_OK(ctx, lens_print(lens, 12, MPT_TEXT, keep_row, t));
     CHECK(t->rows > 20);
-    CHECK_OK(ctx, mpt_lens_close(lens));
+    CHECK_OK(ctx, lens_close(lens));
     free(t);
 }
 
@@ -924,7 +945,7 @@ static void test_product_tables(mpt_context *ctx, mpt_level level) {
     mpt_conv2d_desc conv = MPT_ZERO;
     const size_t each = level == MPT_O0 ? 4 : 8;
     table *t = table_new();
-    mpt_product p;
+    lens_product p;
     double sum = 0, good = 0;
     int i, h = mpt_input(net, 8, 8, 3);
     conv.groups = 2;
@@ -935,26 +956,26 @@ static void test_product_tables(mpt_context *ctx, mpt_level level) {
     mpt_softmax_cross_entropy(net, h, NULL);
     train.batch = 32;
     CHECK_OK(ctx, mpt_model_build(net, &train));
-    CHECK_OK(ctx, mpt_model_product(net, 2, MPT_FORWARD, &p));
+    CHECK_OK(ctx, lens_model_product(net, 2, MPT_FORWARD, &p));
     CHECK(p.m == 32 * 64 && p.n == 16 && p.k == 27 && p.ldb == 27 && p.ldc == 16 && p.count == 1);
     CHECK(p.lda == (each == 8 ? 32 : 28) && p.trans_b && strcmp(p.broken, "k") == 0);
-    CHECK_OK(ctx, mpt_model_product(net, 2, MPT_BACKWARD_DATA, &p));
+    CHECK_OK(ctx, lens_model_product(net, 2, MPT_BACKWARD_DATA, &p));
     CHECK(p.count == 0 && p.multiply_adds == 0);
-    CHECK_OK(ctx, mpt_model_product(net, 2, MPT_BACKWARD_WEIGHT, &p));
+    CHECK_OK(ctx, lens_model_product(net, 2, MPT_BACKWARD_WEIGHT, &p));
     CHECK(p.m == 16 && p.n == 27 && p.k == 2048 && p.trans_a && p.c == MPT_F32 && strcmp(p.broken, "n") == 0);
-    CHECK_OK(ctx, mpt_model_product(net, 3, MPT_BACKWARD_DATA, &p));
+    CHECK_OK(ctx, lens_model_product(net, 3, MPT_BACKWARD_DATA, &p));
     CHECK(p.m == 2048 && p.n == 8 && p.k == 9 * 12 && p.count == 2 && p.multiply_adds == (size_t)2048 * 8 * 108 * 2);
     CHECK(strcmp(p.broken, each == 8 ? "k" : "") == 0);
-    CHECK_OK(ctx, mpt_model_product(net, 4, MPT_FORWARD, &p));
+    CHECK_OK(ctx, lens_model_product(net, 4, MPT_FORWARD, &p));
     CHECK(p.m == 2048 && p.n == 8 && p.k == 24 && p.lda == 24 && !*p.broken);
-    CHECK_OK(ctx, mpt_model_product(net, 6, MPT_FORWARD, &p));
+    CHECK_OK(ctx, lens_model_product(net, 6, MPT_FORWARD, &p));
     CHECK(p.m == 32 && p.n == 10 && p.k == 512 && p.lda == 512 && p.ldb == 512 && p.ldc == 10);
     CHECK(p.c == MPT_F32 && strcmp(p.broken, "n") == 0);
-    CHECK_OK(ctx, mpt_model_product(net, 6, MPT_BACKWARD_DATA, &p));
+    CHECK_OK(ctx, lens_model_product(net, 6, MPT_BACKWARD_DATA, &p));
     CHECK(p.m == 32 && p.n == 512 && p.k == 10 && strcmp(p.broken, "k") == 0);
-    CHECK_OK(ctx, mpt_model_product(net, 6, MPT_BACKWARD_WEIGHT, &p));
+    CHECK_OK(ctx, lens_model_product(net, 6, MPT_BACKWARD_WEIGHT, &p));
     CHECK(p.m == 10 && p.n == 512 && p.k == 32 && strcmp(p.broken, "m") == 0);
-    CHECK_OK(ctx, mpt_products_print(net, MPT_CSV, keep_row, t));
+    CHECK_OK(ctx, lens_products_print(net, MPT_CSV, keep_row, t));
     CHECK_EQUAL(t->rows, 1 + 11 + 1);
     for (i = 1; i < t->rows - 1; i++) {
         const double work = number(t, i, "m") * number(t, i, "n") * number(t, i, "k") * number(t, i, "count");
@@ -965,9 +986,9 @@ static void test_product_tables(mpt_context *ctx, mpt_level level) {
     CHECK_EQUAL(number(t, i, "multiply-adds"), sum);
     CHECK_NEAR(number(t, i, "eligible"), 100 * good / sum, 1e-3);
     CHECK(good > 0 && good < sum);
-    CHECK_ERROR(ctx, mpt_model_product(net, 0, MPT_FORWARD, &p), MPT_ERROR_ARGUMENT, "0");
-    CHECK_ERROR(ctx, mpt_model_product(net, 2, (mpt_pass)test_number(3), &p), MPT_ERROR_ARGUMENT, "3");
-    CHECK_ERROR(ctx, mpt_model_product(net, 2, MPT_FORWARD, NULL), MPT_ERROR_ARGUMENT, "out");
+    CHECK_ERROR(ctx, lens_model_product(net, 0, MPT_FORWARD, &p), MPT_ERROR_ARGUMENT, "0");
+    CHECK_ERROR(ctx, lens_model_product(net, 2, (mpt_pass)test_number(3), &p), MPT_ERROR_ARGUMENT, "3");
+    CHECK_ERROR(ctx, lens_model_product(net, 2, MPT_FORWARD, NULL), MPT_ERROR_ARGUMENT, "out");
     free(t);
     mpt_model_free(net);
 }
@@ -988,44 +1009,44 @@ static void test_tables(mpt_context *ctx) {
 
 static void test_errors(mpt_context *ctx) {
     mpt_model *net = mpt_model_new(ctx, policy_of(0));
-    mpt_lens *lens = mpt_lens_open(ctx), *later;
-    mpt_what_if what = MPT_ZERO;
+    lens_view *lens = lens_open(ctx), *later;
+    lens_what_if what = MPT_ZERO;
     mpt_histogram h;
     table *t = table_new();
     mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL));
     memset(&h, 0, sizeof h);
-    CHECK_ERROR(ctx, mpt_lens_watch(lens, net), MPT_ERROR_ARGUMENT, "built");
+    CHECK_ERROR(ctx, lens_watch(lens, net), MPT_ERROR_ARGUMENT, "built");
     CHECK_ERROR(ctx, mpt_memory_print(net, MPT_CSV, keep_row, t), MPT_ERROR_ORDER, "built");
-    CHECK_ERROR(ctx, mpt_products_print(net, MPT_CSV, keep_row, t), MPT_ERROR_ORDER, "built");
-    CHECK_ERROR(ctx, mpt_lens_histogram(lens, 1, MPT_ROLE_WEIGHT, &h), MPT_ERROR_ORDER, "watched");
-    CHECK_ERROR(ctx, mpt_lens_print(lens, 0, MPT_CSV, keep_row, t), MPT_ERROR_ORDER, "watched");
+    CHECK_ERROR(ctx, lens_products_print(net, MPT_CSV, keep_row, t), MPT_ERROR_ORDER, "built");
+    CHECK_ERROR(ctx, lens_histogram(lens, 1, LENS_WEIGHT, &h), MPT_ERROR_ORDER, "watched");
+    CHECK_ERROR(ctx, lens_print(lens, 0, MPT_CSV, keep_row, t), MPT_ERROR_ORDER, "watched");
     CHECK_OK(ctx, mpt_model_build(net, NULL));
-    CHECK_OK(ctx, mpt_lens_watch(lens, net));
-    CHECK_ERROR(ctx, mpt_lens_histogram(lens, 4, MPT_ROLE_WEIGHT, &h), MPT_ERROR_ARGUMENT, "4");
-    CHECK_ERROR(ctx, mpt_lens_histogram(lens, 1, (mpt_role)test_number(9), &h), MPT_ERROR_ARGUMENT, "9");
-    CHECK_ERROR(ctx, mpt_lens_histogram(lens, 1, MPT_ROLE_WEIGHT, NULL), MPT_ERROR_ARGUMENT, "out");
-    CHECK_ERROR(ctx, mpt_lens_print(lens, 0, MPT_CSV, NULL, t), MPT_ERROR_ARGUMENT, "write");
-    CHECK_ERROR(ctx, mpt_lens_print(lens, 0, (mpt_style)test_number(2), keep_row, t), MPT_ERROR_ARGUMENT, "2");
-    CHECK_ERROR(ctx, mpt_skips_print(mpt_model_optimizer(net), MPT_CSV, NULL, t), MPT_ERROR_ARGUMENT, "write");
-    CHECK_ERROR(ctx, mpt_optimizer_print(mpt_model_optimizer(net), MPT_CSV, NULL, t), MPT_ERROR_ARGUMENT, "write");
-    later = mpt_lens_open(ctx);
-    CHECK_ERROR(ctx, mpt_lens_close(lens), MPT_ERROR_ORDER, "after");
-    CHECK_OK(ctx, mpt_lens_close(later));
+    CHECK_OK(ctx, lens_watch(lens, net));
+    CHECK_ERROR(ctx, lens_histogram(lens, 4, LENS_WEIGHT, &h), MPT_ERROR_ARGUMENT, "4");
+    CHECK_ERROR(ctx, lens_histogram(lens, 1, (lens_role)test_number(9), &h), MPT_ERROR_ARGUMENT, "9");
+    CHECK_ERROR(ctx, lens_histogram(lens, 1, LENS_WEIGHT, NULL), MPT_ERROR_ARGUMENT, "out");
+    CHECK_ERROR(ctx, lens_print(lens, 0, MPT_CSV, NULL, t), MPT_ERROR_ARGUMENT, "write");
+    CHECK_ERROR(ctx, lens_print(lens, 0, (mpt_style)test_number(2), keep_row, t), MPT_ERROR_ARGUMENT, "2");
+    CHECK_ERROR(ctx, lens_skips_print(net, MPT_CSV, NULL, t), MPT_ERROR_ARGUMENT, "write");
+    CHECK_ERROR(ctx, lens_optimizer_print(net, MPT_CSV, NULL, t), MPT_ERROR_ARGUMENT, "write");
+    later = lens_open(ctx);
+    CHECK_ERROR(ctx, lens_close(lens), MPT_ERROR_ORDER, "after");
+    CHECK_OK(ctx, lens_close(later));
     if (ON_CPU) {
-        CHECK_ERROR(ctx, mpt_lens_simulate(lens, -1, 0, &what), MPT_ERROR_ARGUMENT, "node");
-        CHECK_ERROR(ctx, mpt_lens_simulate(lens, 0, 8, &what), MPT_ERROR_ARGUMENT, "8");
-        what.sum.format = (mpt_format)test_number(MPT_FORMAT_COUNT);
-        CHECK_ERROR(ctx, mpt_lens_simulate(lens, 0, 0, &what), MPT_ERROR_ARGUMENT, "precision");
-    } else CHECK_ERROR(ctx, mpt_lens_simulate(lens, 0, 0, &what), MPT_ERROR_UNSUPPORTED, "cuda");
-    CHECK_OK(ctx, mpt_lens_close(lens));
-    CHECK_OK(ctx, mpt_lens_close(NULL));
-    CHECK(mpt_lens_open(NULL) == NULL && mpt_lens_watch(NULL, net) == MPT_ERROR_ARGUMENT);
-    CHECK(mpt_lens_histogram(NULL, 0, MPT_ROLE_WEIGHT, &h) == MPT_ERROR_ARGUMENT);
-    CHECK(mpt_histogram_print(NULL, MPT_CSV, keep_row, t) == MPT_ERROR_ARGUMENT);
-    CHECK(mpt_histogram_print(&h, MPT_CSV, NULL, t) == MPT_ERROR_ARGUMENT);
-    CHECK(mpt_sweep_print(NULL, 0, 1, MPT_CSV, keep_row, t) == MPT_ERROR_ARGUMENT);
-    CHECK(mpt_explain(NULL, NULL, NULL, 1, 1, NULL) == MPT_ERROR_ARGUMENT);
-    CHECK_EQUAL(mpt_histogram_scale(&h, MPT_F16, 0), 0);
+        CHECK_ERROR(ctx, lens_simulate(lens, -1, 0, &what), MPT_ERROR_ARGUMENT, "node");
+        CHECK_ERROR(ctx, lens_simulate(lens, 0, 8, &what), MPT_ERROR_ARGUMENT, "8");
+        what.sum.format = (lens_format)test_number(LENS_FORMAT_COUNT);
+        CHECK_ERROR(ctx, lens_simulate(lens, 0, 0, &what), MPT_ERROR_ARGUMENT, "precision");
+    } else CHECK_ERROR(ctx, lens_simulate(lens, 0, 0, &what), MPT_ERROR_UNSUPPORTED, "cuda");
+    CHECK_OK(ctx, lens_close(lens));
+    CHECK_OK(ctx, lens_close(NULL));
+    CHECK(lens_open(NULL) == NULL && lens_watch(NULL, net) == MPT_ERROR_ARGUMENT);
+    CHECK(lens_histogram(NULL, 0, LENS_WEIGHT, &h) == MPT_ERROR_ARGUMENT);
+    CHECK(lens_histogram_print(NULL, MPT_CSV, keep_row, t) == MPT_ERROR_ARGUMENT);
+    CHECK(lens_histogram_print(&h, MPT_CSV, NULL, t) == MPT_ERROR_ARGUMENT);
+    CHECK(lens_sweep_print(NULL, 0, 1, MPT_CSV, keep_row, t) == MPT_ERROR_ARGUMENT);
+    CHECK(lens_explain(NULL, NULL, NULL, 1, 1, NULL) == MPT_ERROR_ARGUMENT);
+    CHECK_EQUAL(lens_histogram_scale(&h, MPT_F16, 0), 0);
     CHECK_EQUAL(t->rows, 0);
     free(t);
     mpt_model_free(net);
@@ -1039,20 +1060,20 @@ static void test_errors(mpt_context *ctx) {
 /* A life with lenses; MPT_OK, or the first failure. */
 static mpt_result live(mpt_context *ctx, mpt_model *net) {
     const data d = data_new(1);
-    mpt_lens *lens = mpt_lens_open(ctx);
-    mpt_what_if what = MPT_ZERO;
-    mpt_explanation why;
+    lens_view *lens = lens_open(ctx);
+    lens_what_if what = MPT_ZERO;
+    lens_explanation why;
     mpt_result r = lens ? MPT_OK : MPT_ERROR_NO_MEMORY;
-    what.operands.format = MPT_FORMAT_BF16;
-    RUN(mpt_lens_watch(lens, net));
-    if (ON_CPU) RUN(mpt_lens_simulate(lens, 0, 0, &what));
+    what.operands.format = LENS_BF16;
+    RUN(lens_watch(lens, net));
+    if (ON_CPU) RUN(lens_simulate(lens, 0, 0, &what));
     RUN(mpt_forward(net, d.x, d.label, BATCH));
     RUN(mpt_backward(net));
     RUN(mpt_unscale(mpt_model_optimizer(net)));
     RUN(mpt_step(mpt_model_optimizer(net)));
     RUN(mpt_scaler_update(mpt_model_scaler(net)));
-    RUN(mpt_explain(net, d.x, d.label, BATCH, 1, &why));
-    CHECK(mpt_lens_close(lens) == MPT_OK);
+    RUN(lens_explain(net, d.x, d.label, BATCH, 1, &why));
+    CHECK(lens_close(lens) == MPT_OK);
     return r;
 }
 
@@ -1086,6 +1107,7 @@ static void test_context(mpt_context *ctx, int policies) {
     test_nothing_changes(ctx, policies);
     test_counting_values(ctx, 1), test_counting_values(ctx, 2);
     test_counts_of_all(ctx, 0), test_counts_of_all(ctx, 4);
+    test_two_watch(ctx, 0), test_two_watch(ctx, 4);
     if (ON_CPU) {
         test_plain_sums(ctx);
         test_engine_sums(ctx);

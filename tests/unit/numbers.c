@@ -4,7 +4,8 @@
    pattern beside a rounding boundary; -DTEST_STRIDE=1 compares all 2^32. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
+#define LENS_IMPLEMENTATION
+#include "../../examples/lens.h"
 #include "../check.h"
 #include "../reference.h"
 
@@ -499,9 +500,9 @@ static void test_histogram_counts(mpt_dtype type) {
 }
 
 /* A value of 1.25 * 2^e is no tie and not near the top of its bin, so rounding it says what happens to its bin. */
-static mpt_fit fit_by_hand(const mpt_histogram *h, mpt_dtype type, int shift) {
+static lens_fit fit_by_hand(const mpt_histogram *h, mpt_dtype type, int shift) {
     const reference_format f = reference_format_of(type);
-    mpt_fit fit = MPT_ZERO;
+    lens_fit fit = MPT_ZERO;
     double total = 0;
     int e;
     for (e = 1; e < 255; e++) {
@@ -524,21 +525,21 @@ static void test_histogram_fits(void) {
     int type, e;
     memset(&h, 0, sizeof h);
     for (type = 0; type < MPT_DTYPE_COUNT; type++)
-        CHECK_EQUAL(mpt_histogram_fit(&h, (mpt_dtype)type, 0).flushed, 0); /* empty */
+        CHECK_EQUAL(lens_histogram_fit(&h, (mpt_dtype)type, 0).flushed, 0); /* empty */
     for (e = 1; e < 255; e++) h.exponent[e] = mpt_hash(8, 0, 0, (uint64_t)e) % 1000;
     h.zero = 12345, h.inf = 67, h.nan = 89; /* shares of the nonzero finite values: these do not count */
     for (type = 0; type < MPT_DTYPE_COUNT; type++)
         for (i = 0; i < sizeof shifts / sizeof *shifts; i++) {
-            const mpt_fit expected = fit_by_hand(&h, (mpt_dtype)type, shifts[i]);
-            const mpt_fit is = mpt_histogram_fit(&h, (mpt_dtype)type, shifts[i]);
+            const lens_fit expected = fit_by_hand(&h, (mpt_dtype)type, shifts[i]);
+            const lens_fit is = lens_histogram_fit(&h, (mpt_dtype)type, shifts[i]);
             CHECK_NEAR(is.flushed, expected.flushed, 4 * ldexp(1, -53));
             CHECK_NEAR(is.subnormal, expected.subnormal, 4 * ldexp(1, -53));
             CHECK_NEAR(is.overflowed, expected.overflowed, 4 * ldexp(1, -53));
         }
     memset(&h, 0, sizeof h);
     h.exponent[0] = 5; /* fp32 subnormals */
-    CHECK_EQUAL(mpt_histogram_fit(&h, MPT_F32, 0).subnormal, 1);
-    CHECK_EQUAL(mpt_histogram_fit(&h, MPT_F16, 0).flushed, 1);
+    CHECK_EQUAL(lens_histogram_fit(&h, MPT_F32, 0).subnormal, 1);
+    CHECK_EQUAL(lens_histogram_fit(&h, MPT_F16, 0).flushed, 1);
 }
 
 int main(int argc, char **argv) {

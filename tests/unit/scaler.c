@@ -2,7 +2,8 @@
    that it stands for, and the step protocol over random calls against a small model. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
-#include "../../mpt_tools.h"
+#define LENS_IMPLEMENTATION
+#include "../../examples/lens.h"
 #include "../check.h"
 
 /* ==== OTHER SYSTEMS ==== their rules, each in its own words, on the exponent of a scale 2^e */
@@ -166,15 +167,15 @@ static void test_rule(void) {
     setting s[11];
     size_t i;
     s[0] = setting_of("ours", ours, count_steps);
-    s[1] = setting_of("torch", mpt_scaler_preset(MPT_SCALER_TORCH), count_steps);
-    s[2] = setting_of("apex", mpt_scaler_preset(MPT_SCALER_APEX), count_steps);
-    s[3] = setting_of("jmp", mpt_scaler_preset(MPT_SCALER_JMP), count_steps);
-    s[4] = setting_of("keras", mpt_scaler_preset(MPT_SCALER_KERAS), count_steps);
-    s[5] = setting_of("deepspeed", mpt_scaler_preset(MPT_SCALER_DEEPSPEED), deepspeed);
-    s[6] = setting_of("megatron", mpt_scaler_preset(MPT_SCALER_MEGATRON), megatron);
-    d = mpt_scaler_preset(MPT_SCALER_TORCH), d.hysteresis = 3, d.refill_when_clean = 1;
+    s[1] = setting_of("torch", lens_scaler_preset(LENS_SCALER_TORCH), count_steps);
+    s[2] = setting_of("apex", lens_scaler_preset(LENS_SCALER_APEX), count_steps);
+    s[3] = setting_of("jmp", lens_scaler_preset(LENS_SCALER_JMP), count_steps);
+    s[4] = setting_of("keras", lens_scaler_preset(LENS_SCALER_KERAS), count_steps);
+    s[5] = setting_of("deepspeed", lens_scaler_preset(LENS_SCALER_DEEPSPEED), deepspeed);
+    s[6] = setting_of("megatron", lens_scaler_preset(LENS_SCALER_MEGATRON), megatron);
+    d = lens_scaler_preset(LENS_SCALER_TORCH), d.hysteresis = 3, d.refill_when_clean = 1;
     s[7] = setting_of("apex kernel", d, apex_kernel);
-    d = mpt_scaler_preset(MPT_SCALER_DEEPSPEED), d.refill_when_clean = 1;
+    d = lens_scaler_preset(LENS_SCALER_DEEPSPEED), d.refill_when_clean = 1;
     s[8] = setting_of("deepspeed consecutive", d, deepspeed);
     d = ours, d.growth_factor = 4, d.backoff_factor = 0.125, d.min_scale = 0.125f, d.max_scale = 512;
     s[9] = setting_of("ours by 4 and 1/8", d, count_steps);
@@ -205,8 +206,8 @@ static void test_bounds(void) {
 
 /* ==== PRESETS ==== */
 
-static void check_preset(mpt_scaler_system system, int init, int interval, int hysteresis, double low, double high) {
-    const mpt_scaler_desc d = mpt_scaler_preset(system);
+static void check_preset(lens_scaler_system system, int init, int interval, int hysteresis, double low, double high) {
+    const mpt_scaler_desc d = lens_scaler_preset(system);
     CHECK(d.mode == MPT_SCALER_DYNAMIC);
     CHECK_EQUAL(d.init_scale, ldexp(1, init));
     CHECK_EQUAL(d.growth_factor, 2);
@@ -234,22 +235,22 @@ static void check_row(const char *name, mpt_scaler_desc desc, const char *row) {
 static void test_presets(void) {
     static const char simple[] = "aa999aa9877788899887";
     mpt_scaler_desc ours = MPT_ZERO, d;
-    check_preset(MPT_SCALER_TORCH, 16, 2000, 1, 0, 0);
-    check_preset(MPT_SCALER_APEX, 16, 2000, 1, 0, 16777216);
-    check_preset(MPT_SCALER_JMP, 15, 2000, 1, 1, 0);
-    check_preset(MPT_SCALER_KERAS, 15, 2000, 1, 0, 0);
-    check_preset(MPT_SCALER_DEEPSPEED, 16, 1000, 2, 1, 0);
-    check_preset(MPT_SCALER_MEGATRON, 32, 1000, 2, 1, 0);
+    check_preset(LENS_SCALER_TORCH, 16, 2000, 1, 0, 0);
+    check_preset(LENS_SCALER_APEX, 16, 2000, 1, 0, 16777216);
+    check_preset(LENS_SCALER_JMP, 15, 2000, 1, 1, 0);
+    check_preset(LENS_SCALER_KERAS, 15, 2000, 1, 0, 0);
+    check_preset(LENS_SCALER_DEEPSPEED, 16, 1000, 2, 1, 0);
+    check_preset(LENS_SCALER_MEGATRON, 32, 1000, 2, 1, 0);
     check_row("ours", ours, simple);
-    check_row("torch", mpt_scaler_preset(MPT_SCALER_TORCH), simple);
-    check_row("apex", mpt_scaler_preset(MPT_SCALER_APEX), simple);
-    check_row("jmp", mpt_scaler_preset(MPT_SCALER_JMP), simple);
-    check_row("keras", mpt_scaler_preset(MPT_SCALER_KERAS), simple);
-    check_row("megatron", mpt_scaler_preset(MPT_SCALER_MEGATRON), "aaaaabbba999aaabbbba");
-    check_row("deepspeed", mpt_scaler_preset(MPT_SCALER_DEEPSPEED), "aaaaaabba9999aaabbba");
-    d = mpt_scaler_preset(MPT_SCALER_DEEPSPEED), d.refill_when_clean = 1;
+    check_row("torch", lens_scaler_preset(LENS_SCALER_TORCH), simple);
+    check_row("apex", lens_scaler_preset(LENS_SCALER_APEX), simple);
+    check_row("jmp", lens_scaler_preset(LENS_SCALER_JMP), simple);
+    check_row("keras", lens_scaler_preset(LENS_SCALER_KERAS), simple);
+    check_row("megatron", lens_scaler_preset(LENS_SCALER_MEGATRON), "aaaaabbba999aaabbbba");
+    check_row("deepspeed", lens_scaler_preset(LENS_SCALER_DEEPSPEED), "aaaaaabba9999aaabbba");
+    d = lens_scaler_preset(LENS_SCALER_DEEPSPEED), d.refill_when_clean = 1;
     check_row("deepspeed consecutive", d, "aaaaaabba9999aaabbbb");
-    d = mpt_scaler_preset(MPT_SCALER_TORCH), d.hysteresis = 2, d.refill_when_clean = 1;
+    d = lens_scaler_preset(LENS_SCALER_TORCH), d.hysteresis = 2, d.refill_when_clean = 1;
     check_row("apex kernel", d, "aaaaabbba999aaabbbbb");
 }
 
