@@ -265,7 +265,7 @@ static timing against_arithmetic(work run, void *arg, yardstick *y) {
 }
 
 static void product_row(product *p) {
-    yardstick y = arithmetic_new(p->ctx, p->a.type);
+    yardstick y = arithmetic_new(p->ctx, p->op.a.type);
     const timing t = against_arithmetic(run_product, p, &y);
     print_product(p);
     print_rate(t, 1e-9 * product_operations(p), 1e-9 * y.operations, "GFLOP/s");
@@ -273,7 +273,7 @@ static void product_row(product *p) {
 }
 
 static void convolution_row(convolution *c) {
-    yardstick y = arithmetic_new(c->ctx, c->x.type);
+    yardstick y = arithmetic_new(c->ctx, c->op.x.type);
     const timing t = against_arithmetic(run_convolution, c, &y);
     print_convolution(c);
     print_rate(t, 1e-9 * convolution_operations(c), 1e-9 * y.operations, "GFLOP/s");
@@ -287,15 +287,17 @@ static void bench_plain(mpt_context *ctx, size_t size) {
     timing t;
     desc.threads = mpt_thread_count(ctx);
     desc.isa = MPT_ISA_PLAIN;
-    p.ctx = ctx, p.m = p.n = p.k = size;
-    p.a = filled(ctx, MPT_F32, size * size), p.b = filled(ctx, MPT_F32, size * size);
-    p.c = filled(ctx, MPT_F32, size * size);
+    p.ctx = ctx;
+    p.op.m = p.op.n = p.op.k = size;
+    p.op.a = filled(ctx, MPT_F32, size * size);
+    p.op.b = filled(ctx, MPT_F32, size * size);
+    p.op.c = filled(ctx, MPT_F32, size * size);
     plain = p;
     plain.ctx = (mpt_context *)need(mpt_open(&desc));
     t = measure(run_product, &p, run_product, &plain);
     printf("plain n=%lu threads=%d", (unsigned long)size, desc.threads);
     print_rate(t, 1e-9 * product_operations(&p), 1e-9 * product_operations(&p), "GFLOP/s");
-    mpt_free(ctx, p.a.data), mpt_free(ctx, p.b.data), mpt_free(ctx, p.c.data);
+    product_free(&p);
     mpt_close(plain.ctx);
 }
 

@@ -5,7 +5,6 @@
 #ifndef MPT_BENCH_H
 #define MPT_BENCH_H
 #include "../../mpt.h"
-#include "../positional.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -110,41 +109,54 @@ static mpt_array filled(mpt_context *ctx, mpt_dtype type, size_t n) {
 
 /* ==== PRODUCTS ==== of square matrices, of convolutions written as products, of the net 784-512-512-10 */
 
-typedef struct product { /* c(m,n) = op(a) op(b), which have depth k */
+typedef struct product {
     mpt_context *ctx;
     const char *pass;
-    int trans_a, trans_b;
-    size_t m, n, k;
-    mpt_array a, b, c;
+    mpt_gemm_op op;
 } product;
 
 static void product_row(product *p); /* the program's */
 
 static inline void run_product(void *arg) {
     const product *p = (const product *)arg;
-    ok(p->ctx, mpt_gemm(p->ctx, p->trans_a, p->trans_b, p->m, p->n, p->k, 1, p->a, p->trans_a ? p->m : p->k, p->b,
-                        p->trans_b ? p->k : p->n, 0, p->c, p->n));
+    ok(p->ctx, mpt_op_gemm(p->ctx, &p->op));
 }
 
-static inline double product_operations(const product *p) { return 2.0 * (double)p->m * (double)p->n * (double)p->k; }
+static inline double product_operations(const product *p) {
+    return 2.0 * (double)p->op.m * (double)p->op.n * (double)p->op.k;
+}
+
+static inline void product_free(product *p) {
+    mpt_free(p->ctx, p->op.a.data);
+    mpt_free(p->ctx, p->op.b.data);
+    mpt_free(p->ctx, p->op.c.data);
+}
 
 static void each_product(mpt_context *ctx, const char *pass, int trans_a, int trans_b, size_t m, size_t n, size_t k,
                          mpt_dtype type, mpt_dtype out) {
-    product p;
-    p.ctx = ctx, p.pass = pass, p.trans_a = trans_a, p.trans_b = trans_b, p.m = m, p.n = n, p.k = k;
-    p.a = filled(ctx, type, m * k), p.b = filled(ctx, type, k * n), p.c = filled(ctx, out, m * n);
+    product p = MPT_ZERO;
+    p.ctx = ctx;
+    p.pass = pass;
+    p.op.trans_a = trans_a;
+    p.op.trans_b = trans_b;
+    p.op.m = m;
+    p.op.n = n;
+    p.op.k = k;
+    p.op.a = filled(ctx, type, m * k);
+    p.op.b = filled(ctx, type, k * n);
+    p.op.c = filled(ctx, out, m * n);
     product_row(&p);
     fflush(stdout);
-    mpt_free(ctx, p.a.data), mpt_free(ctx, p.b.data), mpt_free(ctx, p.c.data);
+    product_free(&p);
 }
 
 static inline void print_product(const product *p) {
-    printf("gemm pass=%s type=%s out=%s m=%lu n=%lu k=%lu threads=%d", p->pass, mpt_dtype_name(p->a.type),
-           mpt_dtype_name(p->c.type), (unsigned long)p->m, (unsigned long)p->n, (unsigned long)p->k,
+    printf("gemm pass=%s type=%s out=%s m=%lu n=%lu k=%lu threads=%d", p->pass, mpt_dtype_name(p->op.a.type),
+           mpt_dtype_name(p->op.c.type), (unsigned long)p->op.m, (unsigned long)p->op.n, (unsigned long)p->op.k,
            mpt_thread_count(p->ctx));
 }
 
-/* The three products of a linear layer, as mpt_linear_forward and its gradients make them. */
+/* The three products of a linear layer, see mpt_gemm_op. */
 static void each_linear(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_dtype type, int first) {
     each_product(ctx, "forward", 0, 1, N, O, I, type, type);
     if (!first) each_product(ctx, "dX", 0, 0, N, I, O, type, type);
@@ -155,52 +167,53 @@ static void each_linear(mpt_context *ctx, size_t N, size_t I, size_t O, mpt_dtyp
 
 typedef struct convolution { /* that keeps the size: x(N,H,W,C), w(K,3,3,C), y(N,H,W,K) */
     mpt_context *ctx;
-    mpt_conv2d_shape shape;
-    mpt_pass pass;
-    mpt_array x, w, y;
+    mpt_conv2d_op op;
 } convolution;
 
 static void convolution_row(convolution *c); /* the program's */
 
 static inline void run_convolution(void *arg) {
     const convolution *c = (const convolution *)arg;
-    const mpt_array none = MPT_ZERO;
-    ok(c->ctx, c->pass == MPT_FORWARD ? mpt_conv2d_forward(c->ctx, &c->shape, c->x, c->w, none, MPT_IDENTITY, c->y)
-               : c->pass == MPT_BACKWARD_DATA ? mpt_conv2d_backward_data(c->ctx, &c->shape, c->y, c->w, 0, c->x)
-                                              : mpt_conv2d_backward_weight(c->ctx, &c->shape, c->y, c->x, 0, c->w));
+    ok(c->ctx, mpt_op_conv2d(c->ctx, &c->op));
 }
 
 /* Those in the padding count. */
 static inline double convolution_operations(const convolution *c) {
-    const mpt_conv2d_shape *z = &c->shape;
+    const mpt_conv2d_shape *z = &c->op.shape;
     return 2.0 * (double)(z->N * z->H * z->W) * (double)(z->K * z->R * z->S * z->C);
 }
 
 static inline void print_convolution(const convolution *c) {
     static const char *const passes[] = {"forward", "dX", "dW"};
-    printf("conv pass=%s type=%s h=%lu w=%lu c=%lu k=%lu threads=%d", passes[c->pass], mpt_dtype_name(c->x.type),
-           (unsigned long)c->shape.H, (unsigned long)c->shape.W, (unsigned long)c->shape.C, (unsigned long)c->shape.K,
-           mpt_thread_count(c->ctx));
+    const mpt_conv2d_shape *z = &c->op.shape;
+    printf("conv pass=%s type=%s h=%lu w=%lu c=%lu k=%lu threads=%d", passes[c->op.pass],
+           mpt_dtype_name(c->op.x.type), (unsigned long)z->H, (unsigned long)z->W, (unsigned long)z->C,
+           (unsigned long)z->K, mpt_thread_count(c->ctx));
 }
 
 /* Batch 64: forward and both gradients. */
 static void each_convolution(mpt_context *ctx, size_t side, size_t C, size_t K, mpt_dtype type) {
-    convolution c;
+    convolution c = MPT_ZERO;
     int pass;
-    memset(&c, 0, sizeof c);
     c.ctx = ctx;
-    c.shape.N = 64, c.shape.H = c.shape.W = side, c.shape.C = C, c.shape.K = K;
-    c.shape.R = c.shape.S = 3, c.shape.padding = 1;
-    c.x = filled(ctx, type, 64 * side * side * C), c.y = filled(ctx, type, 64 * side * side * K);
+    c.op.shape.N = 64;
+    c.op.shape.H = c.op.shape.W = side;
+    c.op.shape.C = C;
+    c.op.shape.K = K;
+    c.op.shape.R = c.op.shape.S = 3;
+    c.op.shape.padding = 1;
+    c.op.x = filled(ctx, type, 64 * side * side * C);
+    c.op.y = filled(ctx, type, 64 * side * side * K);
     for (pass = 0; pass < 3; pass++) {
         if (pass == MPT_BACKWARD_DATA && C < 4) continue; /* of the input */
-        c.pass = (mpt_pass)pass;
-        c.w = filled(ctx, pass == MPT_BACKWARD_WEIGHT ? MPT_F32 : type, K * 9 * C);
+        c.op.pass = (mpt_pass)pass;
+        c.op.w = filled(ctx, pass == MPT_BACKWARD_WEIGHT ? MPT_F32 : type, K * 9 * C);
         convolution_row(&c);
         fflush(stdout);
-        mpt_free(ctx, c.w.data);
+        mpt_free(ctx, c.op.w.data);
     }
-    mpt_free(ctx, c.x.data), mpt_free(ctx, c.y.data);
+    mpt_free(ctx, c.op.x.data);
+    mpt_free(ctx, c.op.y.data);
 }
 
 static void bench_products(mpt_context *ctx, mpt_dtype type) {

@@ -88,9 +88,20 @@ static mpt_array array_new(bench *b, mpt_dtype type, size_t count) {
 
 /* ==== PRODUCTS ==== */
 
+/* z(n,n) = x(n,n) y(n,n)^T */
+static mpt_gemm_op square_op(const job *j) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.trans_b = 1;
+    op.m = op.n = op.k = j->n;
+    op.a = j->x;
+    op.b = j->y;
+    op.c = j->z;
+    return op;
+}
+
 static void product(job *j) {
-    const size_t n = j->n;
-    ok(j->b, mpt_gemm(j->b->ctx, 0, 1, n, n, n, 1, j->x, n, j->y, n, 0, j->z, n));
+    const mpt_gemm_op op = square_op(j);
+    ok(j->b, mpt_op_gemm(j->b->ctx, &op));
 }
 
 /* As cuBLAS does it without us: the yardstick */
@@ -103,11 +114,12 @@ static void square(job *j) {
                  j->z.data, type, n, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
-/* x(64 n / 8, n) w(n,n)^T + b, ReLU: a layer whose epilogue is fused */
+/* The same with bias and ReLU: a layer whose epilogue is fused */
 static void layer(job *j) {
-    const size_t n = j->n;
-    mpt_array bias = j->y;
-    ok(j->b, mpt_linear_forward(j->b->ctx, n, n, n, j->x, j->y, bias, MPT_RELU, j->z));
+    mpt_gemm_op op = square_op(j);
+    op.bias = j->y;
+    op.act = MPT_RELU;
+    ok(j->b, mpt_op_gemm(j->b->ctx, &op));
 }
 
 static void bench_products(bench *b, mpt_dtype type, const char *name) {
@@ -139,40 +151,91 @@ static void bench_products(bench *b, mpt_dtype type, const char *name) {
 static void copy(job *j) { cudaMemcpyAsync(j->y.data, j->x.data, j->n * 4, cudaMemcpyDeviceToDevice, j->b->stream); }
 static void cast_down(job *j) { ok(j->b, mpt_cast(j->b->ctx, j->n, j->x, j->z, NULL)); }
 static void cast_up(job *j) { ok(j->b, mpt_cast(j->b->ctx, j->n, j->z, j->x, NULL)); }
-static void activate(job *j) { ok(j->b, mpt_activation_forward(j->b->ctx, MPT_GELU_TANH, j->n, j->z, j->y)); }
-static void gradient(job *j) { ok(j->b, mpt_activation_backward(j->b->ctx, MPT_RELU, j->n, j->z, j->y, 0, j->y)); }
-static void sum(job *j) { ok(j->b, mpt_add_arrays(j->b->ctx, j->n, j->z, 1, j->y, MPT_RELU, j->y)); }
-static void dropout(job *j) {
-    const mpt_mask mask = {0.3f, 1, 2, NULL};
-    ok(j->b, mpt_dropout_array(j->b->ctx, j->n, &mask, j->z, 0, j->y));
-}
-static void bias(job *j) { ok(j->b, mpt_bias_backward(j->b->ctx, j->n / 256, 256, j->z, 0, mpt_f32_array(j->stats))); }
 
-static mpt_norm_shape batch_shape(const job *j) {
-    mpt_norm_shape s = MPT_ZERO;
-    s.N = 1, s.pixels = j->n / 64, s.C = s.groups = 64;
-    return s;
+/* y from z */
+static mpt_map_op map_op(const job *j, mpt_map map, mpt_activation act) {
+    mpt_map_op op = MPT_ZERO;
+    op.map = map;
+    op.act = act;
+    op.n = j->n;
+    op.a = j->z;
+    op.b = op.out = j->y;
+    return op;
+}
+static void activate(job *j) {
+    const mpt_map_op op = map_op(j, MPT_MAP_ACTIVATION, MPT_GELU_TANH);
+    ok(j->b, mpt_op_map(j->b->ctx, &op));
+}
+static void gradient(job *j) {
+    const mpt_map_op op = map_op(j, MPT_MAP_ACTIVATION_GRADIENT, MPT_RELU);
+    ok(j->b, mpt_op_map(j->b->ctx, &op));
+}
+static void sum(job *j) {
+    mpt_map_op op = map_op(j, MPT_MAP_ADD, MPT_RELU);
+    op.beta = 1;
+    ok(j->b, mpt_op_map(j->b->ctx, &op));
+}
+static void dropout(job *j) {
+    mpt_map_op op = map_op(j, MPT_MAP_DROPOUT, MPT_IDENTITY);
+    op.mask.p = 0.3f;
+    ok(j->b, mpt_op_map(j->b->ctx, &op));
+}
+
+/* Of 256 outputs; the product with one column is next to nothing beside the sums. */
+static void bias(job *j) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.trans_a = 1;
+    op.m = 256;
+    op.n = 1;
+    op.k = j->n / 256;
+    op.a = op.b = j->z;
+    op.ldb = 256;
+    op.c = mpt_f32_array(j->stats);
+    op.a_sums = mpt_f32_array(j->stats + 512);
+    ok(j->b, mpt_op_gemm(j->b->ctx, &op));
+}
+
+/* Batch norm of 64 channels: y from z */
+static mpt_norm_op norm_op(const job *j, mpt_norm_pass pass) {
+    mpt_norm_op op = MPT_ZERO;
+    op.pass = pass;
+    op.shape.N = 1;
+    op.shape.pixels = j->n / 64;
+    op.shape.C = op.shape.groups = 64;
+    op.x = j->z;
+    op.stats = j->stats;
+    op.gamma = op.beta = mpt_f32_array(j->stats + 512);
+    op.y = j->y;
+    return op;
 }
 static void norm_stats(job *j) {
-    const mpt_norm_shape s = batch_shape(j);
-    ok(j->b, mpt_norm_stats(j->b->ctx, &s, j->z, j->stats));
+    const mpt_norm_op op = norm_op(j, MPT_NORM_STATS);
+    ok(j->b, mpt_op_norm(j->b->ctx, &op));
 }
 static void norm_forward(job *j) {
-    const mpt_norm_shape s = batch_shape(j);
-    const mpt_array ones = mpt_f32_array(j->stats + 512);
-    ok(j->b, mpt_norm_forward(j->b->ctx, &s, j->z, j->stats, ones, ones, MPT_RELU, j->y));
+    mpt_norm_op op = norm_op(j, MPT_NORM_FORWARD);
+    op.act = MPT_RELU;
+    ok(j->b, mpt_op_norm(j->b->ctx, &op));
 }
-static mpt_pool2d_shape pool_shape(const job *j) {
-    const mpt_pool2d_shape s = {j->n / (64 * 16 * 16), 16, 16, 64, 2, 2, 2, 0};
-    return s;
+
+/* Max pooling of 16 x 16 images of 64 channels: y from z, or z from y */
+static mpt_pool2d_op pool_op(const job *j, mpt_pass pass) {
+    const mpt_pool2d_shape shape = {j->n / (64 * 16 * 16), 16, 16, 64, 2, 2, 2, 0};
+    mpt_pool2d_op op = MPT_ZERO;
+    op.pass = pass;
+    op.shape = shape;
+    op.x = j->z;
+    op.y = j->y;
+    op.index = j->index;
+    return op;
 }
 static void pool_forward(job *j) {
-    const mpt_pool2d_shape s = pool_shape(j);
-    ok(j->b, mpt_pool2d_forward(j->b->ctx, MPT_POOL_MAX, &s, j->z, j->y, j->index));
+    const mpt_pool2d_op op = pool_op(j, MPT_FORWARD);
+    ok(j->b, mpt_op_pool2d(j->b->ctx, &op));
 }
 static void pool_backward(job *j) {
-    const mpt_pool2d_shape s = pool_shape(j);
-    ok(j->b, mpt_pool2d_backward(j->b->ctx, MPT_POOL_MAX, &s, j->y, j->index, 0, j->z));
+    const mpt_pool2d_op op = pool_op(j, MPT_BACKWARD_DATA);
+    ok(j->b, mpt_op_pool2d(j->b->ctx, &op));
 }
 static void check(job *j) { /* the update that follows in a step is timed with it */
     ok(j->b, mpt_unscale(j->opt));

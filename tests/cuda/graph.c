@@ -3,7 +3,6 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../positional.h"
 
 enum { BATCH = 6, ACCUMULATE = 2, SIDE = 6, CHANNELS = 2, CLASSES = 3, FEATURES = SIDE * SIDE * CHANNELS };
 
@@ -121,8 +120,15 @@ static void between(side *s, const data *d, int step) {
         CHECK_OK(s->ctx, mpt_backward(s->net));
     }
     if (step == 9) { /* the scratch block moves */
-        big = (float *)mpt_alloc(s->ctx, 40000 * sizeof *big);
-        CHECK_OK(s->ctx, mpt_bias_backward(s->ctx, 40000, 1, mpt_f32_array(big), 0, mpt_f32_array(big)));
+        mpt_gemm_op op = MPT_ZERO;
+        big = (float *)mpt_alloc(s->ctx, 40002 * sizeof *big);
+        op.trans_a = 1;
+        op.m = op.n = 1;
+        op.k = 40000;
+        op.a = op.b = mpt_f32_array(big);
+        op.c = mpt_f32_array(big + 40000);
+        op.a_sums = mpt_f32_array(big + 40001);
+        CHECK_OK(s->ctx, mpt_op_gemm(s->ctx, &op));
         mpt_free(s->ctx, big);
     }
     if (step == 10) CHECK_ERROR(s->ctx, mpt_train_step(s->net, d->x, NULL), MPT_ERROR_ARGUMENT, "target");

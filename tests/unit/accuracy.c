@@ -3,7 +3,6 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../positional.h"
 
 static mpt_context *context;
 
@@ -78,10 +77,18 @@ static void test_activations(void) {
     x_device = upload(x, N), ones_device = upload(ones, N), y_device = upload(y, N), dx_device = upload(dx, N);
     for (act = MPT_IDENTITY; act < MPT_ACTIVATION_COUNT; act++) {
         const mpt_activation kind = (mpt_activation)act;
-        const mpt_array saved = mpt_f32_array(kind >= MPT_GELU ? x_device : y_device);
-        CHECK_OK(context, mpt_activation_forward(context, kind, N, mpt_f32_array(x_device), mpt_f32_array(y_device)));
-        CHECK_OK(context, mpt_activation_backward(context, kind, N, saved, mpt_f32_array(ones_device), 0,
-                                                  mpt_f32_array(dx_device)));
+        mpt_map_op op = MPT_ZERO;
+        op.map = MPT_MAP_ACTIVATION;
+        op.act = kind;
+        op.n = N;
+        op.a = mpt_f32_array(x_device);
+        op.out = mpt_f32_array(y_device);
+        CHECK_OK(context, mpt_op_map(context, &op));
+        op.map = MPT_MAP_ACTIVATION_GRADIENT;
+        op.a = mpt_f32_array(kind >= MPT_GELU ? x_device : y_device);
+        op.b = mpt_f32_array(ones_device);
+        op.out = mpt_f32_array(dx_device);
+        CHECK_OK(context, mpt_op_map(context, &op));
         CHECK_OK(context, mpt_download(context, y, y_device, sizeof y));
         CHECK_OK(context, mpt_download(context, dx, dx_device, sizeof dx));
         for (i = 0; i < N; i++) {
@@ -97,6 +104,18 @@ static void test_activations(void) {
     mpt_free(context, y_device), mpt_free(context, dx_device);
 }
 
+/* The loss of one row of x(C). */
+static mpt_loss_op loss_of(mpt_loss_kind kind, size_t C, const float *x, const void *target, mpt_loss_sum *sum) {
+    mpt_loss_op op = MPT_ZERO;
+    op.kind = kind;
+    op.N = 1;
+    op.C = C;
+    op.x = mpt_f32_array(x);
+    op.target = target;
+    op.sum = sum;
+    return op;
+}
+
 /* The slope of a sure and right answer is tiny, not 0: what a loss scale is for. 4 roundings and expf's 2 ulp. */
 static void test_bce_slopes(void) {
     static const float logits[] = {0, 1e-6f, 0.5f, 3, 17, 20, 40, 60, 200};
@@ -109,8 +128,10 @@ static void test_bce_slopes(void) {
             const float x = i % 2 ? -logits[i / 4] : logits[i / 4], t = i / 2 % 2 ? 1.0f : 0.0f;
             const double slope = t > 0 ? -logistic(-(double)x) : logistic((double)x), scale = (double)scales[side];
             float *x_device = upload(&x, 1), *t_device = upload(&t, 1), *scale_device = upload(&scales[side], 1), dx;
-            CHECK_OK(context, mpt_elementwise_loss(context, MPT_LOSS_BCE_WITH_LOGITS, 1, 1, mpt_f32_array(x_device),
-                                                   t_device, 1, scale_device, mpt_f32_array(x_device), sum));
+            mpt_loss_op op = loss_of(MPT_LOSS_BCE_WITH_LOGITS, 1, x_device, t_device, sum);
+            op.dx = op.x;
+            op.loss_scale = scale_device;
+            CHECK_OK(context, mpt_op_loss(context, &op));
             CHECK_OK(context, mpt_download(context, &dx, x_device, sizeof dx));
             CHECK_NEAR(dx, slope * scale, 8 * test_unit(MPT_F32) * fabs(slope) * scale + test_tiny(MPT_F32));
             mpt_free(context, x_device), mpt_free(context, t_device), mpt_free(context, scale_device);
@@ -138,8 +159,8 @@ static void test_losses(void) {
     int kind, equal;
     for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++)
         for (equal = 0; equal < 2; equal++) {
-            const mpt_array none = MPT_ZERO;
             mpt_loss_sum sum = MPT_ZERO;
+            mpt_loss_op op;
             float *x_device, *t_device;
             double exact = 0;
             size_t i;
@@ -149,8 +170,8 @@ static void test_losses(void) {
             for (i = 0; i < MANY; i++) exact += element((mpt_loss_kind)kind, (double)x[i], (double)t[i]) / (double)MANY;
             x_device = upload(x, MANY), t_device = upload(t, MANY);
             CHECK_OK(context, mpt_upload(context, device, &sum, sizeof sum));
-            CHECK_OK(context, mpt_elementwise_loss(context, (mpt_loss_kind)kind, 1, MANY, mpt_f32_array(x_device),
-                                                   t_device, 1, NULL, none, device));
+            op = loss_of((mpt_loss_kind)kind, MANY, x_device, t_device, device);
+            CHECK_OK(context, mpt_op_loss(context, &op));
             CHECK_OK(context, mpt_download(context, &sum, device, sizeof sum));
             CHECK_NEAR(sum.loss, exact, 8 * test_unit(MPT_F32) * exact);
             mpt_free(context, x_device), mpt_free(context, t_device);
@@ -167,6 +188,7 @@ static void test_classes(void) {
     float *x = (float *)test_memory(MANY * sizeof *x), *x_device;
     int32_t *label_device = (int32_t *)mpt_alloc(context, sizeof label);
     mpt_loss_sum *device = (mpt_loss_sum *)mpt_alloc(context, sizeof *device), sum = MPT_ZERO;
+    mpt_loss_op op;
     double total = 0, exact;
     size_t i;
     test_floats(x, MANY, -1, 1, 3);
@@ -174,8 +196,9 @@ static void test_classes(void) {
     exact = log(total) - (double)x[label];
     x_device = upload(x, MANY);
     CHECK_OK(context, mpt_upload(context, label_device, &label, sizeof label));
-    CHECK_OK(context, mpt_cross_entropy(context, NULL, 1, MANY, mpt_f32_array(x_device), label_device, 1, NULL,
-                                        mpt_f32_array(x_device), device));
+    op = loss_of(MPT_LOSS_CROSS_ENTROPY, MANY, x_device, label_device, device);
+    op.dx = op.x;
+    CHECK_OK(context, mpt_op_loss(context, &op));
     CHECK_OK(context, mpt_download(context, &sum, device, sizeof sum));
     CHECK_NEAR(sum.loss, exact, 6 * u + 2 * u * exact);
     {
@@ -209,17 +232,24 @@ static void test_norm(const norm_case *c) {
     float *ones = (float *)test_memory(c->C * sizeof *ones), *zeros = (float *)test_memory(c->C * sizeof *zeros);
     float *stats = (float *)test_memory(4 * sets * sizeof *stats);
     float *x_device, *y_device, *ones_device, *zeros_device, *stats_device;
-    mpt_norm_shape shape = MPT_ZERO;
+    mpt_norm_op op = MPT_ZERO;
     size_t i, set;
-    shape.N = c->N, shape.pixels = c->pixels, shape.C = c->C, shape.groups = c->groups;
+    op.shape.N = c->N;
+    op.shape.pixels = c->pixels;
+    op.shape.C = c->C;
+    op.shape.groups = c->groups;
     for (i = 0; i < c->C; i++) ones[i] = 1;
     for (i = 0; i < n; i++) x[i] = (float)(c->mean + c->deviation * test_uniform(-1, 1, 5, i));
     x_device = upload(x, n), y_device = upload(x, n), stats_device = upload(stats, 4 * sets);
     ones_device = upload(ones, c->C), zeros_device = upload(zeros, c->C);
-    CHECK_OK(context, mpt_norm_stats(context, &shape, mpt_f32_array(x_device), stats_device));
-    CHECK_OK(context,
-             mpt_norm_forward(context, &shape, mpt_f32_array(x_device), stats_device, mpt_f32_array(ones_device),
-                              mpt_f32_array(zeros_device), MPT_IDENTITY, mpt_f32_array(y_device)));
+    op.x = mpt_f32_array(x_device);
+    op.stats = stats_device;
+    CHECK_OK(context, mpt_op_norm(context, &op));
+    op.pass = MPT_NORM_FORWARD;
+    op.gamma = mpt_f32_array(ones_device);
+    op.beta = mpt_f32_array(zeros_device);
+    op.y = mpt_f32_array(y_device);
+    CHECK_OK(context, mpt_op_norm(context, &op));
     CHECK_OK(context, mpt_download(context, stats, stats_device, 4 * sets * sizeof *stats));
     CHECK_OK(context, mpt_download(context, y, y_device, n * sizeof *y));
     for (set = 0; set < sets; set++) {
@@ -271,15 +301,19 @@ static void test_averages(void) {
     enum { SIDE = MANY > 100000 ? 1000 : 200, C = 2 };
     const size_t n = (size_t)SIDE * SIDE * C;
     float *x = (float *)test_memory(n * sizeof *x), *x_device, *y_device, y[C];
-    mpt_pool2d_shape shape = MPT_ZERO;
+    mpt_pool2d_op op = MPT_ZERO;
     double mean = 0;
     size_t i;
     for (i = 0; i < n; i++) x[i] = i % C ? 0.1f : (float)test_uniform(0, 1, 6, i);
     for (i = 0; i < n; i += C) mean += (double)x[i] / (double)(n / C);
-    shape.N = 1, shape.H = shape.W = shape.R = shape.S = SIDE, shape.C = C;
+    op.kind = MPT_POOL_AVERAGE;
+    op.shape.N = 1;
+    op.shape.H = op.shape.W = op.shape.R = op.shape.S = SIDE;
+    op.shape.C = C;
     x_device = upload(x, n), y_device = upload(x, C);
-    CHECK_OK(context, mpt_pool2d_forward(context, MPT_POOL_AVERAGE, &shape, mpt_f32_array(x_device),
-                                         mpt_f32_array(y_device), NULL));
+    op.x = mpt_f32_array(x_device);
+    op.y = mpt_f32_array(y_device);
+    CHECK_OK(context, mpt_op_pool2d(context, &op));
     CHECK_OK(context, mpt_download(context, y, y_device, sizeof y));
     CHECK_NEAR(y[0], mean, 4 * test_unit(MPT_F32) * mean);
     CHECK_NEAR(y[1], (double)0.1f, 4 * test_unit(MPT_F32) * 0.1);

@@ -6,7 +6,6 @@
 #define LENS_IMPLEMENTATION
 #include "../../examples/lens.h"
 #include "../check.h"
-#include "../positional.h"
 
 #ifdef MPT_TEST_CUDA
 enum { ON_CPU = 0 };
@@ -478,9 +477,21 @@ static void check_gemm(mpt_context *ctx, lens_view *lens, const lens_what_if *wh
     test_tensor c = test_tensor_random(ctx, MPT_F32, M * LD, 3);
     const float *x = (const float *)a.array.data, *y = (const float *)b.array.data;
     float *old = (float *)test_memory(M * LD * sizeof *old);
+    mpt_gemm_op op = MPT_ZERO;
     size_t i, j, l, wrong = 0;
     memcpy(old, c.array.data, M * LD * sizeof *old);
-    CHECK_OK(ctx, mpt_gemm(ctx, trans_a, trans_b, M, N, K, 1.5f, a.array, LD, b.array, LD, 0.5f, c.array, LD));
+    op.trans_a = trans_a;
+    op.trans_b = trans_b;
+    op.m = M;
+    op.n = N;
+    op.k = K;
+    op.a = a.array;
+    op.b = b.array;
+    op.c = c.array;
+    op.lda = op.ldb = op.ldc = LD;
+    op.alpha = 1.5f;
+    op.beta = 0.5f;
+    CHECK_OK(ctx, mpt_op_gemm(ctx, &op));
     for (i = 0; i < M; i++)
         for (j = 0; j < LD; j++) {
             float expected = old[i * LD + j];
@@ -592,7 +603,7 @@ static void check_conv(mpt_context *ctx, const lens_what_if *what, const mpt_con
                        uint64_t *next) {
     convolution c;
     test_tensor x, w, y, bias;
-    const mpt_array none = MPT_ZERO;
+    mpt_conv2d_op op = MPT_ZERO;
     size_t i, count, wrong = 0;
     float *old;
     const float *out;
@@ -611,11 +622,15 @@ static void check_conv(mpt_context *ctx, const lens_what_if *what, const mpt_con
     count = pass == MPT_FORWARD ? y.count : pass == MPT_BACKWARD_DATA ? x.count : w.count;
     old = (float *)test_memory(count * sizeof *old);
     memcpy(old, out, count * sizeof *old);
-    if (pass == MPT_FORWARD)
-        CHECK_OK(ctx, mpt_conv2d_forward(ctx, shape, x.array, w.array, bias.array, MPT_RELU, y.array));
-    if (pass == MPT_BACKWARD_DATA) CHECK_OK(ctx, mpt_conv2d_backward_data(ctx, shape, y.array, w.array, 0.5f, x.array));
-    if (pass == MPT_BACKWARD_WEIGHT)
-        CHECK_OK(ctx, mpt_conv2d_backward_weight(ctx, shape, y.array, x.array, 0, w.array));
+    op.pass = pass;
+    op.shape = *shape;
+    op.x = x.array;
+    op.w = w.array;
+    op.y = y.array;
+    if (pass == MPT_FORWARD) op.bias = bias.array;
+    if (pass == MPT_FORWARD) op.act = MPT_RELU;
+    if (pass == MPT_BACKWARD_DATA) op.beta = 0.5f;
+    CHECK_OK(ctx, mpt_op_conv2d(ctx, &op));
     for (i = 0; i < count; i++) {
         const int forward = pass == MPT_FORWARD;
         sum_state s;
@@ -630,7 +645,6 @@ static void check_conv(mpt_context *ctx, const lens_what_if *what, const mpt_con
     }
     if (!CHECK_EQUAL(wrong, 0)) printf("    pass %d of %lu groups\n", pass, (unsigned long)shape->groups);
     *next = c.d.next;
-    (void)none;
     free(old);
     test_tensor_free(&x), test_tensor_free(&w), test_tensor_free(&y), test_tensor_free(&bias);
 }
@@ -679,12 +693,23 @@ static void test_engine_sums(mpt_context *ctx) {
         test_tensor z = test_tensor_new(ctx, MPT_F32, N * O);
         lens_view *lens = lens_open(ctx);
         lens_what_if what = MPT_ZERO;
+        mpt_gemm_op op = MPT_ZERO;
+        op.trans_b = 1;
+        op.m = N;
+        op.n = O;
+        op.k = I;
+        op.a = x.array;
+        op.b = w.array;
+        op.c = y.array;
+        op.bias = b.array;
+        op.act = MPT_GELU;
         what.operands = what.output = p;
         CHECK_OK(ctx, lens_simulate(lens, 0, 1u << MPT_FORWARD, &what));
-        CHECK_OK(ctx, mpt_linear_forward(ctx, N, I, O, x.array, w.array, b.array, MPT_GELU, y.array));
+        CHECK_OK(ctx, mpt_op_gemm(ctx, &op));
         CHECK_OK(ctx, lens_simulate(lens, 0, 0, NULL));
         round_tensor(&x, &p), round_tensor(&w, &p);
-        CHECK_OK(ctx, mpt_linear_forward(ctx, N, I, O, x.array, w.array, b.array, MPT_GELU, z.array));
+        op.c = z.array;
+        CHECK_OK(ctx, mpt_op_gemm(ctx, &op));
         CHECK((memcmp(y.array.data, z.array.data, N * O * sizeof(float)) == 0) == (p.format == LENS_F32));
         round_tensor(&z, &p);
         CHECK(memcmp(y.array.data, z.array.data, N * O * sizeof(float)) == 0);

@@ -4,7 +4,6 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../positional.h"
 
 typedef struct host { /* desc.user: what the callbacks of a context see */
     test_counter counter;
@@ -43,14 +42,19 @@ static mpt_result live_arrays(mpt_context *ctx) {
     mpt_result r = MPT_OK;
     float *a = (float *)mpt_alloc(ctx, 64 * 64 * sizeof *a), *b = NULL;
     uint16_t *half = NULL;
+    mpt_gemm_op gemm = MPT_ZERO;
     mpt_histogram *h = (mpt_histogram *)test_memory(sizeof *h);
     mpt_scan scan;
     NEED(a);
     NEED((b = (float *)mpt_alloc(ctx, 64 * 64 * sizeof *b)) != NULL);
     NEED((half = (uint16_t *)mpt_alloc(ctx, 64 * 64 * sizeof *half)) != NULL);
     RUN(mpt_cast(ctx, 4096, mpt_f32_array(a), mpt_typed_array(half, MPT_F16), NULL));
-    RUN(mpt_gemm(ctx, 0, 1, 64, 64, 64, 1, mpt_f32_array(a), 64, mpt_typed_array(half, MPT_F16), 64, 0,
-                 mpt_f32_array(b), 64));
+    gemm.trans_b = 1;
+    gemm.m = gemm.n = gemm.k = 64;
+    gemm.a = mpt_f32_array(a);
+    gemm.b = mpt_typed_array(half, MPT_F16);
+    gemm.c = mpt_f32_array(b);
+    RUN(mpt_op_gemm(ctx, &gemm));
     RUN(mpt_scan_array(ctx, 4096, mpt_f32_array(b), &scan));
     RUN(mpt_histogram_add(ctx, 4096, mpt_f32_array(b), h));
     mpt_free(ctx, a), mpt_free(ctx, b), mpt_free(ctx, half);
@@ -59,21 +63,31 @@ static mpt_result live_arrays(mpt_context *ctx) {
 }
 
 static mpt_result live_operations(mpt_context *ctx) {
-    mpt_conv2d_shape conv = MPT_ZERO;
-    mpt_pool2d_shape pool = MPT_ZERO;
+    static const mpt_conv2d_shape conv_shape = {2, 12, 12, 8, 8, 3, 3, 1, 1, 1, 1};
+    static const mpt_pool2d_shape pool_shape = {2, 12, 12, 8, 2, 2, 0, 0};
+    mpt_conv2d_op conv = MPT_ZERO;
+    mpt_pool2d_op pool = MPT_ZERO;
     mpt_result r = MPT_OK;
-    mpt_array x, w, y;
-    conv.N = 2, conv.H = conv.W = 12, conv.C = conv.K = 8, conv.R = conv.S = 3, conv.padding = 1;
-    pool.N = 2, pool.H = pool.W = 12, pool.C = 8, pool.R = pool.S = 2;
-    x = mpt_f32_array((float *)mpt_alloc(ctx, 2 * 12 * 12 * 8 * sizeof(float)));
-    w = mpt_f32_array((float *)mpt_alloc(ctx, 8 * 8 * 9 * sizeof(float)));
-    y = mpt_f32_array((float *)mpt_alloc(ctx, 2 * 12 * 12 * 8 * sizeof(float)));
-    NEED(x.data && w.data && y.data);
-    RUN(mpt_conv2d_forward(ctx, &conv, x, w, mpt_f32_array(NULL), MPT_RELU, y));
-    RUN(mpt_conv2d_backward_data(ctx, &conv, y, w, 0, x));
-    RUN(mpt_conv2d_backward_weight(ctx, &conv, y, x, 1, w));
-    RUN(mpt_pool2d_forward(ctx, MPT_POOL_AVERAGE, &pool, x, y, NULL));
-    mpt_free(ctx, x.data), mpt_free(ctx, w.data), mpt_free(ctx, y.data);
+    int pass;
+    conv.shape = conv_shape;
+    conv.x = mpt_f32_array((float *)mpt_alloc(ctx, 2 * 12 * 12 * 8 * sizeof(float)));
+    conv.w = mpt_f32_array((float *)mpt_alloc(ctx, 8 * 8 * 9 * sizeof(float)));
+    conv.y = mpt_f32_array((float *)mpt_alloc(ctx, 2 * 12 * 12 * 8 * sizeof(float)));
+    NEED(conv.x.data && conv.w.data && conv.y.data);
+    for (pass = MPT_FORWARD; pass <= MPT_BACKWARD_WEIGHT; pass++) {
+        conv.pass = (mpt_pass)pass;
+        conv.act = pass == MPT_FORWARD ? MPT_RELU : MPT_IDENTITY;
+        conv.beta = pass == MPT_BACKWARD_WEIGHT ? 1 : 0;
+        RUN(mpt_op_conv2d(ctx, &conv));
+    }
+    pool.kind = MPT_POOL_AVERAGE;
+    pool.shape = pool_shape;
+    pool.x = conv.x;
+    pool.y = conv.y;
+    RUN(mpt_op_pool2d(ctx, &pool));
+    mpt_free(ctx, conv.x.data);
+    mpt_free(ctx, conv.w.data);
+    mpt_free(ctx, conv.y.data);
     return r;
 }
 

@@ -6,7 +6,6 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../positional.h"
 #include <errno.h>
 #include <fenv.h>
 #ifndef MPT_NO_THREADS
@@ -173,20 +172,33 @@ static void test_environment(void) {
 
 /* ==== MODES OF THE CALLER ==== set after a context was opened, its threads follow: the same bits on one and on four */
 
+/* c = a a^T of 512 x 512 floats */
+static mpt_gemm_op square(const float *a, const float *c) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.trans_b = 1;
+    op.m = op.n = op.k = 512;
+    op.a = op.b = mpt_f32_array(a);
+    op.c = mpt_f32_array(c);
+    return op;
+}
+
 #if defined(CONTROL_WORD) && !defined(MPT_NO_THREADS)
 enum { LONG = 1 << 18 };
 
 static float *product(mpt_context *ctx, unsigned control) {
     const unsigned before = _mm_getcsr();
     float *x = (float *)mpt_alloc(ctx, LONG * sizeof *x), *y = (float *)test_memory(LONG * sizeof *y);
+    const mpt_gemm_op gemm = square(x, y);
+    mpt_map_op add = MPT_ZERO;
     int i;
     for (i = 0; i < LONG; i++) x[i] = (float)test_uniform(-1, 1, 3, (size_t)i) * (i % 2 ? 1e-38f : 1);
+    add.map = MPT_MAP_ADD;
+    add.n = LONG;
+    add.a = add.b = add.out = gemm.a;
+    add.beta = 0.1f;
     _mm_setcsr(control);
-    for (i = 0; i < 3; i++) /* y = (x + 0.1 x) 1.1 1.1, some of it subnormal */
-        CHECK_OK(ctx,
-                 mpt_add_arrays(ctx, LONG, mpt_f32_array(x), 0.1f, mpt_f32_array(x), MPT_IDENTITY, mpt_f32_array(x)));
-    CHECK_OK(ctx, mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, mpt_f32_array(x), 512, mpt_f32_array(x), 512, 0,
-                           mpt_f32_array(y), 512));
+    for (i = 0; i < 3; i++) CHECK_OK(ctx, mpt_op_map(ctx, &add)); /* x = (x + 0.1 x) 1.1 1.1, some of it subnormal */
+    CHECK_OK(ctx, mpt_op_gemm(ctx, &gemm));
     _mm_setcsr(before);
     mpt_free(ctx, x);
     return y;
@@ -220,16 +232,18 @@ static void test_modes(void) { test_counts.skipped++; }
 static void test_fork(void) {
     mpt_context *ctx = test_open_threads(4);
     float *x = (float *)mpt_alloc(ctx, 512 * 512 * sizeof *x), *y = (float *)test_memory(512 * 512 * sizeof *y);
-    const mpt_array a = mpt_f32_array(x), c = mpt_f32_array(y);
+    mpt_gemm_op op = square(x, y);
     int status = -1;
     pid_t child;
     test_floats(x, 512 * 512, -1, 1, 3);
-    CHECK_OK(ctx, mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, a, 512, a, 512, 0, c, 512));
+    CHECK_OK(ctx, mpt_op_gemm(ctx, &op));
     fflush(stdout);
     child = fork();
     if (!child) {
         float *z = (float *)test_memory(512 * 512 * sizeof *z);
-        int same_bits = mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, a, 512, a, 512, 0, mpt_f32_array(z), 512) == MPT_OK;
+        int same_bits;
+        op.c = mpt_f32_array(z);
+        same_bits = mpt_op_gemm(ctx, &op) == MPT_OK;
         same_bits &= memcmp(y, z, 512 * 512 * sizeof *z) == 0;
         free(z), free(y);
         mpt_free(ctx, x);
@@ -239,7 +253,7 @@ static void test_fork(void) {
     CHECK(child > 0 && waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7);
     memset(y, 0, 512 * 512 * sizeof *y);
-    CHECK_OK(ctx, mpt_gemm(ctx, 0, 1, 512, 512, 512, 1, a, 512, a, 512, 0, c, 512)); /* the parent goes on */
+    CHECK_OK(ctx, mpt_op_gemm(ctx, &op)); /* the parent goes on */
     mpt_free(ctx, x);
     free(y);
     mpt_close(ctx);
