@@ -27,6 +27,7 @@
      REFERENCE         the operations as plain loops, a backend of their own
      ENGINE            the CPU backend: packed matrix product, convolution, elementwise loops
      TRAINING PARTS    scaler, parameter block, optimizer
+     LAYERS            one block for each kind of layer
      MODEL PARTS       graph, plan, forward, backward, step
      FILE PARTS        the plan and its bytes as tables; safetensors read and written
      LICENCE
@@ -988,6 +989,8 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
    passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
+/* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. torch: optimizer.zero_grad() */
+MPT_DEF mpt_result mpt_zero_grad(mpt_model *net);
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
 MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
@@ -998,7 +1001,8 @@ MPT_DEF float mpt_loss_scale(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net);
 
-/* -- Evaluation -- any number of samples, in batches; weights and the training state stay as they are. */
+/* -- Evaluation -- any number of samples, in batches; weights and the training state stay as they are. MPT_ERROR_ORDER
+   while a forward pass waits for its backward pass, whose activations would be lost. */
 
 typedef struct mpt_metrics {
     double loss;               /* mean over the samples */
@@ -6915,7 +6919,11 @@ MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) 
                                              : NULL;
 }
 
-/* ==== MODEL PARTS ==== */
+/* ==== LAYERS ====
+
+   One block for each kind of layer: its call, its tensors, what it keeps from the forward to the backward pass, the
+   passes themselves, and how the report tells of it. A layer knows nothing of its neighbours nor of the memory plan: a
+   pass hands it its arrays in an mpt__visit. The table of kinds stands behind the blocks. */
 
 typedef enum mpt__node_kind {
     MPT__INPUT = 0,
@@ -6928,7 +6936,8 @@ typedef enum mpt__node_kind {
     MPT__CONCAT,
     MPT__NORM,
     MPT__DROPOUT,
-    MPT__LOSS
+    MPT__LOSS,
+    MPT__KINDS
 } mpt__node_kind;
 
 typedef enum mpt__norm_kind { MPT__NORM_BATCH = 0, MPT__NORM_LAYER, MPT__NORM_GROUP } mpt__norm_kind;
@@ -6936,23 +6945,26 @@ typedef enum mpt__norm_kind { MPT__NORM_BATCH = 0, MPT__NORM_LAYER, MPT__NORM_GR
 typedef struct mpt__node {
     mpt__node_kind kind;
     char name[32];
-    int in[2];                 /* node ids; 0: none */
-    int H, W, C;               /* of a sample */
-    int no_bias, weight, bias; /* tensor ids; 0: none */
+    int in[2];         /* node ids; 0: none */
+    int H, W, C;       /* of a sample */
+    size_t inputs;     /* elements of a sample of in[0] */
+    mpt_policy policy; /* the one at its making */
+    /* what its layer was told */
+    int no_bias;
     mpt_init init;
-    mpt_policy policy;     /* the one at its making */
-    mpt_conv2d_shape conv; /* N = the batch */
+    mpt_conv2d_shape conv; /* N = 1 */
     mpt__norm_kind norm;
     mpt_norm_shape norm_shape; /* of one sample */
     float momentum;            /* batch norm */
-    size_t running;            /* batch norm: where its mean is in the statistics */
     float p;                   /* dropout */
     mpt_pool_kind pool_kind;
     mpt_pool2d_shape pool;
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     mpt_cross_entropy_desc cross_entropy;
-    /* the plan */
+    /* what the build found */
+    int weight, bias;     /* tensor ids; 0: none */
+    size_t running;       /* batch norm: where its mean is in the statistics */
     int consumers;        /* nodes that read this one */
     int fused;            /* an activation that its input node computes */
     mpt_activation slope; /* whose derivative the backward pass takes here: act, or a ReLU's before a max pool */
@@ -6966,11 +6978,69 @@ typedef struct mpt__node {
     int grad_started;   /* in this backward pass: add to the gradient instead of writing it */
 } mpt__node;
 
+/* A node in a pass over N samples: what its layer reads and writes. */
+typedef struct mpt__visit {
+    mpt_context *ctx;
+    const mpt__node *node;
+    size_t N;
+    int train;                /* 0: evaluation */
+    mpt_array x[2], y;        /* values: of its inputs, for a product in the type that it reads; its own */
+    mpt_array weight, bias;   /* data NULL: none */
+    uint16_t *index;          /* (y) of a max pool */
+    float *stats;             /* of a norm, see mpt_norm_op */
+    float *running, *pending; /* batch norm, (2,C): as of the last applied step; with what this step has gathered */
+    mpt_mask mask;            /* dropout */
+    /* backward */
+    mpt_array dy;
+    mpt_array dx[2];          /* data NULL: nobody wants it, or it lies where dy does */
+    float beta_x[2];          /* dx = new + beta_x dx */
+    mpt_array dweight, dbias; /* fp32 */
+    float beta;               /* of these two */
+} mpt__visit;
+
+/* What the build and the passes know of a kind of layer. Functions may be NULL: there is nothing to do, or the answer
+   is 0. */
+typedef struct mpt__kind {
+    int product;        /* 1: it multiplies by its weights, and reads its input in the type that it computes in */
+    int fuses;          /* 1: it computes an activation behind it in passing */
+    int as_input;       /* 1: its value has the type of its input */
+    int shares_dy;      /* 1: dx is dy: one of its inputs may have its gradient where it has its own */
+    int weight_dims;    /* of its weights in a file: [outputs][inputs] 2, [K][C][R][S] 4, gamma and beta 1; none 0 */
+    const char *reason; /* why its value has its type; NULL: the policy says so */
+    const char *how;    /* it is computed, for the report... */
+    const char *(*told)(const mpt_model *net, const mpt__node *node);   /* ...where that depends */
+    size_t (*fan_in)(const mpt__node *node);                            /* weights of one of its C outputs */
+    mpt_result (*init)(mpt_model *net, const mpt__node *node);          /* of its tensors */
+    void (*keep)(mpt_model *net, mpt__node *node, int first, int last); /* adds what is kept between the passes */
+    int (*reads_x)(const mpt__node *node);      /* does its backward pass read the value of its input? */
+    int (*takes_slope)(const mpt__node *node);  /* does its backward pass take node->slope by itself? */
+    int (*delays_slope)(const mpt__node *node); /* may a ReLU before it take its slope behind it? */
+    size_t (*groups)(const mpt__node *node);    /* of channels, each treated by itself */
+    int (*follows)(const mpt_model *net, const mpt__node *node, size_t *i); /* see mpt__torch_index */
+    mpt_result (*forward)(const mpt__visit *v);                             /* y from x */
+    mpt_result (*weights)(const mpt__visit *v);        /* dweight and dbias from dy; without `data`, dx[0], too */
+    mpt_result (*data)(const mpt__visit *v, int side); /* dx[side] from dy */
+} mpt__kind;
+
+static mpt__kind mpt__kind_of(const mpt__node *node);
+
 /* A piece of the activation block, alive from one moment of a training step to another. */
 typedef struct mpt__buffer {
     size_t bytes, offset;
     int first, last;
 } mpt__buffer;
+
+/* What a step of the model is in the middle of. Legal transitions, where mpt_step ends any of them:
+
+     BETWEEN -- mpt_forward --> BEGUN -- mpt_backward --> GATHERED -- mpt_forward --> RESUMED -- mpt_backward --> GATHERED
+
+   A forward pass in BEGUN or RESUMED takes the place of the one before. */
+typedef enum mpt__stage {
+    MPT__BETWEEN = 0, /* nothing: the gradients are those of a step that is done */
+    MPT__BEGUN,       /* the first forward pass waits for its backward pass */
+    MPT__GATHERED,    /* every forward pass has had its backward pass */
+    MPT__RESUMED      /* a further forward pass waits */
+} mpt__stage;
 
 enum { MPT__POLICIES = 8, MPT__BUFFERS = 5 /* of a node */, MPT__SUMS = 3 };
 
@@ -7000,14 +7070,924 @@ struct mpt_model {
     uint32_t weights_sum; /* a hash of them; 0: none */
     size_t statistics;    /* floats of all running means and variances */
     float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
-    int forward_rows;         /* samples of the forward pass that backward may follow; 0: none */
-    int micro;                /* backward passes since the last step */
-    int followed;             /* a backward pass followed the last forward pass */
-    int gathered;             /* backward passes have added to pending */
-    uint64_t steps_at_backward;
+    mpt__stage stage;         /* as of the step number `stage_step`: see mpt__stage_of */
+    uint64_t stage_step;
+    int micro;        /* backward passes in this step */
+    int forward_rows; /* samples of the forward pass that waits for its backward pass; 0: none does */
 };
 
-/* -- Adding nodes -- */
+static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
+
+static size_t mpt__node_count(const mpt__node *node) { return (size_t)node->H * (size_t)node->W * (size_t)node->C; }
+
+/* -- Adding a node -- */
+
+/* Remembers the first failure of a layer call: mpt_model_build reports it. */
+static int mpt__layer_failed(mpt_model *net, mpt_result result) {
+    if (net->failed == MPT_OK) {
+        net->failed = result;
+        memcpy(net->why, net->ctx->why, sizeof net->why);
+    }
+    return 0;
+}
+
+static int mpt__named(const mpt_model *net, const char *name) {
+    int i;
+    for (i = 0; i < net->count; i++)
+        if (strcmp(net->nodes[i].name, name) == 0) return 1;
+    return 0;
+}
+
+/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own. */
+static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name) {
+    const char *c;
+    if (!*name || strlen(name) >= sizeof net->nodes->name)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is empty or over 31 characters", word, name);
+    for (c = name; *c; c++)
+        if (*c < 32 || *c > 126 || *c == '"' || *c == '\\')
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is not plain ASCII without \" and \\",
+                            word, name);
+    if (strncmp(name, "mpt.", 4) == 0)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' begins with mpt., as only mpt's own do", word,
+                        name);
+    if (mpt__named(net, name))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: another layer is named '%s'", word, name);
+    return MPT_OK;
+}
+
+/* May a node of this name that reads node `in` be added? Makes room for it. */
+static mpt_result mpt__layer_check(mpt_model *net, const char *word, const char *name, int in) {
+    mpt__node *table;
+    if (name) MPT__TRY(mpt__name_check(net, word, name));
+    if (net->built) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is built already", word);
+    if (in < 0 || in > net->count) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
+    if (in && mpt__node_of(net, in)->kind == MPT__LOSS)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: node %d is a loss; nothing can follow it", word, in);
+    table = (mpt__node *)mpt__grow(net->ctx, net->nodes, net->count, &net->capacity, sizeof *table);
+    if (!table) return MPT_ERROR_NO_MEMORY;
+    net->nodes = table;
+    return MPT_OK;
+}
+
+/* Starts a node, with the shape of its input, and makes up a name if it has none. NULL: failed, and remembered. The
+   node counts only after mpt__layer_done. */
+static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
+    mpt__node *node;
+    const mpt__node *input;
+    int i, number = 1;
+    mpt_result r;
+    if (!net || (in == 0 && kind != MPT__INPUT)) return NULL;
+    r = mpt__layer_check(net, word, name, in);
+    if (r != MPT_OK) {
+        mpt__layer_failed(net, r);
+        return NULL;
+    }
+    node = &net->nodes[net->count];
+    memset(node, 0, sizeof *node);
+    node->kind = kind;
+    node->in[0] = in;
+    node->policy = net->depth ? net->pushed[net->depth - 1] : net->policy;
+    if (name) {
+        memcpy(node->name, name, strlen(name) + 1);
+    } else {
+        for (i = 0; i < net->count; i++) number += !strncmp(net->nodes[i].name, word, strlen(word));
+        do mpt__print(node->name, sizeof node->name, "%s%d", word, number++);
+        while (mpt__named(net, node->name));
+    }
+    if (!in) return node;
+    input = mpt__node_of(net, in);
+    node->H = input->H;
+    node->W = input->W;
+    node->C = input->C;
+    node->inputs = mpt__node_count(input);
+    return node;
+}
+
+/* Ends what mpt__layer began. Returns the node's id, or 0. */
+static int mpt__layer_done(mpt_model *net, mpt_result r) {
+    return r == MPT_OK ? ++net->count : mpt__layer_failed(net, r);
+}
+
+/* Sizes of a sample are ints; what does not fit into one is refused here. */
+static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
+    const size_t most = 0x7fffffff;
+    if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements",
+                        node->name, H, W, C);
+    node->H = (int)H;
+    node->W = (int)W;
+    node->C = (int)C;
+    return MPT_OK;
+}
+
+static mpt_result mpt__layer_positive(mpt_model *net, const mpt__node *node, const char *what, int value, int least) {
+    if (value >= least) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s is %d, must be at least %d", node->name, what, value, least);
+}
+
+static mpt_result mpt__init_check(mpt_model *net, const mpt__node *node) {
+    if ((unsigned)node->init < MPT_INIT_COUNT) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: unknown init %d", node->name, (int)node->init);
+}
+
+/* Weights and bias of a product, each of whose outputs reads `taps` positions of C channels. */
+static mpt_result mpt__product_init(mpt_model *net, const mpt__node *node, size_t taps) {
+    const size_t fan_in = mpt__kind_of(node).fan_in(node), fan_out = (size_t)node->C * taps;
+    MPT__TRY(mpt_params_init(net->params, node->weight, node->init, fan_in, fan_out, net->train.seed));
+    if (!node->bias) return MPT_OK;
+    return mpt_params_init(net->params, node->bias, node->init, fan_in, fan_out, net->train.seed);
+}
+
+static int mpt__product_reads_x(const mpt__node *node) { return !node->cast; }
+
+/* The operation of a layer that works element by element: out = map(a). */
+static mpt_map_op mpt__map_op(const mpt__visit *v, mpt_map map, mpt_array a, mpt_array out) {
+    mpt_map_op op = MPT_ZERO;
+    op.map = map;
+    op.n = v->N * mpt__node_count(v->node);
+    op.a = a;
+    op.out = out;
+    return op;
+}
+
+/* dx = dy + beta dx */
+static mpt_result mpt__pass_on(const mpt__visit *v, int side) {
+    mpt_map_op op = mpt__map_op(v, MPT_MAP_ADD, v->dy, v->dx[side]);
+    op.b = v->dx[side];
+    op.beta = v->beta_x[side];
+    return mpt_op_map(v->ctx, &op);
+}
+
+static int mpt__follows_input(MPT__UNUSED const mpt_model *net, const mpt__node *node, MPT__UNUSED size_t *i) {
+    return node->in[0];
+}
+
+/* -- Input -- its value is uploaded by the forward pass */
+
+MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
+    mpt__node *node = mpt__layer(net, MPT__INPUT, "input", NULL, 0);
+    if (!node) return 0;
+    if (net->count)
+        return mpt__layer_done(net,
+                               mpt_fail(net->ctx, MPT_ERROR_ORDER, "input: must be the first node, and the only one"));
+    if (H < 1 || W < 1 || C < 1)
+        return mpt__layer_done(
+            net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "input: H %d, W %d, C %d must be at least 1", H, W, C));
+    return mpt__layer_done(net, mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C));
+}
+
+static mpt__kind mpt__kind_input(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "cast";
+    return k;
+}
+
+/* -- Linear -- y(N,K) = act(x(N,inputs) w(K,inputs)^T + b(K)), where K is the node's C */
+
+MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_desc *desc) {
+    mpt_linear_desc d = MPT_ZERO;
+    mpt__node *node;
+    mpt_result r;
+    if (desc) d = *desc;
+    node = mpt__layer(net, MPT__LINEAR, "linear", d.name, in);
+    if (!node) return 0;
+    node->no_bias = d.no_bias;
+    node->init = d.init;
+    r = mpt__layer_positive(net, node, "outputs", outputs, 1);
+    if (r == MPT_OK) r = mpt__init_check(net, node);
+    if (r == MPT_OK) r = mpt__layer_size(net, node, 1, 1, (size_t)outputs);
+    return mpt__layer_done(net, r);
+}
+
+static size_t mpt__linear_fan_in(const mpt__node *node) { return node->inputs; }
+
+static mpt_result mpt__linear_init(mpt_model *net, const mpt__node *node) { return mpt__product_init(net, node, 1); }
+
+static mpt_result mpt__linear_forward(const mpt__visit *v) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.trans_b = 1;
+    op.m = v->N;
+    op.n = (size_t)v->node->C;
+    op.k = v->node->inputs;
+    op.a = v->x[0];
+    op.b = v->weight;
+    op.c = v->y;
+    op.bias = v->bias;
+    op.act = v->node->act;
+    return mpt_op_gemm(v->ctx, &op);
+}
+
+/* dw(K,inputs) = dy(N,K)^T x(N,inputs) */
+static mpt_result mpt__linear_weights(const mpt__visit *v) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.trans_a = 1;
+    op.m = (size_t)v->node->C;
+    op.n = v->node->inputs;
+    op.k = v->N;
+    op.a = v->dy;
+    op.b = v->x[0];
+    op.c = v->dweight;
+    op.a_sums = v->dbias;
+    op.beta = v->beta;
+    return mpt_op_gemm(v->ctx, &op);
+}
+
+/* dx(N,inputs) = dy(N,K) w(K,inputs) */
+static mpt_result mpt__linear_data(const mpt__visit *v, int side) {
+    mpt_gemm_op op = MPT_ZERO;
+    op.m = v->N;
+    op.n = v->node->inputs;
+    op.k = (size_t)v->node->C;
+    op.a = v->dy;
+    op.b = v->weight;
+    op.c = v->dx[side];
+    op.beta = v->beta_x[side];
+    return mpt_op_gemm(v->ctx, &op);
+}
+
+static mpt__kind mpt__kind_linear(void) {
+    mpt__kind k = MPT_ZERO;
+    k.product = 1;
+    k.fuses = 1;
+    k.weight_dims = 2;
+    k.how = "product";
+    k.fan_in = mpt__linear_fan_in;
+    k.init = mpt__linear_init;
+    k.reads_x = mpt__product_reads_x;
+    k.forward = mpt__linear_forward;
+    k.weights = mpt__linear_weights;
+    k.data = mpt__linear_data;
+    return k;
+}
+
+/* -- Convolution -- see mpt_conv2d_op */
+
+/* Shape of a convolution node from its descriptor. */
+static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel,
+                                    const mpt_conv2d_desc *d) {
+    mpt_conv2d_shape *s = &node->conv;
+    size_t P, Q;
+    MPT__TRY(mpt__layer_positive(net, node, "filters", filters, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "kernel", kernel, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "dilation", d->dilation, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "groups", d->groups, 0));
+    MPT__TRY(mpt__init_check(net, node));
+    if (d->padding && d->no_padding)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d and no_padding", node->name, d->padding);
+    s->N = 1;
+    s->H = (size_t)node->H;
+    s->W = (size_t)node->W;
+    s->C = (size_t)node->C;
+    s->K = (size_t)filters;
+    s->R = s->S = (size_t)kernel;
+    s->stride = (size_t)mpt__or_int(d->stride, 1);
+    s->dilation = (size_t)mpt__or_int(d->dilation, 1);
+    s->groups = (size_t)mpt__or_int(d->groups, 1);
+    s->padding = (size_t)d->padding;
+    if (!d->padding && !d->no_padding) s->padding = (s->R - 1) / 2 * s->dilation;
+    if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE,
+                        "%s: kernel %dx%d, dilation %z, %d filters, %z groups, on a %dx%dx%d input with padding %z",
+                        node->name, kernel, kernel, s->dilation, filters, s->groups, node->H, node->W, node->C,
+                        s->padding);
+    return mpt__layer_size(net, node, P, Q, s->K);
+}
+
+MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mpt_conv2d_desc *desc) {
+    mpt_conv2d_desc d = MPT_ZERO;
+    mpt__node *node;
+    if (desc) d = *desc;
+    node = mpt__layer(net, MPT__CONV2D, "conv", d.name, in);
+    if (!node) return 0;
+    node->no_bias = d.no_bias;
+    node->init = d.init;
+    return mpt__layer_done(net, mpt__conv2d_layer(net, node, filters, kernel, &d));
+}
+
+static size_t mpt__conv2d_fan_in(const mpt__node *node) {
+    return node->conv.R * node->conv.S * (node->conv.C / node->conv.groups);
+}
+
+static size_t mpt__conv2d_groups(const mpt__node *node) { return node->conv.groups; }
+
+static mpt_result mpt__conv2d_init(mpt_model *net, const mpt__node *node) {
+    return mpt__product_init(net, node, node->conv.R * node->conv.S);
+}
+
+/* What all three passes have in common; each puts in the array that it writes. */
+static mpt_conv2d_op mpt__conv2d_op(const mpt__visit *v, mpt_pass pass) {
+    mpt_conv2d_op op = MPT_ZERO;
+    op.pass = pass;
+    op.shape = v->node->conv;
+    op.shape.N = v->N;
+    op.x = v->x[0];
+    op.w = v->weight;
+    op.y = pass == MPT_FORWARD ? v->y : v->dy;
+    return op;
+}
+
+static mpt_result mpt__conv2d_forward(const mpt__visit *v) {
+    mpt_conv2d_op op = mpt__conv2d_op(v, MPT_FORWARD);
+    op.bias = v->bias;
+    op.act = v->node->act;
+    return mpt_op_conv2d(v->ctx, &op);
+}
+
+static mpt_result mpt__conv2d_weights(const mpt__visit *v) {
+    mpt_conv2d_op op = mpt__conv2d_op(v, MPT_BACKWARD_WEIGHT);
+    op.w = v->dweight;
+    op.bias = v->dbias;
+    op.beta = v->beta;
+    return mpt_op_conv2d(v->ctx, &op);
+}
+
+static mpt_result mpt__conv2d_data(const mpt__visit *v, int side) {
+    mpt_conv2d_op op = mpt__conv2d_op(v, MPT_BACKWARD_DATA);
+    op.x = v->dx[side];
+    op.beta = v->beta_x[side];
+    return mpt_op_conv2d(v->ctx, &op);
+}
+
+static const char *mpt__conv2d_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+    const mpt_conv2d_shape *s = &node->conv;
+    if (s->groups == 1) return "convolution";
+    return s->groups == s->C && s->C == s->K ? "depthwise" : "grouped";
+}
+
+static mpt__kind mpt__kind_conv2d(void) {
+    mpt__kind k = MPT_ZERO;
+    k.product = 1;
+    k.fuses = 1;
+    k.weight_dims = 4;
+    k.told = mpt__conv2d_told;
+    k.fan_in = mpt__conv2d_fan_in;
+    k.init = mpt__conv2d_init;
+    k.reads_x = mpt__product_reads_x;
+    k.groups = mpt__conv2d_groups;
+    k.forward = mpt__conv2d_forward;
+    k.weights = mpt__conv2d_weights;
+    k.data = mpt__conv2d_data;
+    return k;
+}
+
+/* -- Activations -- y = act(x); where the layer before it computes that in passing, both are one value */
+
+static int mpt__activation_layer(mpt_model *net, int in, const char *word, mpt_activation act) {
+    mpt__node *node = mpt__layer(net, MPT__ACTIVATION, word, NULL, in);
+    if (!node) return 0;
+    node->act = act;
+    return mpt__layer_done(net, MPT_OK);
+}
+
+MPT_DEF int mpt_relu(mpt_model *net, int in) { return mpt__activation_layer(net, in, "relu", MPT_RELU); }
+MPT_DEF int mpt_leaky_relu(mpt_model *net, int in) {
+    return mpt__activation_layer(net, in, "leaky_relu", MPT_LEAKY_RELU);
+}
+MPT_DEF int mpt_tanh(mpt_model *net, int in) { return mpt__activation_layer(net, in, "tanh", MPT_TANH); }
+MPT_DEF int mpt_sigmoid(mpt_model *net, int in) { return mpt__activation_layer(net, in, "sigmoid", MPT_SIGMOID); }
+MPT_DEF int mpt_gelu(mpt_model *net, int in) { return mpt__activation_layer(net, in, "gelu", MPT_GELU); }
+MPT_DEF int mpt_gelu_tanh(mpt_model *net, int in) { return mpt__activation_layer(net, in, "gelu_tanh", MPT_GELU_TANH); }
+MPT_DEF int mpt_silu(mpt_model *net, int in) { return mpt__activation_layer(net, in, "silu", MPT_SILU); }
+
+static int mpt__activation_reads_x(const mpt__node *node) { return mpt__act_saves_input(node->act); }
+static int mpt__activation_takes_slope(MPT__UNUSED const mpt__node *node) { return 1; }
+
+static mpt_result mpt__activation_forward(const mpt__visit *v) {
+    mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION, v->x[0], v->y);
+    op.act = v->node->act;
+    return v->node->fused ? MPT_OK : mpt_op_map(v->ctx, &op);
+}
+
+static mpt_result mpt__activation_data(const mpt__visit *v, int side) {
+    const mpt_array saved = mpt__act_saves_input(v->node->act) ? v->x[0] : v->y;
+    mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION_GRADIENT, saved, v->dx[side]);
+    op.b = v->dy;
+    op.act = v->node->act;
+    op.beta = v->beta_x[side];
+    return mpt_op_map(v->ctx, &op);
+}
+
+static const char *mpt__activation_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+    return node->fused ? "epilogue" : "elementwise";
+}
+
+static mpt__kind mpt__kind_activation(void) {
+    mpt__kind k = MPT_ZERO;
+    k.told = mpt__activation_told;
+    k.reads_x = mpt__activation_reads_x;
+    k.takes_slope = mpt__activation_takes_slope;
+    k.follows = mpt__follows_input;
+    k.forward = mpt__activation_forward;
+    k.data = mpt__activation_data;
+    return k;
+}
+
+/* -- Pooling -- see mpt_pool2d_op */
+
+static mpt_result mpt__pool_shape(mpt_model *net, mpt__node *node, int R, int S, const mpt_pool2d_desc *d) {
+    mpt_pool2d_shape *s = &node->pool;
+    size_t P, Q;
+    MPT__TRY(mpt__layer_positive(net, node, "window", R, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
+    s->N = 1;
+    s->H = (size_t)node->H;
+    s->W = (size_t)node->W;
+    s->C = (size_t)node->C;
+    s->R = (size_t)R;
+    s->S = (size_t)S;
+    s->stride = (size_t)d->stride;
+    s->padding = (size_t)d->padding;
+    if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d (max: 65536 values) on a %dx%d input, padding %d",
+                        node->name, R, S, node->H, node->W, d->padding);
+    return mpt__layer_size(net, node, P, Q, s->C);
+}
+
+static int mpt__pool_layer(mpt_model *net, int in, mpt_pool_kind kind, int window, const mpt_pool2d_desc *desc) {
+    mpt__node *node = mpt__layer(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
+    mpt_pool2d_desc d = MPT_ZERO;
+    if (!node) return 0;
+    if (desc) d = *desc;
+    node->pool_kind = kind;
+    return mpt__layer_done(net, mpt__pool_shape(net, node, window, window, &d));
+}
+
+MPT_DEF int mpt_max_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
+    return mpt__pool_layer(net, in, MPT_POOL_MAX, window, desc);
+}
+MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
+    return mpt__pool_layer(net, in, MPT_POOL_AVERAGE, window, desc);
+}
+MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) {
+    mpt__node *node = mpt__layer(net, MPT__POOL, "avg_pool", NULL, in);
+    const mpt_pool2d_desc d = MPT_ZERO;
+    if (!node) return 0;
+    node->pool_kind = MPT_POOL_AVERAGE;
+    return mpt__layer_done(net, mpt__pool_shape(net, node, node->H, node->W, &d));
+}
+
+static int mpt__plan_add(mpt_model *net, size_t count, size_t size, int first, int last);
+
+static void mpt__pool_keep(mpt_model *net, mpt__node *node, int first, int last) {
+    const size_t count = (size_t)net->train.batch * mpt__node_count(node);
+    if (node->pool_kind == MPT_POOL_MAX) node->index = mpt__plan_add(net, count, sizeof(uint16_t), first, last);
+}
+
+/* A maximum is over 0 if what it was taken from is, and there are fewer of them. */
+static int mpt__pool_delays_slope(const mpt__node *node) { return node->pool_kind == MPT_POOL_MAX; }
+
+static mpt_pool2d_op mpt__pool2d_op(const mpt__visit *v, mpt_pass pass) {
+    mpt_pool2d_op op = MPT_ZERO;
+    op.kind = v->node->pool_kind;
+    op.pass = pass;
+    op.shape = v->node->pool;
+    op.shape.N = v->N;
+    op.index = v->index;
+    return op;
+}
+
+static mpt_result mpt__pool_forward(const mpt__visit *v) {
+    mpt_pool2d_op op = mpt__pool2d_op(v, MPT_FORWARD);
+    op.x = v->x[0];
+    op.y = v->y;
+    return mpt_op_pool2d(v->ctx, &op);
+}
+
+static mpt_result mpt__pool_data(const mpt__visit *v, int side) {
+    mpt_pool2d_op op = mpt__pool2d_op(v, MPT_BACKWARD_DATA);
+    op.x = v->dx[side];
+    op.y = v->dy;
+    op.beta = v->beta_x[side];
+    return mpt_op_pool2d(v->ctx, &op);
+}
+
+/* Of one pixel, it keeps the order of its input. */
+static int mpt__pool_follows(const mpt_model *net, const mpt__node *node, MPT__UNUSED size_t *i) {
+    const mpt__node *in = mpt__node_of(net, node->in[0]);
+    return in->H * in->W > 1 ? 0 : node->in[0];
+}
+
+static mpt__kind mpt__kind_pool(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "pooling";
+    k.keep = mpt__pool_keep;
+    k.delays_slope = mpt__pool_delays_slope;
+    k.follows = mpt__pool_follows;
+    k.forward = mpt__pool_forward;
+    k.data = mpt__pool_data;
+    return k;
+}
+
+/* -- Flatten -- shares its input's memory; the gradient only where nobody else reads the input */
+
+MPT_DEF int mpt_flatten(mpt_model *net, int in) {
+    mpt__node *node = mpt__layer(net, MPT__FLATTEN, "flatten", NULL, in);
+    if (!node) return 0;
+    node->C *= node->H * node->W;
+    node->H = node->W = 1;
+    return mpt__layer_done(net, MPT_OK);
+}
+
+static mpt__kind mpt__kind_flatten(void) {
+    mpt__kind k = MPT_ZERO;
+    k.as_input = 1;
+    k.how = "shared memory";
+    k.follows = mpt__follows_input;
+    k.data = mpt__pass_on;
+    return k;
+}
+
+/* -- Sum -- y = act(a + b) */
+
+/* A node of two inputs of the same height and width; channels: and as many channels. NULL: failed, and remembered. */
+static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels) {
+    mpt__node *node = b ? mpt__layer(net, kind, word, NULL, a) : NULL;
+    const mpt__node *other;
+    if (!node) return NULL;
+    if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS) {
+        mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", node->name, b));
+        return NULL;
+    }
+    other = mpt__node_of(net, b);
+    if (other->H != node->H || other->W != node->W || (channels && other->C != node->C)) {
+        mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d", node->name,
+                                        mpt__node_of(net, a)->name, node->H, node->W, node->C, other->name, other->H,
+                                        other->W, other->C));
+        return NULL;
+    }
+    node->in[1] = b;
+    return node;
+}
+
+MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
+    return mpt__join(net, MPT__ADD, "add", a, b, 1) ? mpt__layer_done(net, MPT_OK) : 0;
+}
+
+static mpt_result mpt__sum_forward(const mpt__visit *v) {
+    mpt_map_op op = mpt__map_op(v, MPT_MAP_ADD, v->x[0], v->y);
+    op.b = v->x[1];
+    op.beta = 1;
+    op.act = v->node->act;
+    return mpt_op_map(v->ctx, &op);
+}
+
+static int mpt__shared_side(const mpt_model *net, int id);
+
+static const char *mpt__sum_told(const mpt_model *net, const mpt__node *node) {
+    return mpt__shared_side(net, (int)(node - net->nodes) + 1) < 0 ? "elementwise" : "sum, dy shared";
+}
+
+static mpt__kind mpt__kind_sum(void) {
+    mpt__kind k = MPT_ZERO;
+    k.fuses = 1;
+    k.shares_dy = 1;
+    k.told = mpt__sum_told;
+    k.follows = mpt__follows_input;
+    k.forward = mpt__sum_forward;
+    k.data = mpt__pass_on;
+    return k;
+}
+
+/* -- Concatenation -- y = a's channels, then b's, pixel by pixel */
+
+MPT_DEF int mpt_concat(mpt_model *net, int a, int b) {
+    mpt__node *node = mpt__join(net, MPT__CONCAT, "concat", a, b, 0);
+    size_t C;
+    if (!node) return 0;
+    C = (size_t)node->C + (size_t)mpt__node_of(net, b)->C;
+    return mpt__layer_done(net, mpt__layer_size(net, node, (size_t)node->H, (size_t)node->W, C));
+}
+
+/* Channels of a side of rows of all channels: those of `wide` from *first on. */
+static mpt_columns_op mpt__concat_op(const mpt__visit *v, int side, size_t *first) {
+    const size_t pixels = (size_t)v->node->H * (size_t)v->node->W, C = (size_t)v->node->C;
+    const size_t left = v->node->inputs / pixels;
+    mpt_columns_op op = MPT_ZERO;
+    op.rows = v->N * pixels;
+    op.C = side ? C - left : left;
+    *first = side ? left : 0;
+    return op;
+}
+
+static mpt_result mpt__concat_forward(const mpt__visit *v) {
+    int side;
+    for (side = 0; side < 2; side++) {
+        size_t first;
+        mpt_columns_op op = mpt__concat_op(v, side, &first);
+        op.x = v->x[side];
+        op.y = mpt__array_at(v->y, first);
+        op.y_stride = (size_t)v->node->C;
+        MPT__TRY(mpt_op_columns(v->ctx, &op));
+    }
+    return MPT_OK;
+}
+
+static mpt_result mpt__concat_data(const mpt__visit *v, int side) {
+    size_t first;
+    mpt_columns_op op = mpt__concat_op(v, side, &first);
+    op.x = mpt__array_at(v->dy, first);
+    op.x_stride = (size_t)v->node->C;
+    op.y = v->dx[side];
+    op.beta = v->beta_x[side];
+    return mpt_op_columns(v->ctx, &op);
+}
+
+static int mpt__concat_follows(const mpt_model *net, const mpt__node *node, size_t *i) {
+    const size_t left = (size_t)mpt__node_of(net, node->in[0])->C;
+    if (*i < left) return node->in[0];
+    *i -= left;
+    return node->in[1];
+}
+
+static mpt__kind mpt__kind_concat(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "copy";
+    k.follows = mpt__concat_follows;
+    k.forward = mpt__concat_forward;
+    k.data = mpt__concat_data;
+    return k;
+}
+
+/* -- Norms -- see mpt_norm_op. Batch norm takes the statistics of the batch in training and the running ones else; the
+   others those of the sample always. gamma is `weight`, beta is `bias`. */
+
+static mpt_result mpt__norm_layer_check(mpt_model *net, const mpt__node *node, int groups) {
+    const float eps = node->norm_shape.eps;
+    if (!mpt__finite(eps) || eps < 0)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", node->name,
+                        (double)eps);
+    if (groups < 1 || node->C % groups)
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels", node->name, groups,
+                        node->C);
+    return mpt__need_share(net->ctx, node->name, "momentum", node->momentum, 0);
+}
+
+static int mpt__norm_layer(mpt_model *net, int in, mpt__norm_kind kind, int groups, const mpt_norm_desc *desc) {
+    static const char *const words[] = {"batch_norm", "layer_norm", "group_norm"};
+    mpt_norm_desc d = MPT_ZERO;
+    mpt__node *node;
+    mpt_norm_shape *s;
+    if (desc) d = *desc;
+    node = mpt__layer(net, MPT__NORM, words[kind], d.name, in);
+    if (!node) return 0;
+    if (kind == MPT__NORM_BATCH) groups = node->C;
+    s = &node->norm_shape;
+    s->N = 1;
+    s->pixels = (size_t)node->H * (size_t)node->W;
+    if (kind == MPT__NORM_LAYER) { /* each position by itself */
+        s->N = s->pixels;
+        s->pixels = 1;
+    }
+    s->C = (size_t)node->C;
+    s->groups = (size_t)groups;
+    s->eps = d.eps; /* 0: the operation knows its default */
+    node->norm = kind;
+    node->momentum = mpt__is_zero(d.momentum) ? 0.1f : d.momentum;
+    return mpt__layer_done(net, mpt__norm_layer_check(net, node, groups));
+}
+
+MPT_DEF int mpt_batch_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
+    return mpt__norm_layer(net, in, MPT__NORM_BATCH, 1, desc);
+}
+MPT_DEF int mpt_layer_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
+    return mpt__norm_layer(net, in, MPT__NORM_LAYER, 1, desc);
+}
+MPT_DEF int mpt_group_norm(mpt_model *net, int in, int groups, const mpt_norm_desc *desc) {
+    return mpt__norm_layer(net, in, MPT__NORM_GROUP, groups, desc);
+}
+
+static int mpt__is_batch_norm(const mpt__node *node) {
+    return node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH;
+}
+
+/* In a pass over N samples */
+static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t N) {
+    mpt_norm_shape shape = node->norm_shape;
+    if (node->norm == MPT__NORM_BATCH) shape.pixels *= N;
+    else shape.N *= N;
+    return shape;
+}
+
+static size_t mpt__norm_fan_in(MPT__UNUSED const mpt__node *node) { return 1; }
+static int mpt__norm_reads_x(MPT__UNUSED const mpt__node *node) { return 1; }
+
+/* ReLU's, in passing */
+static int mpt__norm_takes_slope(const mpt__node *node) { return node->slope == MPT_RELU && node->type <= MPT_BF16; }
+
+static size_t mpt__norm_groups(const mpt__node *node) {
+    return node->norm == MPT__NORM_GROUP ? node->norm_shape.groups : 1;
+}
+
+/* gamma and the running variances start at 1, beta and the running means at 0, as all memory does. */
+static mpt_result mpt__norm_init(mpt_model *net, const mpt__node *node) {
+    const size_t C = (size_t)node->C;
+    float *ones = (float *)mpt__host_alloc(net->ctx, C * sizeof *ones);
+    mpt_result r;
+    size_t c;
+    if (!ones) return MPT_ERROR_NO_MEMORY;
+    for (c = 0; c < C; c++) ones[c] = 1;
+    r = mpt_params_set(net->params, node->weight, ones);
+    if (r == MPT_OK && mpt__is_batch_norm(node))
+        r = mpt_upload(net->ctx, net->running + node->running + C, ones, C * sizeof *ones);
+    mpt__host_free(net->ctx, ones);
+    return r;
+}
+
+static void mpt__norm_keep(mpt_model *net, mpt__node *node, int first, int last) {
+    const mpt_norm_shape shape = mpt__norm_shape_of(node, (size_t)net->train.batch);
+    node->stats = mpt__plan_add(net, 4 * shape.N * shape.groups, sizeof(float), first, last);
+}
+
+static mpt_result mpt__norm_forward(const mpt__visit *v) {
+    const int by_running = mpt__is_batch_norm(v->node) && !v->train;
+    mpt_norm_op op = MPT_ZERO; /* MPT_NORM_STATS */
+    op.shape = mpt__norm_shape_of(v->node, v->N);
+    op.x = v->x[0];
+    op.stats = by_running ? v->running : v->stats;
+    if (!by_running) MPT__TRY(mpt_op_norm(v->ctx, &op));
+    op.pass = MPT_NORM_FORWARD;
+    op.y = v->y;
+    op.gamma = v->weight;
+    op.beta = v->bias;
+    op.act = v->node->act;
+    return mpt_op_norm(v->ctx, &op);
+}
+
+/* Gradients of gamma, beta and the input at once. Here, where the batch is known to count, its statistics join the
+   pending ones. */
+static mpt_result mpt__norm_backward(const mpt__visit *v) {
+    mpt_norm_op op = MPT_ZERO;
+    op.shape = mpt__norm_shape_of(v->node, v->N);
+    op.stats = v->stats;
+    if (mpt__is_batch_norm(v->node)) {
+        op.pass = MPT_NORM_RUNNING;
+        op.momentum = v->node->momentum;
+        op.running = v->pending;
+        MPT__TRY(mpt_op_norm(v->ctx, &op));
+    }
+    op.pass = MPT_NORM_BACKWARD;
+    op.x = v->x[0];
+    op.y = v->dy;
+    op.gamma = v->weight;
+    op.beta = v->bias;
+    if (mpt__norm_takes_slope(v->node)) {
+        op.act = v->node->slope;
+        op.saved = v->y;
+    }
+    op.dx = v->dx[0];
+    op.scale_x = v->beta_x[0];
+    op.dgamma = v->dweight;
+    op.dbeta = v->dbias;
+    op.scale = v->beta;
+    return mpt_op_norm(v->ctx, &op);
+}
+
+static const char *mpt__norm_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+    return mpt__norm_takes_slope(node) ? "norm with slope" : "normalisation";
+}
+
+static mpt__kind mpt__kind_norm(void) {
+    mpt__kind k = MPT_ZERO;
+    k.fuses = 1;
+    k.weight_dims = 1;
+    k.reason = "policy; statistics, gamma, beta f32";
+    k.told = mpt__norm_told;
+    k.fan_in = mpt__norm_fan_in;
+    k.init = mpt__norm_init;
+    k.keep = mpt__norm_keep;
+    k.reads_x = mpt__norm_reads_x;
+    k.takes_slope = mpt__norm_takes_slope;
+    k.groups = mpt__norm_groups;
+    k.follows = mpt__follows_input;
+    k.forward = mpt__norm_forward;
+    k.weights = mpt__norm_backward;
+    return k;
+}
+
+/* -- Dropout -- */
+
+MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
+    mpt__node *node = mpt__layer(net, MPT__DROPOUT, "dropout", NULL, in);
+    if (!node) return 0;
+    node->p = p;
+    return mpt__layer_done(net, mpt__need_share(net->ctx, node->name, "p", p, 1));
+}
+
+static mpt_result mpt__dropout_forward(const mpt__visit *v) {
+    mpt_map_op op = mpt__map_op(v, v->train ? MPT_MAP_DROPOUT : MPT_MAP_ADD, v->x[0], v->y);
+    op.b = v->x[0]; /* of an evaluation, which copies: y = x + 0 x */
+    op.mask = v->mask;
+    return mpt_op_map(v->ctx, &op);
+}
+
+static mpt_result mpt__dropout_data(const mpt__visit *v, int side) {
+    mpt_map_op op = mpt__map_op(v, MPT_MAP_DROPOUT, v->dy, v->dx[side]);
+    op.mask = v->mask;
+    op.beta = v->beta_x[side];
+    return mpt_op_map(v->ctx, &op);
+}
+
+static mpt__kind mpt__kind_dropout(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "elementwise";
+    k.follows = mpt__follows_input;
+    k.forward = mpt__dropout_forward;
+    k.data = mpt__dropout_data;
+    return k;
+}
+
+/* -- Losses -- the last node; it makes the loss and its gradient in the forward pass */
+
+static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node) {
+    const mpt_cross_entropy_desc *d = &node->cross_entropy;
+    const int classes = node->H * node->W * node->C;
+    int c;
+    MPT__TRY(mpt__need_share(net->ctx, node->name, "label_smoothing", d->label_smoothing, 0));
+    if (!d->class_weights) return MPT_OK;
+    for (c = 0; c < classes; c++)
+        if (!mpt__finite(d->class_weights[c]) || d->class_weights[c] < 0)
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: class weight %d is %g, not a finite number from 0 on",
+                            node->name, c, (double)d->class_weights[c]);
+    return MPT_OK;
+}
+
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
+    mpt__node *node = mpt__layer(net, MPT__LOSS, "cross_entropy", NULL, in);
+    if (!node) return 0;
+    node->loss = MPT_LOSS_CROSS_ENTROPY;
+    if (desc) node->cross_entropy = *desc;
+    return mpt__layer_done(net, mpt__cross_entropy_check(net, node));
+}
+
+static int mpt__loss_layer(mpt_model *net, int in, const char *word, mpt_loss_kind loss) {
+    mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
+    if (!node) return 0;
+    node->loss = loss;
+    return mpt__layer_done(net, MPT_OK);
+}
+
+MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_layer(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
+MPT_DEF int mpt_bce_with_logits(mpt_model *net, int in) {
+    return mpt__loss_layer(net, in, "bce_with_logits", MPT_LOSS_BCE_WITH_LOGITS);
+}
+MPT_DEF int mpt_l1(mpt_model *net, int in) { return mpt__loss_layer(net, in, "l1", MPT_LOSS_ABSOLUTE_ERROR); }
+MPT_DEF int mpt_huber(mpt_model *net, int in) { return mpt__loss_layer(net, in, "huber", MPT_LOSS_HUBER); }
+
+/* Elements of 4 bytes that a sample's target has: a label, or as many floats as the node. */
+static size_t mpt__target_width(const mpt__node *loss) {
+    return loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss);
+}
+
+static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mpt__node *loss, const int32_t *labels,
+                                    size_t samples) {
+    const size_t classes = mpt__node_count(loss);
+    size_t i;
+    for (i = 0; i < samples; i++) {
+        if (labels[i] >= 0 && (size_t)labels[i] < classes) continue;
+        if (mpt__row_ignored(&loss->cross_entropy, labels[i])) continue;
+        return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call, loss->name,
+                        (int)labels[i], i, classes - 1);
+    }
+    return MPT_OK;
+}
+
+static mpt_result mpt__targets_check(mpt_context *ctx, const char *call, const mpt__node *loss, const float *targets,
+                                     size_t samples) {
+    const int shares = loss->loss == MPT_LOSS_BCE_WITH_LOGITS;
+    const size_t outputs = mpt__node_count(loss);
+    size_t i;
+    for (i = 0; i < samples * outputs; i++) {
+        const uint32_t magnitude = mpt__bits(targets[i]) & 0x7fffffffu;
+        if (magnitude && magnitude < 0x00800000u) /* a small integer, its bits taken for a float's */
+            return mpt_fail(ctx, MPT_ERROR_VALUE,
+                            "%s: '%s': target %z of sample %z has the bits of the integer %d; targets are float", call,
+                            loss->name, i % outputs, i / outputs, (int)magnitude);
+        if (!mpt__finite(targets[i]) || (shares && (targets[i] < 0 || targets[i] > 1)))
+            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g%s", call, loss->name,
+                            i % outputs, i / outputs, (double)targets[i], shares ? ", not in 0..1" : "");
+    }
+    return MPT_OK;
+}
+
+static mpt__kind mpt__kind_loss(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "loss and gradient";
+    return k;
+}
+
+/* -- The kinds -- */
+
+static mpt__kind mpt__kind_of(const mpt__node *node) {
+    static mpt__kind (*const kinds[MPT__KINDS])(void) = {
+        mpt__kind_input, mpt__kind_linear, mpt__kind_conv2d, mpt__kind_activation, mpt__kind_pool, mpt__kind_flatten,
+        mpt__kind_sum,   mpt__kind_concat, mpt__kind_norm,   mpt__kind_dropout,    mpt__kind_loss};
+    return kinds[node->kind]();
+}
+
+/* ==== MODEL PARTS ==== */
 
 MPT_DEF mpt_policy mpt_policy_preset(mpt_level level, mpt_dtype type) {
     mpt_policy p = MPT_ZERO; /* O0 */
@@ -7061,8 +8041,6 @@ MPT_DEF void mpt_model_free(mpt_model *net) {
     mpt__host_free(net->ctx, net);
 }
 
-static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
-
 MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy) {
     if (!net) return MPT_ERROR_ARGUMENT;
     if (net->built) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "policy_push: the model is built already");
@@ -7079,357 +8057,7 @@ MPT_DEF mpt_result mpt_policy_pop(mpt_model *net) {
     return MPT_OK;
 }
 
-/* Remembers the first failure of a layer call: mpt_model_build reports it. */
-static int mpt__layer_failed(mpt_model *net, mpt_result result) {
-    if (net->failed == MPT_OK) {
-        net->failed = result;
-        memcpy(net->why, net->ctx->why, sizeof net->why);
-    }
-    return 0;
-}
-
-static int mpt__named(const mpt_model *net, const char *name) {
-    int i;
-    for (i = 0; i < net->count; i++)
-        if (strcmp(net->nodes[i].name, name) == 0) return 1;
-    return 0;
-}
-
-/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own. */
-static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name) {
-    const char *c;
-    if (!*name || strlen(name) >= sizeof net->nodes->name)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is empty or over 31 characters", word, name);
-    for (c = name; *c; c++)
-        if (*c < 32 || *c > 126 || *c == '"' || *c == '\\')
-            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is not plain ASCII without \" and \\",
-                            word, name);
-    if (strncmp(name, "mpt.", 4) == 0)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' begins with mpt., as only mpt's own do", word,
-                        name);
-    if (mpt__named(net, name))
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: another layer is named '%s'", word, name);
-    return MPT_OK;
-}
-
-/* Starts a node: checks the input id and the state of the model, makes up a name. NULL: failed, and remembered. The
-   node counts only after mpt__layer_done. */
-static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
-    mpt__node *table, *node;
-    int i, number = 1;
-    mpt_result r = MPT_OK;
-    if (!net || (in == 0 && kind != MPT__INPUT)) return NULL;
-    for (i = 0; i < net->count; i++) number += !strncmp(net->nodes[i].name, word, strlen(word));
-    if (name) r = mpt__name_check(net, word, name);
-    if (r != MPT_OK) {
-        mpt__layer_failed(net, r);
-        return NULL;
-    }
-    if (net->built) r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is built already", word);
-    else if (in < 0 || in > net->count) r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
-    else if (in && net->nodes[in - 1].kind == MPT__LOSS)
-        r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: node %d is a loss; nothing can follow it", word, in);
-    else {
-        table = (mpt__node *)mpt__grow(net->ctx, net->nodes, net->count, &net->capacity, sizeof *table);
-        if (!table) r = MPT_ERROR_NO_MEMORY;
-        else net->nodes = table;
-    }
-    if (r != MPT_OK) {
-        mpt__layer_failed(net, r);
-        return NULL;
-    }
-    node = &net->nodes[net->count];
-    memset(node, 0, sizeof *node);
-    node->kind = kind;
-    node->in[0] = in;
-    node->policy = net->depth ? net->pushed[net->depth - 1] : net->policy;
-    if (name) memcpy(node->name, name, strlen(name) + 1);
-    else do
-            mpt__print(node->name, sizeof node->name, "%s%d", word, number++);
-        while (mpt__named(net, node->name));
-    if (in) {
-        node->H = net->nodes[in - 1].H;
-        node->W = net->nodes[in - 1].W;
-        node->C = net->nodes[in - 1].C;
-    }
-    return node;
-}
-
-/* Ends what mpt__layer began. Returns the node's id, or 0. */
-static int mpt__layer_done(mpt_model *net, mpt_result r) {
-    return r == MPT_OK ? ++net->count : mpt__layer_failed(net, r);
-}
-
-/* Sizes of a sample are ints; what does not fit into one is refused here. */
-static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
-    const size_t most = 0x7fffffff;
-    if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements",
-                        node->name, H, W, C);
-    node->H = (int)H;
-    node->W = (int)W;
-    node->C = (int)C;
-    return MPT_OK;
-}
-
-static mpt_result mpt__layer_positive(mpt_model *net, const mpt__node *node, const char *what, int value, int least) {
-    if (value >= least) return MPT_OK;
-    return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s is %d, must be at least %d", node->name, what, value, least);
-}
-
-MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
-    mpt__node *node = mpt__layer(net, MPT__INPUT, "input", NULL, 0);
-    mpt_result r;
-    if (!node) return 0;
-    if (net->count) r = mpt_fail(net->ctx, MPT_ERROR_ORDER, "input: must be the first node, and the only one");
-    else if (H < 1 || W < 1 || C < 1)
-        r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "input: H %d, W %d, C %d must be at least 1", H, W, C);
-    else r = mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C);
-    return mpt__layer_done(net, r);
-}
-
-static mpt_result mpt__init_check(mpt_model *net, const mpt__node *node) {
-    if ((unsigned)node->init < MPT_INIT_COUNT) return MPT_OK;
-    return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: unknown init %d", node->name, (int)node->init);
-}
-
-MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_desc *desc) {
-    mpt_linear_desc d = MPT_ZERO;
-    mpt__node *node;
-    mpt_result r;
-    if (desc) d = *desc;
-    node = mpt__layer(net, MPT__LINEAR, "linear", d.name, in);
-    if (!node) return 0;
-    node->no_bias = d.no_bias;
-    node->init = d.init;
-    r = mpt__layer_positive(net, node, "outputs", outputs, 1);
-    if (r == MPT_OK) r = mpt__init_check(net, node);
-    if (r == MPT_OK) r = mpt__layer_size(net, node, 1, 1, (size_t)outputs);
-    return mpt__layer_done(net, r);
-}
-
-/* Shape of a convolution node from its descriptor. */
-static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel,
-                                    const mpt_conv2d_desc *d) {
-    mpt_conv2d_shape *s = &node->conv;
-    const int dilation = d->dilation ? d->dilation : 1;
-    size_t P, Q;
-    MPT__TRY(mpt__layer_positive(net, node, "filters", filters, 1));
-    MPT__TRY(mpt__layer_positive(net, node, "kernel", kernel, 1));
-    MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
-    MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
-    MPT__TRY(mpt__layer_positive(net, node, "dilation", d->dilation, 0));
-    MPT__TRY(mpt__layer_positive(net, node, "groups", d->groups, 0));
-    MPT__TRY(mpt__init_check(net, node));
-    if (d->padding && d->no_padding)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d and no_padding", node->name, d->padding);
-    s->N = 1;
-    s->H = (size_t)node->H;
-    s->W = (size_t)node->W;
-    s->C = (size_t)node->C;
-    s->K = (size_t)filters;
-    s->R = s->S = (size_t)kernel;
-    s->stride = (size_t)(d->stride ? d->stride : 1);
-    s->dilation = (size_t)dilation;
-    s->groups = (size_t)(d->groups ? d->groups : 1);
-    s->padding = d->padding ? (size_t)d->padding : d->no_padding ? 0 : (s->R - 1) / 2 * s->dilation;
-    if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE,
-                        "%s: kernel %dx%d, dilation %d, %d filters, %z groups, on a %dx%dx%d input with padding %z",
-                        node->name, kernel, kernel, dilation, filters, s->groups, node->H, node->W, node->C,
-                        s->padding);
-    return mpt__layer_size(net, node, P, Q, s->K);
-}
-
-MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mpt_conv2d_desc *desc) {
-    mpt_conv2d_desc d = MPT_ZERO;
-    mpt__node *node;
-    if (desc) d = *desc;
-    node = mpt__layer(net, MPT__CONV2D, "conv", d.name, in);
-    if (!node) return 0;
-    node->no_bias = d.no_bias;
-    node->init = d.init;
-    return mpt__layer_done(net, mpt__conv2d_layer(net, node, filters, kernel, &d));
-}
-
-static int mpt__norm_node(mpt_model *net, int in, mpt__norm_kind kind, int groups, const mpt_norm_desc *desc) {
-    const char *word = kind == MPT__NORM_BATCH ? "batch_norm" : kind == MPT__NORM_LAYER ? "layer_norm" : "group_norm";
-    mpt_norm_desc d = MPT_ZERO;
-    mpt__node *node;
-    mpt_norm_shape *s;
-    mpt_result r = MPT_OK;
-    if (desc) d = *desc;
-    node = mpt__layer(net, MPT__NORM, word, d.name, in);
-    if (!node) return 0;
-    s = &node->norm_shape;
-    node->norm = kind;
-    node->momentum = mpt__bits(d.momentum) ? d.momentum : 0.1f;
-    s->N = kind == MPT__NORM_LAYER ? (size_t)node->H * (size_t)node->W : 1;
-    s->pixels = kind == MPT__NORM_LAYER ? 1 : (size_t)node->H * (size_t)node->W;
-    s->C = (size_t)node->C;
-    s->groups = kind == MPT__NORM_BATCH ? s->C : kind == MPT__NORM_LAYER ? 1 : (size_t)groups;
-    s->eps = d.eps; /* 0: the operation knows its default */
-    if (!mpt__finite(s->eps) || s->eps < 0)
-        r = mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: eps %g is not a finite number above 0", node->name,
-                     (double)s->eps);
-    else if (kind == MPT__NORM_GROUP && (groups < 1 || node->C % groups))
-        r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d groups do not divide %d channels", node->name, groups, node->C);
-    else r = mpt__need_share(net->ctx, node->name, "momentum", node->momentum, 0);
-    return mpt__layer_done(net, r);
-}
-
-MPT_DEF int mpt_batch_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
-    return mpt__norm_node(net, in, MPT__NORM_BATCH, 0, desc);
-}
-MPT_DEF int mpt_layer_norm(mpt_model *net, int in, const mpt_norm_desc *desc) {
-    return mpt__norm_node(net, in, MPT__NORM_LAYER, 0, desc);
-}
-MPT_DEF int mpt_group_norm(mpt_model *net, int in, int groups, const mpt_norm_desc *desc) {
-    return mpt__norm_node(net, in, MPT__NORM_GROUP, groups, desc);
-}
-
-MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
-    mpt__node *node = mpt__layer(net, MPT__DROPOUT, "dropout", NULL, in);
-    if (!node) return 0;
-    node->p = p;
-    return mpt__layer_done(net, mpt__need_share(net->ctx, node->name, "p", p, 1));
-}
-
-static int mpt__activation_node(mpt_model *net, int in, const char *word, mpt_activation act) {
-    mpt__node *node = mpt__layer(net, MPT__ACTIVATION, word, NULL, in);
-    if (!node) return 0;
-    node->act = act;
-    return mpt__layer_done(net, MPT_OK);
-}
-
-MPT_DEF int mpt_relu(mpt_model *net, int in) { return mpt__activation_node(net, in, "relu", MPT_RELU); }
-MPT_DEF int mpt_leaky_relu(mpt_model *net, int in) {
-    return mpt__activation_node(net, in, "leaky_relu", MPT_LEAKY_RELU);
-}
-MPT_DEF int mpt_tanh(mpt_model *net, int in) { return mpt__activation_node(net, in, "tanh", MPT_TANH); }
-MPT_DEF int mpt_sigmoid(mpt_model *net, int in) { return mpt__activation_node(net, in, "sigmoid", MPT_SIGMOID); }
-MPT_DEF int mpt_gelu(mpt_model *net, int in) { return mpt__activation_node(net, in, "gelu", MPT_GELU); }
-MPT_DEF int mpt_gelu_tanh(mpt_model *net, int in) { return mpt__activation_node(net, in, "gelu_tanh", MPT_GELU_TANH); }
-MPT_DEF int mpt_silu(mpt_model *net, int in) { return mpt__activation_node(net, in, "silu", MPT_SILU); }
-
-static mpt_result mpt__pool_layer(mpt_model *net, mpt__node *node, int R, int S, const mpt_pool2d_desc *d) {
-    mpt_pool2d_shape *s = &node->pool;
-    size_t P, Q;
-    MPT__TRY(mpt__layer_positive(net, node, "window", R, 1));
-    MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
-    MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
-    s->N = 1;
-    s->H = (size_t)node->H;
-    s->W = (size_t)node->W;
-    s->C = (size_t)node->C;
-    s->R = (size_t)R;
-    s->S = (size_t)S;
-    s->stride = (size_t)d->stride;
-    s->padding = (size_t)d->padding;
-    if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d (max: 65536 values) on a %dx%d input, padding %d",
-                        node->name, R, S, node->H, node->W, d->padding);
-    return mpt__layer_size(net, node, P, Q, s->C);
-}
-
-static int mpt__pool_node(mpt_model *net, int in, mpt_pool_kind kind, int window, const mpt_pool2d_desc *desc) {
-    mpt__node *node = mpt__layer(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
-    mpt_pool2d_desc d = MPT_ZERO;
-    const int global = window == -1;
-    if (!node) return 0;
-    if (desc) d = *desc;
-    node->pool_kind = kind;
-    return mpt__layer_done(net, mpt__pool_layer(net, node, global ? node->H : window, global ? node->W : window, &d));
-}
-
-MPT_DEF int mpt_max_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
-    return mpt__pool_node(net, in, MPT_POOL_MAX, window < 0 ? 0 : window, desc);
-}
-MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
-    return mpt__pool_node(net, in, MPT_POOL_AVERAGE, window < 0 ? 0 : window, desc);
-}
-MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) {
-    return mpt__pool_node(net, in, MPT_POOL_AVERAGE, -1, NULL);
-}
-
-MPT_DEF int mpt_flatten(mpt_model *net, int in) {
-    mpt__node *node = mpt__layer(net, MPT__FLATTEN, "flatten", NULL, in);
-    if (!node) return 0;
-    node->C *= node->H * node->W;
-    node->H = node->W = 1;
-    return mpt__layer_done(net, MPT_OK);
-}
-
-/* A node of two inputs of the same height and width; channels: and as many channels. NULL: failed, and remembered. */
-static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels) {
-    mpt__node *node = b ? mpt__layer(net, kind, word, NULL, a) : NULL, *other;
-    if (!node) return NULL;
-    if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS) {
-        mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", node->name, b));
-        return NULL;
-    }
-    other = mpt__node_of(net, b);
-    if (other->H != node->H || other->W != node->W || (channels && other->C != node->C)) {
-        mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d", node->name,
-                                        mpt__node_of(net, a)->name, node->H, node->W, node->C, other->name, other->H,
-                                        other->W, other->C));
-        return NULL;
-    }
-    node->in[1] = b;
-    return node;
-}
-
-MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
-    return mpt__join(net, MPT__ADD, "add", a, b, 1) ? mpt__layer_done(net, MPT_OK) : 0;
-}
-
-MPT_DEF int mpt_concat(mpt_model *net, int a, int b) {
-    mpt__node *node = mpt__join(net, MPT__CONCAT, "concat", a, b, 0);
-    size_t C;
-    if (!node) return 0;
-    C = (size_t)node->C + (size_t)mpt__node_of(net, b)->C;
-    return mpt__layer_done(net, mpt__layer_size(net, node, (size_t)node->H, (size_t)node->W, C));
-}
-
-static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node) {
-    const mpt_cross_entropy_desc *d = &node->cross_entropy;
-    const int classes = node->H * node->W * node->C;
-    int c;
-    MPT__TRY(mpt__need_share(net->ctx, node->name, "label_smoothing", d->label_smoothing, 0));
-    for (c = 0; c < classes && d->class_weights; c++)
-        if (!mpt__finite(d->class_weights[c]) || d->class_weights[c] < 0)
-            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: class weight %d is %g, not a finite number from 0 on",
-                            node->name, c, (double)d->class_weights[c]);
-    return MPT_OK;
-}
-
-MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
-    mpt__node *node = mpt__layer(net, MPT__LOSS, "cross_entropy", NULL, in);
-    if (!node) return 0;
-    node->loss = MPT_LOSS_CROSS_ENTROPY;
-    if (desc) node->cross_entropy = *desc;
-    return mpt__layer_done(net, mpt__cross_entropy_check(net, node));
-}
-
-static int mpt__loss_node(mpt_model *net, int in, const char *word, mpt_loss_kind loss) {
-    mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
-    if (!node) return 0;
-    node->loss = loss;
-    return mpt__layer_done(net, MPT_OK);
-}
-
-MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_node(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
-MPT_DEF int mpt_bce_with_logits(mpt_model *net, int in) {
-    return mpt__loss_node(net, in, "bce_with_logits", MPT_LOSS_BCE_WITH_LOGITS);
-}
-MPT_DEF int mpt_l1(mpt_model *net, int in) { return mpt__loss_node(net, in, "l1", MPT_LOSS_ABSOLUTE_ERROR); }
-MPT_DEF int mpt_huber(mpt_model *net, int in) { return mpt__loss_node(net, in, "huber", MPT_LOSS_HUBER); }
-
 /* -- Building: check, types, parameters, memory plan -- */
-
-static size_t mpt__node_count(const mpt__node *node) { return (size_t)node->H * (size_t)node->W * (size_t)node->C; }
-
-static int mpt__has_weights(const mpt__node *node) { return node->kind == MPT__LINEAR || node->kind == MPT__CONV2D; }
 
 /* Can the node's policy stand beside the others'? Finds the one 16-bit type on the way. */
 static mpt_result mpt__policy_check(mpt_model *net, const mpt__node *node) {
@@ -7487,27 +8115,26 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     return MPT_OK;
 }
 
-static int mpt__has_parameters(const mpt__node *node) { return mpt__has_weights(node) || node->kind == MPT__NORM; }
-
 /* Do products alone read a node's value, if only through a flatten? Then it may as well be stored as they read it. */
 static int mpt__only_products(const mpt_model *net, int id) {
     int i;
     for (i = id; i < net->count; i++) {
         const mpt__node *node = &net->nodes[i];
         if (node->in[0] != id && node->in[1] != id) continue;
-        if (mpt__has_weights(node)) continue;
-        if (node->kind != MPT__FLATTEN || !mpt__only_products(net, i + 1)) return 0;
+        if (mpt__kind_of(node).product) continue;
+        if (!mpt__kind_of(node).as_input || !mpt__only_products(net, i + 1)) return 0;
     }
     return 1;
 }
 
 /* A node's value has the compute type of its policy; the input stays fp32 until a product reads it, but in O3; what the
    loss reads has the output type, and with it the activations between the two. */
-static void mpt__node_type(mpt_model *net, mpt__node *node, int logits) {
+static void mpt__node_type(mpt_model *net, int id, int logits) {
+    mpt__node *node = mpt__node_of(net, id);
     const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
-    const int id = (int)(node - net->nodes) + 1;
+    const mpt__kind kind = mpt__kind_of(node);
     node->type = node->grad_type = node->policy.compute;
-    node->reason = node->kind == MPT__NORM ? "policy; statistics, gamma, beta f32" : "policy";
+    node->reason = kind.reason ? kind.reason : "policy";
     if (node->kind == MPT__INPUT && node->policy.output == MPT_F32 && !mpt__only_products(net, id)) {
         node->type = MPT_F32;
         node->reason = "not only products read it";
@@ -7515,99 +8142,108 @@ static void mpt__node_type(mpt_model *net, mpt__node *node, int logits) {
     if (id == logits && in) {
         node->type = node->policy.output;
         node->reason = "the loss reads it";
-    } else if (in && (node->kind == MPT__FLATTEN || (node->kind == MPT__ACTIVATION && id > logits))) {
+    } else if (kind.as_input || (node->kind == MPT__ACTIVATION && id > logits)) {
         node->type = in->type;
         node->grad_type = in->grad_type;
         node->reason = "as its input";
     }
 }
 
+/* Is this node's value, and its gradient, as good as its input's for whoever has both? */
+static int mpt__one_value(const mpt__node *node, const mpt__node *in) {
+    return in->consumers == 1 && node->type == in->type && node->grad_type == in->grad_type;
+}
+
+/* An activation behind a layer that can compute it in passing, and that nobody reads without it. */
+static void mpt__fuse(mpt__node *node, mpt__node *in) {
+    if (!mpt__one_value(node, in) || !mpt__kind_of(in).fuses) return;
+    if (in->act || mpt__act_saves_input(node->act)) return;
+    node->fused = 1;
+    in->act = in->slope = node->act;
+}
+
+/* The ReLU before a max pool takes its derivative behind it. */
+static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
+    const mpt__kind kind = mpt__kind_of(node);
+    if (!kind.delays_slope || !kind.delays_slope(node)) return;
+    if (!in->fused || in->act != MPT_RELU || !mpt__one_value(node, in)) return;
+    node->slope = MPT_RELU;
+    in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
+}
+
+/* The node that computes what the loss reads, perhaps by way of activations and flattens. */
+static int mpt__logits_of(const mpt_model *net) {
+    int id = mpt__node_of(net, net->count)->in[0];
+    for (;;) {
+        const mpt__node *node = mpt__node_of(net, id);
+        if (node->consumers != 1 || !(node->kind == MPT__ACTIVATION || mpt__kind_of(node).as_input)) return id;
+        id = node->in[0];
+    }
+}
+
 /* Types of values and gradients, what needs a gradient, which activations their input node computes. */
 static void mpt__build_types(mpt_model *net) {
-    int i, logits = net->nodes[net->count - 1].in[0]; /* where the value that the loss reads is computed */
-    while (net->nodes[logits - 1].consumers == 1 &&
-           (net->nodes[logits - 1].kind == MPT__FLATTEN || net->nodes[logits - 1].kind == MPT__ACTIVATION))
-        logits = net->nodes[logits - 1].in[0];
-    for (i = 0; i < net->count; i++) {
-        mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+    const int logits = mpt__logits_of(net);
+    int id;
+    for (id = 1; id <= net->count; id++) {
+        mpt__node *node = mpt__node_of(net, id), *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
-        mpt__node_type(net, node, logits);
-        node->needs_gradient = mpt__has_parameters(node) || (in && in->needs_gradient) ||
-                               (node->in[1] && mpt__node_of(net, node->in[1])->needs_gradient);
-        if (node->kind == MPT__ACTIVATION && in->consumers == 1 && !in->act && !mpt__act_saves_input(node->act) &&
-            node->type == in->type && node->grad_type == in->grad_type &&
-            (mpt__has_parameters(in) || in->kind == MPT__ADD)) {
-            node->fused = 1;
-            in->act = in->slope = node->act;
-        }
+        mpt__node_type(net, id, logits);
+        node->needs_gradient = mpt__kind_of(node).fan_in != NULL;
+        if (in) node->needs_gradient |= in->needs_gradient;
+        if (node->in[1]) node->needs_gradient |= mpt__node_of(net, node->in[1])->needs_gradient;
+        if (node->kind == MPT__ACTIVATION) mpt__fuse(node, in);
         node->slope = node->act;
-        if (node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX && in->fused && in->act == MPT_RELU &&
-            in->consumers == 1 && node->type == in->type && node->grad_type == in->grad_type) {
-            node->slope = MPT_RELU; /* a maximum is over 0 if what it was taken from is, and there are fewer of them */
-            in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
-        }
+        if (in) mpt__delay_slope(net, node, in);
     }
+}
+
+/* Weight and bias of a node, where it has them. */
+static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
+    const mpt__kind kind = mpt__kind_of(node);
+    const int norm = kind.weight_dims == 1;
+    char name[64];
+    size_t fan_in, count;
+    if (!kind.fan_in) return MPT_OK;
+    fan_in = kind.fan_in(node);
+    if (!mpt__multiply(&count, fan_in, (size_t)node->C))
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %z x %d weights overflow size_t", node->name, fan_in, node->C);
+    mpt__print(name, sizeof name, "%s.weight", node->name);
+    node->weight = mpt_params_add(net->params, name, count, norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT);
+    node->bias = 0;
+    if (node->no_bias) return MPT_OK;
+    mpt__print(name, sizeof name, "%s.bias", node->name);
+    node->bias = mpt_params_add(net->params, name, (size_t)node->C, norm ? MPT_GROUP_NORM : MPT_GROUP_BIAS);
+    return MPT_OK;
 }
 
 static mpt_result mpt__build_params(mpt_model *net) {
     mpt_params_desc desc = MPT_ZERO;
-    char name[64];
-    int i;
+    int id;
     desc.type = net->half;
     desc.master = net->policy.master;
     desc.seed = net->train.seed;
     net->params = mpt_params_new(net->ctx, &desc);
     if (!net->params) return net->ctx->failed;
-    for (i = 0; i < net->count; i++) {
-        mpt__node *node = &net->nodes[i];
-        const int norm = node->kind == MPT__NORM;
-        size_t in, count;
-        if (!mpt__has_parameters(node)) continue;
-        in = norm                        ? 1
-             : node->kind == MPT__LINEAR ? mpt__node_count(mpt__node_of(net, node->in[0]))
-                                         : node->conv.R * node->conv.S * (node->conv.C / node->conv.groups);
-        if (!mpt__multiply(&count, in, (size_t)node->C))
-            return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %z x %d weights overflow size_t", node->name, in, node->C);
-        mpt__print(name, sizeof name, "%s.weight", node->name);
-        node->weight = mpt_params_add(net->params, name, count, norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT);
-        mpt__print(name, sizeof name, "%s.bias", node->name);
-        node->bias = node->no_bias
-                         ? 0
-                         : mpt_params_add(net->params, name, (size_t)node->C, norm ? MPT_GROUP_NORM : MPT_GROUP_BIAS);
-    }
+    for (id = 1; id <= net->count; id++) MPT__TRY(mpt__node_params(net, mpt__node_of(net, id)));
     return mpt_params_build(net->params);
 }
 
-/* gamma and the running variances start at 1, beta and the running means at 0, as all memory does. */
-static mpt_result mpt__norm_init(mpt_model *net, const mpt__node *node) {
-    const size_t C = (size_t)node->C;
-    float *ones = (float *)mpt__host_alloc(net->ctx, C * sizeof *ones);
-    mpt_result r = ones ? MPT_OK : MPT_ERROR_NO_MEMORY;
-    size_t c;
-    for (c = 0; c < C && ones; c++) ones[c] = 1;
-    if (r == MPT_OK) r = mpt_params_set(net->params, node->weight, ones);
-    if (r == MPT_OK && node->norm == MPT__NORM_BATCH)
-        r = mpt_upload(net->ctx, net->running + node->running + C, ones, C * sizeof *ones);
-    mpt__host_free(net->ctx, ones);
-    return r;
+/* The statistics of the running step start from those of the last applied one. */
+static mpt_result mpt__reset_statistics(mpt_model *net) {
+    if (!net->statistics) return MPT_OK;
+    return net->ctx->backend.copy(net->ctx, net->pending, net->running, net->statistics * sizeof *net->running);
 }
 
 static mpt_result mpt__build_init(mpt_model *net) {
-    int i;
-    for (i = 0; i < net->count; i++) {
-        const mpt__node *node = &net->nodes[i];
-        size_t in, taps;
-        if (node->kind == MPT__NORM) MPT__TRY(mpt__norm_init(net, node));
-        if (!mpt__has_weights(node)) continue;
-        taps = node->kind == MPT__LINEAR ? 1 : node->conv.R * node->conv.S;
-        in = mpt_params_count(net->params, node->weight) / (size_t)node->C;
-        MPT__TRY(mpt_params_init(net->params, node->weight, node->init, in, (size_t)node->C * taps, net->train.seed));
-        if (node->bias)
-            MPT__TRY(mpt_params_init(net->params, node->bias, node->init, in, (size_t)node->C * taps, net->train.seed));
+    int id;
+    for (id = 1; id <= net->count; id++) {
+        const mpt__node *node = mpt__node_of(net, id);
+        const mpt__kind kind = mpt__kind_of(node);
+        if (kind.init) MPT__TRY(kind.init(net, node));
     }
-    if (!net->statistics) return MPT_OK;
-    return net->ctx->backend.copy(net->ctx, net->pending, net->running, net->statistics * sizeof *net->running);
+    return mpt__reset_statistics(net);
 }
 
 /* Adds a buffer of `count` elements that is alive from `first` to `last`. Returns its number. */
@@ -7623,12 +8259,6 @@ static void mpt__plan_extend(mpt_model *net, int buffer, int moment) {
     mpt__buffer *b = buffer ? &net->buffers[buffer - 1] : NULL;
     if (b && moment > b->last) b->last = moment;
     if (b && moment < b->first) b->first = moment;
-}
-
-/* Does the backward pass of `node` read the value of its input? */
-static int mpt__reads_input(const mpt__node *node) {
-    return (mpt__has_weights(node) && !node->cast) || node->kind == MPT__NORM ||
-           (node->kind == MPT__ACTIVATION && mpt__act_saves_input(node->act));
 }
 
 /* Lays buffers into one block: each at the lowest offset where it overlaps none that is alive at the same time. */
@@ -7652,20 +8282,12 @@ static void mpt__plan_offsets(mpt_model *net) {
     }
 }
 
-/* Sets of a norm in a pass over `rows` samples: as many means, variances. */
-static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t rows) {
-    mpt_norm_shape shape = node->norm_shape;
-    if (node->norm == MPT__NORM_BATCH) shape.pixels *= rows;
-    else shape.N *= rows;
-    return shape;
-}
-
 /* The side of a sum whose input has its gradient in the sum's own buffer, so that none is copied there; or -1. No later
    node may read that input: what they add to its gradient must come after. */
 static int mpt__shared_side(const mpt_model *net, int id) {
     const mpt__node *node = &net->nodes[id - 1];
     int side, reader;
-    if (node->kind != MPT__ADD || node->in[0] == node->in[1]) return -1;
+    if (!mpt__kind_of(node).shares_dy || node->in[0] == node->in[1]) return -1;
     for (side = 0; side < 2; side++) {
         const mpt__node *in = &net->nodes[node->in[side] - 1];
         int last = id;
@@ -7677,24 +8299,23 @@ static int mpt__shared_side(const mpt_model *net, int id) {
     return -1;
 }
 
-/* The buffers that node i has of its own; see mpt__build_plan. */
-static void mpt__plan_node(mpt_model *net, int i, int end) {
-    mpt__node *node = &net->nodes[i], *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
-    const mpt_norm_shape norm = mpt__norm_shape_of(node, (size_t)net->train.batch);
+/* The buffers that node `id` has of its own, which runs forward at moment `first` and backward at `last`. */
+static void mpt__plan_node(mpt_model *net, int id, int first, int last) {
+    mpt__node *node = mpt__node_of(net, id);
+    const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+    const mpt__kind kind = mpt__kind_of(node);
     const size_t batch = (size_t)net->train.batch, count = batch * mpt__node_count(node);
-    const int shares = node->fused || node->kind == MPT__FLATTEN, side = mpt__shared_side(net, i + 1);
+    const int shares = node->fused || (in && !kind.forward), side = mpt__shared_side(net, id);
     node->index = node->cast = node->stats = node->grad = 0;
     if (shares) node->value = in->value;
-    else node->value = mpt__plan_add(net, count, mpt_dtype_size(node->type), i, i);
-    if (node->kind == MPT__POOL && node->pool_kind == MPT_POOL_MAX)
-        node->index = mpt__plan_add(net, count, sizeof(uint16_t), i, end - i);
-    if (node->kind == MPT__NORM) node->stats = mpt__plan_add(net, 4 * norm.N * norm.groups, sizeof(float), i, end - i);
-    if (mpt__has_weights(node) && in->type != node->policy.compute)
-        node->cast = mpt__plan_add(net, batch * mpt__node_count(in), mpt_dtype_size(node->policy.compute), i, end - i);
+    else node->value = mpt__plan_add(net, count, mpt_dtype_size(node->type), first, first);
+    if (kind.keep) kind.keep(net, node, first, last);
+    if (kind.product && in->type != node->policy.compute)
+        node->cast = mpt__plan_add(net, batch * node->inputs, mpt_dtype_size(node->policy.compute), first, last);
     if (!node->needs_gradient) return;
     if (shares && in->consumers == 1) node->grad = in->grad;
     else if (side >= 0) node->grad = mpt__node_of(net, node->in[side])->grad;
-    else node->grad = mpt__plan_add(net, count, mpt_dtype_size(node->grad_type), end - i, end - i);
+    else node->grad = mpt__plan_add(net, count, mpt_dtype_size(node->grad_type), last, last);
 }
 
 /* Batch norm learns nothing from one value a channel. */
@@ -7702,16 +8323,30 @@ static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
     int i;
     for (i = 0; i < net->count; i++) {
         const mpt__node *node = &net->nodes[i];
-        if (node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH && mpt__norm_shape_of(node, rows).pixels < 2)
+        if (mpt__is_batch_norm(node) && mpt__norm_shape_of(node, rows).pixels < 2)
             return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: a batch of %z with one value per channel cannot train it",
                             node->name, rows);
     }
     return MPT_OK;
 }
 
-/* Moments of a step: node i runs forward at i and backward at 2 count - 1 - i. A value lives until its last reader in
-   either pass, a gradient from its first writer to its node's backward. Flatten and fused activations share the buffers
-   of their input, and a sum the gradient's. */
+/* How long the buffers live that `node`, which runs forward at `first` and backward at `last`, reads and writes. */
+static void mpt__plan_lives(mpt_model *net, const mpt__node *node, int first, int last) {
+    const mpt__kind kind = mpt__kind_of(node);
+    int side;
+    if (node->slope && !mpt__act_saves_input(node->slope) && node->needs_gradient)
+        mpt__plan_extend(net, node->value, last);
+    for (side = 0; side < 2 && node->in[side]; side++) {
+        const mpt__node *in = mpt__node_of(net, node->in[side]);
+        mpt__plan_extend(net, in->value, first);
+        if (kind.reads_x && kind.reads_x(node)) mpt__plan_extend(net, in->value, last);
+        if (in->needs_gradient) mpt__plan_extend(net, in->grad, node->kind == MPT__LOSS ? first : last);
+    }
+}
+
+/* Moments of a step: node i (from 0) runs forward at i and backward at 2 count - 1 - i. A value lives until its last
+   reader in either pass, a gradient from its first writer to its node's backward. Flatten and fused activations share
+   the buffers of their input, and a sum the gradient's. */
 static mpt_result mpt__build_plan(mpt_model *net) {
     const int n = net->count, end = 2 * n - 1;
     int i;
@@ -7720,20 +8355,9 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     for (i = 0; i < n - 1; i++) {
         MPT__TRY(mpt__need_size(net->ctx, "model_build", net->nodes[i].name, mpt__node_count(&net->nodes[i]),
                                 (size_t)net->train.batch, (size_t)n * 4, 1));
-        mpt__plan_node(net, i, end);
+        mpt__plan_node(net, i + 1, i, end - i);
     }
-    for (i = 0; i < n; i++) { /* lives, from the readers and writers */
-        const mpt__node *node = &net->nodes[i];
-        int side;
-        if (node->slope && !mpt__act_saves_input(node->slope) && node->needs_gradient)
-            mpt__plan_extend(net, node->value, end - i);
-        for (side = 0; side < 2 && node->in[side]; side++) {
-            const mpt__node *in = mpt__node_of(net, node->in[side]);
-            mpt__plan_extend(net, in->value, i);
-            if (mpt__reads_input(node)) mpt__plan_extend(net, in->value, end - i);
-            if (in->needs_gradient) mpt__plan_extend(net, in->grad, node->kind == MPT__LOSS ? i : end - i);
-        }
-    }
+    for (i = 0; i < n; i++) mpt__plan_lives(net, &net->nodes[i], i, end - i);
     mpt__plan_offsets(net);
     return MPT_OK;
 }
@@ -7749,18 +8373,18 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
     const size_t batch = (size_t)net->train.batch, features = mpt__node_count(input), outputs = mpt__node_count(loss);
     const size_t widest = features > outputs ? features : outputs; /* inputs on the way in, outputs on the way out */
-    const int classes = loss->loss == MPT_LOSS_CROSS_ENTROPY, direct = mpt__node_of(net, loss->in[0])->type == MPT_F32;
-    const float *weights = classes ? loss->cross_entropy.class_weights : NULL;
+    const int direct = mpt__node_of(net, loss->in[0])->type == MPT_F32;
+    const float *weights = loss->cross_entropy.class_weights;
     int i, failed = 0;
     net->statistics = 0; /* of all batch norms: mean(C) and variance(C) of one after the other */
     for (i = 0; i < net->count; i++) {
         mpt__node *node = &net->nodes[i];
-        if (node->kind != MPT__NORM || node->norm != MPT__NORM_BATCH) continue;
+        if (!mpt__is_batch_norm(node)) continue;
         node->running = net->statistics;
         net->statistics += 2 * (size_t)node->C;
     }
     net->staging_bytes = input->type == MPT_F32 && direct ? 0 : batch * widest * sizeof(float);
-    net->target_bytes = batch * (classes ? 1 : outputs) * sizeof(float);
+    net->target_bytes = batch * mpt__target_width(loss) * sizeof(float);
     net->block = (char *)mpt__build_alloc(net, net->block_bytes, &failed);
     net->target = mpt__build_alloc(net, net->target_bytes, &failed);
     net->sums = (mpt_loss_sum *)mpt__build_alloc(net, MPT__SUMS * sizeof *net->sums, &failed);
@@ -7811,13 +8435,6 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) 
 
 /* -- Running nodes -- */
 
-static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
-    mpt_place *p = &net->ctx->place;
-    p->node = node;
-    p->pass = pass;
-    p->output = output;
-}
-
 static mpt_array mpt__buffer_array(const mpt_model *net, int buffer, mpt_dtype type) {
     return mpt_typed_array(buffer ? net->block + net->buffers[buffer - 1].offset : NULL, type);
 }
@@ -7830,327 +8447,103 @@ static mpt_array mpt__grad(const mpt_model *net, int id) {
     return mpt__buffer_array(net, mpt__node_of(net, id)->grad, mpt__node_of(net, id)->grad_type);
 }
 
-/* What the product of a node reads: fp32 where that is its compute type. */
-static mpt_array mpt__weight_array(mpt_model *net, const mpt__node *node) {
-    return node->policy.compute == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, node->weight))
-                                           : mpt_params_weight(net->params, node->weight);
-}
-
-/* Biases are read as weights are: torch.autocast, too, casts them. */
-static mpt_array mpt__bias_array(mpt_model *net, const mpt__node *node) {
+/* A tensor as its node reads it. Products: in their compute type; biases, too, for torch.autocast casts them. gamma and
+   beta: fp32 wherever there are masters. */
+static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, int tensor) {
     const mpt_array none = MPT_ZERO;
-    if (!node->bias) return none;
-    return node->policy.compute == MPT_F32 ? mpt_f32_array(mpt_params_master(net->params, node->bias))
-                                           : mpt_params_weight(net->params, node->bias);
-}
-
-/* gamma and beta: fp32 wherever there are masters */
-static mpt_array mpt__norm_array(mpt_model *net, int tensor) {
-    float *master = mpt_params_master(net->params, tensor);
+    float *master;
+    if (!tensor) return none;
+    master = mpt_params_master(net->params, tensor);
+    if (mpt__kind_of(node).product) master = node->policy.compute == MPT_F32 ? master : NULL;
     return master ? mpt_f32_array(master) : mpt_params_weight(net->params, tensor);
 }
 
-static float *mpt__norm_stats_of(const mpt_model *net, const mpt__node *node) {
-    return (float *)mpt__buffer_array(net, node->stats, MPT_F32).data;
+static mpt_array mpt__tensor_grad(const mpt_model *net, int tensor) {
+    return mpt_f32_array(tensor ? mpt_params_grad(net->params, tensor) : NULL);
 }
 
-/* The mask of this step and micro-batch. */
-static mpt_mask mpt__dropout_mask(const mpt_model *net, int id) {
-    mpt_mask mask;
-    mask.p = mpt__node_of(net, id)->p;
-    mask.seed = net->train.seed;
-    mask.tensor = (uint64_t)net->micro << 32 | (uint64_t)id;
-    mask.step = &net->opt->op.state->applied;
-    return mask;
+static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
+    mpt_place *p = &net->ctx->place;
+    p->node = node;
+    p->pass = pass;
+    p->output = output;
 }
 
-/* What the product of a node reads of its input: the value, or its copy in the compute type. */
-static mpt_array mpt__product_input(const mpt_model *net, const mpt__node *node) {
-    return node->cast ? mpt__buffer_array(net, node->cast, node->policy.compute) : mpt__value(net, node->in[0]);
-}
-
-static uint16_t *mpt__pool_index(const mpt_model *net, const mpt__node *node) {
-    return (uint16_t *)mpt__buffer_array(net, node->index, MPT_F32).data;
-}
-
-/* Batch norm takes the statistics of the batch in training, else the running ones. */
-static mpt_result mpt__norm_node_forward(mpt_model *net, const mpt__node *node, mpt_array x, mpt_array y, size_t rows,
-                                         int train) {
-    const int batch = node->norm == MPT__NORM_BATCH;
-    mpt_norm_op op = MPT_ZERO;
-    op.shape = mpt__norm_shape_of(node, rows);
-    op.x = x;
-    op.stats = batch && !train ? net->running + node->running : mpt__norm_stats_of(net, node);
-    if (train || !batch) MPT__TRY(mpt_op_norm(net->ctx, &op)); /* MPT_NORM_STATS */
-    op.pass = MPT_NORM_FORWARD;
-    op.y = y;
-    op.gamma = mpt__norm_array(net, node->weight);
-    op.beta = mpt__norm_array(net, node->bias);
-    op.act = node->act;
-    return mpt_op_norm(net->ctx, &op);
-}
-
-static mpt_result mpt__concat_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
-    mpt_columns_op op = MPT_ZERO;
-    int side;
-    op.rows = rows * (size_t)node->H * (size_t)node->W;
-    op.y_stride = (size_t)node->C;
-    for (side = 0; side < 2; side++) {
-        op.x = mpt__value(net, node->in[side]);
-        op.y = mpt__array_at(y, op.C); /* behind the channels of the side before */
-        op.C = (size_t)mpt__node_of(net, node->in[side])->C;
-        MPT__TRY(mpt_op_columns(net->ctx, &op));
+/* What node `id` reads and writes in a pass over N samples, but for gradients of its inputs. */
+static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int train) {
+    const mpt__node *node = mpt__node_of(net, id);
+    mpt__visit v = MPT_ZERO;
+    v.ctx = net->ctx;
+    v.node = node;
+    v.N = N;
+    v.train = train;
+    v.x[0] = node->cast ? mpt__buffer_array(net, node->cast, node->policy.compute) : mpt__value(net, node->in[0]);
+    if (node->in[1]) v.x[1] = mpt__value(net, node->in[1]);
+    v.y = mpt__value(net, id);
+    v.weight = mpt__tensor_array(net, node, node->weight);
+    v.bias = mpt__tensor_array(net, node, node->bias);
+    v.index = (uint16_t *)mpt__buffer_array(net, node->index, MPT_F32).data;
+    v.stats = (float *)mpt__buffer_array(net, node->stats, MPT_F32).data;
+    if (mpt__is_batch_norm(node)) {
+        v.running = net->running + node->running;
+        v.pending = net->pending + node->running;
     }
-    return MPT_OK;
-}
-
-/* y(rows,K) = act(x(rows,inputs) w(K,inputs)^T + b) */
-static mpt_result mpt__linear_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
-    mpt_gemm_op op = MPT_ZERO;
-    op.trans_b = 1;
-    op.m = rows;
-    op.n = (size_t)node->C;
-    op.k = mpt__node_count(mpt__node_of(net, node->in[0]));
-    op.a = mpt__product_input(net, node);
-    op.b = mpt__weight_array(net, node);
-    op.c = y;
-    op.bias = mpt__bias_array(net, node);
-    op.act = node->act;
-    return mpt_op_gemm(net->ctx, &op);
-}
-
-/* The operation of a convolution in a pass over `rows` samples, without the array that it writes. */
-static mpt_conv2d_op mpt__conv2d_op(mpt_model *net, const mpt__node *node, mpt_pass pass, size_t rows) {
-    mpt_conv2d_op op = MPT_ZERO;
-    op.pass = pass;
-    op.shape = node->conv;
-    op.shape.N = rows;
-    op.x = mpt__product_input(net, node);
-    op.w = mpt__weight_array(net, node);
-    return op;
-}
-
-static mpt_result mpt__conv2d_forward(mpt_model *net, const mpt__node *node, mpt_array y, size_t rows) {
-    mpt_conv2d_op op = mpt__conv2d_op(net, node, MPT_FORWARD, rows);
-    op.y = y;
-    op.bias = mpt__bias_array(net, node);
-    op.act = node->act;
-    return mpt_op_conv2d(net->ctx, &op);
-}
-
-static mpt_pool2d_op mpt__pool2d_op(const mpt_model *net, const mpt__node *node, mpt_pass pass, size_t rows) {
-    mpt_pool2d_op op = MPT_ZERO;
-    op.kind = node->pool_kind;
-    op.pass = pass;
-    op.shape = node->pool;
-    op.shape.N = rows;
-    op.index = mpt__pool_index(net, node);
-    return op;
-}
-
-/* The operation of a node that is one element at a time, over `rows` samples: out = map(a). */
-static mpt_map_op mpt__map_op(const mpt_model *net, int id, size_t rows, mpt_map map, mpt_array a, mpt_array out) {
-    mpt_map_op op = MPT_ZERO;
-    op.map = map;
-    op.n = rows * mpt__node_count(mpt__node_of(net, id));
-    op.a = op.b = a;
-    op.out = out;
-    return op;
+    v.mask.p = node->p; /* named by step, micro-batch and node */
+    v.mask.seed = net->train.seed;
+    v.mask.tensor = (uint64_t)net->micro << 32 | (uint64_t)id;
+    v.mask.step = &net->opt->op.state->applied;
+    v.dy = mpt__grad(net, id);
+    v.dweight = mpt__tensor_grad(net, node->weight);
+    v.dbias = mpt__tensor_grad(net, node->bias);
+    v.beta = net->micro ? 1.0f : 0.0f;
+    return v;
 }
 
 /* Everything but the input and the loss, which know the batch. */
-static mpt_result mpt__node_forward(mpt_model *net, int id, size_t rows, int train) {
+static mpt_result mpt__node_forward(mpt_model *net, int id, size_t N, int train) {
     const mpt__node *node = mpt__node_of(net, id);
-    const mpt_array x = mpt__value(net, node->in[0]), y = mpt__value(net, id);
-    const size_t inputs = mpt__node_count(mpt__node_of(net, node->in[0]));
-    mpt_pool2d_op pool;
-    mpt_map_op map = mpt__map_op(net, id, rows, MPT_MAP_ADD, x, y); /* a copy */
+    const mpt__kind kind = mpt__kind_of(node);
+    const mpt__visit v = mpt__visit_of(net, id, N, train);
     mpt__enter(net, id, MPT_FORWARD, id);
-    if (node->cast) MPT__TRY(mpt_cast(net->ctx, rows * inputs, x, mpt__product_input(net, node), NULL));
-    switch (node->kind) {
-    case MPT__LINEAR: return mpt__linear_forward(net, node, y, rows);
-    case MPT__CONV2D: return mpt__conv2d_forward(net, node, y, rows);
-    case MPT__ACTIVATION:
-        if (node->fused) return MPT_OK;
-        map.map = MPT_MAP_ACTIVATION;
-        map.act = node->act;
-        return mpt_op_map(net->ctx, &map);
-    case MPT__POOL:
-        pool = mpt__pool2d_op(net, node, MPT_FORWARD, rows);
-        pool.x = x;
-        pool.y = y;
-        return mpt_op_pool2d(net->ctx, &pool);
-    case MPT__ADD:
-        map.b = mpt__value(net, node->in[1]);
-        map.beta = 1;
-        map.act = node->act;
-        return mpt_op_map(net->ctx, &map);
-    case MPT__CONCAT: return mpt__concat_forward(net, node, y, rows);
-    case MPT__NORM: return mpt__norm_node_forward(net, node, x, y, rows, train);
-    case MPT__DROPOUT:
-        if (!train) return mpt_op_map(net->ctx, &map);
-        map.map = MPT_MAP_DROPOUT;
-        map.mask = mpt__dropout_mask(net, id);
-        return mpt_op_map(net->ctx, &map);
-    default: return MPT_OK; /* flatten shares its input's buffer */
-    }
+    if (node->cast) MPT__TRY(mpt_cast(net->ctx, N * node->inputs, mpt__value(net, node->in[0]), v.x[0], NULL));
+    return kind.forward ? kind.forward(&v) : MPT_OK;
 }
 
-/* 0 for the first gradient that flows into a node in this pass, 1 for those that add to it. */
-static float mpt__grad_beta(mpt_model *net, int id) {
-    mpt__node *node = mpt__node_of(net, id);
-    const float beta = node->grad_started ? 1.0f : 0.0f;
-    node->grad_started = 1;
-    return beta;
+/* Where a node hands the gradient of an input to. The first one that flows into it in this pass is written, those after
+   it are added; a shared one is there already. */
+static void mpt__visit_input(mpt_model *net, mpt__visit *v, int side) {
+    const int to = v->node->in[side];
+    mpt__node *in = to ? mpt__node_of(net, to) : NULL;
+    if (!in || !in->needs_gradient) return;
+    v->dx[side] = mpt__grad(net, to);
+    v->beta_x[side] = in->grad_started ? 1.0f : 0.0f;
+    in->grad_started = 1;
+    if (v->dx[side].data == v->dy.data) v->dx[side].data = NULL;
 }
 
-/* Gradients of weights and bias, added to those of the micro-batches before. */
-static mpt_result mpt__weights_backward(mpt_model *net, const mpt__node *node, mpt_array dy, size_t rows) {
-    const mpt_array dw = mpt_f32_array(mpt_params_grad(net->params, node->weight));
-    const mpt_array db = mpt_f32_array(node->bias ? mpt_params_grad(net->params, node->bias) : NULL);
-    const float beta = net->micro ? 1.0f : 0.0f;
-    mpt_conv2d_op conv;
-    mpt_gemm_op gemm = MPT_ZERO;
-    if (node->kind == MPT__CONV2D) {
-        conv = mpt__conv2d_op(net, node, MPT_BACKWARD_WEIGHT, rows);
-        conv.y = dy;
-        conv.w = dw;
-        conv.bias = db;
-        conv.beta = beta;
-        return mpt_op_conv2d(net->ctx, &conv);
-    }
-    gemm.trans_a = 1;
-    gemm.m = (size_t)node->C;
-    gemm.n = mpt__node_count(mpt__node_of(net, node->in[0]));
-    gemm.k = rows;
-    gemm.a = dy;
-    gemm.b = mpt__product_input(net, node);
-    gemm.c = dw;
-    gemm.a_sums = db;
-    gemm.beta = beta;
-    return mpt_op_gemm(net->ctx, &gemm);
+/* dy, in place, from behind the activation that the node computes in passing */
+static mpt_result mpt__slope_backward(const mpt__visit *v) {
+    mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION_GRADIENT, v->y, v->dy);
+    op.b = v->dy;
+    op.act = v->node->slope;
+    return mpt_op_map(v->ctx, &op);
 }
 
-/* Whether the backward pass of a norm takes the slope of the activation behind it in passing. */
-static int mpt__slope_in_norm(const mpt__node *node) {
-    return node->kind == MPT__NORM && node->slope == MPT_RELU && node->type <= MPT_BF16;
-}
-
-/* Gradients of gamma, beta and the input at once. Here, where the batch is known to count, its statistics join the
-   pending ones. */
-static mpt_result mpt__norm_node_backward(mpt_model *net, const mpt__node *node, mpt_array y, mpt_array dy,
-                                          size_t rows) {
-    const int to = node->in[0], wanted = mpt__node_of(net, to)->needs_gradient;
-    mpt_norm_op op = MPT_ZERO;
-    op.shape = mpt__norm_shape_of(node, rows);
-    op.stats = mpt__norm_stats_of(net, node);
-    if (node->norm == MPT__NORM_BATCH) {
-        op.pass = MPT_NORM_RUNNING;
-        op.momentum = node->momentum;
-        op.running = net->pending + node->running;
-        MPT__TRY(mpt_op_norm(net->ctx, &op));
-    }
-    op.pass = MPT_NORM_BACKWARD;
-    op.x = mpt__value(net, to);
-    op.y = dy;
-    op.gamma = mpt__norm_array(net, node->weight);
-    op.beta = mpt__norm_array(net, node->bias);
-    if (mpt__slope_in_norm(node)) {
-        op.act = node->slope;
-        op.saved = y;
-    }
-    if (wanted) {
-        op.dx = mpt__grad(net, to);
-        op.scale_x = mpt__grad_beta(net, to);
-    }
-    op.dgamma = mpt_f32_array(mpt_params_grad(net->params, node->weight));
-    op.dbeta = mpt_f32_array(mpt_params_grad(net->params, node->bias));
-    op.scale = net->micro ? 1.0f : 0.0f;
-    return mpt_op_norm(net->ctx, &op);
-}
-
-/* The gradient that `node` hands to its input on a side. */
-static mpt_result mpt__data_backward(mpt_model *net, int id, int side, mpt_array dy, mpt_array y, size_t rows) {
+static mpt_result mpt__node_backward(mpt_model *net, int id, size_t N) {
     const mpt__node *node = mpt__node_of(net, id);
-    const int to = node->in[side];
-    const mpt_array dx = mpt__grad(net, to);
-    const size_t inputs = mpt__node_count(mpt__node_of(net, to)), C = (size_t)mpt__node_of(net, to)->C;
-    mpt_gemm_op gemm = MPT_ZERO;
-    mpt_conv2d_op conv;
-    mpt_pool2d_op pool;
-    mpt_columns_op columns = MPT_ZERO;
-    mpt_map_op map = mpt__map_op(net, id, rows, MPT_MAP_ADD, dy, dx);
-    float beta;
-    if (!mpt__node_of(net, to)->needs_gradient) return MPT_OK;
-    beta = mpt__grad_beta(net, to);
-    if (dx.data == dy.data) return MPT_OK; /* shared: it is there already */
-    map.beta = beta;
-    switch (node->kind) {
-    case MPT__LINEAR:
-        gemm.m = rows;
-        gemm.n = inputs;
-        gemm.k = (size_t)node->C;
-        gemm.a = dy;
-        gemm.b = mpt__weight_array(net, node);
-        gemm.c = dx;
-        gemm.beta = beta;
-        return mpt_op_gemm(net->ctx, &gemm);
-    case MPT__CONV2D:
-        conv = mpt__conv2d_op(net, node, MPT_BACKWARD_DATA, rows);
-        conv.y = dy;
-        conv.x = dx;
-        conv.beta = beta;
-        return mpt_op_conv2d(net->ctx, &conv);
-    case MPT__POOL:
-        pool = mpt__pool2d_op(net, node, MPT_BACKWARD_DATA, rows);
-        pool.y = dy;
-        pool.x = dx;
-        pool.beta = beta;
-        return mpt_op_pool2d(net->ctx, &pool);
-    case MPT__ACTIVATION:
-        map.map = MPT_MAP_ACTIVATION_GRADIENT;
-        map.act = node->act;
-        map.a = mpt__act_saves_input(node->act) ? mpt__value(net, to) : y;
-        map.b = dy;
-        return mpt_op_map(net->ctx, &map);
-    case MPT__CONCAT:
-        columns.rows = rows * inputs / C;
-        columns.C = C;
-        columns.x = mpt__array_at(dy, side ? (size_t)node->C - C : 0);
-        columns.x_stride = (size_t)node->C;
-        columns.y = dx;
-        columns.beta = beta;
-        return mpt_op_columns(net->ctx, &columns);
-    case MPT__DROPOUT:
-        map.map = MPT_MAP_DROPOUT;
-        map.mask = mpt__dropout_mask(net, id);
-        return mpt_op_map(net->ctx, &map);
-    default: /* add, flatten: dx = dy + beta dx */ map.b = dx; return mpt_op_map(net->ctx, &map);
-    }
-}
-
-/* dy, in place, from behind the activation that a node computes in passing */
-static mpt_result mpt__slope_backward(mpt_model *net, int id, mpt_array y, mpt_array dy, size_t rows) {
-    mpt_map_op op = mpt__map_op(net, id, rows, MPT_MAP_ACTIVATION_GRADIENT, y, dy);
-    op.b = dy;
-    op.act = mpt__node_of(net, id)->slope;
-    return mpt_op_map(net->ctx, &op);
-}
-
-static mpt_result mpt__node_backward(mpt_model *net, int id, size_t rows) {
-    const mpt__node *node = mpt__node_of(net, id);
-    const mpt_array y = mpt__value(net, id), dy = mpt__grad(net, id);
+    const mpt__kind kind = mpt__kind_of(node);
+    mpt__visit v = mpt__visit_of(net, id, N, 1);
     int side;
     if (!node->needs_gradient || node->fused) return MPT_OK;
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
-    if (node->slope && node->kind != MPT__ACTIVATION && !mpt__slope_in_norm(node))
-        MPT__TRY(mpt__slope_backward(net, id, y, dy, rows));
-    mpt__enter(net, id, MPT_BACKWARD_WEIGHT, node->kind == MPT__NORM ? node->in[0] : id);
-    if (mpt__has_weights(node)) MPT__TRY(mpt__weights_backward(net, node, dy, rows));
-    if (node->kind == MPT__NORM) return mpt__norm_node_backward(net, node, y, dy, rows);
-    for (side = 0; side < 2 && node->in[side]; side++) {
+    if (node->slope && !(kind.takes_slope && kind.takes_slope(node))) MPT__TRY(mpt__slope_backward(&v));
+    for (side = 0; side < 2; side++) mpt__visit_input(net, &v, side);
+    mpt__enter(net, id, MPT_BACKWARD_WEIGHT, kind.data ? id : node->in[0]);
+    if (kind.weights) MPT__TRY(kind.weights(&v));
+    for (side = 0; side < 2; side++) {
+        if (!kind.data || !v.dx[side].data) continue;
         mpt__enter(net, id, MPT_BACKWARD_DATA, node->in[side]);
-        MPT__TRY(mpt__data_backward(net, id, side, dy, y, rows));
+        MPT__TRY(kind.data(&v, side));
     }
     return MPT_OK;
 }
@@ -8163,49 +8556,32 @@ static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
     return net->built ? MPT_OK : mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
 }
 
-/* Inputs must be finite, labels in range: told before anything changes. */
+/* Inputs must be finite, labels in range: told before anything changes. target NULL: there is none. */
 static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float *x, const void *target,
                                    size_t samples) {
-    const mpt__node *loss = &net->nodes[net->count - 1];
-    const size_t features = mpt__node_count(&net->nodes[0]), outputs = mpt__node_count(loss);
-    const int shares = loss->loss == MPT_LOSS_BCE_WITH_LOGITS;
-    const float *floats = (const float *)target;
-    const int32_t *labels = (const int32_t *)target;
+    const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
+    const size_t features = mpt__node_count(input);
     size_t i;
     if (!x) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: x is NULL", call);
     MPT__TRY(mpt__need_size(net->ctx, call, "x", samples, features, 1, 1));
     for (i = 0; i < samples * features; i++)
         if (!mpt__finite(x[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call,
-                            net->nodes[0].name, i / features, i % features, (double)x[i]);
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call, input->name,
+                            i / features, i % features, (double)x[i]);
     if (!target) return MPT_OK;
-    for (i = 0; i < samples && loss->loss == MPT_LOSS_CROSS_ENTROPY; i++)
-        if ((labels[i] < 0 || (size_t)labels[i] >= outputs) && !mpt__row_ignored(&loss->cross_entropy, labels[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call,
-                            loss->name, (int)labels[i], i, outputs - 1);
-    for (i = 0; i < samples * outputs && loss->loss != MPT_LOSS_CROSS_ENTROPY; i++) {
-        const uint32_t magnitude = mpt__bits(floats[i]) & 0x7fffffffu;
-        if (magnitude && magnitude < 0x00800000u) /* a small integer, its bits taken for a float's */
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE,
-                            "%s: '%s': target %z of sample %z has the bits of the integer %d; targets are float", call,
-                            loss->name, i % outputs, i / outputs, (int)magnitude);
-        if (!mpt__finite(floats[i]) || (shares && (floats[i] < 0 || floats[i] > 1)))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g%s", call, loss->name,
-                            i % outputs, i / outputs, (double)floats[i], shares ? ", not in 0..1" : "");
-    }
-    return MPT_OK;
+    if (loss->loss == MPT_LOSS_CROSS_ENTROPY)
+        return mpt__labels_check(net->ctx, call, loss, (const int32_t *)target, samples);
+    return mpt__targets_check(net->ctx, call, loss, (const float *)target, samples);
 }
 
 /* Adds the loss of `rows` samples to a sum. train: with its gradient. */
 static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows, int train) {
     const mpt__node *loss = &net->nodes[net->count - 1];
-    const size_t outputs = mpt__node_count(loss);
-    const int classes = loss->loss == MPT_LOSS_CROSS_ENTROPY;
     mpt_loss_op op = MPT_ZERO;
-    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * (classes ? 1 : outputs) * sizeof(float)));
+    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * mpt__target_width(loss) * sizeof(float)));
     op.kind = loss->loss;
     op.N = rows;
-    op.C = outputs;
+    op.C = mpt__node_count(loss);
     op.x = mpt__value(net, loss->in[0]);
     op.target = net->target;
     op.cross_entropy = loss->cross_entropy;
@@ -8236,27 +8612,49 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
     return r;
 }
 
-/* The first forward pass after a step starts a new sum of losses and new gradients, and forgets the statistics of
-   backward passes that no step followed. A later one forgets the loss of a forward pass that no backward followed. */
+/* mpt_step, of which the optimizer alone hears, ends a step in any stage. */
+static mpt__stage mpt__stage_of(const mpt_model *net) {
+    return net->opt->steps == net->stage_step ? net->stage : MPT__BETWEEN;
+}
+
+static void mpt__stage_set(mpt_model *net, mpt__stage stage) {
+    net->stage = stage;
+    net->stage_step = net->opt->steps;
+}
+
+/* Have passes gone by since the last step whose gradients the next one would add to? */
+static int mpt__has_gradients(const mpt_model *net) { return mpt__stage_of(net) >= MPT__GATHERED; }
+
+/* Forgets all passes since the last step. */
+static mpt_result mpt__forget_passes(mpt_model *net) {
+    if (mpt__has_gradients(net)) MPT__TRY(mpt__reset_statistics(net));
+    mpt__stage_set(net, MPT__BETWEEN);
+    net->micro = 0;
+    net->forward_rows = 0;
+    return MPT_OK;
+}
+
+/* Of the sums of losses [0] is that of the passes so far, the new one included, and [2] that without it. */
 static mpt_result mpt__start_forward(mpt_model *net) {
     mpt_backend *backend = &net->ctx->backend;
-    mpt_loss_sum *sum = &net->sums[0], *kept = &net->sums[2];
-    net->opt->op.loss = sum;
-    if (net->micro && net->steps_at_backward == net->opt->steps) {
-        net->opt->op.loss = kept; /* until a backward pass follows */
-        return backend->copy(net->ctx, net->followed ? kept : sum, net->followed ? sum : kept, sizeof *sum);
+    mpt_loss_sum *sum = &net->sums[0], *before = &net->sums[2];
+    const mpt__stage stage = mpt__stage_of(net);
+    net->forward_rows = 0;
+    if (!mpt__has_gradients(net)) {
+        net->micro = 0;
+        mpt__stage_set(net, MPT__BEGUN);
+        net->opt->op.loss = sum;
+        return backend->zero(net->ctx, sum, sizeof *sum);
     }
-    net->micro = 0;
-    if (net->gathered && net->steps_at_backward == net->opt->steps)
-        MPT__TRY(backend->copy(net->ctx, net->pending, net->running, net->statistics * sizeof *net->running));
-    net->gathered = 0;
-    return backend->zero(net->ctx, sum, sizeof *sum);
+    net->opt->op.loss = before; /* until a backward pass follows */
+    if (stage == MPT__GATHERED) MPT__TRY(backend->copy(net->ctx, before, sum, sizeof *sum));
+    else MPT__TRY(backend->copy(net->ctx, sum, before, sizeof *sum));
+    mpt__stage_set(net, MPT__RESUMED);
+    return MPT_OK;
 }
 
 static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void *target, size_t rows) {
-    net->forward_rows = 0;
     MPT__TRY(mpt__start_forward(net));
-    net->followed = 0;
     MPT__TRY(mpt__run_forward(net, x, target, rows, 1));
     net->forward_rows = (int)rows;
     return MPT_OK;
@@ -8273,17 +8671,18 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *targe
     return mpt__train_forward(net, x, target, (size_t)n);
 }
 
+/* Does a forward pass of the step under way wait for its backward pass? */
+static int mpt__waits(const mpt_model *net) { return net->forward_rows && mpt__stage_of(net) != MPT__BETWEEN; }
+
 MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     int id;
     MPT__TRY(mpt__need_built(net, "backward"));
-    if (!net->forward_rows)
+    if (!mpt__waits(net))
         return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: there is no forward pass that it could follow");
     if (net->opt->phase != MPT__READY)
         return mpt_fail(net->ctx, MPT_ERROR_ORDER,
                         "backward: the gradients are unscaled; step and update the scaler first");
-    net->steps_at_backward = net->opt->steps;
-    net->gathered = net->statistics != 0;
-    net->followed = 1;
+    mpt__stage_set(net, MPT__GATHERED);
     net->opt->op.loss = &net->sums[0];
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
     for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
@@ -8293,15 +8692,24 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     return MPT_OK;
 }
 
+MPT_DEF mpt_result mpt_zero_grad(mpt_model *net) {
+    MPT__TRY(mpt__need_built(net, "zero_grad"));
+    if (net->opt->phase != MPT__READY)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER,
+                        "zero_grad: the gradients are unscaled; step and update the scaler first");
+    return mpt__forget_passes(net);
+}
+
 static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *target) {
-    const mpt__node *loss = &net->nodes[net->count - 1];
     const size_t rows = (size_t)net->train.batch, features = mpt__node_count(&net->nodes[0]);
-    const size_t width = loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss);
+    const size_t width = mpt__target_width(&net->nodes[net->count - 1]);
     int i;
-    net->micro = 0;
-    for (i = 0; i < net->train.accumulate; i++, x += rows * features, target += rows * width) {
+    MPT__TRY(mpt__forget_passes(net));
+    for (i = 0; i < net->train.accumulate; i++) {
         MPT__TRY(mpt__train_forward(net, x, target, rows));
         MPT__TRY(mpt_backward(net));
+        x += rows * features;
+        target += rows * width;
     }
     MPT__TRY(mpt_unscale(net->opt));
     if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
@@ -8311,10 +8719,11 @@ static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *
 
 /* Are the calls those of the last step? Not behind backward passes without a step, nor among other optimizers. */
 static int mpt__step_known(const mpt_model *net) {
-    int i, known = net->ctx->backend.begin && net->opt->phase == MPT__READY &&
-                   !(net->gathered && net->steps_at_backward == net->opt->steps);
-    for (i = 0; i < MPT_OPTIMIZERS; i++) known &= !net->scaler->optimizers[i] || net->scaler->optimizers[i] == net->opt;
-    return known;
+    int i;
+    if (!net->ctx->backend.begin || net->opt->phase != MPT__READY || mpt__has_gradients(net)) return 0;
+    for (i = 0; i < MPT_OPTIMIZERS; i++)
+        if (net->scaler->optimizers[i] && net->scaler->optimizers[i] != net->opt) return 0;
+    return 1;
 }
 
 /* Between steps: of the model's optimizer, and no other of the scaler may keep it from its update. */
@@ -8368,11 +8777,10 @@ MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net) { return net ? net->scaler 
 
 MPT_DEF double mpt_loss(mpt_model *net) {
     mpt_loss_sum sum = MPT_ZERO;
-    int at;
+    int left_out;
     if (!net || !net->built) return 0;
-    at = net->micro && !net->followed && net->steps_at_backward != net->opt->steps ? 2
-                                                                                   : 0; /* the step had no part of it */
-    if (mpt_download(net->ctx, &sum, &net->sums[at], sizeof sum) != MPT_OK) return 0;
+    left_out = net->stage == MPT__RESUMED && mpt__stage_of(net) == MPT__BETWEEN; /* its last pass, by the step */
+    if (mpt_download(net->ctx, &sum, &net->sums[left_out ? 2 : 0], sizeof sum) != MPT_OK) return 0;
     return sum.weight > 0 ? sum.loss / sum.weight : 0;
 }
 
@@ -8393,16 +8801,23 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net) {
     return net && net->built ? mpt__node_count(&net->nodes[net->count - 1]) : 0;
 }
 
+/* An evaluation writes over the activations that a backward pass would read. */
+static mpt_result mpt__need_activations(const mpt_model *net, const char *call) {
+    if (!mpt__waits(net)) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ORDER,
+                    "%s: a forward pass waits for mpt_backward; call that, or mpt_zero_grad to forget it", call);
+}
+
 MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *target, size_t samples, mpt_metrics *out) {
     mpt_loss_sum sum = MPT_ZERO;
     size_t i, rows, features, width;
     MPT__TRY(mpt__need_built(net, "evaluate"));
     if (!target || !out || !samples)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "evaluate: target or out is NULL, or there are no samples");
+    MPT__TRY(mpt__need_activations(net, "evaluate"));
     MPT__TRY(mpt__check_batch(net, "evaluate", x, target, samples));
     features = mpt__node_count(&net->nodes[0]);
-    width = net->nodes[net->count - 1].loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt_model_outputs(net);
-    net->forward_rows = 0; /* the activations are overwritten */
+    width = mpt__target_width(&net->nodes[net->count - 1]);
     MPT__TRY(net->ctx->backend.zero(net->ctx, &net->sums[1], sizeof sum));
     for (i = 0; i < samples; i += rows) {
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -8420,10 +8835,10 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
     size_t i, rows, features, outputs;
     MPT__TRY(mpt__need_built(net, "predict"));
     if (!out) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "predict: out is NULL");
+    MPT__TRY(mpt__need_activations(net, "predict"));
     MPT__TRY(mpt__check_batch(net, "predict", x, NULL, samples));
     features = mpt__node_count(&net->nodes[0]);
     outputs = mpt_model_outputs(net);
-    net->forward_rows = 0;
     for (i = 0; i < samples; i += rows) {
         mpt_array logits = mpt__value(net, net->nodes[net->count - 1].in[0]);
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -8448,7 +8863,7 @@ MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net) {
 
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int id) {
     const mpt__node *node = net && net->built && id > 0 && id <= net->count ? mpt__node_of(net, id) : NULL;
-    return node && node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH ? net->running + node->running : NULL;
+    return node && mpt__is_batch_norm(node) ? net->running + node->running : NULL;
 }
 
 /* The one judge of running statistics: means(C) are finite, and the variances(C) behind them not negative, too. */
@@ -8482,16 +8897,16 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target
     mpt_scaler_state scaler;
     mpt_loss_sum sums[MPT__SUMS];
     char why[sizeof net->ctx->why];
-    int micro, followed, gathered;
-    uint64_t steps;
+    mpt__stage stage;
+    uint64_t step;
+    int micro;
     mpt_result r, kept;
     MPT__TRY(mpt__need_built(net, "replay"));
-    if (net->opt->phase != MPT__READY || (net->micro && net->steps_at_backward == net->opt->steps))
+    if (net->opt->phase != MPT__READY || mpt__has_gradients(net))
         return mpt_fail(net->ctx, MPT_ERROR_ORDER, "replay: a step is under way, whose gradients it would overwrite");
+    stage = net->stage;
+    step = net->stage_step;
     micro = net->micro;
-    followed = net->followed;
-    gathered = net->gathered;
-    steps = net->steps_at_backward;
     MPT__TRY(mpt_scaler_get_state(net->scaler, &scaler));
     MPT__TRY(mpt_download(net->ctx, sums, net->sums, sizeof sums));
     MPT__TRY(mpt_scaler_set_scale(net->scaler, scale));
@@ -8500,12 +8915,10 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target
     memcpy(why, net->ctx->why, sizeof why);
     kept = mpt_scaler_set_state(net->scaler, &scaler);
     if (kept == MPT_OK) kept = mpt_upload(net->ctx, net->sums, sums, sizeof sums);
-    if (kept == MPT_OK && net->statistics)
-        kept = mpt_cast(net->ctx, net->statistics, mpt_f32_array(net->running), mpt_f32_array(net->pending), NULL);
+    if (kept == MPT_OK) kept = mpt__reset_statistics(net);
+    net->stage = stage;
+    net->stage_step = step;
     net->micro = micro;
-    net->followed = followed;
-    net->gathered = gathered;
-    net->steps_at_backward = steps;
     net->forward_rows = 0;
     if (r == MPT_OK) return kept;
     net->ctx->failed = r; /* not what came after it */
@@ -8517,26 +8930,9 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target
 
    -- The plan and its bytes -- */
 
-static const char *mpt__kernel_name(const mpt_model *net, const mpt__node *node) {
-    switch (node->kind) {
-    case MPT__INPUT: return "cast";
-    case MPT__LINEAR: return "product";
-    case MPT__CONV2D:
-        return node->conv.groups == 1                                              ? "convolution"
-               : node->conv.groups == node->conv.C && node->conv.C == node->conv.K ? "depthwise"
-                                                                                   : "grouped";
-    case MPT__POOL: return "pooling";
-    case MPT__FLATTEN: return "shared memory";
-    case MPT__CONCAT: return "copy";
-    case MPT__NORM: return mpt__slope_in_norm(node) ? "norm with slope" : "normalisation";
-    case MPT__ADD: return mpt__shared_side(net, (int)(node - net->nodes) + 1) < 0 ? "elementwise" : "sum, dy shared";
-    case MPT__LOSS: return "loss and gradient";
-    default: return node->fused ? "epilogue" : "elementwise";
-    }
-}
-
 MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *out) {
     const mpt__node *node;
+    mpt__kind kind;
     int i;
     MPT__TRY(mpt__need_built(net, "model_node"));
     if (id < 1 || id > net->count || !out)
@@ -8545,7 +8941,8 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     node = mpt__node_of(net, id);
     memset(out, 0, sizeof *out);
     out->name = node->name;
-    out->kernel = mpt__kernel_name(net, node);
+    kind = mpt__kind_of(node);
+    out->kernel = kind.told ? kind.told(net, node) : kind.how;
     out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
     out->in[0] = node->in[0];
     out->in[1] = node->in[1];
@@ -8562,13 +8959,12 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     out->type = node->kind == MPT__LOSS ? MPT_F32 : node->type;
     out->grad_type = node->grad_type;
     out->needs_gradient = node->needs_gradient;
-    out->weight_type = mpt__has_weights(node) ? node->policy.compute : MPT_DTYPE_COUNT;
+    out->weight_type = kind.product ? node->policy.compute : MPT_DTYPE_COUNT;
     out->fused_into = node->fused ? node->in[0] : 0;
     out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +
                       mpt_params_count(net->params, node->bias ? node->bias : -1);
-    if (mpt__has_weights(node))
-        out->multiply_adds =
-            mpt_params_count(net->params, node->weight) * (size_t)(node->kind == MPT__LINEAR ? 1 : node->H * node->W);
+    if (kind.product)
+        out->multiply_adds = mpt_params_count(net->params, node->weight) * (size_t)node->H * (size_t)node->W;
     for (i = 0; i < MPT__BUFFERS && node->kind != MPT__LOSS; i++) {
         const int own[MPT__BUFFERS] = {node->value, node->grad, node->index, node->stats, node->cast};
         const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
@@ -8760,8 +9156,8 @@ typedef struct mpt__disk {
 } mpt__disk;
 
 typedef struct mpt__memory_file { /* a file in memory */
-    const unsigned char *from; /* that is read... */
-    unsigned char *to;         /* ...or written; NULL: only counted */
+    const unsigned char *from;    /* that is read... */
+    unsigned char *to;            /* ...or written; NULL: only counted */
     size_t size, at;
 } mpt__memory_file;
 
@@ -8805,7 +9201,7 @@ static int mpt__file_rename(const char *from, const char *to) { return MoveFileE
 #else
 #ifdef MPT__POSIX
 #include <sys/stat.h>
-MPT__SYSTEM(int, fileno, (FILE * file))                                   /* -std=c99 hides them */
+MPT__SYSTEM(int, fileno, (FILE * file)) /* -std=c99 hides them */
 MPT__SYSTEM(int, fsync, (int file))
 MPT__SYSTEM(char *, realpath, (const char *path, char *out))
 static int mpt__file_sync(FILE *file) { return mpt__sys_fsync(mpt__sys_fileno(file)) == 0; }
@@ -8963,35 +9359,19 @@ static size_t mpt__part_bytes(const mpt__part *part) { return part->count * mpt_
 
 /* -- Which tensors a model has -- */
 
-/* Where PyTorch, which flattens images in C, H, W order, has element i of a node's value. */
+/* Where PyTorch, which flattens images in C, H, W order, has element i of a node's value. A value of one pixel has the
+   order of the input that its layer says it follows: a concatenation of the one that *i, which it changes, falls into. */
 static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
-    size_t before = 0;
-    for (;;) {
+    size_t before = 0; /* elements of the inputs to the left */
+    while (id) {
         const mpt__node *node = mpt__node_of(net, id);
-        const size_t pixels = (size_t)node->H * (size_t)node->W, C = (size_t)node->C;
+        const size_t pixels = (size_t)node->H * (size_t)node->W, C = (size_t)node->C, here = i;
+        const mpt__kind kind = mpt__kind_of(node);
         if (pixels > 1) return before + i % C * pixels + i / C;
-        switch (node->kind) {
-        case MPT__FLATTEN:
-        case MPT__ACTIVATION:
-        case MPT__DROPOUT:
-        case MPT__NORM:
-        case MPT__ADD: id = node->in[0]; break;
-        case MPT__POOL:
-            if (mpt__node_of(net, node->in[0])->H * mpt__node_of(net, node->in[0])->W > 1) return before + i;
-            id = node->in[0];
-            break;
-        case MPT__CONCAT: {
-            const size_t first = (size_t)mpt__node_of(net, node->in[0])->C;
-            id = node->in[i >= first];
-            if (i >= first) {
-                before += first;
-                i -= first;
-            }
-            break;
-        }
-        default: return before + i;
-        }
+        id = kind.follows ? kind.follows(net, node, &i) : 0;
+        before += here - i;
     }
+    return before + i;
 }
 
 /* Has PyTorch the elements of two values, of one pixel each, in the same order? `other` 0: and in the model's. */
@@ -9010,10 +9390,10 @@ static mpt_result mpt__check_orders(const mpt__job *job) {
     int id;
     for (id = 2; id <= net->count; id++) {
         const mpt__node *node = mpt__node_of(net, id), *in = mpt__node_of(net, node->in[0]);
-        const int groups = (node->kind == MPT__NORM && node->norm == MPT__NORM_GROUP && node->norm_shape.groups > 1) ||
-                           (node->kind == MPT__CONV2D && node->conv.groups > 1);
+        const mpt__kind kind = mpt__kind_of(node);
+        const int groups = kind.groups && kind.groups(node) > 1, sum = kind.shares_dy;
         if (in->H * in->W > 1) continue;
-        if ((node->kind == MPT__ADD && !mpt__same_order(net, node->in[0], node->in[1])) ||
+        if ((sum && !mpt__same_order(net, node->in[0], node->in[1])) ||
             (groups && !mpt__same_order(net, node->in[0], 0)))
             return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED,
                                  "'%s' reads a flattened image, which PyTorch has in C, H, W order: it would compute "
@@ -9053,21 +9433,21 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     const size_t at = mpt__params_offset(params, tensor) * mpt__file_types[type].size;
     mpt__part *part =
         mpt__part_add(job, prefix, mpt_params_name(params, tensor), "", kind, type, mpt_params_count(params, tensor));
+    const mpt__node *in = mpt__node_of(job->net, node->in[0]);
+    const int dims = mpt__kind_of(node).weight_dims;
     part->id = tensor;
     part->device = elements ? (char *)elements + at : NULL;
-    if (node->kind == MPT__NORM && node->H * node->W == 1) part->reads = node->in[0];
-    if (tensor == node->bias || node->kind == MPT__NORM) return;
-    part->dims = node->kind == MPT__CONV2D ? 4 : 2;
+    if (dims == 1 && node->H * node->W == 1) part->reads = node->in[0];
+    if (dims == 1 || tensor == node->bias) return;
+    part->dims = dims;
     part->shape[0] = (size_t)node->C;
     part->shape[1] = part->columns = part->count / (size_t)node->C;
-    if (node->kind == MPT__LINEAR) part->reads = node->in[0];
-    else {
-        const mpt__node *in = mpt__node_of(job->net, node->in[0]);
-        if (in->H * in->W == 1 && node->conv.groups == 1) part->reads = node->in[0];
-        part->shape[1] = part->inner = node->conv.C / node->conv.groups;
-        part->shape[2] = node->conv.R;
-        part->shape[3] = node->conv.S;
-    }
+    if (dims == 2) part->reads = node->in[0];
+    if (dims == 2) return;
+    if (in->H * in->W == 1 && node->conv.groups == 1) part->reads = node->in[0];
+    part->shape[1] = part->inner = node->conv.C / node->conv.groups;
+    part->shape[2] = node->conv.R;
+    part->shape[3] = node->conv.S;
 }
 
 static void mpt__list_tensors(mpt__job *job, const char *prefix, mpt__part_kind kind, int type, void *elements) {
@@ -10055,7 +10435,7 @@ static mpt_result mpt__judge(const mpt__job *job, const mpt__part *part) {
 }
 
 /* All arrays as they will be uploaded, one after the other: so the halves of running statistics are side by side. */
-static mpt_result mpt__stage(mpt__job *job) {
+static mpt_result mpt__part_stage(mpt__job *job) {
     size_t bytes = 0;
     int i;
     for (i = 0; i < job->count; i++) bytes += job->parts[i].kind ? job->parts[i].count * sizeof(float) : 0;
@@ -10100,7 +10480,7 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     const mpt__state *state = job->state;
     const size_t table = (size_t)job->net->params->count * sizeof(mpt_slice);
     int i;
-    job->net->forward_rows = job->net->micro = 0; /* no backward pass can follow */
+    mpt__stage_set(job->net, MPT__BETWEEN); /* no backward pass can follow */
     for (i = 0; i < job->count; i++) MPT__TRY(mpt__upload_part(job, &job->parts[i]));
     if (!job->full) return MPT_OK;
     memcpy(opt->slices, state->slices, table);
@@ -10124,7 +10504,7 @@ static mpt_result mpt__take(mpt__job *job) {
         MPT__TRY(mpt__check_sum(job));
         MPT__TRY(mpt__read_states(job));
     }
-    MPT__TRY(mpt__stage(job));
+    MPT__TRY(mpt__part_stage(job));
     return mpt__upload_all(job);
 }
 
@@ -10155,7 +10535,7 @@ static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt
     job->type = (int)type;
     if ((unsigned)type > MPT_BF16)
         return mpt__job_fail(job, MPT_ERROR_TYPE, "weights as type %s", mpt_dtype_name(type));
-    if (net->opt->phase != MPT__READY || (net->micro && net->steps_at_backward == net->opt->steps))
+    if (net->opt->phase != MPT__READY || mpt__has_gradients(net))
         return mpt__job_fail(job, MPT_ERROR_ORDER, "in the middle of a step; mpt_step and mpt_scaler_update end it");
     r = run(job);
     mpt__host_free(job->ctx, job->parts);

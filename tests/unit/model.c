@@ -1069,13 +1069,17 @@ static void finish_step(mpt_context *ctx, mpt_model *model) {
 }
 
 /* A step from letters, each with the next 5 samples: F a forward pass and its backward pass, f a forward pass alone, e
-   an evaluation, . nothing; s, at the end, a whole training step. */
+   an evaluation, which a forward pass alone refuses, z mpt_zero_grad, . nothing; s, at the end, a whole training step. */
 static void play(mpt_context *ctx, mpt_model *model, const samples *s, const char *passes) {
     size_t i;
     for (i = 0; passes[i]; i++) {
         const samples some = samples_from(s, 5 * i);
         mpt_metrics m;
-        if (passes[i] == 'e') CHECK_OK(ctx, mpt_evaluate(model, some.x, some.label, 5, &m));
+        const int waits = i && passes[i - 1] == 'f';
+        if (passes[i] == 'e' && waits)
+            CHECK_ERROR(ctx, mpt_evaluate(model, some.x, some.label, 5, &m), MPT_ERROR_ORDER, "waits");
+        if (passes[i] == 'e' && !waits) CHECK_OK(ctx, mpt_evaluate(model, some.x, some.label, 5, &m));
+        if (passes[i] == 'z') CHECK_OK(ctx, mpt_zero_grad(model));
         if (passes[i] == 's') CHECK_OK(ctx, mpt_train_step(model, some.x, some.label));
         if (passes[i] == 'F' || passes[i] == 'f') CHECK_OK(ctx, mpt_forward(model, some.x, some.label, 5));
         if (passes[i] == 'F') CHECK_OK(ctx, mpt_backward(model));
@@ -1105,9 +1109,10 @@ static void test_abandoned(mpt_context *ctx, mpt_policy policy, const char *pass
 }
 
 static void test_all_abandoned(mpt_context *ctx) {
-    static const char *const passes[][2] = {{"fs", ".s"},   {"fes", "..s"}, {"fF", ".F"},   {"Fs", ".s"},
-                                            {"FFs", "..s"}, {"FeF", "F.F"}, {"FfF", "F.F"}, {"ffFfeF", "..F..F"},
-                                            {"FFf", "FF."}, {"Fe", "F."}};
+    static const char *const passes[][2] = {{"fs", ".s"},     {"fes", "..s"},  {"fF", ".F"},   {"Fs", ".s"},
+                                            {"FFs", "..s"},   {"FeF", "F.F"},  {"FfF", "F.F"}, {"ffFfeF", "..F..F"},
+                                            {"FFf", "FF."},   {"Fe", "F."},    {"FzF", "..F"}, {"FFzF", "...F"},
+                                            {"fzeF", "...F"}, {"FfzF", "...F"}};
     size_t i;
     for (i = 0; i < sizeof passes / sizeof *passes; i++)
         test_abandoned(ctx, policy_of(i % 2 ? 4 : 0), passes[i][0], passes[i][1]);
@@ -1515,8 +1520,23 @@ static void test_order(mpt_context *ctx) {
     CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
     CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
     CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
+    CHECK_ERROR(ctx, mpt_evaluate(model, s.x, s.label, 1, &m), MPT_ERROR_ORDER, "waits");
+    CHECK_ERROR(ctx, mpt_predict(model, s.x, 1, s.target), MPT_ERROR_ORDER, "waits");
+    CHECK_OK(ctx, mpt_backward(model)); /* its activations are still there */
+    CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
+    CHECK_ERROR(ctx, mpt_zero_grad(model), MPT_ERROR_ORDER, "unscaled");
+    CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
+    CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
+    CHECK_OK(ctx, mpt_zero_grad(model));
     CHECK_OK(ctx, mpt_evaluate(model, s.x, s.label, 1, &m));
-    CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "forward"); /* evaluation took its activations */
+    CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "forward"); /* it is forgotten */
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
+    CHECK_OK(ctx, mpt_backward(model));
+    CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
+    finish_step(ctx, model); /* without that last pass */
+    CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "forward");
+    CHECK(mpt_zero_grad(NULL) == MPT_ERROR_ARGUMENT);
     CHECK_ERROR(ctx, mpt_model_build(model, NULL), MPT_ERROR_ORDER, "built");
     CHECK_EQUAL(mpt_relu(model, 1), 0);
     test_check_reason(ctx, "built", __FILE__, __LINE__);
