@@ -1078,7 +1078,7 @@ typedef void (*mpt_write)(const char *line, void *user);
 
 /* The plan: a line for each node under a header: name, shape, types and why, kernel, fused into, parameters, bytes,
    multiply-adds. */
-MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user);
+MPT_DEF mpt_result mpt_model_print(const mpt_model *net, mpt_write write, void *user);
 /* mpt_model_memory, a line for each role: bytes, share of all, bytes a parameter. */
 MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_write write, void *user);
 
@@ -9097,7 +9097,7 @@ static void mpt__print_node(const mpt_model *net, int id, mpt__table *t) {
     mpt__row_end(t);
 }
 
-MPT_DEF mpt_result mpt_model_print(const mpt_model *net, void (*write)(const char *line, void *user), void *user) {
+MPT_DEF mpt_result mpt_model_print(const mpt_model *net, mpt_write write, void *user) {
     static const mpt__column columns[] = {
         {"", 4},        {"node", 20},           {"shape", 34},      {"type", 40},
         {"reads", 46},  {"kernel", 65},         {"fused into", 82}, {"parameters", 93},
@@ -9422,7 +9422,9 @@ static mpt__part *mpt__part_add(mpt__job *job, const char *prefix, const char *n
     part->kind = kind;
     part->type = type;
     part->dims = 1;
-    part->shape[0] = part->count = part->columns = count;
+    part->shape[0] = count;
+    part->count = count;
+    part->columns = count;
     return part;
 }
 
@@ -9465,7 +9467,8 @@ static void mpt__list_running(mpt__job *job) {
     for (id = 1; id <= job->net->count; id++) {
         const mpt__node *node = mpt__node_of(job->net, id);
         const size_t C = (size_t)node->C;
-        for (half = 0; half < 2 && mpt_model_running(job->net, id); half++) {
+        if (!mpt_model_running(job->net, id)) continue;
+        for (half = 0; half < 2; half++) {
             mpt__part *part = mpt__part_add(job, "", node->name, suffixes[half], MPT__RUNNING, MPT_F32, C);
             part->id = id;
             part->device = job->net->running + node->running + (half ? C : 0);
@@ -9478,32 +9481,51 @@ enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES, MPT__SETTING
 enum { MPT__STATE_BYTES = 1 << 24 }; /* of a state whose version is still to be read, at most */
 static size_t mpt__state_words(const mpt__job *job, int which);
 
-/* All tensors, those of wide elements first: then PyTorch finds each at a multiple of its element's size. */
-static mpt_result mpt__list(mpt__job *job) {
-    static const char *const states[] = {"mpt.settings", "mpt.optimizer", "mpt.scaler"};
-    static const char *const moments[] = {"mpt.moment1.", "mpt.moment2.", "mpt.moment3."};
-    mpt_params *params = job->net->params;
-    const int masters = params->master != NULL;
-    const size_t most = MPT__STATES + 1 + 2 * (size_t)job->net->count + 5 * (size_t)params->count;
+static void mpt__list_states(mpt__job *job) {
+    static const char *const names[] = {"mpt.settings", "mpt.optimizer", "mpt.scaler"};
     int i;
-    job->parts = (mpt__part *)mpt__host_alloc(job->ctx, most * sizeof *job->parts);
-    if (!job->parts) return MPT_ERROR_NO_MEMORY;
-    for (i = 0; i < MPT__STATES && job->full; i++)
-        mpt__part_add(job, states[i], "", "", MPT__STATE, MPT__I64, mpt__state_words(job, i))->id = i;
-    for (i = 1; i <= 3 && job->full; i++) {
+    for (i = 0; i < MPT__STATES; i++)
+        mpt__part_add(job, names[i], "", "", MPT__STATE, MPT__I64, mpt__state_words(job, i))->id = i;
+}
+
+static void mpt__list_moments(mpt__job *job) {
+    static const char *const names[] = {"mpt.moment1.", "mpt.moment2.", "mpt.moment3."};
+    int i;
+    for (i = 1; i <= 3; i++) {
         float *moment = mpt_optimizer_moment(job->net->opt, i, 0);
         int first = job->count;
-        if (moment) mpt__list_tensors(job, moments[i - 1], MPT__RAW, MPT_F32, moment);
+        if (moment) mpt__list_tensors(job, names[i - 1], MPT__RAW, MPT_F32, moment);
         for (; first < job->count; first++) job->parts[first].moment = i;
     }
+}
+
+/* The weights of a checkpoint as the policy keeps them: masters, or 16 bits and what goes with them. */
+static void mpt__list_kept(mpt__job *job) {
+    const mpt_params *params = job->net->params;
+    const int split = params->desc.master == MPT_MASTER_SPLIT;
+    if (params->master) mpt__list_tensors(job, "", MPT__VALUES, MPT_F32, NULL);
+    else mpt__list_tensors(job, "", MPT__RAW, (int)params->copy.type, params->copy.data);
+    if (!params->low) return;
+    mpt__list_tensors(job, "mpt.low.", MPT__RAW, split ? (int)MPT__U16 : (int)params->copy.type, params->low);
+}
+
+/* All tensors, those of wide elements first: then PyTorch finds each at a multiple of its element's size. */
+static mpt_result mpt__list(mpt__job *job) {
+    const size_t nodes = (size_t)job->net->count, tensors = (size_t)job->net->params->count;
+    const size_t most = MPT__STATES + 1 + 2 * nodes + 5 * tensors;
+    job->parts = (mpt__part *)mpt__host_alloc(job->ctx, most * sizeof *job->parts);
+    if (!job->parts) return MPT_ERROR_NO_MEMORY;
+    if (!job->full) {
+        mpt__list_running(job);
+        mpt__list_tensors(job, "", MPT__VALUES, job->type, NULL);
+        return mpt__check_orders(job);
+    }
+    mpt__list_states(job);
+    mpt__list_moments(job);
     mpt__list_running(job);
-    if (job->full && !masters) mpt__list_tensors(job, "", MPT__RAW, (int)params->copy.type, params->copy.data);
-    else mpt__list_tensors(job, "", MPT__VALUES, job->full ? (int)MPT_F32 : job->type, NULL);
-    if (job->full && params->low)
-        mpt__list_tensors(job, "mpt.low.", MPT__RAW,
-                          params->desc.master == MPT_MASTER_SPLIT ? MPT__U16 : (int)params->copy.type, params->low);
-    if (job->full) mpt__part_add(job, "mpt.sum", "", "", MPT__SUM, MPT__U8, 8);
-    return job->full ? MPT_OK : mpt__check_orders(job);
+    mpt__list_kept(job);
+    mpt__part_add(job, "mpt.sum", "", "", MPT__SUM, MPT__U8, 8);
+    return MPT_OK;
 }
 
 /* -- Counters and settings -- one list of members each, walked to count the words, to write them and to read them */
@@ -9697,7 +9719,8 @@ static size_t mpt__header_text(const mpt__job *job, char *out, size_t size) {
         mpt__put_string(&t, ",\"data_offsets\":[");
         mpt__put_unsigned(&t, at);
         mpt__put_char(&t, ',');
-        mpt__put_unsigned(&t, at += mpt__part_bytes(part));
+        at += mpt__part_bytes(part);
+        mpt__put_unsigned(&t, at);
         mpt__put_string(&t, "]}");
     }
     mpt__put_char(&t, '}');
@@ -9923,7 +9946,8 @@ static mpt_result mpt__json_string(mpt__job *job, const char **out) {
     static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
     char *to;
     MPT__TRY(mpt__json_need(job, '"'));
-    *out = to = job->at;
+    to = job->at;
+    *out = to;
     while (*job->at != '"') {
         const char c = *job->at++;
         const char *escape;
@@ -10010,12 +10034,20 @@ static mpt_result mpt__json_value(mpt__job *job) {
     }
 }
 
+/* How many bytes follow the first of a character; -1: none begins with it */
+static int mpt__utf8_follow(unsigned char first) {
+    if (first < 0x80) return 0;
+    if (first < 0xc2 || first > 0xf4) return -1;
+    if (first < 0xe0) return 1;
+    return first < 0xf0 ? 2 : 3;
+}
+
 /* Is all of it UTF-8, as RFC 3629 has it: no longer than need be, no surrogates, nothing over 0x10ffff? */
 static int mpt__is_utf8(const char *text, size_t bytes) {
     const unsigned char *at = (const unsigned char *)text, *end = at + bytes;
     while (at < end) {
         const unsigned char c = *at++;
-        const int more = c < 0x80 ? 0 : c < 0xc2 ? -1 : c < 0xe0 ? 1 : c < 0xf0 ? 2 : c < 0xf5 ? 3 : -1;
+        const int more = mpt__utf8_follow(c);
         int i;
         if (more < 0 || end - at < more) return 0;
         if ((c == 0xe0 && *at < 0xa0) || (c == 0xed && *at > 0x9f)) return 0;
@@ -10030,7 +10062,8 @@ static mpt_result mpt__json_number(mpt__job *job, uint64_t *out) {
     const char *first;
     mpt__json_take(job, 0); /* blanks */
     first = job->at;
-    for (*out = 0; *job->at >= '0' && *job->at <= '9'; job->at++) {
+    *out = 0;
+    for (; *job->at >= '0' && *job->at <= '9'; job->at++) {
         const uint64_t digit = (uint64_t)(*job->at - '0');
         if (*out > ((uint64_t)-1 - digit) / 10) return mpt__json_fail(job, "a number of over 64 bits");
         *out = *out * 10 + digit;
@@ -10072,6 +10105,14 @@ static mpt_result mpt__json_type(mpt__job *job, mpt__entry *entry) {
     return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED, "'%s' has the unknown type '%s'", entry->name, name);
 }
 
+/* The place of a word among some; their number if it is none of them */
+static int mpt__word_index(const char *word, const char *const *words, int count) {
+    int i;
+    for (i = 0; i < count; i++)
+        if (strcmp(word, words[i]) == 0) return i;
+    return count;
+}
+
 /* The three members in any order, each once; others are passed over. */
 static mpt_result mpt__json_tensor(mpt__job *job, mpt__entry *entry) {
     static const char *const members[] = {"dtype", "shape", "data_offsets"};
@@ -10082,7 +10123,7 @@ static mpt_result mpt__json_tensor(mpt__job *job, mpt__entry *entry) {
     do {
         MPT__TRY(mpt__json_string(job, &key));
         MPT__TRY(mpt__json_need(job, ':'));
-        for (member = 0; member < 3 && strcmp(key, members[member]) != 0; member++) {}
+        member = mpt__word_index(key, members, 3);
         if (member == 3) {
             MPT__TRY(mpt__json_value(job));
             continue;
@@ -10160,14 +10201,14 @@ static void mpt__sort(mpt__entry *entries, size_t count) {
 /* As many bytes as type and shape say. */
 static mpt_result mpt__check_entry(const mpt__job *job, const mpt__entry *entry) {
     uint64_t bytes = mpt__file_types[entry->type].size;
-    int d, empty = 0;
-    for (d = 0; d < entry->dims; d++) empty |= !entry->shape[d];
-    for (d = 0; d < entry->dims && !empty; d++) {
-        if (entry->shape[d] > (uint64_t)-1 / bytes)
+    int d;
+    for (d = 0; d < entry->dims; d++)
+        if (!entry->shape[d]) bytes = 0;
+    for (d = 0; d < entry->dims; d++) {
+        if (bytes && entry->shape[d] > (uint64_t)-1 / bytes)
             return mpt__job_fail(job, MPT_ERROR_FILE, "the size of '%s' overflows", entry->name);
         bytes *= entry->shape[d];
     }
-    if (empty) bytes = 0;
     if (entry->end < entry->begin || entry->end - entry->begin != bytes)
         return mpt__job_fail(job, MPT_ERROR_FILE, "'%s' has %z bytes by its shape, but lies from %z to %z", entry->name,
                              (size_t)bytes, (size_t)entry->begin, (size_t)entry->end);
@@ -10264,7 +10305,8 @@ static mpt_result mpt__read_data(mpt__job *job) {
         if (job->entries[i].used) bytes += job->entries[i].end - job->entries[i].begin;
     job->data = (unsigned char *)mpt__host_alloc(job->ctx, (size_t)bytes);
     if (!job->data) return MPT_ERROR_NO_MEMORY;
-    for (i = 0, bytes = 0; i < job->entry_count; i++) {
+    bytes = 0;
+    for (i = 0; i < job->entry_count; i++) {
         mpt__entry *entry = &job->entries[i];
         const uint64_t size = entry->end - entry->begin;
         MPT__TRY(mpt__read_some(job, entry->used ? job->data + bytes : NULL, size));
@@ -10427,7 +10469,8 @@ static mpt_result mpt__judge(const mpt__job *job, const mpt__part *part) {
     size_t i;
     if (part->kind == MPT__RUNNING && part->device == mpt_model_running(job->net, part->id))
         return mpt__running_check(job->ctx, job->call, mpt__node_of(job->net, part->id), values);
-    for (i = 0; i < part->count && part->moment; i++)
+    if (!part->moment) return MPT_OK;
+    for (i = 0; i < part->count; i++)
         if (!mpt__finite(values[i]) || (squares && values[i] < 0))
             return mpt__job_fail(job, MPT_ERROR_FILE, "element %z of '%s' is %g, which no moment can be", i, part->name,
                                  (double)values[i]);
@@ -10441,7 +10484,8 @@ static mpt_result mpt__part_stage(mpt__job *job) {
     for (i = 0; i < job->count; i++) bytes += job->parts[i].kind ? job->parts[i].count * sizeof(float) : 0;
     job->staging = (char *)mpt__host_alloc(job->ctx, bytes);
     if (!job->staging) return MPT_ERROR_NO_MEMORY;
-    for (i = 0, bytes = 0; i < job->count; i++) {
+    bytes = 0;
+    for (i = 0; i < job->count; i++) {
         mpt__part *part = &job->parts[i];
         if (part->kind == MPT__STATE || part->kind == MPT__SUM) continue;
         part->staging = job->staging + bytes;

@@ -48,6 +48,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     else if (kind == 3) put_changed(&b);
     else ram_put("net", b.at, b.left);
     r = kind % 2 ? load(net, "net") : load_weights(net, "net");
+    CHECK(loaded(net, kind % 2, ram_find("net")->bytes, ram_find("net")->size) == r);
     if (r != MPT_OK) CHECK(*mpt_why(ctx) && as_kept(ctx, net));
     else {
         CHECK_OK(ctx, save(net, "net"));
