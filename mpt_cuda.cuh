@@ -242,7 +242,7 @@ typedef struct mptc__device {
     mptc__block casts;        /* its operands in fp32 */
     mptc__block sums;         /* what its products are in fp32 */
     char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
-    unsigned *ticket;         /* ...ticket of mptc__last_block */
+    unsigned *tickets;        /* ...tickets of mptc__last_block, as many as MPTC__SUM_BLOCKS */
     mptc__slot slots[MPTC__SLOTS];
     unsigned uploads;
     int32_t *stuck;           /* pinned: MPTC__MIRRORS copies of mpt_scaler_state.stuck */
@@ -698,6 +698,34 @@ static __device__ __forceinline__ void mptc__store(mpt_array a, size_t i, unsign
     }
 }
 
+/* Where several packs are to be under way at a time: their bits first, and then what they are. The payload of a NaN is
+   not kept, so that nothing waits for one pack before the next is asked for. */
+typedef struct mptc__bits {
+    uint32_t word[MPTC__PACK];
+} mptc__bits;
+
+static __device__ __forceinline__ void mptc__load_pack(mpt_array a, size_t i, unsigned n, mptc__bits *bits) {
+    const uint32_t *p = (const uint32_t *)a.data + i;
+    if (a.type != MPT_F32) {
+        mptc__load_words((const uint16_t *)a.data + i, n, bits->word);
+    } else if (mptc__whole(p, n)) {
+        const uint4 low = *(const uint4 *)p, high = *(const uint4 *)(p + MPTC__WORDS);
+        memcpy(bits->word, &low, sizeof low);
+        memcpy(bits->word + MPTC__WORDS, &high, sizeof high);
+    } else {
+        MPTC__EACH(e) bits->word[e] = e < n ? p[e] : 0;
+    }
+}
+
+static __device__ __forceinline__ void mptc__widen_pack(const mptc__bits *bits, mpt_dtype type, float *x) {
+    MPTC__EACH(e) {
+        const uint32_t half = bits->word[e / 2] >> e % 2 * 16 & 0xffffu;
+        if (type == MPT_F32) x[e] = mpt__float(bits->word[e]);
+        else if (type == MPT_F16) x[e] = __half2float(__ushort_as_half((unsigned short)half));
+        else x[e] = mpt__float(half << 16);
+    }
+}
+
 /* Grid-stride loop: this thread's first index, and the distance of its indices. */
 static __device__ __forceinline__ size_t mptc__thread() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 static __device__ __forceinline__ size_t mptc__stride() { return (size_t)gridDim.x * blockDim.x; }
@@ -722,15 +750,15 @@ static __device__ __forceinline__ unsigned mptc__divide(unsigned x, mptc__divide
     return (unsigned)((uint64_t)x * d.multiplier >> d.shift);
 }
 
-/* True for the threads of the block that comes here last; it sees what all others wrote before they came. So one launch
-   can reduce in two stages: every block leaves its part in memory, the last one adds the parts in their order. All
-   threads of all blocks must come. *ticket is 0 between launches, which one stream runs one after the other. */
-static __device__ bool mptc__last_block(unsigned *ticket) {
+/* True for the threads of that of `blocks` blocks which comes here last; it sees what the others wrote before they
+   came. So one launch can reduce in two stages: every block leaves its part in memory, the last one adds the parts in
+   their order. All threads of these blocks must come. *ticket is 0 between launches, which one stream runs one after
+   the other. */
+static __device__ bool mptc__last_block(unsigned *ticket, unsigned blocks) {
     __shared__ bool last;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0 && threadIdx.y == 0) {
-        const unsigned blocks = gridDim.x * gridDim.y;
         last = atomicAdd(ticket, 1u) == blocks - 1;
         if (last) *ticket = 0;
     }
@@ -853,24 +881,26 @@ static mpt_result mptc__columns_copy(mpt_context *ctx, const mpt_columns_op *op)
 /* ==== COLUMNS ====
 
    Sums over the rows of matrices (rows,C), one matrix a sample. A block takes a tile of columns and a part of the rows
-   of a sample, and leaves one sum a column; a second launch adds the parts. `terms` says what is added: SUMS quantities
-   at a time of the planes that are wanted, summed in `real`. Over 64 registers, but for plain sums: a thread has two or
-   three sums of eight columns under way. */
+   of a sample, and leaves one sum a column; the last block of a tile adds the parts and finishes its columns. `terms`
+   says what is added: SUMS quantities at a time of the planes that are wanted, summed in `real`; and what becomes of a
+   column's sums. Over 64 registers: a thread has sums of eight columns and several rows under way. */
 
 enum {
     MPTC__SUM_ACROSS = 8,  /* threads of a row of a tile, a pack each, at most */
     MPTC__SUM_ROWS = 8,    /* that a thread has at least, where the rows are split into parts... */
-    MPTC__SUM_BLOCKS = 512 /* ...of which there are no more than make so many blocks */
+    MPTC__SUM_PARTS = 128, /* ...of which there are at most so many, as one block has to add them... */
+    MPTC__SUM_BLOCKS = 512 /* ...and no more than make so many blocks */
 };
 
 typedef struct mptc__columns {
     size_t samples, rows, C; /* rows of a sample */
     size_t planes;           /* sums wanted of a column */
-    mpt_array out;           /* (C,planes) = sums + beta out; data NULL: the parts are all that is wanted */
+    mpt_array out;           /* (C,planes) = sums + beta out */
     float beta;
     size_t tiles, chunks;    /* of columns, of planes */
     size_t slices, slice;    /* parts of a sample, rows of a part */
     double *parts;           /* (planes, samples slices, C) */
+    unsigned *tickets;       /* one a tile and chunk; NULL: the parts are all that is wanted */
 } mptc__columns;
 
 /* out[i] = sum + beta out[i] */
@@ -885,6 +915,30 @@ template <typename real> static __device__ real mptc__warp_sum(real x, unsigned 
     return x;
 }
 
+/* total[s] = sums of plane first + s over all parts, for the thread of a tile's column; a block's work. Each of its
+   stripes of threads takes every so many-th part. */
+template <unsigned SUMS> static __device__ void mptc__columns_fold(const mptc__columns *w, unsigned column,
+                                                                   unsigned first, double *total) {
+    __shared__ double sums[MPTC__THREADS];
+    const unsigned width = blockDim.x * MPTC__PACK, thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const unsigned parts = (unsigned)w->slices, c = column + thread % width;
+#pragma unroll
+    for (unsigned s = 0; s < SUMS; s++) {
+        double sum = 0;
+        if (c < w->C && first + s < w->planes) {
+            const double *plane = w->parts + (size_t)(first + s) * parts * w->C + c;
+#pragma unroll 8
+            for (unsigned part = thread / width; part < parts; part += MPTC__THREADS / width)
+                sum += __ldcg(plane + part * w->C);
+        }
+        sums[thread] = sum;
+        __syncthreads();
+        total[s] = 0;
+        for (unsigned i = thread; i < MPTC__THREADS && thread < width; i += width) total[s] += sums[i];
+        __syncthreads();
+    }
+}
+
 template <typename terms> static __global__ void mptc__columns_k(mptc__columns w, terms t) {
     typedef typename terms::real real;
     __shared__ real sums[MPTC__WARPS][MPTC__SUM_ACROSS * MPTC__PACK];
@@ -895,26 +949,31 @@ template <typename terms> static __global__ void mptc__columns_k(mptc__columns w
     const unsigned slices = (unsigned)w.slices, slice = (unsigned)w.slice, rows = (unsigned)w.rows;
     const unsigned within = part % slices * slice, begin = part / slices * rows + within;
     const unsigned end = begin + (rows - within < slice ? rows - within : slice);
+    const bool mine = thread < across * MPTC__PACK && column + thread < C;
     const size_t all = w.samples * w.slices;
     real acc[terms::SUMS][MPTC__PACK] = {{0}};
+    double total[terms::SUMS];
     if (c < C) t.add(begin + threadIdx.y, end, c, mptc__left(C, c), first, acc);
 #pragma unroll
     for (unsigned s = 0; s < terms::SUMS; s++) {
-        const size_t plane = first + s;
-        double sum = 0;
         MPTC__EACH(e) {
             for (unsigned width = MPTC__WARP / 2; width >= across; width /= 2)
                 acc[s][e] += __shfl_xor_sync(0xffffffffu, acc[s][e], width);
             if (lane < across) sums[thread / MPTC__WARP][lane * MPTC__PACK + e] = acc[s][e];
         }
         __syncthreads();
-        if (thread < across * MPTC__PACK && column + thread < C && plane < w.planes) {
-            for (unsigned warp = 0; warp < MPTC__WARPS; warp++) sum += (double)sums[warp][thread];
-            if (all == 1 && w.out.data) mptc__sum_put(w.out, (column + thread) * w.planes + plane, sum, w.beta);
-            else w.parts[(plane * all + part) * w.C + column + thread] = sum;
-        }
+        total[s] = 0;
+        for (unsigned warp = 0; warp < MPTC__WARPS && mine; warp++) total[s] += (double)sums[warp][thread];
         __syncthreads();
     }
+    if (all > 1 || !w.tickets) {
+#pragma unroll
+        for (unsigned s = 0; s < terms::SUMS; s++)
+            if (mine && first + s < w.planes) w.parts[((first + s) * all + part) * w.C + column + thread] = total[s];
+        if (!w.tickets || !mptc__last_block(&w.tickets[blockIdx.x % (tiles * chunks)], slices)) return;
+        mptc__columns_fold<terms::SUMS>(&w, column, first, total);
+    }
+    if (mine) t.finish(&w, column + thread, first, total);
 }
 
 /* Sum of a plane over parts part .. part+count of columns c .. c+width, each times its weight if there are weights: a
@@ -930,35 +989,34 @@ static __device__ double mptc__fold(const mptc__columns *w, size_t plane, size_t
     return mptc__warp_sum(sum);
 }
 
-/* A warp to a sum of all parts */
-static __global__ void mptc__fold_k(mptc__columns w) {
-    const mpt_array none = MPT_ZERO;
-    for (size_t i = mptc__thread() / MPTC__WARP; i < w.C * w.planes; i += mptc__stride() / MPTC__WARP) {
-        const size_t plane = i / w.C, c = i % w.C;
-        const double sum = mptc__fold(&w, plane, 0, w.samples * w.slices, c, 1, none);
-        if (threadIdx.x % MPTC__WARP == 0) mptc__sum_put(w.out, c * w.planes + plane, sum, w.beta);
-    }
-}
-
-/* Cuts the work into blocks, which depend on the sizes only. The parts take the scratch block. */
+/* Cuts the work into blocks, which depend on the sizes only. The parts take the scratch block. With more than one
+   sample the parts are left there; else the columns are finished. */
 template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, mptc__columns *w, const terms &t) {
     mptc__block *scratch = &mptc__of(ctx)->scratch;
     dim3 block(1, MPTC__THREADS);
     while (block.x < MPTC__SUM_ACROSS && block.x * MPTC__PACK < w->C) block.x *= 2, block.y /= 2;
     w->tiles = mptc__divide_up(w->C, block.x * MPTC__PACK);
     w->chunks = mptc__divide_up(w->planes, terms::SUMS);
-    const size_t most = MPTC__SUM_BLOCKS / (w->tiles * w->chunks * w->samples);
-    const size_t slices = mptc__min(mptc__divide_up(w->rows, MPTC__SUM_ROWS * block.y), most ? most : 1);
+    const size_t fit = MPTC__SUM_BLOCKS / (w->tiles * w->chunks * w->samples);
+    const size_t most = mptc__min(fit ? fit : 1, MPTC__SUM_PARTS);
+    const size_t slices = mptc__min(mptc__divide_up(w->rows, MPTC__SUM_ROWS * block.y), most);
     w->slice = slices ? mptc__divide_up(w->rows, slices) : 0;
     w->slices = slices ? mptc__divide_up(w->rows, w->slice) : 1;
     const size_t parts = w->samples * w->slices, blocks = w->tiles * w->chunks * parts;
     MPTC__TRY(mptc__need_positions(ctx, "column sums", w->C));
     MPTC__TRY(mptc__need_positions(ctx, "column sums", w->samples * w->rows));
     MPTC__TRY(mptc__need_positions(ctx, "column sums", blocks));
-    if (parts > 1 || !w->out.data) MPTC__TRY(mptc__grow(ctx, scratch, w->planes * parts * w->C * sizeof *w->parts));
+    if (parts > 1 || !w->tickets) MPTC__TRY(mptc__grow(ctx, scratch, w->planes * parts * w->C * sizeof *w->parts));
     w->parts = (double *)(void *)scratch->at;
-    MPTC__TRY(MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t));
-    return parts > 1 && w->out.data ? MPTC__SPREAD(mptc__fold_k, w->C * w->planes * MPTC__WARP, *w) : MPT_OK;
+    return MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t);
+}
+
+/* What becomes of the sums of column c where they are asked for as they are */
+template <unsigned SUMS> static __device__ void mptc__columns_put(const mptc__columns *w, unsigned c, unsigned first,
+                                                                  const double *total) {
+#pragma unroll
+    for (unsigned s = 0; s < SUMS; s++)
+        if (first + s < w->planes) mptc__sum_put(w->out, c * w->planes + first + s, total[s], w->beta);
 }
 
 /* x(rows,C) itself. Eight rows are added in fp32 and then to the sum in fp64, which many devices have at 1/64 of the
@@ -971,12 +1029,22 @@ struct mptc__plain_terms {
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
         while (row < end) {
             float v[MPTC__PACK], few[MPTC__PACK] = {0};
-            for (unsigned r = 0; r < ROWS && row < end; r++, row += blockDim.y) {
-                mptc__load(x, (size_t)row * C + c, n, v);
+            mptc__bits bits[ROWS];
+#pragma unroll
+            for (unsigned r = 0; r < ROWS; r++)
+                if (row + r * blockDim.y < end) mptc__load_pack(x, (size_t)(row + r * blockDim.y) * C + c, n, &bits[r]);
+#pragma unroll
+            for (unsigned r = 0; r < ROWS; r++) {
+                if (row + r * blockDim.y >= end) continue;
+                mptc__widen_pack(&bits[r], x.type, v);
                 MPTC__EACH(e) few[e] += v[e];
             }
+            row += ROWS * blockDim.y;
             MPTC__EACH(e) acc[0][e] += (double)few[e];
         }
+    }
+    __device__ void finish(const mptc__columns *w, unsigned column, unsigned first, const double *total) const {
+        mptc__columns_put<SUMS>(w, column, first, total);
     }
 };
 
@@ -987,6 +1055,7 @@ static mpt_result mptc__sums_run(mpt_context *ctx, const mptc__sums *s) {
     w.rows = s->rows, w.C = terms.C = s->C;
     w.out = s->db;
     w.beta = s->beta;
+    w.tickets = mptc__of(ctx)->tickets;
     terms.x = s->dy;
     return mptc__columns_run(ctx, &w, terms);
 }
@@ -1846,6 +1915,9 @@ struct mptc__tap_terms { /* dy times what taps tap.. read */
             }
         }
     }
+    __device__ void finish(const mptc__columns *w, unsigned column, unsigned first, const double *total) const {
+        mptc__columns_put<SUMS>(w, column, first, total);
+    }
 };
 
 static mpt_result mptc__depthwise_weights(mpt_context *ctx, const mpt_conv2d_op *op) {
@@ -1860,6 +1932,7 @@ static mpt_result mptc__depthwise_weights(mpt_context *ctx, const mpt_conv2d_op 
     w.rows = z->N * op->P * op->Q, w.C = z->C, w.planes = z->R * z->S;
     w.out = op->w;
     w.beta = op->beta;
+    w.tickets = mptc__of(ctx)->tickets;
     return mptc__columns_run(ctx, &w, terms);
 }
 
@@ -1924,6 +1997,35 @@ static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, siz
     }
 }
 
+/* Of the channels that a pack holds, for their normalised values: y = (x - mean) scale + shift */
+typedef struct mptc__normal {
+    float mean[MPTC__PACK], inverse[MPTC__PACK], scale[MPTC__PACK], shift[MPTC__PACK];
+} mptc__normal;
+
+static __device__ __forceinline__ void mptc__normal_load(const mpt_norm_op *op, size_t sample, size_t c, unsigned n,
+                                                         mptc__normal *to) {
+    mptc__norm_load(op, sample, c, n, to->mean, to->inverse);
+    mptc__load(op->gamma, c, n, to->scale);
+    MPTC__EACH(e) to->scale[e] = __fmul_rn(to->scale[e], to->inverse[e]);
+    MPTC__EACH(e) to->shift[e] = 0;
+    if (op->beta.data) mptc__load(op->beta, c, n, to->shift);
+}
+
+/* The same roundings in both passes, whatever the compiler would contract */
+static __device__ __forceinline__ float mptc__normal_of(float x, float mean, float scale, float shift) {
+    return __fmaf_rn(__fsub_rn(x, mean), scale, shift);
+}
+
+/* dy times the slope of the ReLU behind the norm. That is 0 where its y is, so where what was rounded to y is at most
+   `least`, half of the smallest number of y's type. To compute that anew costs no bytes; to read y would. */
+static __device__ __forceinline__ float mptc__norm_least(mpt_dtype type) {
+    if (type == MPT_F16) return mpt__float(0x33000000u);               /* 2^-25 */
+    return type == MPT_BF16 ? mpt__float(0x00008000u) /* 2^-134 */ : 0;
+}
+static __device__ __forceinline__ float mptc__norm_slope(float normal, float least, float dy) {
+    return normal <= least ? 0.0f : dy;
+}
+
 /* The first value of a set. Sums of x - shift and of its square lose nothing where the mean is far from 0. */
 static __device__ __forceinline__ float mptc__norm_shift(const mpt_norm_op *op, size_t set) {
     const mpt_norm_shape *z = &op->shape;
@@ -1946,61 +2048,145 @@ static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, doub
 
 /* -- By columns -- */
 
+/* *a += the sum of n values relative to the first of the set, *b += that of their squares. The values are given as
+   sums relative to the first of them, which is `first` from the set's.
+
+   Sums of 16-bit values are taken in fp32 over eight, since many devices do fp64 at 1/64 of the rate. Their differences
+   d are exact where they span at most 13 binades, the sums of their squares off by at most 8 2^-24. Such a sum is at
+   most 18 times that of (x - mean)^2 over the eight, as d^2 <= 2 (x - mean)^2 + 2 (first - mean)^2: a variance is off
+   by 144 2^-24 of itself if all roundings go one way. |d| over 2^62 overflows. fp32 values, whose differences are not
+   exact, come one by one. */
+static __device__ __forceinline__ void mptc__moments_join(double *a, double *b, double first, unsigned n, float sum,
+                                                          float square) {
+    if (n == 1) {
+        *a += first;
+        *b += first * first;
+        return;
+    }
+    const double relative = (double)sum, total = first * (double)n + relative;
+    *a += total;
+    *b += (double)square + first * (total + relative);
+}
+
+/* Values that go in fp32 first */
+static __device__ __forceinline__ unsigned mptc__norm_few(mpt_dtype type) { return type == MPT_F32 ? 1 : MPTC__PACK; }
+
 struct mptc__moment_terms { /* x - shift and its square */
-    enum { SUMS = 2 };
+    enum { SUMS = 2, LOADS = 4 };
     typedef double real;
     mpt_norm_op op;
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
-        const size_t each = op.shape.C / op.shape.groups;
-        float shift[MPTC__PACK], v[MPTC__PACK];
-        for (unsigned next = 0; row < end; row += blockDim.y) {
-            if (row >= next) {
-                const unsigned pixels = (unsigned)op.shape.pixels, sample = row / pixels;
-                MPTC__EACH(e) if (e < n) shift[e] = mptc__norm_shift(&op, sample * op.shape.groups + (c + e) / each);
-                next = (sample + 1) * pixels;
-            }
-            mptc__load(op.x, (size_t)row * op.shape.C + c, n, v);
-            MPTC__EACH(e) {
-                const double x = e < n ? (double)v[e] - (double)shift[e] : 0;
-                acc[0][e] += x;
-                acc[1][e] += x * x;
+        const size_t each = op.shape.C / op.shape.groups, sample = row / op.shape.pixels;
+        const unsigned most = mptc__norm_few(op.x.type), by = blockDim.y;
+        float shift[MPTC__PACK] = {0}, v[MPTC__PACK], first[MPTC__PACK], sum[MPTC__PACK], square[MPTC__PACK];
+        unsigned count = 0;
+        if (row >= end) return;
+        MPTC__EACH(e) if (e < n) shift[e] = mptc__norm_shift(&op, sample * op.shape.groups + (c + e) / each);
+        for (; row < end; row += LOADS * by) {
+            mptc__bits bits[LOADS];
+#pragma unroll
+            for (unsigned r = 0; r < LOADS; r++)
+                if (row + r * by < end) mptc__load_pack(op.x, (size_t)(row + r * by) * op.shape.C + c, n, &bits[r]);
+#pragma unroll
+            for (unsigned r = 0; r < LOADS; r++) {
+                if (row + r * by >= end) continue;
+                mptc__widen_pack(&bits[r], op.x.type, v);
+                MPTC__EACH(e) {
+                    if (!count) first[e] = v[e], sum[e] = square[e] = 0;
+                    const float d = v[e] - first[e];
+                    sum[e] += d;
+                    square[e] += d * d;
+                }
+                if (++count < most) continue;
+                join(acc, first, shift, count, sum, square);
+                count = 0;
             }
         }
+        if (count) join(acc, first, shift, count, sum, square);
+    }
+    static __device__ void join(real (*acc)[MPTC__PACK], const float *first, const float *shift, unsigned count,
+                                const float *sum, const float *square) {
+        MPTC__EACH(e) mptc__moments_join(&acc[0][e], &acc[1][e], (double)first[e] - (double)shift[e], count, sum[e],
+                                         square[e]);
+    }
+    __device__ void finish(const mptc__columns *, unsigned column, unsigned, const double *total) const {
+        mptc__norm_finish(&op, column, total[0], total[1]);
     }
 };
 
-struct mptc__gradient_terms { /* dy and dy xhat; if the y of a ReLU is given, dy is multiplied by its slope first */
-    enum { SUMS = 2 };
+/* dy, behind the slope of a ReLU if there is one, and dy xhat. Eight of 16 bits are added in fp32 first: off by at most
+   7 2^-24 of the sum of magnitudes, and a product by its rounding besides. */
+struct mptc__gradient_terms {
+    enum { SUMS = 2, LOADS = 2 };
     typedef double real;
     mpt_norm_op op;
-    mpt_array relu;
+    mpt_norm_op running; /* statistics that are averaged besides, where stats is given */
+    int means;           /* 1: a column is a set, whose means dx needs */
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
-        float mean[MPTC__PACK], inverse[MPTC__PACK], x[MPTC__PACK], dy[MPTC__PACK];
-        for (unsigned next = 0; row < end; row += blockDim.y) {
-            if (row >= next) {
-                const unsigned pixels = (unsigned)op.shape.pixels, sample = row / pixels;
-                mptc__norm_load(&op, sample, c, n, mean, inverse);
-                next = (sample + 1) * pixels;
+        const unsigned few = op.y.type == MPT_F32 ? 1 : mptc__norm_few(op.x.type), by = blockDim.y;
+        const float least = mptc__norm_least(op.saved.type);
+        float x[MPTC__PACK], dy[MPTC__PACK], sum[MPTC__PACK] = {0}, product[MPTC__PACK] = {0};
+        unsigned next = 0, count = 0;
+        mptc__normal normal;
+        for (; row < end; row += LOADS * by) {
+            mptc__bits x_bits[LOADS], dy_bits[LOADS];
+#pragma unroll
+            for (unsigned r = 0; r < LOADS; r++) {
+                if (row + r * by >= end) continue;
+                const size_t at = (size_t)(row + r * by) * op.shape.C + c;
+                mptc__load_pack(op.x, at, n, &x_bits[r]);
+                mptc__load_pack(op.y, at, n, &dy_bits[r]);
             }
-            mptc__load(op.x, (size_t)row * op.shape.C + c, n, x);
-            mptc__load(op.y, (size_t)row * op.shape.C + c, n, dy);
-            if (relu.data) {
-                float y[MPTC__PACK];
-                mptc__load(relu, (size_t)row * op.shape.C + c, n, y);
-                MPTC__EACH(e) dy[e] = mpt__activate_backward(MPT_RELU, y[e], dy[e]);
-                mptc__store(op.y, (size_t)row * op.shape.C + c, n, dy);
-            }
-            MPTC__EACH(e) {
-                acc[0][e] += (double)dy[e];
-                acc[1][e] += (double)dy[e] * (double)((x[e] - mean[e]) * inverse[e]);
+#pragma unroll
+            for (unsigned r = 0; r < LOADS; r++) {
+                if (row + r * by >= end) continue;
+                if (row + r * by >= next) {
+                    const unsigned pixels = (unsigned)op.shape.pixels, sample = (row + r * by) / pixels;
+                    mptc__normal_load(&op, sample, c, n, &normal);
+                    next = (sample + 1) * pixels;
+                }
+                mptc__widen_pack(&x_bits[r], op.x.type, x);
+                mptc__widen_pack(&dy_bits[r], op.y.type, dy);
+                MPTC__EACH(e) {
+                    const float y = mptc__normal_of(x[e], normal.mean[e], normal.scale[e], normal.shift[e]);
+                    const float xhat = (x[e] - normal.mean[e]) * normal.inverse[e];
+                    if (op.act) dy[e] = mptc__norm_slope(y, least, dy[e]);
+                    if (few == 1) {
+                        acc[0][e] += (double)dy[e];
+                        acc[1][e] += (double)dy[e] * (double)xhat;
+                    } else {
+                        sum[e] += dy[e];
+                        product[e] += dy[e] * xhat;
+                    }
+                }
+                if (few > 1 && ++count % MPTC__PACK == 0) join(acc, sum, product);
             }
         }
+        join(acc, sum, product);
+    }
+    static __device__ void join(real (*acc)[MPTC__PACK], float *sum, float *product) {
+        MPTC__EACH(e) {
+            acc[0][e] += (double)sum[e];
+            acc[1][e] += (double)product[e];
+            sum[e] = product[e] = 0;
+        }
+    }
+    __device__ void finish(const mptc__columns *w, unsigned column, unsigned, const double *total) const {
+        const size_t sets = op.shape.N * op.shape.groups;
+        mptc__sum_put(op.dbeta, column, total[0], op.scale);
+        mptc__sum_put(op.dgamma, column, total[1], op.scale);
+        if (means) {
+            const double gamma = (double)mptc__get(op.gamma, column);
+            mptc__norm_finish(&op, column, gamma * total[0], gamma * total[1]);
+        }
+        if (!running.stats) return;
+        mpt__norm_average(&running, op.shape.pixels, column);
+        mpt__norm_average(&running, op.shape.pixels, sets + column);
     }
 };
 
-/* A warp to each of `sets` sets, and in the backward pass to each channel: what the parts add up to. Then the running
-   statistics, if their stats are given. */
-static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t sets, mpt_norm_op running) {
+/* A warp to each of `sets` sets, and in the backward pass to each channel: what the parts add up to */
+static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t sets) {
     const size_t each = w.C / op.shape.groups, outputs = sets + (op.pass == MPT_NORM_BACKWARD ? w.C : 0);
     const mpt_array none = MPT_ZERO;
     for (size_t i = mptc__thread() / MPTC__WARP; i < outputs; i += mptc__stride() / MPTC__WARP) {
@@ -2018,22 +2204,24 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
             mptc__sum_put(op.dgamma, c, b, op.scale);
         }
     }
-    const size_t averages = running.stats ? 2 * running.shape.N * running.shape.groups : 0;
-    const size_t count = running.shape.pixels * (running.shape.C / (averages ? running.shape.groups : 1));
-    for (size_t i = mptc__thread(); i < averages; i += mptc__stride()) mpt__norm_average(&running, count, i);
 }
 
-/* The sums of all columns, and of `sets` sets, which need them sample by sample. */
+/* Is each set a column? So it is of a batch norm. */
+static int mptc__norm_sets_are_columns(const mpt_norm_shape *z) { return z->N == 1 && z->groups == z->C; }
+
+/* The sums of all columns, and of all sets unless sets is 0. Where a set is no column, it takes the sums of several
+   tiles, and a launch of its own. */
 template <typename terms>
-static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t,
-                                     const mpt_norm_op *running) {
+static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t) {
     const mpt_norm_shape *z = &op->shape;
+    const int together = !sets || mptc__norm_sets_are_columns(z);
     mptc__columns w = MPT_ZERO;
-    w.samples = sets ? z->N : 1;
-    w.rows = sets ? z->pixels : z->N * z->pixels;
+    w.samples = together ? 1 : z->N;
+    w.rows = together ? z->N * z->pixels : z->pixels;
     w.C = z->C, w.planes = terms::SUMS;
+    if (together) w.tickets = mptc__of(ctx)->tickets;
     MPTC__TRY(mptc__columns_run(ctx, &w, t));
-    return MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets, *running);
+    return together ? MPT_OK : MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets);
 }
 
 /* -- By sets: blockDim.x threads are a team, blockDim.y teams a block -- */
@@ -2078,14 +2266,36 @@ static __global__ void mptc__norm_stats_k(mpt_norm_op op) {
         for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
             float x[MPTC__PACK];
             mptc__load(op.x, run.at, run.n, x);
-            MPTC__EACH(e) {
-                const double v = e < run.n ? (double)x[e] - shift : 0;
-                a += v;
-                b += v * v;
+            if (mptc__norm_few(op.x.type) == 1) {
+                MPTC__EACH(e) if (e < run.n) mptc__moments_join(&a, &b, (double)x[e] - shift, 1, 0, 0);
+                continue;
             }
+            float sum = 0, square = 0;
+            MPTC__EACH(e) {
+                const float d = e < run.n ? x[e] - x[0] : 0;
+                sum += d;
+                square += d * d;
+            }
+            mptc__moments_join(&a, &b, (double)x[0] - shift, run.n, sum, square);
         }
         a = mptc__team_sum(a), b = mptc__team_sum(b);
         if (set < sets && threadIdx.x == 0) mptc__norm_finish(&op, set, a, b);
+    }
+}
+
+/* x, dy behind the slope of a ReLU if there is one, and gamma of a run */
+static __device__ __forceinline__ void mptc__norm_run_load(const mpt_norm_op *op, mptc__run run, float mean,
+                                                           float inverse, float *x, float *dy, float *gamma) {
+    const float least = mptc__norm_least(op->saved.type);
+    float beta[MPTC__PACK];
+    mptc__load(op->x, run.at, run.n, x);
+    mptc__load(op->y, run.at, run.n, dy);
+    mptc__load(op->gamma, run.c, run.n, gamma);
+    if (!op->act) return;
+    mptc__load(op->beta, run.c, run.n, beta);
+    MPTC__EACH(e) {
+        const float y = mptc__normal_of(x[e], mean, __fmul_rn(gamma[e], inverse), beta[e]);
+        dy[e] = mptc__norm_slope(y, least, dy[e]);
     }
 }
 
@@ -2097,24 +2307,29 @@ static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
         const size_t set = first + threadIdx.y;
         const float mean = set < sets ? op.stats[set] : 0;
         const float inverse = set < sets ? mpt__norm_inverse(op.stats[sets + set], op.shape.eps) : 0;
+        const bool exact = op.y.type == MPT_F32 || mptc__norm_few(op.x.type) == 1;
         float x[MPTC__PACK], dy[MPTC__PACK], gamma[MPTC__PACK];
         double a = 0, b = 0;
         mptc__run run;
         for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
-            mptc__load(op.x, run.at, run.n, x);
-            mptc__load(op.y, run.at, run.n, dy);
-            mptc__load(op.gamma, run.c, run.n, gamma);
+            float sum = 0, sum_xhat = 0; /* see mptc__gradient_terms */
+            mptc__norm_run_load(&op, run, mean, inverse, x, dy, gamma);
             MPTC__EACH(e) {
-                const double product = (double)gamma[e] * (double)dy[e];
-                a += product;
-                b += product * (double)((x[e] - mean) * inverse);
+                const float xhat = (x[e] - mean) * inverse, product = gamma[e] * dy[e];
+                if (exact) {
+                    a += (double)gamma[e] * (double)dy[e];
+                    b += (double)gamma[e] * (double)dy[e] * (double)xhat;
+                } else {
+                    sum += product;
+                    sum_xhat += product * xhat;
+                }
             }
+            a += (double)sum;
+            b += (double)sum_xhat;
         }
         const float mean_a = (float)(mptc__team_sum(a) / count), mean_b = (float)(mptc__team_sum(b) / count);
         for (size_t i = threadIdx.x; run = mptc__run_of(&op.shape, set, i), run.n; i += blockDim.x) {
-            mptc__load(op.x, run.at, run.n, x);
-            mptc__load(op.y, run.at, run.n, dy);
-            mptc__load(op.gamma, run.c, run.n, gamma);
+            mptc__norm_run_load(&op, run, mean, inverse, x, dy, gamma);
             MPTC__EACH(e) x[e] = inverse * (gamma[e] * dy[e] - mean_a - (x[e] - mean) * inverse * mean_b);
             if (op.scale_x != 0) mptc__load(op.dx, run.at, run.n, dy);
             MPTC__EACH(e) if (op.scale_x != 0) x[e] += op.scale_x * dy[e];
@@ -2135,40 +2350,45 @@ static dim3 mptc__norm_team(const mpt_norm_shape *z) {
 /* -- Elementwise: y, or dx from the sums -- */
 
 /* A thread takes a pack of channels of every `strands`-th pixel of a sample, and works out their constants once. Those
-   of dx are three a channel, so that takes over 64 registers. */
+   of dx are up to six a channel, so that takes over 64 registers. */
 template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, size_t strands) {
     const mpt_norm_shape z = op.shape;
     const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, each = z.C / z.groups, sets = z.N * z.groups;
-    const mpt_array in = forward ? op.x : op.y, out = forward ? op.y : op.dx;
+    const float least = mptc__norm_least(op.saved.type);
     for (size_t i = mptc__thread(); i < z.N * strands * packs; i += mptc__stride()) {
         const size_t c = i % packs * MPTC__PACK, sample = i / packs / strands;
         const unsigned n = mptc__left(z.C, c);
-        float scale[MPTC__PACK], shift[MPTC__PACK], slope[MPTC__PACK], mean[MPTC__PACK], v[MPTC__PACK], x[MPTC__PACK];
-        mptc__norm_load(&op, sample, c, n, mean, slope);
-        mptc__load(op.gamma, c, n, scale);
-        if (forward) mptc__load(op.beta, c, n, shift);
-        MPTC__EACH(e) { /* slope is the inverse deviation here */
-            const float inverse = slope[e];
-            scale[e] *= inverse;
-            slope[e] = 0;
-            if (!forward) shift[e] = 0;
+        float slope[MPTC__PACK], level[MPTC__PACK], x[MPTC__PACK], v[MPTC__PACK];
+        mptc__normal normal;
+        mptc__normal_load(&op, sample, c, n, &normal);
+        MPTC__EACH(e) {
+            slope[e] = level[e] = 0;
             if (!forward && !op.frozen && e < n) {
                 const float *means = op.stats + 2 * sets + sample * z.groups + (c + e) / each;
-                slope[e] = -inverse * inverse * means[sets];
-                shift[e] = -inverse * means[0];
+                slope[e] = -normal.inverse[e] * normal.inverse[e] * means[sets];
+                level[e] = -normal.inverse[e] * means[0];
             }
         }
         for (size_t pixel = i / packs % strands; pixel < z.pixels; pixel += strands) {
             const size_t at = (sample * z.pixels + pixel) * z.C + c;
-            mptc__load(in, at, n, v);
-            if (!forward) mptc__load(op.x, at, n, x);
-            MPTC__EACH(e) {
-                if (forward) v[e] = mpt__activate(op.act, (v[e] - mean[e]) * scale[e] + shift[e]);
-                else v[e] = v[e] * scale[e] + ((x[e] - mean[e]) * slope[e] + shift[e]);
+            mptc__load(op.x, at, n, x);
+            if (forward) {
+                MPTC__EACH(e) {
+                    const float y = mptc__normal_of(x[e], normal.mean[e], normal.scale[e], normal.shift[e]);
+                    v[e] = mpt__activate(op.act, y);
+                }
+                mptc__store(op.y, at, n, v);
+                continue;
             }
-            if (!forward && op.scale_x != 0) mptc__load(op.dx, at, n, x);
-            MPTC__EACH(e) if (!forward && op.scale_x != 0) v[e] += op.scale_x * x[e];
-            mptc__store(out, at, n, v);
+            mptc__load(op.y, at, n, v);
+            MPTC__EACH(e) {
+                const float y = mptc__normal_of(x[e], normal.mean[e], normal.scale[e], normal.shift[e]);
+                if (op.act) v[e] = mptc__norm_slope(y, least, v[e]);
+                v[e] = v[e] * normal.scale[e] + ((x[e] - normal.mean[e]) * slope[e] + level[e]);
+            }
+            if (op.scale_x != 0) mptc__load(op.dx, at, n, x);
+            MPTC__EACH(e) if (op.scale_x != 0) v[e] += op.scale_x * x[e];
+            mptc__store(op.dx, at, n, v);
         }
     }
 }
@@ -2185,24 +2405,22 @@ static mpt_result mptc__norm_map(mpt_context *ctx, const mpt_norm_op *op) {
 static mpt_result mptc__norm_stats(mpt_context *ctx, const mpt_norm_op *op) {
     const size_t sets = op->shape.N * op->shape.groups;
     const dim3 team = mptc__norm_team(&op->shape);
-    const mpt_norm_op none = MPT_ZERO;
     mptc__moment_terms terms;
     terms.op = *op;
-    if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms, &none);
+    if (!mptc__norm_by_sets(&op->shape)) return mptc__norm_columns(ctx, op, sets, terms);
     return MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(ctx, sets * team.x), team, *op);
 }
 
-/* dx comes last: it may take the place of dy. relu: y of a ReLU whose slope multiplies dy first, and is left there;
-   running: running statistics that are to be averaged besides. Both may be empty. */
-static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op, mpt_array relu,
-                                      const mpt_norm_op *running) {
+/* dx comes last: it may take the place of dy. running: statistics that are to be averaged besides, or NULL */
+static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op, const mpt_norm_op *running) {
     const size_t sets = op->shape.N * op->shape.groups;
     const int through = op->dx.data && !op->frozen, by_sets = mptc__norm_by_sets(&op->shape);
     const dim3 team = mptc__norm_team(&op->shape);
-    mptc__gradient_terms terms;
+    mptc__gradient_terms terms = MPT_ZERO;
     terms.op = *op;
-    terms.relu = relu;
-    MPTC__TRY(mptc__norm_columns(ctx, op, through && !by_sets ? sets : 0, terms, running));
+    if (running) terms.running = *running;
+    terms.means = through && !by_sets;
+    MPTC__TRY(mptc__norm_columns(ctx, op, terms.means ? sets : 0, terms));
     if (!op->dx.data) return MPT_OK;
     if (!through || !by_sets) return mptc__norm_map(ctx, op);
     return MPTC__LAUNCH(mptc__norm_backward_k, mptc__blocks(ctx, sets * team.x), team, *op);
@@ -2218,18 +2436,14 @@ static mpt_result mptc__norm_running(mpt_context *ctx, const mpt_norm_op *op) {
     return MPTC__SPREAD(mptc__norm_running_k, 2 * z->N * z->groups, *op, z->pixels * (z->C / z->groups));
 }
 
-/* The gradient, with the slope of the ReLU behind the norm and the running statistics that wait for it */
+/* The gradient, with the running statistics of the same batch norm, if they wait */
 static mpt_result mptc__norm_gradient(mpt_context *ctx, const mpt_norm_op *op) {
     mptc__held *held = &mptc__of(ctx)->held;
-    mpt_norm_op running = MPT_ZERO;
-    mpt_array relu = MPT_ZERO;
-    if (op->act) relu = op->saved;
-    if (held->running && held->averages.stats == op->stats) {
-        running = held->averages;
-        held->running = 0;
-    }
+    const mpt_norm_op running = held->averages;
+    const int joins = held->running && running.stats == op->stats && mptc__norm_sets_are_columns(&op->shape);
+    if (joins) held->running = 0;
     MPTC__TRY(mptc__enter(ctx));
-    return mptc__norm_backward(ctx, op, relu, &running);
+    return mptc__norm_backward(ctx, op, joins ? &running : NULL);
 }
 
 static mpt_result mptc__norm(mpt_context *ctx, const mpt_norm_op *op) {
@@ -2378,7 +2592,7 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
         if (w.update.state) mptc__scan_chunk(&w.update, 1, mpt_f32_array(w.update.grad), i, some, &w.parts[chunk]);
         else mptc__scan_chunk(NULL, w.factor, w.x, i, some, &w.parts[chunk]);
     }
-    if (!mptc__last_block(w.ticket)) return;
+    if (!mptc__last_block(w.ticket, gridDim.x)) return;
     if (threadIdx.x == 0) unsound = 0;
     __syncthreads();
     for (size_t i = threadIdx.x; w.update.state && i < w.update.commits; i += blockDim.x)
@@ -2407,7 +2621,7 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     w.out = (mpt_scan *)(void *)device->scratch.at;
     w.parts = w.out + 1;
     if (update) w.update = *update;
-    w.ticket = device->ticket;
+    w.ticket = device->tickets;
     const size_t blocks = mptc__divide_up(w.chunks * MPTC__WARP, MPTC__SCAN_THREADS);
     const size_t most = (size_t)device->processors * (MPTC__BLOCKS_EACH * MPTC__THREADS / MPTC__SCAN_THREADS);
     return MPTC__LAUNCH(mptc__scan_k, (unsigned)mptc__min(blocks ? blocks : 1, most), MPTC__SCAN_THREADS, w);
@@ -2539,7 +2753,7 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
         part = mptc__team_sum(part);
         if (threadIdx.x == 0) parts[chunk] = part;
     }
-    if (!mptc__last_block(ticket)) return;
+    if (!mptc__last_block(ticket, gridDim.x)) return;
     for (size_t chunk = threadIdx.x; chunk < chunks; chunk += MPTC__THREADS) sum += __ldcg(&parts[chunk]);
     sum = mptc__team_sum(sum);
     if (threadIdx.x == 0) *weight = sum;
@@ -2559,7 +2773,7 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *ro
                                                               : mptc__elementwise_row(&op, row, scale);
         if (threadIdx.x % MPTC__WARP == 0) rows[row] = r;
     }
-    if (!mptc__last_block(ticket)) return;
+    if (!mptc__last_block(ticket, gridDim.x)) return;
     for (size_t row = threadIdx.x; row < op.N; row += MPTC__THREADS) {
         loss += __ldcg(&rows[row].loss);
         weights += (double)__ldcg(&rows[row].weight);
@@ -2601,8 +2815,8 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     double *weight = weighted ? (double *)(void *)(rows + op.N) : NULL;
     if (weighted)
         MPTC__TRY(MPTC__SPREAD(mptc__loss_weight_k, chunks * MPTC__THREADS, op, chunks, weight + 1, weight,
-                               device->ticket));
-    return MPTC__SPREAD(mptc__loss_k, op.N * MPTC__WARP, op, bias, weight, rows, device->ticket);
+                               device->tickets));
+    return MPTC__SPREAD(mptc__loss_k, op.N * MPTC__WARP, op, bias, weight, rows, device->tickets);
 }
 
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
@@ -2842,7 +3056,7 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
             atomicAdd(&total->lost, meter.lost);
         }
     }
-    if (!mptc__last_block(ticket) || threadIdx.x) return;
+    if (!mptc__last_block(ticket, gridDim.x) || threadIdx.x) return;
     if (!skip) {
         op.state->moved = atomicExch(&total->moved, 0);
         op.state->lost = atomicExch(&total->lost, 0);
@@ -2858,7 +3072,7 @@ static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mp
                                    int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
     return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op, scaler, stuck,
-                        (mptc__meter *)(void *)device->zeros, device->ticket);
+                        (mptc__meter *)(void *)device->zeros, device->tickets);
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
@@ -3205,10 +3419,10 @@ static __global__ void mptc__arithmetic_k(float subnormal, float half, unsigned 
 static mpt_result mptc__open_arithmetic(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     unsigned wrong = 0;
-    MPTC__TRY(MPTC__LAUNCH(mptc__arithmetic_k, 1, 1, mpt__float(2u), 0.5f, device->ticket));
-    MPTC__TRY(mptc__download(ctx, &wrong, device->ticket, sizeof wrong));
+    MPTC__TRY(MPTC__LAUNCH(mptc__arithmetic_k, 1, 1, mpt__float(2u), 0.5f, device->tickets));
+    MPTC__TRY(mptc__download(ctx, &wrong, device->tickets, sizeof wrong));
     if (wrong) mptc__say(ctx, "cuda: built with --use_fast_math or -ftz=true: ", "results are not those of the manual");
-    return mptc__zero(ctx, device->ticket, sizeof wrong);
+    return mptc__zero(ctx, device->tickets, sizeof wrong);
 }
 
 static mpt_result mptc__open_stream(mpt_context *ctx) {
@@ -3222,10 +3436,11 @@ static mpt_result mptc__open_stream(mpt_context *ctx) {
         MPTC__CUDA(cudaEventCreateWithFlags(&device->feeds[i].used, cudaEventDisableTiming));
     }
     device->stuck = (int32_t *)mptc__malloc(ctx, MPTC__MIRRORS * sizeof *device->stuck, 1);
-    device->zeros = (char *)mptc__malloc(ctx, 2 * mptc__align, 0);
+    const size_t zeros = mptc__align + MPTC__SUM_BLOCKS * sizeof *device->tickets;
+    device->zeros = (char *)mptc__malloc(ctx, zeros, 0);
     if (!device->stuck || !device->zeros) return MPT_ERROR_NO_MEMORY;
-    device->ticket = (unsigned *)(void *)(device->zeros + mptc__align);
-    return mptc__zero(ctx, device->zeros, 2 * mptc__align);
+    device->tickets = (unsigned *)(void *)(device->zeros + mptc__align);
+    return mptc__zero(ctx, device->zeros, zeros);
 }
 
 static mpt_result mptc__open_cublas(mpt_context *ctx) {
