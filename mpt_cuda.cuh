@@ -2053,9 +2053,10 @@ static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, doub
 
    Sums of 16-bit values are taken in fp32 over eight, since many devices do fp64 at 1/64 of the rate. Their differences
    d are exact where they span at most 13 binades, the sums of their squares off by at most 8 2^-24. Such a sum is at
-   most 18 times that of (x - mean)^2 over the eight, as d^2 <= 2 (x - mean)^2 + 2 (first - mean)^2: a variance is off
-   by 144 2^-24 of itself if all roundings go one way. |d| over 2^62 overflows. fp32 values, whose differences are not
-   exact, come one by one. */
+   most 18 times that of (x - mean)^2 over the eight, as d^2 <= 2 (x - mean)^2 + 2 (first - mean)^2. The sum of d, off
+   by at most 7 2^-24 of that of |d|, counts 2 |first - mean| times, which is as much again: a variance is off by at
+   most 300 2^-24 of itself, if all roundings go one way. |d| over 2^62 overflows. fp32 values, whose differences are
+   not exact, come one by one. */
 static __device__ __forceinline__ void mptc__moments_join(double *a, double *b, double first, unsigned n, float sum,
                                                           float square) {
     if (n == 1) {
@@ -2209,12 +2210,12 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
 /* Is each set a column? So it is of a batch norm. */
 static int mptc__norm_sets_are_columns(const mpt_norm_shape *z) { return z->N == 1 && z->groups == z->C; }
 
-/* The sums of all columns, and of all sets unless sets is 0. Where a set is no column, it takes the sums of several
-   tiles, and a launch of its own. */
+/* The sums of all columns, and of all sets unless sets is 0. Where sets are sums of columns, they take those of several
+   tiles, and so a launch of their own. The rows are cut in the same way whether sets are wanted or not. */
 template <typename terms>
 static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t) {
     const mpt_norm_shape *z = &op->shape;
-    const int together = !sets || mptc__norm_sets_are_columns(z);
+    const int together = mptc__norm_by_sets(z) || mptc__norm_sets_are_columns(z);
     mptc__columns w = MPT_ZERO;
     w.samples = together ? 1 : z->N;
     w.rows = together ? z->N * z->pixels : z->pixels;

@@ -123,7 +123,7 @@ static void test_counters(const net_case *c, counter_function counter) {
 int main(void) {
     static const net_case nets[] = {{"MLP 784-512-512-10", net_mlp, SIDE, 1, 13},
                                     {"LeNet", net_lenet, SIDE, 1, 29},
-                                    {"ResNet", net_resnet, SIDE / 2, 4, 127}};
+                                    {"ResNet", net_resnet, SIDE / 2, 4, 109}};
     counter_function counter;
     void *found = dlsym(RTLD_DEFAULT, "cudacpu_counter");
     size_t i;

@@ -1134,12 +1134,15 @@ static void norm_tensors(const norm_case *n, mpt_dtype type_x, mpt_dtype type_y,
 }
 
 /* The sums are double and rounded once; that of the squares may be E x^2 - (E x)^2, which passes 2 count + 10 roundings
-   of the size of E x^2. */
+   of the size of E x^2. On a GPU 16-bit values are added in fp32 over eight first, relative to the first of them: see
+   mptc__moments_join. There |x - first| is on average at most 9 E |x|. */
 static void check_norm_stats(const norm_case *n, test_tensor *t) {
     const size_t sets = norm_sets(n);
     const double count = reference_norm_count(&n->s), d = ldexp(1, -53);
     double *expected = test_doubles(2 * sets), *tolerance = test_doubles(2 * sets);
     double *square = test_doubles(t[INPUT].count), *squares = test_doubles(sets);
+    const int gpu = strcmp(mpt_device_name(context), "cuda") == 0;
+    const double few = gpu && t[INPUT].array.type != MPT_F32 ? test_unit(MPT_F32) : 0;
     test_tensor rows = t[STATS];
     size_t i;
     for (i = 0; i < t[INPUT].count; i++) square[i] = t[INPUT].value[i] * t[INPUT].value[i];
@@ -1147,7 +1150,8 @@ static void check_norm_stats(const norm_case *n, test_tensor *t) {
     reference_norm_stats(&n->s, t[INPUT].value, expected);
     for (i = 0; i < 2 * sets; i++)
         tolerance[i] = test_unit(MPT_F32) * fabs(expected[i]) + test_tiny(MPT_F32) +
-                       (2 * count + 10) * d * (i < sets ? sqrt(squares[i]) : squares[i - sets]);
+                       (2 * count + 10) * d * (i < sets ? sqrt(squares[i]) : squares[i - sets]) +
+                       few * (i < sets ? 7 * 9 * sqrt(squares[i]) : 300 * expected[i]);
     test_tensor_poison(&t[STATS]);
     rows.count = 2 * sets; /* the others may stay NaN */
     check_op("norm stats", call_norm_stats, n, t, &rows, expected, tolerance);
