@@ -155,6 +155,15 @@
 #define MPT__UNUSED
 #endif
 
+/* Parameter `format` is printf's, its arguments begin with number `first`: the compiler checks them. */
+#if defined(__clang__)
+#define MPT__PRINTF(format, first) __attribute__((__format__(__printf__, format, first)))
+#elif defined(__GNUC__)
+#define MPT__PRINTF(format, first) __attribute__((__format__(__gnu_printf__, format, first)))
+#else
+#define MPT__PRINTF(format, first)
+#endif
+
 #ifndef MPT_DEF
 #ifdef MPT_STATIC
 #define MPT_DEF static MPT__UNUSED
@@ -1212,8 +1221,9 @@ MPT_DEF void *mpt_context_device(const mpt_context *ctx);
 /* The context's own copy of the table. To stand before it: keep a copy, write functions that call those of the copy. */
 MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx);
 MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx);
-/* Keeps a reason, tells the log, returns `result`. format knows %s (text), %d (int), %z (size_t) and %g (double). */
-MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...);
+/* Keeps a reason, tells the log, returns `result`. format is printf's, but knows %s, %d, %zu and %g alone, without
+   width or precision. No number depends on the locale. */
+MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...) MPT__PRINTF(3, 4);
 
 #ifdef __cplusplus
 } /* extern "C" */
@@ -2018,7 +2028,7 @@ static void mpt__put_unsigned(mpt__text *t, uint64_t u) {
     while (n) mpt__put_char(t, digits[--n]);
 }
 
-/* Six significant digits, as %g; by hand because printf's decimal point depends on the locale. */
+/* Six significant digits, as %g. */
 static void mpt__put_double(mpt__text *t, double x) {
     const float f = (float)x;
     int exponent = 0, shown, digits, i;
@@ -2053,6 +2063,8 @@ static void mpt__put_double(mpt__text *t, double x) {
     mpt__put_unsigned(t, (uint64_t)(exponent < 0 ? -exponent : exponent));
 }
 
+/* By hand: printf's numbers depend on the locale, and there may be no stdio.h. */
+MPT__PRINTF(3, 0)
 static void mpt__format_list(char *out, size_t size, const char *format, va_list args) {
     mpt__text t;
     t.at = out;
@@ -2065,7 +2077,10 @@ static void mpt__format_list(char *out, size_t size, const char *format, va_list
         }
         switch (*++format) {
         case 's': mpt__put_string(&t, va_arg(args, const char *)); break;
-        case 'z': mpt__put_unsigned(&t, va_arg(args, size_t)); break;
+        case 'z':
+            format++; /* the u */
+            mpt__put_unsigned(&t, va_arg(args, size_t));
+            break;
         case 'g': mpt__put_double(&t, va_arg(args, double)); break;
         default: { /* 'd' */
             const int64_t i = va_arg(args, int);
@@ -2076,6 +2091,7 @@ static void mpt__format_list(char *out, size_t size, const char *format, va_list
     }
 }
 
+MPT__PRINTF(3, 4)
 static void mpt__print(char *out, size_t size, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -2151,7 +2167,7 @@ static void *mpt__host_alloc(mpt_context *ctx, size_t bytes) {
     header.bytes = bytes + MPT__OVERHEAD;
     header.raw = bytes <= (size_t)-1 / 2 ? mpt__desc_alloc(&ctx->desc, header.bytes) : NULL;
     if (!header.raw) {
-        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "out of memory: the allocator refused %z bytes", bytes);
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "out of memory: the allocator refused %zu bytes", bytes);
         return NULL;
     }
     p = (char *)header.raw + sizeof header;
@@ -3234,7 +3250,7 @@ static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char 
     size_t n;
     if (mpt__multiply(&n, a, b) && mpt__multiply(&n, n, c) && mpt__multiply(&n, n, d) && n <= (size_t)-1 / 16)
         return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %s of %z x %z x %z x %z elements, whose bytes overflow size_t", call,
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %s of %zu x %zu x %zu x %zu elements, whose bytes overflow size_t", call,
                     name, a, b, c, d);
 }
 
@@ -3287,16 +3303,17 @@ MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     MPT__TRY(mpt__need_act(ctx, "gemm", op.act));
     if (op.lda < a_row || op.ldb < b_row || op.ldc < op.n)
         return mpt_fail(ctx, MPT_ERROR_SHAPE,
-                        "gemm: lda %z, ldb %z or ldc %z is shorter than its row (m %z, n %z, k %z)", op.lda, op.ldb,
-                        op.ldc, op.m, op.n, op.k);
+                        "gemm: lda %zu, ldb %zu or ldc %zu is shorter than its row (m %zu, n %zu, k %zu)", op.lda,
+                        op.ldb, op.ldc, op.m, op.n, op.k);
     MPT__TRY(mpt__need_size(ctx, "gemm", "a", op.trans_a ? op.k : op.m, op.lda, 1, 1));
     MPT__TRY(mpt__need_size(ctx, "gemm", "b", op.trans_b ? op.n : op.k, op.ldb, 1, 1));
     MPT__TRY(mpt__need_size(ctx, "gemm", "c", op.m, op.ldc, 1, 1));
     if (op.a_sums.data) {
         MPT__TRY(mpt__need(ctx, "gemm", "a_sums", op.a_sums));
         if (!op.trans_a || op.lda != op.m)
-            return mpt_fail(ctx, MPT_ERROR_SHAPE, "gemm: a_sums needs trans_a (it is %d) and lda (%z) equal to m (%z)",
-                            op.trans_a, op.lda, op.m);
+            return mpt_fail(ctx, MPT_ERROR_SHAPE,
+                            "gemm: a_sums needs trans_a (it is %d) and lda (%zu) equal to m (%zu)", op.trans_a, op.lda,
+                            op.m);
     }
     return ctx->backend.gemm(ctx, &op);
 }
@@ -3316,22 +3333,23 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, mpt_conv2d_op *op) {
     if (!s->dilation) s->dilation = 1;
     if (!s->groups) s->groups = 1;
     if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %z, W %z, C %z, K %z, R %z, S %z)", s->H, s->W,
-                        s->C, s->K, s->R, s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %zu, W %zu, C %zu, K %zu, R %zu, S %zu)", s->H,
+                        s->W, s->C, s->K, s->R, s->S);
     if (s->stride > MPT__MOST || s->dilation > MPT__MOST)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: stride %z or dilation %z is over 2^31 - 1", s->stride,
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: stride %zu or dilation %zu is over 2^31 - 1", s->stride,
                         s->dilation);
     if (s->C % s->groups || s->K % s->groups)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: %z groups do not divide %z channels and %z filters", s->groups,
-                        s->C, s->K);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: %zu groups do not divide %zu channels and %zu filters",
+                        s->groups, s->C, s->K);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
     MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C / s->groups));
     if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
         reach_h > (size_t)-1 / 4 || reach_w > (size_t)-1 / 4 || s->padding > (size_t)-1 / 64 ||
         mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
         mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: kernel %zx%z, dilation %z, on a %zx%z input with padding %z",
-                        s->R, s->S, s->dilation, s->H, s->W, s->padding);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE,
+                        "conv2d: kernel %zux%zu, dilation %zu, on a %zux%zu input with padding %zu", s->R, s->S,
+                        s->dilation, s->H, s->W, s->padding);
     op->P = mpt__window_count(s->H, s->padding, reach_h + 1, s->stride);
     op->Q = mpt__window_count(s->W, s->padding, reach_w + 1, s->stride);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "y", s->N, op->P, op->Q, s->K));
@@ -3424,8 +3442,8 @@ MPT_DEF mpt_result mpt_op_columns(mpt_context *ctx, const mpt_columns_op *user) 
     MPT__TRY(mpt__need(ctx, "columns", "x", op.x));
     MPT__TRY(mpt__need(ctx, "columns", "y", op.y));
     if (op.x_stride < op.C || op.y_stride < op.C)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "columns: x_stride %z or y_stride %z is shorter than C, %z", op.x_stride,
-                        op.y_stride, op.C);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "columns: x_stride %zu or y_stride %zu is shorter than C, %zu",
+                        op.x_stride, op.y_stride, op.C);
     MPT__TRY(mpt__need_size(ctx, "columns", "x", op.rows, op.x_stride, 1, 1));
     MPT__TRY(mpt__need_size(ctx, "columns", "y", op.rows, op.y_stride, 1, 1));
     return ctx->backend.columns(ctx, &op);
@@ -3436,7 +3454,7 @@ static mpt_result mpt__norm_shape_check(mpt_context *ctx, mpt_norm_pass pass, co
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: eps %g is not a finite number above 0", (double)s->eps);
     if (!s->N || !s->pixels || !s->C || !s->groups || s->C % s->groups)
         return mpt_fail(ctx, MPT_ERROR_SHAPE,
-                        "norm: a size is 0, or groups does not divide C (N %z, pixels %z, C %z, groups %z)", s->N,
+                        "norm: a size is 0, or groups does not divide C (N %zu, pixels %zu, C %zu, groups %zu)", s->N,
                         s->pixels, s->C, s->groups);
     MPT__TRY(mpt__need_size(ctx, "norm", "x", s->N, s->pixels, s->C, 1));
     if (pass == MPT_NORM_RUNNING && s->pixels * (s->C / s->groups) < 2)
@@ -3491,27 +3509,27 @@ MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
 static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool2d_op *op) {
     const mpt_pool2d_shape *s = &op->shape;
     if (!s->H || !s->W || !s->C || !s->R || !s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %z, W %z, C %z, R %z, S %z)", s->H, s->W, s->C,
-                        s->R, s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %zu, W %zu, C %zu, R %zu, S %zu)", s->H, s->W,
+                        s->C, s->R, s->S);
     MPT__TRY(mpt__need_size(ctx, "pool2d", "x", s->N, s->H, s->W, s->C));
     MPT__TRY(mpt__need_size(ctx, "pool2d", "window", s->R, s->S, 1, 1));
-    if (s->stride > MPT__MOST) return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: stride %z is over 2^31 - 1", s->stride);
+    if (s->stride > MPT__MOST) return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: stride %zu is over 2^31 - 1", s->stride);
     if (s->R > 65536 / s->S && (s->R / 3 > s->H || s->S / 3 > s->W))
         return mpt_fail(ctx, MPT_ERROR_SHAPE,
-                        "pool2d: window %zx%z of over 65536 elements on an image of %zx%z, mostly padding", s->R, s->S,
-                        s->H, s->W);
+                        "pool2d: window %zux%zu of over 65536 elements on an image of %zux%zu, mostly padding", s->R,
+                        s->S, s->H, s->W);
     if (s->padding > s->R / 2 || s->padding > s->S / 2)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %z is more than half the window %zx%z", s->padding, s->R,
-                        s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %zu is more than half the window %zux%zu", s->padding,
+                        s->R, s->S);
     op->stride_h = s->stride ? s->stride : s->R;
     op->stride_w = s->stride ? s->stride : s->S;
     op->P = mpt__window_count(s->H, s->padding, s->R, op->stride_h);
     op->Q = mpt__window_count(s->W, s->padding, s->S, op->stride_w);
     if (!op->P || !op->Q)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zx%z on a %zx%z input with padding %z", s->R, s->S, s->H,
-                        s->W, s->padding);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zux%zu on a %zux%zu input with padding %zu", s->R, s->S,
+                        s->H, s->W, s->padding);
     if (op->kind == MPT_POOL_MAX && s->R > 65536 / s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zx%z has more than 65536 elements", s->R, s->S);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zux%zu has more than 65536 elements", s->R, s->S);
     return mpt__need_size(ctx, "pool2d", "y", s->N, op->P, op->Q, s->C);
 }
 
@@ -6285,7 +6303,7 @@ static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *steppe
         if (s->found == MPT_SKIP_GRADIENT)
             return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
                             "scaler_update: %d steps in a row with inf or NaN at the smallest scale %g; gradient of "
-                            "'%s', %z inf, %z NaN",
+                            "'%s', %zu inf, %zu NaN",
                             stuck, (double)s->journal[(s->skipped - 1) % MPT_JOURNAL].scale,
                             mpt_params_name(stepped[i]->params, (int)s->scan.first), (size_t)s->scan.inf,
                             (size_t)s->scan.nan);
@@ -6582,7 +6600,7 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
     mpt_result r;
     MPT__TRY(mpt__params_need(params, "params_init", tensor, params));
     if (tensor < 1 || (unsigned)init >= MPT_INIT_COUNT || !fan_in || !fan_out)
-        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_init: tensor %d, init %d, fan_in %z, fan_out %z",
+        return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_init: tensor %d, init %d, fan_in %zu, fan_out %zu",
                         tensor, (int)init, fan_in, fan_out);
     count = mpt_params_count(params, tensor);
     host = (float *)mpt__host_alloc(params->ctx, count * sizeof *host);
@@ -6642,7 +6660,7 @@ static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
                         s->low, s->start);
     if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
     if (one_cycle && !(mpt__mul_add(s->peak, (double)s->steps, -1) > 0 && s->peak < 1)) /* as the rule finds its top */
-        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %z steps is not between the first and the last",
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %zu steps is not between the first and the last",
                         s->peak, (size_t)s->steps);
     return MPT_OK;
 }
@@ -6874,13 +6892,13 @@ static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt
         return mpt_fail(opt->ctx, MPT_ERROR_UNSUPPORTED, "optimizer: state of version %d, this is version %d",
                         (int)s->version, (int)MPT_OPTIMIZER_STATE_VERSION);
     if (s->applied > s->attempted || s->skipped != s->attempted - s->applied)
-        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: %z attempts, but %z applied and %z skipped",
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: %zu attempts, but %zu applied and %zu skipped",
                         (size_t)s->attempted, (size_t)s->applied, (size_t)s->skipped);
     if (!mpt__is_share(s->beta1_power) || !mpt__is_share(s->beta2_power))
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: beta1_power %g or beta2_power %g is not in 0..1",
                         s->beta1_power, s->beta2_power);
     if (s->found < MPT_SKIP_NONE || s->found > MPT_SKIP_MOMENT || s->scan.first > (uint64_t)tensors)
-        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: found %d, first tensor %z", (int)s->found,
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: found %d, first tensor %zu", (int)s->found,
                         (size_t)s->scan.first);
     if (!s->found && !(mpt__not_negative(s->inv_scale) && mpt__not_negative(s->grad_norm) &&
                        mpt__not_negative(s->schedule))) /* what a step that mpt_unscale has let through goes on with */
@@ -7172,7 +7190,7 @@ static int mpt__layer_done(mpt_model *net, mpt_result r) {
 static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
     const size_t most = 0x7fffffff;
     if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %z x %z x %z are empty or over 2^31 elements",
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: samples of %zu x %zu x %zu are empty or over 2^31 elements",
                         node->name, H, W, C);
     node->H = (int)H;
     node->W = (int)W;
@@ -7349,7 +7367,7 @@ static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters
     if (!d->padding && !d->no_padding) s->padding = (s->R - 1) / 2 * s->dilation;
     if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE,
-                        "%s: kernel %dx%d, dilation %z, %d filters, %z groups, on a %dx%dx%d input with padding %z",
+                        "%s: kernel %dx%d, dilation %zu, %d filters, %zu groups, on a %dx%dx%d input with padding %zu",
                         node->name, kernel, kernel, s->dilation, filters, s->groups, node->H, node->W, node->C,
                         s->padding);
     return mpt__layer_size(net, node, P, Q, s->K);
@@ -7948,7 +7966,7 @@ static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mp
     for (i = 0; i < samples; i++) {
         if (labels[i] >= 0 && (size_t)labels[i] < classes) continue;
         if (mpt__row_ignored(&loss->cross_entropy, labels[i])) continue;
-        return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %z is not in 0..%z", call, loss->name,
+        return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %zu is not in 0..%zu", call, loss->name,
                         (int)labels[i], i, classes - 1);
     }
     return MPT_OK;
@@ -7963,10 +7981,10 @@ static mpt_result mpt__targets_check(mpt_context *ctx, const char *call, const m
         const uint32_t magnitude = mpt__bits(targets[i]) & 0x7fffffffu;
         if (magnitude && magnitude < 0x00800000u) /* a small integer, its bits taken for a float's */
             return mpt_fail(ctx, MPT_ERROR_VALUE,
-                            "%s: '%s': target %z of sample %z has the bits of the integer %d; targets are float", call,
-                            loss->name, i % outputs, i / outputs, (int)magnitude);
+                            "%s: '%s': target %zu of sample %zu has the bits of the integer %d; targets are float",
+                            call, loss->name, i % outputs, i / outputs, (int)magnitude);
         if (!mpt__finite(targets[i]) || (shares && (targets[i] < 0 || targets[i] > 1)))
-            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': target %z of sample %z is %g%s", call, loss->name,
+            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': target %zu of sample %zu is %g%s", call, loss->name,
                             i % outputs, i / outputs, (double)targets[i], shares ? ", not in 0..1" : "");
     }
     return MPT_OK;
@@ -8208,7 +8226,7 @@ static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     if (!kind.fan_in) return MPT_OK;
     fan_in = kind.fan_in(node);
     if (!mpt__multiply(&count, fan_in, (size_t)node->C))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %z x %d weights overflow size_t", node->name, fan_in, node->C);
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %zu x %d weights overflow size_t", node->name, fan_in, node->C);
     mpt__print(name, sizeof name, "%s.weight", node->name);
     node->weight = mpt_params_add(net->params, name, count, norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT);
     node->bias = 0;
@@ -8324,7 +8342,7 @@ static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
     for (i = 0; i < net->count; i++) {
         const mpt__node *node = &net->nodes[i];
         if (mpt__is_batch_norm(node) && mpt__norm_shape_of(node, rows).pixels < 2)
-            return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: a batch of %z with one value per channel cannot train it",
+            return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: a batch of %zu with one value per channel cannot train it",
                             node->name, rows);
     }
     return MPT_OK;
@@ -8566,7 +8584,7 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
     MPT__TRY(mpt__need_size(net->ctx, call, "x", samples, features, 1, 1));
     for (i = 0; i < samples * features; i++)
         if (!mpt__finite(x[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %z, element %z is %g", call, input->name,
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %zu, element %zu is %g", call, input->name,
                             i / features, i % features, (double)x[i]);
     if (!target) return MPT_OK;
     if (loss->loss == MPT_LOSS_CROSS_ENTROPY)
@@ -8872,7 +8890,7 @@ static mpt_result mpt__running_check(mpt_context *ctx, const char *call, const m
     size_t i;
     for (i = 0; i < 2 * C; i++)
         if (!mpt__finite(host[i]) || (i >= C && host[i] < 0))
-            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': running %s %z is %g", call, node->name,
+            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': running %s %zu is %g", call, node->name,
                             i < C ? "mean" : "variance", i % C, (double)host[i]);
     return MPT_OK;
 }
@@ -9030,6 +9048,7 @@ static void mpt__put_csv(mpt__text *t, const char *cell) {
 }
 
 /* The next cell of a line: in text followed by blanks up to its column's end. */
+MPT__PRINTF(2, 3)
 static void mpt__cell(mpt__table *t, const char *format, ...) {
     const int end = t->columns[t->at].end;
     char cell[128];
@@ -9090,9 +9109,9 @@ static void mpt__print_node(const mpt_model *net, int id, mpt__table *t) {
     mpt__cell(t, "%s", n.weight_type == MPT_DTYPE_COUNT ? "-" : mpt_dtype_name(n.weight_type));
     mpt__cell(t, "%s", n.kernel);
     mpt__cell(t, "%s", n.fused_into ? mpt__node_of(net, n.fused_into)->name : "-");
-    mpt__cell(t, "%z", n.parameters);
-    mpt__cell(t, "%z", n.bytes);
-    mpt__cell(t, "%z", n.multiply_adds);
+    mpt__cell(t, "%zu", n.parameters);
+    mpt__cell(t, "%zu", n.bytes);
+    mpt__cell(t, "%zu", n.multiply_adds);
     mpt__cell(t, "%s", n.reason);
     mpt__row_end(t);
 }
@@ -9134,7 +9153,7 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
     mpt__table_start(&t, columns, style, write, user);
     for (i = 0; i < 8; i++) {
         mpt__cell(&t, "%s", names[i]);
-        mpt__cell(&t, "%z", bytes[i]);
+        mpt__cell(&t, "%zu", bytes[i]);
         mpt__cell(&t, "%g", mpt__percent((double)bytes[i], (double)bytes[7]));
         mpt__cell(&t, "%g", parameters ? (double)bytes[i] / (double)parameters : 0.0);
         mpt__row_end(&t);
@@ -9345,6 +9364,7 @@ typedef struct mpt__job {
     char *staging;
 } mpt__job;
 
+MPT__PRINTF(3, 4)
 static mpt_result mpt__job_fail(const mpt__job *job, mpt_result result, const char *format, ...) {
     char text[192];
     va_list args;
@@ -9738,7 +9758,7 @@ static mpt_result mpt__make_header(mpt__job *job) {
 
 static mpt_result mpt__need_written(const mpt__job *job, const void *bytes, size_t count) {
     if (job->disk->write(job->file, bytes, count)) return MPT_OK;
-    return mpt__job_fail(job, MPT_ERROR_FILE, "%z bytes could not be written to the temporary file", count);
+    return mpt__job_fail(job, MPT_ERROR_FILE, "%zu bytes could not be written to the temporary file", count);
 }
 
 static mpt_result mpt__write_header(const mpt__job *job) {
@@ -9757,7 +9777,7 @@ static mpt_result mpt__pack(const mpt__job *job, const mpt__part *part, const vo
         const float value = mpt__float(bits);
         if (from != size) bits = mpt_narrow(value, (mpt_dtype)part->type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
         if (from != size && mpt__finite(value) && !mpt__finite(mpt_widen(bits, (mpt_dtype)part->type)))
-            return mpt__job_fail(job, MPT_ERROR_VALUE, "element %z of '%s' is %g, which %s does not hold", i,
+            return mpt__job_fail(job, MPT_ERROR_VALUE, "element %zu of '%s' is %g, which %s does not hold", i,
                                  part->name, (double)value, mpt__file_types[part->type].name);
         mpt__put_bytes(job->data + mpt__part_index(job->net, part, i) * size, bits, size);
     }
@@ -9808,7 +9828,8 @@ static mpt_result mpt__save_to_buffer(mpt__job *job) {
     for (i = 0; i < job->count; i++) buffer->size += mpt__part_bytes(&job->parts[i]);
     if (!buffer->to) return MPT_OK;
     if (buffer->size > capacity)
-        return mpt__job_fail(job, MPT_ERROR_ARGUMENT, "the file has %z bytes, capacity is %z", buffer->size, capacity);
+        return mpt__job_fail(job, MPT_ERROR_ARGUMENT, "the file has %zu bytes, capacity is %zu", buffer->size,
+                             capacity);
     return mpt__write_all(job);
 }
 
@@ -9881,7 +9902,7 @@ static mpt_result mpt__save_file(mpt__job *job) {
    the header */
 
 static mpt_result mpt__json_fail(const mpt__job *job, const char *what) {
-    return mpt__job_fail(job, MPT_ERROR_FILE, "byte %z of the header: %s", (size_t)(job->at - job->header), what);
+    return mpt__job_fail(job, MPT_ERROR_FILE, "byte %zu of the header: %s", (size_t)(job->at - job->header), what);
 }
 
 static int mpt__json_take(mpt__job *job, char c) {
@@ -10210,8 +10231,8 @@ static mpt_result mpt__check_entry(const mpt__job *job, const mpt__entry *entry)
         bytes *= entry->shape[d];
     }
     if (entry->end < entry->begin || entry->end - entry->begin != bytes)
-        return mpt__job_fail(job, MPT_ERROR_FILE, "'%s' has %z bytes by its shape, but lies from %z to %z", entry->name,
-                             (size_t)bytes, (size_t)entry->begin, (size_t)entry->end);
+        return mpt__job_fail(job, MPT_ERROR_FILE, "'%s' has %zu bytes by its shape, but lies from %zu to %zu",
+                             entry->name, (size_t)bytes, (size_t)entry->begin, (size_t)entry->end);
     return MPT_OK;
 }
 
@@ -10224,12 +10245,12 @@ static mpt_result mpt__check_layout(mpt__job *job) {
         const mpt__entry *entry = &job->entries[i];
         MPT__TRY(mpt__check_entry(job, entry));
         if (entry->begin != at)
-            return mpt__job_fail(job, MPT_ERROR_FILE, "'%s' starts at %z, but the data before it ends at %z",
+            return mpt__job_fail(job, MPT_ERROR_FILE, "'%s' starts at %zu, but the data before it ends at %zu",
                                  entry->name, (size_t)entry->begin, (size_t)at);
         at = entry->end;
     }
     if (at == job->data_bytes) return MPT_OK;
-    return mpt__job_fail(job, MPT_ERROR_FILE, "the tensors have %z bytes, but %z follow the header", (size_t)at,
+    return mpt__job_fail(job, MPT_ERROR_FILE, "the tensors have %zu bytes, but %zu follow the header", (size_t)at,
                          job->data_bytes);
 }
 
@@ -10276,7 +10297,7 @@ static mpt_result mpt__read_header(mpt__job *job) {
         if (memcmp(length, others[i].starts, strlen(others[i].starts)) == 0)
             return mpt__job_fail(job, MPT_ERROR_FILE, "this is %s", others[i].what);
     if (header > size || header > MPT__HEADER || size - header > (size_t)-1 / 2)
-        return mpt__job_fail(job, MPT_ERROR_FILE, "a header of %z bytes (at most %d), and %z bytes follow",
+        return mpt__job_fail(job, MPT_ERROR_FILE, "a header of %zu bytes (at most %d), and %zu bytes follow",
                              (size_t)header, (int)MPT__HEADER, (size_t)size);
     if (!header) return mpt__job_fail(job, MPT_ERROR_FILE, "the header has 0 bytes: want '{'");
     job->data_bytes = (size_t)(size - header);
@@ -10290,7 +10311,7 @@ static mpt_result mpt__read_some(mpt__job *job, unsigned char *to, uint64_t byte
     while (bytes) {
         const size_t some = to || bytes < sizeof passed ? (size_t)bytes : sizeof passed;
         if (!job->disk->read(job->file, to ? to : passed, some))
-            return mpt__job_fail(job, MPT_ERROR_FILE, "its %z bytes of data cannot be read", job->data_bytes);
+            return mpt__job_fail(job, MPT_ERROR_FILE, "its %zu bytes of data cannot be read", job->data_bytes);
         bytes -= some;
     }
     return MPT_OK;
@@ -10330,7 +10351,7 @@ static mpt_result mpt__match_version(const mpt__job *job, const mpt__part *part)
     const uint64_t version =
         part->entry->end - part->entry->begin < 8 ? 0 : mpt__get_bytes(mpt__part_source(job, part), 8);
     if (version == versions[part->id]) return MPT_OK;
-    return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED, "'%s' has version %z, this is version %d", part->name,
+    return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED, "'%s' has version %zu, this is version %d", part->name,
                          (size_t)version, (int)versions[part->id]);
 }
 
@@ -10472,8 +10493,8 @@ static mpt_result mpt__judge(const mpt__job *job, const mpt__part *part) {
     if (!part->moment) return MPT_OK;
     for (i = 0; i < part->count; i++)
         if (!mpt__finite(values[i]) || (squares && values[i] < 0))
-            return mpt__job_fail(job, MPT_ERROR_FILE, "element %z of '%s' is %g, which no moment can be", i, part->name,
-                                 (double)values[i]);
+            return mpt__job_fail(job, MPT_ERROR_FILE, "element %zu of '%s' is %g, which no moment can be", i,
+                                 part->name, (double)values[i]);
     return MPT_OK;
 }
 

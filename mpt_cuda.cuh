@@ -352,11 +352,11 @@ static void *mptc__malloc(mpt_context *ctx, size_t bytes, int pinned) {
     if (e != cudaErrorMemoryAllocation) {
         mptc__failed(ctx, 0, "allocation", __LINE__, cudaGetErrorString(e));
     } else if (pinned) {
-        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes of pinned memory asked for", bytes);
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %zu bytes of pinned memory asked for", bytes);
     } else {
         cudaMemGetInfo(&available, &total);
-        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %z bytes asked for, %z of %z free on device %d", bytes,
-                 available, total, mptc__of(ctx)->desc.device);
+        mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "cuda: out of memory: %zu bytes asked for, %zu of %zu free on device %d",
+                 bytes, available, total, mptc__of(ctx)->desc.device);
     }
     return NULL;
 }
@@ -512,7 +512,7 @@ static void *mptc__carve(char **at, size_t bytes) {
 
 static mpt_result mptc__need_positions(mpt_context *ctx, const char *what, size_t count) {
     if (count <= INT_MAX) return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: %s: %z positions, must be under 2^31", what, count);
+    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: %s: %zu positions, must be under 2^31", what, count);
 }
 
 /* Blocks for `work` threads' worth of work: enough to fill the device, whose threads then stride over the rest. */
@@ -1088,8 +1088,9 @@ static int mptc__needs_sums(const mpt_gemm_op *op) {
 static mpt_result mptc__need_ints(mpt_context *ctx, const mpt_gemm_op *op) {
     if (op->m <= INT_MAX && op->n <= INT_MAX && op->k <= INT_MAX && op->lda <= INT_MAX && op->ldb <= INT_MAX &&
         op->ldc <= INT_MAX) return MPT_OK;
-    return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: gemm: m %z, n %z, k %z, lda %z, ldb %z, ldc %z must be under 2^31",
-                    op->m, op->n, op->k, op->lda, op->ldb, op->ldc);
+    return mpt_fail(ctx, MPT_ERROR_SHAPE,
+                    "cuda: gemm: m %zu, n %zu, k %zu, lda %zu, ldb %zu, ldc %zu must be under 2^31", op->m, op->n,
+                    op->k, op->lda, op->ldb, op->ldc);
 }
 
 static cublasComputeType_t mptc__compute(mpt_context *ctx, const mpt_gemm_op *op) {
@@ -3174,7 +3175,7 @@ static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host
     const size_t at = step->fed;
     step->fed += mptc__round_up(bytes, mptc__align);
     if (step->fed > feed->bytes)
-        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: this step uploads over %z bytes, not as before", feed->bytes);
+        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: this step uploads over %zu bytes, not as before", feed->bytes);
     if (step->reads == step->turn) {
         if (!at) MPTC__CUDA(cudaStreamWaitEvent(device->feeder, feed->used, 0));
         memcpy(feed->host + at, host, bytes);

@@ -251,7 +251,7 @@ static void *lens__alloc(mpt_context *ctx, size_t bytes) {
     const mpt_context_desc desc = mpt_context_get_desc(ctx);
     void *p = desc.alloc ? desc.alloc(bytes, desc.user) : malloc(bytes);
     if (p) memset(p, 0, bytes);
-    else mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "out of memory: the allocator refused %z bytes", bytes);
+    else mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "out of memory: the allocator refused %zu bytes", bytes);
     return p;
 }
 

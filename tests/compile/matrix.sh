@@ -178,6 +178,13 @@ program "MPT_STATIC in two files" "$CC" -std=c99 "$dir/static_one.c" "$dir/stati
 program "-DMPT_IMPLEMENTATION" "$CC" -std=c99 -DMPT_IMPLEMENTATION -include ./mpt.h "$dir/user.c"
 program "MPT_NO_THREADS" "$CC" -std=c99 -DMPT_NO_THREADS "$dir/twice.c"
 
+# ---- messages: arguments that are not what the format says do not compile ----
+
+printf '#include "mpt.h"\nint main(void) { return (int)mpt_fail(0, MPT_OK, "%%s %%zu", "x", (size_t)1); }\n' >"$dir/right.c"
+printf '#include "mpt.h"\nint main(void) { return (int)mpt_fail(0, MPT_OK, "%%s %%zu", "x", 1.0); }\n' >"$dir/wrong.c"
+check "a right format" "$CC" -std=c99 -Wformat -Werror -fsyntax-only -I. "$dir/right.c"
+check "a wrong format is told" sh -c '! "$@" 2>/dev/null' sh "$CC" -std=c99 -Wformat -Werror -fsyntax-only -I. "$dir/wrong.c"
+
 # ---- without stdio.h: files in memory alone ----
 
 cat >"$dir/no_stdio.c" <<'END'
