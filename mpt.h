@@ -156,10 +156,10 @@
 #endif
 
 /* Parameter `format` is printf's, its arguments begin with number `first`: the compiler checks them. */
-#if defined(__clang__)
-#define MPT__PRINTF(format, first) __attribute__((__format__(__printf__, format, first)))
-#elif defined(__GNUC__)
+#if defined(__MINGW32__) && !defined(__clang__) /* whose printf is Microsoft's, without %zu */
 #define MPT__PRINTF(format, first) __attribute__((__format__(__gnu_printf__, format, first)))
+#elif defined(__GNUC__) || defined(__clang__)
+#define MPT__PRINTF(format, first) __attribute__((__format__(__printf__, format, first)))
 #else
 #define MPT__PRINTF(format, first)
 #endif
@@ -8983,7 +8983,8 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
                       mpt_params_count(net->params, node->bias ? node->bias : -1);
     if (kind.product)
         out->multiply_adds = mpt_params_count(net->params, node->weight) * (size_t)node->H * (size_t)node->W;
-    for (i = 0; i < MPT__BUFFERS && node->kind != MPT__LOSS; i++) {
+    if (node->kind == MPT__LOSS) return MPT_OK;
+    for (i = 0; i < MPT__BUFFERS; i++) {
         const int own[MPT__BUFFERS] = {node->value, node->grad, node->index, node->stats, node->cast};
         const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         if (own[i] && !(in && (own[i] == in->value || own[i] == in->grad)))
@@ -8992,32 +8993,54 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     return MPT_OK;
 }
 
+/* Arrays that a built model has from its device. */
+static size_t mpt__device_arrays(const mpt_model *net) {
+    const mpt_params *p = net->params;
+    size_t count = 7; /* block, targets, sums, gradients; states of scaler and optimizer, its slices */
+    int i;
+    for (i = 0; i < 3; i++)
+        if (net->opt->op.moment[i]) count++;
+    if (p->copy.data) count++;
+    if (p->master) count++;
+    if (p->low) count++;
+    if (net->staging) count++;
+    if (net->class_weights) count++;
+    if (net->statistics) count += 2; /* running and pending */
+    return count;
+}
+
 MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     const size_t host = MPT__OVERHEAD;
     mpt_memory m = MPT_ZERO;
     const mpt_params *p;
-    size_t blocks, moments = 0;
+    size_t slices;
     int i;
     if (!net) return m;
     m.bookkeeping = sizeof *net + host;
     if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
     if (!net->built) return m;
     p = net->params;
-    for (i = 0; i < 3; i++) moments += net->opt->op.moment[i] != NULL;
+    slices = (size_t)p->count * sizeof(mpt_slice);
     m.gradients = p->elements * 4;
-    m.moments = p->elements * 4 * moments;
-    m.weights = p->elements * (!p->copy.data ? 4 : net->policy.param == MPT_F32 ? 6 : 2);
-    if (net->policy.param != MPT_F32) m.masters = p->elements * (p->master ? 4 : p->low ? 2 : 0);
+    for (i = 0; i < 3; i++)
+        if (net->opt->op.moment[i]) m.moments += p->elements * 4;
+    if (net->policy.param == MPT_F32) {
+        m.weights = p->elements * 4;
+        if (p->copy.data) m.weights += p->elements * 2; /* O1 */
+    } else {
+        m.weights = p->elements * 2;
+        if (p->master) m.masters = p->elements * 4;
+        if (p->low) m.masters = p->elements * 2;
+    }
     m.activations = net->block_bytes;
-    m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums + sizeof *net->scaler->state +
-                  sizeof *net->opt->op.state + (size_t)p->count * sizeof(mpt_slice) +
-                  2 * net->statistics * sizeof(float);
+    m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums;
+    m.workspace += sizeof *net->scaler->state + sizeof *net->opt->op.state + slices;
+    m.workspace += 2 * net->statistics * sizeof(float);
     if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
-    blocks = 7 + moments + (net->staging ? 1 : 0) + (net->class_weights ? 1 : 0) + (net->statistics ? 2 : 0) +
-             (p->copy.data ? 1 : 0) + (p->master ? 1 : 0) + (p->low ? 1 : 0);
-    m.bookkeeping += blocks * net->ctx->backend.overhead + 6 * host + sizeof *net->scaler + sizeof *p +
-                     sizeof *net->opt + (size_t)p->capacity * sizeof *p->tensors +
-                     (size_t)p->count * sizeof(mpt_slice) + (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
+    m.bookkeeping += mpt__device_arrays(net) * net->ctx->backend.overhead;
+    m.bookkeeping += 6 * host + sizeof *net->scaler + sizeof *p + sizeof *net->opt + slices;
+    m.bookkeeping += (size_t)p->capacity * sizeof *p->tensors;
+    m.bookkeeping += (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
     return m;
 }
 
