@@ -5111,7 +5111,7 @@ static void mpt__cast_run(const mpt_context *ctx, const mpt_map_op *op, size_t i
         }
 }
 
-/* All but the cast. beta scales b where they are added, else the old content. */
+/* All but the cast. beta scales b where they are added, else the old content; an activation alone has no use for it. */
 MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     const mpt_array old = op->map == MPT_MAP_ADD ? op->b : op->out;
     const uint64_t step = op->mask.step ? *op->mask.step : 0;
@@ -5123,8 +5123,9 @@ MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size
     else mpt__scale_run(out, 1, a);
     if (op->map == MPT_MAP_DROPOUT)
         for (e = 0; e < n; e++) out[e] *= mpt__mask_factor(&op->mask, step, i + e);
-    if (op->beta != 0) mpt__add_run(out, op->beta, mpt__read_run(ctx, old, i, n, room[0]));
-    if (op->map != MPT_MAP_ACTIVATION_GRADIENT) mpt__activate_run(op->act, out);
+    if (op->beta != 0 && op->map != MPT_MAP_ACTIVATION)
+        mpt__add_run(out, op->beta, mpt__read_run(ctx, old, i, n, room[0]));
+    if (op->map == MPT_MAP_ACTIVATION || op->map == MPT_MAP_ADD) mpt__activate_run(op->act, out);
     mpt__write_run(ctx, op->out, i, n, out);
 }
 
