@@ -575,6 +575,7 @@ typedef enum mpt_loss_kind {
     MPT_LOSS_BCE_WITH_LOGITS, /* binary_cross_entropy_with_logits: -t log s - (1 - t) log(1 - s) of s = sigmoid(x) */
     MPT_LOSS_ABSOLUTE_ERROR,  /* l1_loss: |x - t| */
     MPT_LOSS_HUBER,           /* huber_loss: (x - t)^2 / 2 up to |x - t| = 1, |x - t| - 1/2 beyond */
+    MPT_LOSS_GRADIENT, /* of your own: target is dloss/dx; dx = target * grad_scale * *loss_scale, and 0 is added */
     MPT_LOSS_KIND_COUNT
 } mpt_loss_kind;
 
@@ -956,7 +957,12 @@ MPT_DEF int mpt_flatten(mpt_model *net, int node);
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
 /* a's channels, then b's, of the same height and width. */
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b);
-/* Losses, one a model, last: mean over the batch. Targets are int32_t classes, one a sample... */
+/* Keeps the value of a node, and the gradient of it, from one pass to the next: see mpt_node_value, mpt_node_grad. Of an
+   input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
+   passing where the value before it is kept. Returns the node. */
+MPT_DEF int mpt_keep(mpt_model *net, int node);
+/* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
+   nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample... */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_cross_entropy_desc *desc);
 /* ...or floats, as many a sample as the node has: see mpt_loss_kind. */
 MPT_DEF int mpt_mse(mpt_model *net, int node);
@@ -998,13 +1004,26 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
    passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
+
+/* A loss of your own: in a model without a loss node mpt_forward takes target NULL; read the heads with mpt_node_value,
+   compute dloss/dhead, hand it over for each head, and call mpt_backward. grad(n, elements), in host memory, is of the
+   loss of this pass as you define it (the mean over its samples, say); mpt multiplies by the loss scale and by
+   1 / accumulate. MPT_ERROR_VALUE if an element is not finite. torch: output.backward(grad) */
+MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int node, const float *grad);
+/* out(n, elements) in host memory, as fp32: the value of a node in the last mpt_forward, mpt_evaluate or mpt_predict
+   batch. Of a head until mpt_backward, of a node of mpt_keep at any time. Waits for the device. */
+MPT_DEF mpt_result mpt_node_value(mpt_model *net, int node, float *out);
+/* dloss/dvalue of a node of mpt_keep after mpt_backward and before mpt_scaler_update, without the loss scale: of the
+   mean loss of the pass, if it was the first of its step or as large as that. */
+MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int node, float *out);
 /* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. torch: optimizer.zero_grad() */
 MPT_DEF mpt_result mpt_zero_grad(mpt_model *net);
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
 MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
 
-/* Mean loss over the samples of the last step, or of the last mpt_forward. These four wait for the device. */
+/* Mean loss over the samples of the last step, or of the last mpt_forward; 0 without a loss node. These four wait for
+   the device. */
 MPT_DEF double mpt_loss(mpt_model *net);
 MPT_DEF float mpt_loss_scale(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
@@ -1596,15 +1615,23 @@ MPT_HD float mpt__class_target(const mpt_cross_entropy_desc *d, size_t C, int32_
 
 /* What sum->unit becomes by a call whose rows weigh `weight`. */
 MPT_HD double mpt__loss_unit(const mpt_loss_op *op, double weight) {
+    if (op->kind == MPT_LOSS_GRADIENT) return op->sum->unit;
     if (!op->part || op->sum->unit > 0) return op->sum->unit;
     return weight > 0 ? weight : (double)op->N;
 }
 
 /* What the gradient of a row's loss is multiplied by, where the rows of the call weigh `weight`. */
 MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
-    const double divisor = op->part ? mpt__loss_unit(op, weight) : weight;
+    const float scale = op->loss_scale ? *op->loss_scale : 1.0f;
+    double divisor = op->part ? mpt__loss_unit(op, weight) : weight;
+    if (op->kind == MPT_LOSS_GRADIENT) divisor = 1;
     if (!(weight > 0)) return 0;
-    return (float)((double)op->grad_scale / divisor) * (op->loss_scale ? *op->loss_scale : 1.0f);
+    return (float)((double)op->grad_scale / divisor) * scale;
+}
+
+/* Share of an element in its row's loss. */
+MPT_HD float mpt__loss_share(const mpt_loss_op *op) {
+    return op->kind == MPT_LOSS_GRADIENT ? 1.0f : 1.0f / (float)op->C;
 }
 
 /* -1, 0, 1, or NaN, told by the bits. */
@@ -1619,6 +1646,7 @@ MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slop
         *slope = (1 - t) * mpt__sigmoid(x) - t * mpt__sigmoid(-x); /* sigmoid(x) - t, which may cancel to 0 */
         return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
     case MPT_LOSS_ABSOLUTE_ERROR: *slope = mpt__sign(d); return size;
+    case MPT_LOSS_GRADIENT: *slope = t; return 0;
     case MPT_LOSS_HUBER: *slope = size <= 1 ? d : mpt__sign(d); return size <= 1 ? 0.5f * d * d : size - 0.5f;
     default: *slope = 2 * d; return d * d;
     }
@@ -2139,6 +2167,7 @@ MPT_DEF int mpt_version(void) { return MPT_VERSION; }
 /* -- Memory -- */
 
 static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
+static size_t mpt__max(size_t a, size_t b) { return a > b ? a : b; }
 
 static int mpt__multiply(size_t *out, size_t a, size_t b) {
     if (b && a > (size_t)-1 / b) return 0;
@@ -5832,7 +5861,7 @@ static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *
 
 static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
-    const float each = 1.0f / (float)op->C;
+    const float each = mpt__loss_share(op);
     double sum = 0;
     float slope;
     size_t c;
@@ -6981,10 +7010,15 @@ typedef struct mpt__node {
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     mpt_cross_entropy_desc cross_entropy;
+    int keep; /* by mpt_keep */
     /* what the build found */
     int weight, bias;     /* tensor ids; 0: none */
     size_t running;       /* batch norm: where its mean is in the statistics */
     int consumers;        /* nodes that read this one */
+    int kept;             /* its value outlives the pass: told so by mpt_keep, or a head */
+    int logits;           /* what the loss, or the user, reads is computed here... */
+    int behind_logits;    /* ...or has its value from there by activations and flattens */
+    int given;            /* a head whose gradient has been handed over */
     int fused;            /* an activation that its input node computes */
     mpt_activation slope; /* whose derivative the backward pass takes here: act, or a ReLU's before a max pool */
     int needs_gradient;   /* a parameter lies at or below it */
@@ -7092,12 +7126,34 @@ struct mpt_model {
     mpt__stage stage;         /* as of the step number `stage_step`: see mpt__stage_of */
     uint64_t stage_step;
     int micro;        /* backward passes in this step */
+    int rows;         /* samples of the last forward pass of any kind */
     int forward_rows; /* samples of the forward pass that waits for its backward pass; 0: none does */
 };
 
 static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
 
 static size_t mpt__node_count(const mpt__node *node) { return (size_t)node->H * (size_t)node->W * (size_t)node->C; }
+
+/* The loss node; NULL: the model ends in heads. */
+static const mpt__node *mpt__loss_of(const mpt_model *net) {
+    const mpt__node *last = net->count ? mpt__node_of(net, net->count) : NULL;
+    return last && last->kind == MPT__LOSS ? last : NULL;
+}
+
+/* The last node that has a value: the last one but for the loss. */
+static int mpt__last_value(const mpt_model *net) { return mpt__loss_of(net) ? net->count - 1 : net->count; }
+
+/* Is the node's value what the model is asked for: what the loss reads, or what nobody reads? */
+static int mpt__is_output(const mpt_model *net, int id) {
+    const mpt__node *loss = mpt__loss_of(net);
+    return loss ? id == loss->in[0] : !mpt__node_of(net, id)->consumers;
+}
+
+/* What mpt_predict tells: the only output, or the last. */
+static int mpt__output_of(const mpt_model *net) {
+    const mpt__node *loss = mpt__loss_of(net);
+    return loss ? loss->in[0] : net->count;
+}
 
 /* -- Adding a node -- */
 
@@ -7239,6 +7295,17 @@ static mpt_result mpt__pass_on(const mpt__visit *v, int side) {
 
 static int mpt__follows_input(MPT__UNUSED const mpt_model *net, const mpt__node *node, MPT__UNUSED size_t *i) {
     return node->in[0];
+}
+
+MPT_DEF int mpt_keep(mpt_model *net, int id) {
+    if (!net || !id) return 0;
+    if (net->built)
+        return mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ORDER, "keep: the model is built already"));
+    if (id < 0 || id > net->count || mpt__node_of(net, id)->kind == MPT__LOSS)
+        return mpt__layer_failed(net,
+                                 mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "keep: there is no node %d with a value", id));
+    mpt__node_of(net, id)->keep = 1;
+    return id;
 }
 
 /* -- Input -- its value is uploaded by the forward pass */
@@ -7955,9 +8022,16 @@ MPT_DEF int mpt_bce_with_logits(mpt_model *net, int in) {
 MPT_DEF int mpt_l1(mpt_model *net, int in) { return mpt__loss_layer(net, in, "l1", MPT_LOSS_ABSOLUTE_ERROR); }
 MPT_DEF int mpt_huber(mpt_model *net, int in) { return mpt__loss_layer(net, in, "huber", MPT_LOSS_HUBER); }
 
-/* Elements of 4 bytes that a sample's target has: a label, or as many floats as the node. */
-static size_t mpt__target_width(const mpt__node *loss) {
-    return loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss);
+/* Elements of 4 bytes that a sample's target has: a label, or as many floats as the node; of heads the widest one's
+   gradient. */
+static size_t mpt__target_width(const mpt_model *net) {
+    const mpt__node *loss = mpt__loss_of(net);
+    size_t widest = 0;
+    int id;
+    if (loss) return loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss);
+    for (id = 1; id <= net->count; id++)
+        if (mpt__is_output(net, id)) widest = mpt__max(widest, mpt__node_count(mpt__node_of(net, id)));
+    return widest;
 }
 
 static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mpt__node *loss, const int32_t *labels,
@@ -8100,6 +8174,19 @@ static mpt_result mpt__policy_check(mpt_model *net, const mpt__node *node) {
     return MPT_OK;
 }
 
+/* With a loss every other node is read by another; without one, those that are not are the heads. */
+static mpt_result mpt__outputs_check(mpt_model *net) {
+    int id;
+    for (id = 1; id <= mpt__last_value(net); id++) {
+        mpt__node *node = mpt__node_of(net, id);
+        if (node->consumers) continue;
+        if (mpt__loss_of(net) || node->kind == MPT__INPUT)
+            return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: nothing reads '%s'", node->name);
+        node->kept = 1;
+    }
+    return MPT_OK;
+}
+
 static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) {
     mpt_train_desc *t = &net->train;
     int i, losses = 0;
@@ -8118,20 +8205,19 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     for (i = 0; i < net->count; i++) {
         MPT__TRY(mpt__policy_check(net, &net->nodes[i]));
         net->nodes[i].consumers = 0;
+        net->nodes[i].kept = net->nodes[i].keep;
         losses += net->nodes[i].kind == MPT__LOSS;
     }
-    if (losses != 1 || net->nodes[net->count - 1].kind != MPT__LOSS)
-        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: the model needs one loss, as its last node; it has %d",
+    if (losses > 1 || (losses && !mpt__loss_of(net)))
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: a model has one loss, as its last node; this has %d",
                         losses);
+    if (mpt__last_value(net) < 2) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: the model has no layer");
     for (i = 0; i < net->count; i++) {
         const mpt__node *node = &net->nodes[i];
         if (node->in[0]) mpt__node_of(net, node->in[0])->consumers++;
         if (node->in[1]) mpt__node_of(net, node->in[1])->consumers++;
     }
-    for (i = 0; i < net->count - 1; i++)
-        if (!net->nodes[i].consumers)
-            return mpt_fail(net->ctx, MPT_ERROR_ORDER, "model_build: nothing reads '%s'", net->nodes[i].name);
-    return MPT_OK;
+    return mpt__outputs_check(net);
 }
 
 /* Do products alone read a node's value, if only through a flatten? Then it may as well be stored as they read it. */
@@ -8148,7 +8234,7 @@ static int mpt__only_products(const mpt_model *net, int id) {
 
 /* A node's value has the compute type of its policy; the input stays fp32 until a product reads it, but in O3; what the
    loss reads has the output type, and with it the activations between the two. */
-static void mpt__node_type(mpt_model *net, int id, int logits) {
+static void mpt__node_type(mpt_model *net, int id) {
     mpt__node *node = mpt__node_of(net, id);
     const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
     const mpt__kind kind = mpt__kind_of(node);
@@ -8158,10 +8244,10 @@ static void mpt__node_type(mpt_model *net, int id, int logits) {
         node->type = MPT_F32;
         node->reason = "not only products read it";
     }
-    if (id == logits && in) {
+    if (node->logits && in) {
         node->type = node->policy.output;
-        node->reason = "the loss reads it";
-    } else if (kind.as_input || (node->kind == MPT__ACTIVATION && id > logits)) {
+        node->reason = mpt__loss_of(net) ? "the loss reads it" : "a head";
+    } else if (kind.as_input || node->behind_logits) {
         node->type = in->type;
         node->grad_type = in->grad_type;
         node->reason = "as its input";
@@ -8175,7 +8261,7 @@ static int mpt__one_value(const mpt__node *node, const mpt__node *in) {
 
 /* An activation behind a layer that can compute it in passing, and that nobody reads without it. */
 static void mpt__fuse(mpt__node *node, mpt__node *in) {
-    if (!mpt__one_value(node, in) || !mpt__kind_of(in).fuses) return;
+    if (!mpt__one_value(node, in) || !mpt__kind_of(in).fuses || in->kept || node->kept) return;
     if (in->act || mpt__act_saves_input(node->act)) return;
     node->fused = 1;
     in->act = in->slope = node->act;
@@ -8185,31 +8271,36 @@ static void mpt__fuse(mpt__node *node, mpt__node *in) {
 static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
     const mpt__kind kind = mpt__kind_of(node);
     if (!kind.delays_slope || !kind.delays_slope(node)) return;
-    if (!in->fused || in->act != MPT_RELU || !mpt__one_value(node, in)) return;
+    if (!in->fused || in->act != MPT_RELU || !mpt__one_value(node, in) || node->kept) return;
     node->slope = MPT_RELU;
     in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
 }
 
-/* The node that computes what the loss reads, perhaps by way of activations and flattens. */
-static int mpt__logits_of(const mpt_model *net) {
-    int id = mpt__node_of(net, net->count)->in[0];
-    for (;;) {
-        const mpt__node *node = mpt__node_of(net, id);
-        if (node->consumers != 1 || !(node->kind == MPT__ACTIVATION || mpt__kind_of(node).as_input)) return id;
+/* Marks the node that computes output `id`, and those between it and the output: activations and flattens. */
+static void mpt__mark_logits(mpt_model *net, int id) {
+    mpt__node *node = mpt__node_of(net, id);
+    const int output = id;
+    while (node->consumers <= (id != output || mpt__loss_of(net) != NULL) &&
+           (node->kind == MPT__ACTIVATION || mpt__kind_of(node).as_input)) {
+        node->behind_logits = 1;
         id = node->in[0];
+        node = mpt__node_of(net, id);
     }
+    node->logits = 1;
 }
 
 /* Types of values and gradients, what needs a gradient, which activations their input node computes. */
 static void mpt__build_types(mpt_model *net) {
-    const int logits = mpt__logits_of(net);
     int id;
+    for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->logits = mpt__node_of(net, id)->behind_logits = 0;
+    for (id = 1; id <= mpt__last_value(net); id++)
+        if (mpt__is_output(net, id)) mpt__mark_logits(net, id);
     for (id = 1; id <= net->count; id++) {
         mpt__node *node = mpt__node_of(net, id), *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
-        mpt__node_type(net, id, logits);
-        node->needs_gradient = mpt__kind_of(node).fan_in != NULL;
+        mpt__node_type(net, id);
+        node->needs_gradient = mpt__kind_of(node).fan_in != NULL || node->kept;
         if (in) node->needs_gradient |= in->needs_gradient;
         if (node->in[1]) node->needs_gradient |= mpt__node_of(net, node->in[1])->needs_gradient;
         if (node->kind == MPT__ACTIVATION) mpt__fuse(node, in);
@@ -8313,6 +8404,7 @@ static int mpt__shared_side(const mpt_model *net, int id) {
         for (reader = id + 1; reader <= net->count; reader++)
             if (net->nodes[reader - 1].in[0] == node->in[side] || net->nodes[reader - 1].in[1] == node->in[side])
                 last = reader;
+        if (in->kept || node->kept) continue;
         if (last == id && in->needs_gradient && in->grad_type == node->grad_type) return side;
     }
     return -1;
@@ -8332,7 +8424,7 @@ static void mpt__plan_node(mpt_model *net, int id, int first, int last) {
     if (kind.product && in->type != node->policy.compute)
         node->cast = mpt__plan_add(net, batch * node->inputs, mpt_dtype_size(node->policy.compute), first, last);
     if (!node->needs_gradient) return;
-    if (shares && in->consumers == 1) node->grad = in->grad;
+    if (shares && in->consumers == 1 && !in->kept && !node->kept) node->grad = in->grad;
     else if (side >= 0) node->grad = mpt__node_of(net, node->in[side])->grad;
     else node->grad = mpt__plan_add(net, count, mpt_dtype_size(node->grad_type), last, last);
 }
@@ -8352,7 +8444,13 @@ static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
 /* How long the buffers live that `node`, which runs forward at `first` and backward at `last`, reads and writes. */
 static void mpt__plan_lives(mpt_model *net, const mpt__node *node, int first, int last) {
     const mpt__kind kind = mpt__kind_of(node);
+    const int before = net->count - 1, after = 2 * net->count; /* of and after the backward pass */
     int side;
+    if (node->kept) {
+        mpt__plan_extend(net, node->value, after);
+        if (node->needs_gradient) mpt__plan_extend(net, node->grad, after);
+        if (!node->consumers && node->needs_gradient) mpt__plan_extend(net, node->grad, before);
+    }
     if (node->slope && !mpt__act_saves_input(node->slope) && node->needs_gradient)
         mpt__plan_extend(net, node->value, last);
     for (side = 0; side < 2 && node->in[side]; side++) {
@@ -8371,7 +8469,7 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     int i;
     net->buffers = (mpt__buffer *)mpt__host_alloc(net->ctx, (size_t)n * MPT__BUFFERS * sizeof *net->buffers);
     if (!net->buffers) return MPT_ERROR_NO_MEMORY;
-    for (i = 0; i < n - 1; i++) {
+    for (i = 0; i < mpt__last_value(net); i++) {
         MPT__TRY(mpt__need_size(net->ctx, "model_build", net->nodes[i].name, mpt__node_count(&net->nodes[i]),
                                 (size_t)net->train.batch, (size_t)n * 4, 1));
         mpt__plan_node(net, i + 1, i, end - i);
@@ -8388,12 +8486,23 @@ static void *mpt__build_alloc(mpt_model *net, size_t bytes, int *failed) {
     return p;
 }
 
+/* Elements of a sample that pass through fp32 on their way in or out: 0 if none has to. */
+static size_t mpt__staging_width(const mpt_model *net) {
+    size_t widest = mpt__node_count(&net->nodes[0]);
+    int id, needed = net->nodes[0].type != MPT_F32;
+    for (id = 2; id <= mpt__last_value(net); id++) {
+        const mpt__node *node = mpt__node_of(net, id);
+        if (!mpt__is_output(net, id) && !node->kept) continue;
+        widest = mpt__max(widest, mpt__node_count(node));
+        needed |= node->type != MPT_F32 || node->grad_type != MPT_F32;
+    }
+    return needed ? widest : 0;
+}
+
 static mpt_result mpt__build_memory(mpt_model *net) {
-    const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
-    const size_t batch = (size_t)net->train.batch, features = mpt__node_count(input), outputs = mpt__node_count(loss);
-    const size_t widest = features > outputs ? features : outputs; /* inputs on the way in, outputs on the way out */
-    const int direct = mpt__node_of(net, loss->in[0])->type == MPT_F32;
-    const float *weights = loss->cross_entropy.class_weights;
+    const mpt__node *loss = mpt__loss_of(net);
+    const size_t batch = (size_t)net->train.batch, outputs = mpt__node_count(mpt__node_of(net, mpt__output_of(net)));
+    const float *weights = loss ? loss->cross_entropy.class_weights : NULL;
     int i, failed = 0;
     net->statistics = 0; /* of all batch norms: mean(C) and variance(C) of one after the other */
     for (i = 0; i < net->count; i++) {
@@ -8402,8 +8511,8 @@ static mpt_result mpt__build_memory(mpt_model *net) {
         node->running = net->statistics;
         net->statistics += 2 * (size_t)node->C;
     }
-    net->staging_bytes = input->type == MPT_F32 && direct ? 0 : batch * widest * sizeof(float);
-    net->target_bytes = batch * mpt__target_width(loss) * sizeof(float);
+    net->staging_bytes = batch * mpt__staging_width(net) * sizeof(float);
+    net->target_bytes = batch * mpt__target_width(net) * sizeof(float);
     net->block = (char *)mpt__build_alloc(net, net->block_bytes, &failed);
     net->target = mpt__build_alloc(net, net->target_bytes, &failed);
     net->sums = (mpt_loss_sum *)mpt__build_alloc(net, MPT__SUMS * sizeof *net->sums, &failed);
@@ -8416,7 +8525,7 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->weights_sum = weights != NULL;
     for (i = 0; (size_t)i < outputs && weights; i++)
         net->weights_sum = mpt_hash(net->weights_sum, 0, (uint64_t)i, mpt__bits(weights[i])) | 1;
-    net->opt->op.loss = &net->sums[0];
+    if (loss) net->opt->op.loss = &net->sums[0];
     net->opt->op.parts = net->train.accumulate;
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
 }
@@ -8578,7 +8687,7 @@ static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
 /* Inputs must be finite, labels in range: told before anything changes. target NULL: there is none. */
 static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float *x, const void *target,
                                    size_t samples) {
-    const mpt__node *input = &net->nodes[0], *loss = &net->nodes[net->count - 1];
+    const mpt__node *input = &net->nodes[0], *loss = mpt__loss_of(net);
     const size_t features = mpt__node_count(input);
     size_t i;
     if (!x) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: x is NULL", call);
@@ -8595,9 +8704,9 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float
 
 /* Adds the loss of `rows` samples to a sum. train: with its gradient. */
 static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows, int train) {
-    const mpt__node *loss = &net->nodes[net->count - 1];
+    const mpt__node *loss = mpt__loss_of(net);
     mpt_loss_op op = MPT_ZERO;
-    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * mpt__target_width(loss) * sizeof(float)));
+    MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * mpt__target_width(net) * sizeof(float)));
     op.kind = loss->loss;
     op.N = rows;
     op.C = mpt__node_count(loss);
@@ -8624,8 +8733,9 @@ static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *t
     mpt__enter(net, 1, MPT_FORWARD, 1);
     MPT__TRY(mpt_upload(net->ctx, direct ? value.data : (void *)net->staging, x, count * sizeof *x));
     if (!direct) MPT__TRY(mpt_cast(net->ctx, count, mpt_f32_array(net->staging), value, NULL));
-    for (id = 2; id < net->count; id++) MPT__TRY(mpt__node_forward(net, id, rows, train));
-    mpt__enter(net, net->count, MPT_BACKWARD_DATA, net->nodes[net->count - 1].in[0]);
+    for (id = 2; id <= mpt__last_value(net); id++) MPT__TRY(mpt__node_forward(net, id, rows, train));
+    net->rows = (int)rows;
+    mpt__enter(net, net->count, MPT_BACKWARD_DATA, mpt__output_of(net));
     if (target) r = mpt__run_loss(net, target, rows, train);
     mpt__enter(net, 0, MPT_FORWARD, 0);
     return r;
@@ -8658,14 +8768,16 @@ static mpt_result mpt__start_forward(mpt_model *net) {
     mpt_backend *backend = &net->ctx->backend;
     mpt_loss_sum *sum = &net->sums[0], *before = &net->sums[2];
     const mpt__stage stage = mpt__stage_of(net);
+    int id;
     net->forward_rows = 0;
+    for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->given = 0;
     if (!mpt__has_gradients(net)) {
         net->micro = 0;
         mpt__stage_set(net, MPT__BEGUN);
-        net->opt->op.loss = sum;
+        if (mpt__loss_of(net)) net->opt->op.loss = sum;
         return backend->zero(net->ctx, sum, sizeof *sum);
     }
-    net->opt->op.loss = before; /* until a backward pass follows */
+    if (mpt__loss_of(net)) net->opt->op.loss = before; /* until a backward pass follows */
     if (stage == MPT__GATHERED) MPT__TRY(backend->copy(net->ctx, before, sum, sizeof *sum));
     else MPT__TRY(backend->copy(net->ctx, sum, before, sizeof *sum));
     mpt__stage_set(net, MPT__RESUMED);
@@ -8684,7 +8796,9 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *targe
     if (n < 1 || n > net->train.batch)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n,
                         net->train.batch);
-    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: target is NULL");
+    if (!target != !mpt__loss_of(net))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: target is %s",
+                        target ? "given, but the model has no loss" : "NULL");
     MPT__TRY(mpt__check_batch(net, "forward", x, target, (size_t)n));
     MPT__TRY(mpt__check_norms(net, (size_t)n));
     return mpt__train_forward(net, x, target, (size_t)n);
@@ -8692,6 +8806,48 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *targe
 
 /* Does a forward pass of the step under way wait for its backward pass? */
 static int mpt__waits(const mpt_model *net) { return net->forward_rows && mpt__stage_of(net) != MPT__BETWEEN; }
+
+/* Without a loss node all heads need a gradient. */
+static mpt_result mpt__need_given(const mpt_model *net) {
+    int id;
+    if (mpt__loss_of(net)) return MPT_OK;
+    for (id = 1; id <= net->count; id++)
+        if (mpt__is_output(net, id) && !mpt__node_of(net, id)->given)
+            return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: mpt_output_grad has not been called for '%s'",
+                            mpt__node_of(net, id)->name);
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int id, const float *grad) {
+    mpt_loss_op op = MPT_ZERO;
+    mpt__node *node;
+    size_t i;
+    MPT__TRY(mpt__need_built(net, "output_grad"));
+    if (!mpt__waits(net)) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "output_grad: no forward pass waits for it");
+    if (id < 1 || id > net->count || mpt__loss_of(net) || !mpt__is_output(net, id) || !grad)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "output_grad: node %d is no head, or grad is NULL", id);
+    node = mpt__node_of(net, id);
+    op.kind = MPT_LOSS_GRADIENT;
+    op.N = (size_t)net->forward_rows;
+    op.C = mpt__node_count(node);
+    for (i = 0; i < op.N * op.C; i++)
+        if (!mpt__finite(grad[i]))
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "output_grad: '%s': sample %z, element %z is %g", node->name,
+                            i / op.C, i % op.C, (double)grad[i]);
+    MPT__TRY(mpt_upload(net->ctx, net->target, grad, op.N * op.C * sizeof *grad));
+    op.x = mpt__value(net, id);
+    op.target = net->target;
+    op.dx = mpt__grad(net, id);
+    op.grad_scale = (float)(1.0 / net->train.accumulate);
+    op.loss_scale = &net->scaler->state->scale;
+    op.sum = &net->sums[0];
+    op.part = 1;
+    mpt__enter(net, id, MPT_BACKWARD_DATA, id);
+    MPT__TRY(mpt_op_loss(net->ctx, &op));
+    mpt__enter(net, 0, MPT_FORWARD, 0);
+    node->given = 1;
+    return MPT_OK;
+}
 
 MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     int id;
@@ -8701,10 +8857,11 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     if (net->opt->phase != MPT__READY)
         return mpt_fail(net->ctx, MPT_ERROR_ORDER,
                         "backward: the gradients are unscaled; step and update the scaler first");
+    MPT__TRY(mpt__need_given(net));
     mpt__stage_set(net, MPT__GATHERED);
-    net->opt->op.loss = &net->sums[0];
+    if (mpt__loss_of(net)) net->opt->op.loss = &net->sums[0];
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
-    for (id = net->count - 1; id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
+    for (id = mpt__last_value(net); id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
     mpt__enter(net, 0, MPT_FORWARD, 0);
     net->forward_rows = 0;
     net->micro++;
@@ -8719,9 +8876,14 @@ MPT_DEF mpt_result mpt_zero_grad(mpt_model *net) {
     return mpt__forget_passes(net);
 }
 
+static mpt_result mpt__need_loss(const mpt_model *net, const char *call) {
+    if (mpt__loss_of(net)) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model has no loss; see mpt_output_grad", call);
+}
+
 static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *target) {
     const size_t rows = (size_t)net->train.batch, features = mpt__node_count(&net->nodes[0]);
-    const size_t width = mpt__target_width(&net->nodes[net->count - 1]);
+    const size_t width = mpt__target_width(net);
     int i;
     MPT__TRY(mpt__forget_passes(net));
     for (i = 0; i < net->train.accumulate; i++) {
@@ -8780,6 +8942,7 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
     int known, tries, again = 1;
     MPT__TRY(mpt__need_built(net, "train_step"));
     MPT__TRY(mpt__need_between(net, "train_step"));
+    MPT__TRY(mpt__need_loss(net, "train_step"));
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
     MPT__TRY(mpt__check_batch(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate));
     known = mpt__step_known(net);
@@ -8817,7 +8980,7 @@ MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net) { return mpt__steps(net, 1); 
 /* -- Evaluation -- */
 
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net) {
-    return net && net->built ? mpt__node_count(&net->nodes[net->count - 1]) : 0;
+    return net && net->built ? mpt__node_count(mpt__node_of(net, mpt__output_of(net))) : 0;
 }
 
 /* An evaluation writes over the activations that a backward pass would read. */
@@ -8833,10 +8996,11 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *targ
     MPT__TRY(mpt__need_built(net, "evaluate"));
     if (!target || !out || !samples)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "evaluate: target or out is NULL, or there are no samples");
+    MPT__TRY(mpt__need_loss(net, "evaluate"));
     MPT__TRY(mpt__need_activations(net, "evaluate"));
     MPT__TRY(mpt__check_batch(net, "evaluate", x, target, samples));
     features = mpt__node_count(&net->nodes[0]);
-    width = mpt__target_width(&net->nodes[net->count - 1]);
+    width = mpt__target_width(net);
     MPT__TRY(net->ctx->backend.zero(net->ctx, &net->sums[1], sizeof sum));
     for (i = 0; i < samples; i += rows) {
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -8850,6 +9014,15 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *targ
     return MPT_OK;
 }
 
+/* An array of n elements to host memory, as fp32. */
+static mpt_result mpt__read_array(mpt_model *net, size_t n, mpt_array x, float *out) {
+    if (x.type != MPT_F32) {
+        MPT__TRY(mpt_cast(net->ctx, n, x, mpt_f32_array(net->staging), NULL));
+        x = mpt_f32_array(net->staging);
+    }
+    return mpt_download(net->ctx, out, x.data, n * sizeof *out);
+}
+
 MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, float *out) {
     size_t i, rows, features, outputs;
     MPT__TRY(mpt__need_built(net, "predict"));
@@ -8859,15 +9032,41 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, f
     features = mpt__node_count(&net->nodes[0]);
     outputs = mpt_model_outputs(net);
     for (i = 0; i < samples; i += rows) {
-        mpt_array logits = mpt__value(net, net->nodes[net->count - 1].in[0]);
+        mpt_array logits = mpt__value(net, mpt__output_of(net));
         rows = mpt__min(samples - i, (size_t)net->train.batch);
         MPT__TRY(mpt__run_forward(net, x + i * features, NULL, rows, 0));
-        if (logits.type != MPT_F32) {
-            MPT__TRY(mpt_cast(net->ctx, rows * outputs, logits, mpt_f32_array(net->staging), NULL));
-            logits = mpt_f32_array(net->staging);
-        }
-        MPT__TRY(mpt_download(net->ctx, out + i * outputs, logits.data, rows * outputs * sizeof *out));
+        MPT__TRY(mpt__read_array(net, rows * outputs, logits, out + i * outputs));
     }
+    return MPT_OK;
+}
+
+/* -- Looking in -- */
+
+static mpt_result mpt__need_kept(const mpt_model *net, const char *call, int id, const float *out) {
+    MPT__TRY(mpt__need_built(net, call));
+    if (id < 1 || id > mpt__last_value(net) || !out)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d, or out is NULL", call, id);
+    if (mpt__node_of(net, id)->kept) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: '%s' was not kept: call mpt_keep before the build", call,
+                    mpt__node_of(net, id)->name);
+}
+
+MPT_DEF mpt_result mpt_node_value(mpt_model *net, int id, float *out) {
+    MPT__TRY(mpt__need_kept(net, "node_value", id, out));
+    if (!net->rows) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_value: there was no forward pass");
+    return mpt__read_array(net, (size_t)net->rows * mpt__node_count(mpt__node_of(net, id)), mpt__value(net, id), out);
+}
+
+MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
+    size_t i, n;
+    double factor;
+    MPT__TRY(mpt__need_kept(net, "node_grad", id, out));
+    if (mpt__stage_of(net) != MPT__GATHERED)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_grad: no backward pass is the last thing that was done");
+    n = (size_t)net->rows * mpt__node_count(mpt__node_of(net, id));
+    MPT__TRY(mpt__read_array(net, n, mpt__grad(net, id), out));
+    factor = net->train.accumulate / (double)mpt_scaler_scale(net->scaler);
+    for (i = 0; i < n; i++) out[i] = (float)((double)out[i] * factor);
     return MPT_OK;
 }
 

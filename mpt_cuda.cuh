@@ -2731,7 +2731,7 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
 /* x(C), target(C), dx(C) of this row; see mpt_elementwise_loss */
 static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
-    const float each = 1.0f / (float)op->C;
+    const float each = mpt__loss_share(op);
     double sum = 0;
     float slope;
     mptc__row out = {0, 1, 1, 0};

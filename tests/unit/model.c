@@ -751,10 +751,10 @@ static void test_all_samples(mpt_context *ctx) {
     descs[0].ignore = descs[2].ignore = 1, descs[0].ignore_index = descs[2].ignore_index = -100;
     descs[1].class_weights = descs[2].class_weights = weights;
     descs[2].label_smoothing = 0.1f;
-    for (i = 0; i < MPT_LOSS_KIND_COUNT + 3; i++) {
-        loss = i < MPT_LOSS_KIND_COUNT ? i : (int)MPT_LOSS_CROSS_ENTROPY;
+    for (i = 0; i < MPT_LOSS_GRADIENT + 3; i++) {
+        loss = i < MPT_LOSS_GRADIENT ? i : (int)MPT_LOSS_CROSS_ENTROPY;
         r.loss = (mpt_loss_kind)loss;
-        r.desc = i < MPT_LOSS_KIND_COUNT ? NULL : &descs[i - MPT_LOSS_KIND_COUNT];
+        r.desc = i < MPT_LOSS_GRADIENT ? NULL : &descs[i - MPT_LOSS_GRADIENT];
         test_samples(ctx, policy_of(0), &r, 4, 2, NULL);
         test_samples(ctx, policy_of(0), &r, 2, 4, NULL);
         test_samples(ctx, policy_of(0), &r, 1, 8, NULL); /* the second pass weighs nothing where labels are ignored */
@@ -1815,7 +1815,7 @@ static void test_build_errors(mpt_context *ctx) {
     p.param = MPT_F16, p.compute = MPT_BF16, check_build(ctx, p, NULL, MPT_ERROR_TYPE, "policy", __LINE__);
     p = o0, p.master = MPT_MASTER_NONE, check_build(ctx, p, NULL, MPT_ERROR_TYPE, "policy", __LINE__);
     net = begin(ctx, &in);
-    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "loss");
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "no layer");
     mpt_linear(net, in, 3, NULL), mpt_linear(net, in, 2, NULL);
     mpt_mse(net, 3);
     CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "linear1"); /* nothing reads it */
@@ -1825,7 +1825,7 @@ static void test_build_errors(mpt_context *ctx) {
     CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "loss"); /* two */
     mpt_model_free(net);
     net = mpt_model_new(ctx, o0);
-    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "loss"); /* nothing at all */
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "no layer"); /* nothing at all */
     mpt_model_free(net);
 }
 
@@ -2236,7 +2236,7 @@ static void test_all_gradients(mpt_context *ctx) {
     static const item *const nets[] = {mlp, cnn, smooth, curved, normed, even, sums};
     static const size_t samples_of[] = {9, 5, 4, 5, 5, 6, 6};
     int i, loss;
-    for (loss = 0; loss < MPT_LOSS_KIND_COUNT; loss++)
+    for (loss = 0; loss < MPT_LOSS_GRADIENT; loss++)
         for (i = 0; i < 7; i++) test_gradients(ctx, nets[i], (mpt_loss_kind)loss, samples_of[i]);
     test_gradients(ctx, mlp, MPT_LOSS_CROSS_ENTROPY, 1);
     test_gradients(ctx, mlp, MPT_LOSS_SQUARED_ERROR, 1);
@@ -2265,7 +2265,7 @@ int main(int argc, char **argv) {
     int i;
     test_begin(argc, argv);
     RUN_TEST(test_all_gradients(ctx));
-    for (i = 0; i < MPT_LOSS_KIND_COUNT; i++) RUN_TEST(test_losses(ctx, (mpt_loss_kind)i));
+    for (i = 0; i < MPT_LOSS_GRADIENT; i++) RUN_TEST(test_losses(ctx, (mpt_loss_kind)i));
     for (i = 0; i < POLICIES; i++) {
         RUN_TEST(test_parts(ctx, mixed, policy_of(i), MPT_LOSS_CROSS_ENTROPY));
         RUN_TEST(test_toy(ctx, policy_of(i), i % 2 ? normed_toy : toy, MPT_LOSS_CROSS_ENTROPY));
@@ -2299,7 +2299,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_exact_input(ctx, mpt_policy_preset(MPT_O2, MPT_BF16), 0));
     RUN_TEST(test_exact_input(ctx, mpt_policy_preset(MPT_O1, MPT_BF16), 1));
     RUN_TEST(test_rounded_bias(ctx));
-    for (i = 0; i < MPT_LOSS_KIND_COUNT; i++) RUN_TEST(test_odd_targets(ctx, (mpt_loss_kind)i));
+    for (i = 0; i < MPT_LOSS_GRADIENT; i++) RUN_TEST(test_odd_targets(ctx, (mpt_loss_kind)i));
     RUN_TEST(test_norm_errors(ctx));
     RUN_TEST(test_cross_entropy_errors(ctx));
     RUN_TEST(test_window_errors(ctx));

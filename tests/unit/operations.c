@@ -1605,7 +1605,7 @@ static void test_losses(void) {
             test_loss(&c);
             c.op.cross_entropy.label_smoothing = 0;
             c.weighted = c.op.cross_entropy.ignore = 0;
-            for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++) {
+            for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_GRADIENT; kind++) {
                 c.op.kind = (mpt_loss_kind)kind;
                 c.width = kind == MPT_LOSS_BCE_WITH_LOGITS ? widths[mix % 3] : 2;
                 test_loss(&c);
@@ -1639,7 +1639,7 @@ static double loss_slope(const loss_objective *o, size_t j) {
 
 static void test_loss_formulas(void) {
     int kind;
-    for (kind = -1; kind < MPT_LOSS_KIND_COUNT; kind++) {
+    for (kind = -1; kind < MPT_LOSS_GRADIENT; kind++) {
         double slope[10], slope_error[10], error;
         loss_case c = MPT_ZERO;
         loss_objective o;
@@ -1731,7 +1731,7 @@ static void test_all_ignored(void) {
 static void test_loss_at_target(void) {
     int kind;
     size_t i;
-    for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_KIND_COUNT; kind++) {
+    for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_GRADIENT; kind++) {
         loss_case c = MPT_ZERO;
         loss_data d;
         if (kind == MPT_LOSS_BCE_WITH_LOGITS) continue; /* x is no probability */
@@ -1749,7 +1749,7 @@ static void test_loss_at_target(void) {
 /* A NaN in x is one in the loss, and in the gradient of what it went into: its row's, or its own. */
 static void test_loss_nan(void) {
     int kind;
-    for (kind = 0; kind < MPT_LOSS_KIND_COUNT; kind++) {
+    for (kind = 0; kind < MPT_LOSS_GRADIENT; kind++) {
         loss_case c = MPT_ZERO;
         loss_data d;
         mpt_loss_sum sum;
@@ -1799,7 +1799,7 @@ static void test_loss_errors(void) {
     good.sum = (mpt_loss_sum *)t.array.data + 1;
     CHECK(mpt_op_loss(NULL, &good) == MPT_ERROR_ARGUMENT);
     CHECK_ERROR(context, mpt_op_loss(context, NULL), MPT_ERROR_ARGUMENT, "op");
-    for (kind = MPT_LOSS_CROSS_ENTROPY; kind < MPT_LOSS_KIND_COUNT; kind++) {
+    for (kind = MPT_LOSS_CROSS_ENTROPY; kind < MPT_LOSS_GRADIENT; kind++) {
         good.kind = (mpt_loss_kind)kind;
         CHECK_OK(context, mpt_op_loss(context, &good));
         CHECK_SPOILT(loss, x.data, NULL, MPT_ERROR_ARGUMENT, "x");

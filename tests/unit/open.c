@@ -1,0 +1,283 @@
+/* open.c - a model's open ends: losses of one's own, several heads, values and gradients of nodes. */
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../check.h"
+
+enum { BATCH = 6, SIDE = 5, CHANNELS = 2, PIXELS = SIDE * SIDE * CHANNELS, OUTPUTS = 3 };
+
+typedef struct problem { /* inputs and targets of some batches */
+    float x[4 * BATCH * PIXELS], target[4 * BATCH * OUTPUTS];
+    int32_t label[4 * BATCH];
+} problem;
+
+static problem problem_new(void) {
+    problem p;
+    int i;
+    test_floats(p.x, 4 * BATCH * PIXELS, -1, 1, 1);
+    test_floats(p.target, 4 * BATCH * OUTPUTS, -1, 1, 2);
+    for (i = 0; i < 4 * BATCH; i++) p.label[i] = (int32_t)(mpt_hash(3, 0, 0, (uint64_t)i) % OUTPUTS);
+    return p;
+}
+
+/* Convolution, batch norm, tanh, pooling, linear: smooth, so that differences tell its gradient. */
+static int body(mpt_model *net) {
+    int h = mpt_input(net, SIDE, SIDE, CHANNELS);
+    h = mpt_tanh(net, mpt_conv2d(net, h, 4, 3, NULL));
+    h = mpt_group_norm(net, h, 2, NULL);
+    h = mpt_avg_pool2d(net, h, 2, NULL);
+    return mpt_linear(net, h, OUTPUTS, NULL);
+}
+
+static mpt_train_desc training(int accumulate) {
+    mpt_train_desc train = MPT_ZERO;
+    train.batch = BATCH;
+    train.accumulate = accumulate;
+    train.optimizer = mpt_sgd(0.1, 0.9);
+    train.seed = 7;
+    return train;
+}
+
+static void finish_step(mpt_context *ctx, mpt_model *net) {
+    CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(net)));
+    CHECK_OK(ctx, mpt_step(mpt_model_optimizer(net)));
+    CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(net)));
+}
+
+static float *weights_of(mpt_context *ctx, mpt_model *net, size_t *count) {
+    float *w;
+    *count = mpt_params_count(mpt_model_params(net), 0);
+    w = (float *)test_memory(*count * sizeof *w);
+    CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, w));
+    return w;
+}
+
+/* Forward, gradient of the mean squared error by hand, backward. Returns that error. */
+static double own_pass(mpt_context *ctx, mpt_model *net, int head, const float *x, const float *target) {
+    float y[BATCH * OUTPUTS], grad[BATCH * OUTPUTS];
+    double loss = 0;
+    int i;
+    CHECK_OK(ctx, mpt_forward(net, x, NULL, BATCH));
+    CHECK_OK(ctx, mpt_node_value(net, head, y));
+    for (i = 0; i < BATCH * OUTPUTS; i++) {
+        const double d = (double)y[i] - (double)target[i];
+        loss += d * d / (BATCH * OUTPUTS);
+        grad[i] = (float)(2 * d / (BATCH * OUTPUTS));
+    }
+    CHECK_OK(ctx, mpt_output_grad(net, head, grad));
+    CHECK_OK(ctx, mpt_backward(net));
+    return loss;
+}
+
+/* A model whose loss is computed by hand takes the steps of one that has it as a node. Each gradient at the logits is
+   rounded once more on the way, so a weight that has moved by d in all may be off by the type's epsilon times d for
+   each of the steps, which a momentum of 0.9 repeats ten times. */
+static void test_own_loss(mpt_context *ctx, mpt_policy policy, int accumulate) {
+    enum { STEPS = 5 };
+    const problem p = problem_new();
+    const mpt_train_desc train = training(accumulate);
+    mpt_model *own = mpt_model_new(ctx, policy), *node = mpt_model_new(ctx, policy);
+    const int head = body(own);
+    const double unit = policy.compute == MPT_F32   ? 1.0 / (1 << 23)
+                        : policy.compute == MPT_F16 ? 1.0 / 1024
+                                                    : 1.0 / 128;
+    size_t count, i;
+    float *start, *a, *b;
+    double moved = 0, off = 0;
+    int step, pass;
+    mpt_mse(node, body(node));
+    CHECK_OK(ctx, mpt_model_build(own, &train));
+    CHECK_OK(ctx, mpt_model_build(node, &train));
+    start = weights_of(ctx, own, &count);
+    for (step = 0; step < STEPS; step++) {
+        double loss = 0;
+        for (pass = 0; pass < accumulate; pass++)
+            loss +=
+                own_pass(ctx, own, head, p.x + pass * BATCH * PIXELS, p.target + pass * BATCH * OUTPUTS) / accumulate;
+        finish_step(ctx, own);
+        CHECK_OK(ctx, mpt_train_step(node, p.x, p.target));
+        CHECK_NEAR(loss, mpt_loss(node), 64 * unit * (1 + loss));
+    }
+    CHECK_EQUAL((double)mpt_steps_applied(own), STEPS);
+    a = weights_of(ctx, own, &count);
+    b = weights_of(ctx, node, &count);
+    for (i = 0; i < count; i++) {
+        moved = fmax(moved, fabs((double)a[i] - (double)start[i]));
+        off = fmax(off, fabs((double)a[i] - (double)b[i]));
+    }
+    CHECK(moved > 0.01);
+    CHECK_NEAR(off, 0, moved * unit * STEPS * 10);
+    free(start);
+    free(a);
+    free(b);
+    mpt_model_free(own);
+    mpt_model_free(node);
+}
+
+/* Two heads that share a body: the gradient is that of the sum of their losses, and every head needs one. */
+static void test_heads(mpt_context *ctx) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16)),
+              *one = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    float ones[BATCH * OUTPUTS], zeros[BATCH * OUTPUTS], *both, *single;
+    int in, shared, a, b, i, head;
+    size_t count, all;
+    for (i = 0; i < BATCH * OUTPUTS; i++) {
+        ones[i] = 1;
+        zeros[i] = 0;
+    }
+    in = mpt_input(net, 1, 1, PIXELS);
+    shared = mpt_tanh(net, mpt_linear(net, in, 8, NULL));
+    a = mpt_linear(net, shared, OUTPUTS, NULL);
+    b = mpt_linear(net, shared, 2, NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    head = mpt_linear(one, mpt_tanh(one, mpt_linear(one, mpt_input(one, 1, 1, PIXELS), 8, NULL)), OUTPUTS, NULL);
+    CHECK_OK(ctx, mpt_model_build(one, &train));
+    CHECK_EQUAL((double)mpt_model_outputs(net), 2); /* the last head */
+    CHECK_OK(ctx, mpt_forward(net, p.x, NULL, BATCH));
+    CHECK_OK(ctx, mpt_output_grad(net, a, ones));
+    CHECK_ERROR(ctx, mpt_backward(net), MPT_ERROR_ORDER, "linear3");
+    CHECK_OK(ctx, mpt_output_grad(net, b, zeros));
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_OK(ctx, mpt_forward(one, p.x, NULL, BATCH));
+    CHECK_OK(ctx, mpt_output_grad(one, head, ones));
+    CHECK_OK(ctx, mpt_backward(one));
+    all = mpt_params_count(mpt_model_params(net), 1);
+    both = (float *)test_memory(all * sizeof *both);
+    single = (float *)test_memory(all * sizeof *single);
+    count = mpt_params_count(mpt_model_params(one), 1);
+    CHECK(count == all);
+    CHECK_OK(ctx, mpt_download(ctx, both, mpt_params_grad(mpt_model_params(net), 1), all * sizeof *both));
+    CHECK_OK(ctx, mpt_download(ctx, single, mpt_params_grad(mpt_model_params(one), 1), all * sizeof *single));
+    CHECK(memcmp(both, single, all * sizeof *both) == 0); /* a gradient of 0 at the other head adds nothing */
+    free(both);
+    free(single);
+    mpt_model_free(net);
+    mpt_model_free(one);
+}
+
+/* dloss/dinput and dloss/dvalue of a node between, against central differences of the loss: its third derivative is of
+   the order of 1, and it is known to 2^-22. */
+static void test_gradients(mpt_context *ctx) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    const double h = 1.0 / 64, bound = h * h + ldexp(1, -22) / h;
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    float grad[BATCH * PIXELS], logits[BATCH * OUTPUTS], x[BATCH * PIXELS];
+    double sum = 0;
+    const int head = body(net);
+    int i, c;
+    CHECK_EQUAL(mpt_keep(net, 1), 1);
+    CHECK_EQUAL(mpt_keep(net, head), head);
+    mpt_softmax_cross_entropy(net, head, NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    CHECK_ERROR(ctx, mpt_node_value(net, 1, x), MPT_ERROR_ORDER, "forward");
+    CHECK_OK(ctx, mpt_forward(net, p.x, p.label, BATCH));
+    CHECK_ERROR(ctx, mpt_node_grad(net, 1, grad), MPT_ERROR_ORDER, "backward");
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_OK(ctx, mpt_node_value(net, 1, x));
+    CHECK(memcmp(x, p.x, sizeof x) == 0);
+    CHECK_OK(ctx, mpt_node_grad(net, 1, grad));
+    CHECK_OK(ctx, mpt_node_grad(net, head, logits));
+    for (i = 0; i < BATCH; i++) /* softmax - label: sums to 0 */
+        for (c = 0, sum = 0; c < OUTPUTS; c++) {
+            sum += (double)logits[i * OUTPUTS + c];
+            CHECK(c + 1 < OUTPUTS || fabs(sum) < 8 * ldexp(1, -23));
+            CHECK((logits[i * OUTPUTS + c] < 0) == (p.label[i] == c));
+        }
+    CHECK_OK(ctx, mpt_zero_grad(net));
+    for (i = 0; i < BATCH * PIXELS; i += 7) {
+        mpt_metrics up, down;
+        x[i] = p.x[i] + (float)h;
+        CHECK_OK(ctx, mpt_evaluate(net, x, p.label, BATCH, &up));
+        x[i] = p.x[i] - (float)h;
+        CHECK_OK(ctx, mpt_evaluate(net, x, p.label, BATCH, &down));
+        x[i] = p.x[i];
+        CHECK_NEAR((double)grad[i], (up.loss - down.loss) / (2 * h), bound);
+    }
+    mpt_model_free(net);
+}
+
+/* What keep costs is memory alone: in fp32, where no value between is rounded, the steps are the same by the bit. */
+static void test_keep_changes_nothing(mpt_context *ctx) {
+    const mpt_policy policy = mpt_policy_preset(MPT_O0, MPT_F16);
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    mpt_model *net[2];
+    float *w[2], value[BATCH * SIDE * SIDE * 4];
+    size_t count = 0;
+    int i, step, id;
+    for (i = 0; i < 2; i++) {
+        int h = mpt_input((net[i] = mpt_model_new(ctx, policy)), SIDE, SIDE, CHANNELS), a;
+        a = mpt_relu(net[i], mpt_batch_norm(net[i], mpt_conv2d(net[i], h, 4, 3, NULL), NULL));
+        h = mpt_batch_norm(net[i], mpt_conv2d(net[i], a, 4, 3, NULL), NULL);
+        h = mpt_max_pool2d(net[i], mpt_relu(net[i], mpt_add(net[i], a, h)), 2, NULL);
+        h = mpt_linear(net[i], mpt_flatten(net[i], h), OUTPUTS, NULL);
+        for (id = 1; i && id <= h; id++) CHECK_EQUAL(mpt_keep(net[i], id), id);
+        mpt_softmax_cross_entropy(net[i], h, NULL);
+        CHECK_OK(ctx, mpt_model_build(net[i], &train));
+        for (step = 0; step < 4; step++) {
+            CHECK_OK(ctx, mpt_forward(net[i], p.x, p.label, BATCH));
+            CHECK_OK(ctx, mpt_backward(net[i]));
+            if (i) CHECK_OK(ctx, mpt_node_value(net[i], 4, value));
+            if (i) CHECK_OK(ctx, mpt_node_grad(net[i], 4, value));
+            finish_step(ctx, net[i]);
+        }
+        w[i] = weights_of(ctx, net[i], &count);
+    }
+    CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
+    for (i = 0; i < 2; i++) {
+        free(w[i]);
+        mpt_model_free(net[i]);
+    }
+}
+
+static void test_open_errors(mpt_context *ctx) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
+    float grad[BATCH * OUTPUTS] = {0};
+    mpt_metrics m;
+    const int head = body(net);
+    CHECK_ERROR(ctx, mpt_node_value(net, head, grad), MPT_ERROR_ORDER, "built");
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    CHECK_ERROR(ctx, mpt_train_step(net, p.x, p.target), MPT_ERROR_ORDER, "loss");
+    CHECK_ERROR(ctx, mpt_evaluate(net, p.x, p.target, BATCH, &m), MPT_ERROR_ORDER, "loss");
+    CHECK_ERROR(ctx, mpt_forward(net, p.x, p.target, BATCH), MPT_ERROR_ARGUMENT, "target");
+    CHECK_ERROR(ctx, mpt_output_grad(net, head, grad), MPT_ERROR_ORDER, "forward");
+    CHECK_OK(ctx, mpt_forward(net, p.x, NULL, BATCH));
+    CHECK_ERROR(ctx, mpt_backward(net), MPT_ERROR_ORDER, "mpt_output_grad");
+    CHECK_ERROR(ctx, mpt_output_grad(net, head - 1, grad), MPT_ERROR_ARGUMENT, "head");
+    CHECK_ERROR(ctx, mpt_output_grad(net, head, NULL), MPT_ERROR_ARGUMENT, "NULL");
+    CHECK_ERROR(ctx, mpt_node_value(net, 2, grad), MPT_ERROR_ORDER, "kept");
+    CHECK_ERROR(ctx, mpt_node_value(net, 99, grad), MPT_ERROR_ARGUMENT, "99");
+    grad[4] = test_float(0x7f800000u);
+    CHECK_ERROR(ctx, mpt_output_grad(net, head, grad), MPT_ERROR_VALUE, "sample 1, element 1");
+    grad[4] = 0;
+    CHECK_OK(ctx, mpt_output_grad(net, head, grad));
+    CHECK_OK(ctx, mpt_backward(net));
+    finish_step(ctx, net);
+    CHECK_EQUAL((double)mpt_steps_applied(net), 1);
+    CHECK_OK(ctx, mpt_predict(net, p.x, 3, grad));
+    CHECK_EQUAL(mpt_keep(net, 1), 0);
+    CHECK(mpt_keep(NULL, 1) == 0);
+    mpt_model_free(net);
+}
+
+int main(int argc, char **argv) {
+    mpt_context *ctx;
+    int level, accumulate;
+    test_begin(argc, argv);
+    ctx = test_open(NULL);
+    for (level = 0; level < 3; level++)
+        for (accumulate = 1; accumulate <= 3; accumulate += 2) {
+            RUN_TEST(test_own_loss(ctx, mpt_policy_preset((mpt_level)level, MPT_F16), accumulate));
+            RUN_TEST(test_own_loss(ctx, mpt_policy_preset((mpt_level)level, MPT_BF16), accumulate));
+        }
+    RUN_TEST(test_heads(ctx));
+    RUN_TEST(test_gradients(ctx));
+    RUN_TEST(test_keep_changes_nothing(ctx));
+    RUN_TEST(test_open_errors(ctx));
+    mpt_close(ctx);
+    return test_finish("open");
+}
