@@ -8832,7 +8832,7 @@ MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int id, const float *grad) {
     op.C = mpt__node_count(node);
     for (i = 0; i < op.N * op.C; i++)
         if (!mpt__finite(grad[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "output_grad: '%s': sample %z, element %z is %g", node->name,
+            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "output_grad: '%s': sample %zu, element %zu is %g", node->name,
                             i / op.C, i % op.C, (double)grad[i]);
     MPT__TRY(mpt_upload(net->ctx, net->target, grad, op.N * op.C * sizeof *grad));
     op.x = mpt__value(net, id);
