@@ -220,6 +220,7 @@ enum { MPTC__PLAN_KEY = 15, MPTC__PLANS = 256 };
 typedef struct mptc__plan { /* what cuBLASLt said about a product with an epilogue */
     int key[MPTC__PLAN_KEY];
     int fuses;
+    int apart; /* 1: though it fuses, column sums had better be made apart */
     cublasLtMatmulAlgo_t algo;
 } mptc__plan;
 
@@ -241,6 +242,8 @@ typedef struct mptc__device {
     mptc__block scratch;      /* temporaries of the running operation */
     mptc__block casts;        /* its operands in fp32 */
     mptc__block sums;         /* what its products are in fp32 */
+    mptc__block rates;        /* mpt__rates of the tensors of an optimizer... */
+    const void *rated;        /* ...with this state, which nothing has touched since; NULL: of none */
     char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
     unsigned *tickets;        /* ...tickets of mptc__last_block, as many as MPTC__SUM_BLOCKS */
     mptc__slot slots[MPTC__SLOTS];
@@ -333,6 +336,7 @@ static mpt_result mptc__held_do(mpt_context *ctx);
 
 /* Every operation starts here. */
 static mpt_result mptc__enter(mpt_context *ctx) {
+    mptc__of(ctx)->rated = NULL;
     MPTC__TRY(mptc__no_error(ctx));
     return mptc__held_do(ctx);
 }
@@ -464,6 +468,7 @@ static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, siz
     mptc__device *device = mptc__of(ctx);
     const char *from = (const char *)host;
     char *at = (char *)to;
+    device->rated = NULL;
     MPTC__TRY(device->step.open ? mptc__no_error(ctx) : mptc__enter(ctx));
     if (device->step.mode != MPTC__DIRECT) return mptc__feed_upload(ctx, to, host, bytes);
     device->step.fed += mptc__round_up(bytes, mptc__align);
@@ -1168,6 +1173,31 @@ static mptc__plan *mptc__plan_of(mptc__device *device, const int *key) {
     return &device->plans[(hash >> 24) % MPTC__PLANS];
 }
 
+/* The best algorithm for the product as *f describes it. 0: there is none. */
+static int mptc__heuristic(const mptc__device *device, const int *key, mptc__fusion *f,
+                           cublasLtMatmulHeuristicResult_t *found) {
+    cublasLtMatmulPreferenceOpaque_t preference = mptc__preference(device, key);
+    int answers = 0;
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)device->cublas, &f->desc, &f->a, &f->b, &f->c, &f->c,
+                                       &preference, 1, found, &answers);
+    return status == CUBLAS_STATUS_SUCCESS && answers > 0 && found->state == CUBLAS_STATUS_SUCCESS;
+}
+
+/* Would the product alone fill the device much better than with the column sums as its epilogue? A narrow result of
+   many terms needs its terms split among the multiprocessors, and without that takes many times as long as a pass over
+   dy. What cuBLASLt says of it depends on shape and device, as a measured time would not: so bits repeat. */
+static int mptc__better_apart(const mptc__device *device, const int *key, int32_t epilogue, float waves,
+                              mptc__fusion *f) {
+    const int32_t plain = CUBLASLT_EPILOGUE_DEFAULT;
+    cublasLtMatmulHeuristicResult_t alone;
+    if (epilogue != CUBLASLT_EPILOGUE_BGRADB || waves >= 1) return 0;
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &plain, sizeof plain);
+    const int found = mptc__heuristic(device, key, f, &alone);
+    cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    return found && alone.wavesCount > 2 * waves;
+}
+
 /* Can cuBLASLt do this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by shape.
    vector: the bias or where the column sums go; heuristics refuse an epilogue that reads or writes none. */
 static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, const void *vector, mptc__fusion *f) {
@@ -1190,14 +1220,10 @@ static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, co
     cublasLtMatrixLayoutInit(&f->c, c_type, op->n, op->m, (int64_t)op->ldc);
     mptc__plan *plan = mptc__plan_of(device, key);
     if (memcmp(plan->key, key, sizeof key)) {
-        cublasLtMatmulPreferenceOpaque_t preference = mptc__preference(device, key);
         cublasLtMatmulHeuristicResult_t found;
-        int answers = 0;
-        const cublasStatus_t status =
-            cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)device->cublas, &f->desc, &f->a, &f->b, &f->c, &f->c,
-                                           &preference, 1, &found, &answers);
         memcpy(plan->key, key, sizeof key);
-        plan->fuses = status == CUBLAS_STATUS_SUCCESS && answers > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+        plan->fuses = mptc__heuristic(device, key, f, &found);
+        plan->apart = plan->fuses && mptc__better_apart(device, key, epilogue, found.wavesCount, f);
         if (plan->fuses) plan->algo = found.algo;
     }
     f->plan = *plan;
@@ -1220,7 +1246,7 @@ static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusio
     const mptc__sums *s = &mptc__of(ctx)->held.sums;
     return mptc__of(ctx)->held.bias && op->trans_a && op->a.data == s->dy.data && op->m == s->C && op->lda == s->C &&
            op->k <= s->rows && s->db.type == MPT_F32 && op->c.type == MPT_F32 && (uintptr_t)s->db.data % 16 == 0 &&
-           mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), s->db.data, f);
+           mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), s->db.data, f) && !f->plan.apart;
 }
 
 /* It does, for its rows of dy; those of other slices still wait then. Sums that add to others are made apart first. */
@@ -2479,7 +2505,8 @@ typedef struct mptc__scan_work {
     size_t n, chunks;
     mpt_scan *parts;      /* (chunks) */
     mpt_scan *out;        /* of all */
-    mpt_update_op update; /* state not NULL: this is its check */
+    mpt_update_op update; /* state not NULL: this is its check... */
+    mpt__rates *rates;    /* ...and these of its tensors follow from it */
     unsigned *ticket;
 } mptc__scan_work;
 
@@ -2581,6 +2608,14 @@ static __device__ mpt_scan mptc__scan_parts(const mpt_scan *parts, size_t begin,
     return sum;
 }
 
+/* The rates of all tensors, for the update: a block's work. The clip limits may not be known yet. */
+static __device__ void mptc__rates_put(const mpt_update_op *op, mpt__rates *rates) {
+    for (int t = (int)threadIdx.x; t < op->tensors; t += (int)blockDim.x)
+        rates[t] = mpt__rates_of(op, &op->slices[t]);
+}
+
+static __global__ void mptc__rates_k(mpt_update_op op, mpt__rates *rates) { mptc__rates_put(&op, rates); }
+
 /* A warp a chunk; in the last block the chunks of each of at most 64 parts one after the other, then the parts. Over 64
    registers: the parts that a thread of the last block has under way, of which few threads make use. */
 static __global__ void mptc__scan_k(mptc__scan_work w) {
@@ -2604,10 +2639,13 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
         parts[threadIdx.x] = mptc__scan_parts(w.parts, begin, end, w.n);
     }
     __syncthreads();
-    if (threadIdx.x) return;
-    for (unsigned b = 1; b < used; b++) mptc__scan_join(&parts[0], &parts[b]);
-    if (!w.update.state) *w.out = parts[0];
-    else mpt__state_checked(&w.update, &parts[0], !unsound);
+    if (threadIdx.x == 0) {
+        for (unsigned b = 1; b < used; b++) mptc__scan_join(&parts[0], &parts[b]);
+        if (!w.update.state) *w.out = parts[0];
+        else mpt__state_checked(&w.update, &parts[0], !unsound);
+    }
+    __syncthreads();
+    if (w.update.state) mptc__rates_put(&w.update, w.rates);
 }
 
 /* update NULL: the result is left at the start of the scratch block. */
@@ -2622,7 +2660,11 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     MPTC__TRY(mptc__grow(ctx, &device->scratch, (w.chunks + 1) * sizeof *w.parts));
     w.out = (mpt_scan *)(void *)device->scratch.at;
     w.parts = w.out + 1;
-    if (update) w.update = *update;
+    if (update) {
+        MPTC__TRY(mptc__grow(ctx, &device->rates, (size_t)update->tensors * sizeof *w.rates));
+        w.update = *update;
+        w.rates = (mpt__rates *)(void *)device->rates.at;
+    }
     w.ticket = device->tickets;
     const size_t blocks = mptc__divide_up(w.chunks * MPTC__WARP, MPTC__SCAN_THREADS);
     const size_t most = (size_t)device->processors * (MPTC__BLOCKS_EACH * MPTC__THREADS / MPTC__SCAN_THREADS);
@@ -2957,7 +2999,9 @@ static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int 
 /* ==== OPTIMIZER ==== the rules of mpt.h, one launch for all tensors */
 
 static mpt_result mptc__check(mpt_context *ctx, const mpt_update_op *op) {
-    return mptc__scan_run(ctx, op->count, 1, mpt_f32_array(op->grad), op);
+    MPTC__TRY(mptc__scan_run(ctx, op->count, 1, mpt_f32_array(op->grad), op));
+    mptc__of(ctx)->rated = op->state;
+    return MPT_OK;
 }
 
 enum {
@@ -3024,13 +3068,14 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
     }
 }
 
-/* A block takes tiles of the flat arrays. For each it works out the rates of the tensors in it, one thread a tensor,
-   and then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
+/* A block takes tiles of the flat arrays. For each it fetches the rates of the tensors in it, one thread a tensor, and
+   then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
    nobody reads the state any more, and updates the scaler if one is given. Over 64 registers: up to six arrays of eight
    values are under way in a thread, which hides more latency than more threads would. */
-static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler, int32_t *stuck, mptc__meter *total,
-                                      unsigned *ticket) {
+static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, mpt_scaler_state *scaler,
+                                      int32_t *stuck, mptc__meter *total, unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
+    const float clip = (float)mpt__clip_factor(op.state, op.max_norm);
     const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
     const bool skip = mpt__step_found(&op) != 0;
     const int32_t *found = &op.state->found;
@@ -3038,8 +3083,11 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
     for (size_t tile = blockIdx.x; tile < tiles && !skip; tile += gridDim.x) {
         const size_t begin = tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
         const int first = mpt__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
-        if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE)
-            rates[threadIdx.x] = mpt__rates_of(&op, &op.slices[mine]);
+        if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE) {
+            rates[threadIdx.x] = all[mine];
+            rates[threadIdx.x].clip = clip;
+            rates[threadIdx.x].clip_value = (float)op.max_value;
+        }
         __syncthreads();
         const int t = mpt__slice_at(op.slices, op.tensors, i);
         const size_t start = op.slices[t].offset, end = start + op.slices[t].count; /* padding follows it */
@@ -3073,14 +3121,21 @@ static __global__ void mptc__update_k(mpt_update_op op, mpt_scaler_state *scaler
 static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler,
                                    int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
-    return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op, scaler, stuck,
+    return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op,
+                        (const mpt__rates *)(void *)device->rates.at, scaler, stuck,
                         (mptc__meter *)(void *)device->zeros, device->tickets);
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
-    mptc__held *held = &mptc__of(ctx)->held;
+    mptc__device *device = mptc__of(ctx);
+    mptc__held *held = &device->held;
+    const int rated = device->rated == op->state;
     MPTC__TRY(mptc__enter(ctx));
-    if (!mptc__of(ctx)->step.open) return mptc__update_run(ctx, op, NULL, NULL);
+    if (!rated) { /* other calls came between: learning rates may have changed, or there was another check */
+        MPTC__TRY(mptc__grow(ctx, &device->rates, (size_t)op->tensors * sizeof(mpt__rates)));
+        MPTC__TRY(MPTC__LAUNCH(mptc__rates_k, 1, MPTC__THREADS, *op, (mpt__rates *)(void *)device->rates.at));
+    }
+    if (!device->step.open) return mptc__update_run(ctx, op, NULL, NULL);
     held->update = 1; /* the scaler is next */
     held->step = *op;
     return MPT_OK;
@@ -3352,6 +3407,7 @@ static void mptc__close(mpt_context *ctx) {
     cudaFree(device->scratch.at);
     cudaFree(device->casts.at);
     cudaFree(device->sums.at);
+    cudaFree(device->rates.at);
     cudaFree(device->products.at);
     cudaFree(device->zeros);
     if (device->stream && !device->desc.stream) cudaStreamDestroy(device->stream);

@@ -635,6 +635,7 @@ static void trainer_step(mpt_context *ctx, trainer *t, int step) {
     CHECK_OK(ctx, mpt_unscale(t->opt));
     if (step % 2) CHECK_OK(ctx, mpt_clip_norm(t->opt, 1.5));
     if (step == 4) CHECK_OK(ctx, mpt_clip_value(t->opt, 0.01));
+    if (step == 5) CHECK_OK(ctx, mpt_optimizer_set_lr(t->opt, 0.03)); /* the check has worked out rates already */
     CHECK_OK(ctx, mpt_step(t->opt));
     CHECK_OK(ctx, mpt_scaler_update(t->scaler));
 }

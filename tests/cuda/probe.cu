@@ -1,7 +1,7 @@
 /* probe.cu - what only a card can tell, in stages: probe [--tiny] STAGE...
 
    plans     which products cuBLASLt fuses; its time with no workspace and with the context's; BGRADB against a
-             product and column sums
+             product and column sums: was the faster way taken?
    kernels   microseconds of the check of 0.67 M gradients; GB/s that a gather writes, by slice
    host      microseconds that 1,000 steps take the host and the device
    errors    steps beside an event that is not done
@@ -107,7 +107,11 @@ static void plan(mpt_context *ctx, const shape *z) {
             need("plans", ctx, mptc__sums_run(ctx, &sums));
         });
         snprintf(what, sizeof what, "%s: product and sums apart", z->name);
-        row("plans", what, 1e6 * apart, "us", !tiny && with > 0, with <= 1.1 * apart);
+        row("plans", what, 1e6 * apart, "us", 0, 1);
+        const int one = with > 0 && !f.plan.apart;
+        const double least = with > 0 ? std::min(with, apart) : apart;
+        snprintf(what, sizeof what, "%s: %s is taken, times the faster", z->name, one ? "the epilogue" : "apart");
+        row("plans", what, (one ? with : apart) / least, "-", !tiny, (one ? with : apart) <= 1.1 * least);
     }
     mpt_free(ctx, op.a.data);
     mpt_free(ctx, op.b.data);
