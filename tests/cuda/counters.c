@@ -43,7 +43,7 @@ typedef struct net_case {
     const char *name;
     net_layers layers;
     int side, channels;      /* SIDE * SIDE inputs */
-    unsigned long long most; /* nodes, where cuBLASLt has all epilogues */
+    unsigned long long most; /* nodes, where cuBLASLt has all epilogues and they are taken */
 } net_case;
 
 static mpt_model *build(mpt_context *ctx, const net_case *c) {
@@ -99,6 +99,7 @@ static void count_steps(const net_case *c, int no_graph, counter_function counte
 static void test_counters(const net_case *c, counter_function counter) {
     const unsigned long long steps = LAST - FIRST + 1, batch = BATCH * (SIDE * SIDE * sizeof(float) + sizeof(int32_t));
     const char *late = getenv("CUDACPU_LAZY");
+    const int apart = getenv("MPT_TEST_WAVES") != NULL; /* see runner.cpp */
     const unsigned long long waits = late && atoi(late) ? steps : 0; /* for one upload a step */
     unsigned long long one[COUNTERS], graph[COUNTERS], refused, nodes;
     count_steps(c, 1, counter, one, &refused);
@@ -110,7 +111,8 @@ static void test_counters(const net_case *c, counter_function counter) {
     printf("%s, as a graph: %g nodes, %g graph launches and %g cuBLAS calls a step\n", c->name,
            (double)nodes / (double)steps, (double)graph[GRAPHS] / (double)steps,
            (double)graph[PRODUCTS] / (double)steps);
-    CHECK(refused || nodes <= c->most * steps);
+    if (apart) CHECK(nodes > c->most * steps); /* column sums are launches of their own */
+    else CHECK(refused || nodes <= c->most * steps);
     CHECK(one[GRAPHS] == 0);
     CHECK(one[WAITS] <= 2 * waits && graph[WAITS] <= waits); /* images and labels; one feed for both */
     CHECK_EQUAL(one[UPLOADED], batch * steps);
