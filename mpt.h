@@ -1291,31 +1291,31 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #endif
 
 #ifdef __CUDA_ARCH__
-MPT_HD float mpt__mul(float a, float b) { return __fmul_rn(a, b); }
-MPT_HD float mpt__add(float a, float b) { return __fadd_rn(a, b); }
-MPT_HD float mpt__div(float a, float b) { return __fdiv_rn(a, b); }
-MPT_HD float mpt__sqrt(float a) { return __fsqrt_rn(a); }
-MPT_HD float mpt__fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+MPT_HD float mpt__mul_rn(float a, float b) { return __fmul_rn(a, b); }
+MPT_HD float mpt__add_rn(float a, float b) { return __fadd_rn(a, b); }
+MPT_HD float mpt__div_rn(float a, float b) { return __fdiv_rn(a, b); }
+MPT_HD float mpt__sqrt_rn(float a) { return __fsqrt_rn(a); }
+MPT_HD float mpt__fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MPT_HD double mpt__mul_add(double a, double b, double c) { return __dadd_rn(__dmul_rn(a, b), c); }
 #else
-MPT_HD float mpt__mul(float a, float b) {
+MPT_HD float mpt__mul_rn(float a, float b) {
     float r = a * b;
     MPT__KEEP(r);
     return r;
 }
-MPT_HD float mpt__add(float a, float b) {
+MPT_HD float mpt__add_rn(float a, float b) {
     float r = a + b;
     MPT__KEEP(r);
     return r;
 }
-MPT_HD float mpt__div(float a, float b) {
+MPT_HD float mpt__div_rn(float a, float b) {
     float r;
     MPT__KEEP(b);
     r = a / b;
     MPT__KEEP(r);
     return r;
 }
-MPT_HD float mpt__sqrt(float a) {
+MPT_HD float mpt__sqrt_rn(float a) {
     float (*MPT__OPAQUE root)(float) = sqrtf;
     float r = root(a);
     MPT__KEEP(r);
@@ -1323,7 +1323,7 @@ MPT_HD float mpt__sqrt(float a) {
 }
 #ifdef __MINGW32__ /* its fmaf is off by a unit one time in four: here an exact product, and a sum in double that is
                       rounded to odd, so that rounding it again to fp32 is as rounding once */
-MPT_HD float mpt__fma(float a, float b, float c) {
+MPT_HD float mpt__fma_rn(float a, float b, float c) {
     const volatile double product = (double)a * (double)b, sum = product + (double)c, part = sum - product;
     const volatile double rest = (double)c - part + (product - (sum - part));
     double odd = sum;
@@ -1334,7 +1334,7 @@ MPT_HD float mpt__fma(float a, float b, float c) {
     return (float)odd;
 }
 #else
-MPT_HD float mpt__fma(float a, float b, float c) { /* a b + c, rounded once */
+MPT_HD float mpt__fma_rn(float a, float b, float c) { /* a b + c, rounded once */
     float (*MPT__OPAQUE fused)(float, float, float) = fmaf;
     float r = fused(a, b, c);
     MPT__KEEP(r);
@@ -1554,10 +1554,10 @@ MPT_HD mpt_array mpt_bf16_array(const mpt_bf16 *p) { return mpt_typed_array(p, M
 
 /* -- Random numbers -- */
 
-MPT_HD uint64_t mpt__mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
+MPT_HD uint64_t mpt__mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
 }
 
 MPT_HD uint32_t mpt_hash(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element) {
@@ -1750,7 +1750,7 @@ MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
 
 MPT_HD float mpt__weight_load(mpt_master mode, mpt_dtype type, uint16_t copy, uint16_t low) {
     if (mode == MPT_MASTER_SPLIT) return mpt__float(((uint32_t)copy - (low >> 15)) << 16 | low);
-    if (mode == MPT_MASTER_KAHAN) return mpt__add(mpt_widen(copy, type), mpt_widen(low, type));
+    if (mode == MPT_MASTER_KAHAN) return mpt__add_rn(mpt_widen(copy, type), mpt_widen(low, type));
     return mpt_widen(copy, type);
 }
 
@@ -1766,7 +1766,7 @@ MPT_HD void mpt__weight_store(mpt_master mode, mpt_dtype type, float value, uint
     *copy = (uint16_t)mpt_narrow(value, type, round, MPT_OVERFLOW_INF, random);
     *low = 0; /* what is not finite has no rest */
     if (mode == MPT_MASTER_KAHAN && mpt__finite(mpt_widen(*copy, type)))
-        *low = (uint16_t)mpt_narrow(mpt__add(value, -mpt_widen(*copy, type)), type, round, MPT_OVERFLOW_INF, 0);
+        *low = (uint16_t)mpt_narrow(mpt__add_rn(value, -mpt_widen(*copy, type)), type, round, MPT_OVERFLOW_INF, 0);
 }
 
 /* For the meter: would 16 bits of `type`, rounded to nearest, not see this update? */
@@ -1793,7 +1793,7 @@ typedef struct mpt__rates { /* constants of one step for one tensor, rounded to 
 
 /* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first */
 MPT_HD double mpt__clip_factor(const mpt_optimizer_state *s, double max_norm) {
-    const float factor = mpt__mul(mpt__div(1, mpt__add((float)s->grad_norm, 1e-6f)), (float)max_norm);
+    const float factor = mpt__mul_rn(mpt__div_rn(1, mpt__add_rn((float)s->grad_norm, 1e-6f)), (float)max_norm);
     return max_norm > 0 && factor < 1 ? (double)factor : 1;
 }
 
@@ -1829,31 +1829,32 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice)
 MPT_HD float mpt__flush(float x) { return mpt__bits(x) & 0x7f800000u ? x : 0; }
 
 MPT_HD float mpt__sgd_element(const mpt__rates *r, float p, float g, float *buffer) {
-    if (r->decay != 0) g = mpt__fma(r->decay, p, g);
+    if (r->decay != 0) g = mpt__fma_rn(r->decay, p, g);
     if (r->has_momentum) {
-        const float b = mpt__flush(r->first ? g : mpt__fma(r->undamped, g, mpt__mul(*buffer, r->momentum)));
+        const float b = mpt__flush(r->first ? g : mpt__fma_rn(r->undamped, g, mpt__mul_rn(*buffer, r->momentum)));
         *buffer = b;
-        g = r->nesterov ? mpt__fma(r->momentum, b, g) : b;
+        g = r->nesterov ? mpt__fma_rn(r->momentum, b, g) : b;
     }
-    return mpt__fma(-r->lr, g, p);
+    return mpt__fma_rn(-r->lr, g, p);
 }
 
 MPT_HD float mpt__adam_element(const mpt__rates *r, float p, float g, float *m, float *v, float *largest) {
     float denominator, square;
-    if (r->kind == MPT_ADAMW) p = mpt__mul(p, r->decay);
-    else if (r->decay != 0) g = mpt__fma(r->decay, p, g);
-    *m = r->lerp < 0.5f ? mpt__fma(r->lerp, mpt__add(g, -*m), *m) : mpt__fma(r->lerp - 1, mpt__add(g, -*m), g);
+    if (r->kind == MPT_ADAMW) p = mpt__mul_rn(p, r->decay);
+    else if (r->decay != 0) g = mpt__fma_rn(r->decay, p, g);
+    *m = r->lerp < 0.5f ? mpt__fma_rn(r->lerp, mpt__add_rn(g, -*m), *m)
+                        : mpt__fma_rn(r->lerp - 1, mpt__add_rn(g, -*m), g);
     *m = mpt__flush(*m);
-    *v = mpt__flush(mpt__fma(mpt__mul(r->square, g), g, mpt__mul(*v, r->beta2)));
+    *v = mpt__flush(mpt__fma_rn(mpt__mul_rn(r->square, g), g, mpt__mul_rn(*v, r->beta2)));
     square = *v;
     if (r->amsgrad) square = *largest = square > *largest ? square : *largest;
-    denominator = mpt__add(mpt__div(mpt__sqrt(square), r->root), r->eps);
-    return mpt__add(p, mpt__div(mpt__mul(-r->step_size, *m), denominator));
+    denominator = mpt__add_rn(mpt__div_rn(mpt__sqrt_rn(square), r->root), r->eps);
+    return mpt__add_rn(p, mpt__div_rn(mpt__mul_rn(-r->step_size, *m), denominator));
 }
 
 /* The new value of a parameter from its scaled gradient and its moments, as far as the kind has them. */
 MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m, float *v, float *largest) {
-    g = mpt__mul(mpt__mul(g, r->inv_scale), r->clip);
+    g = mpt__mul_rn(mpt__mul_rn(g, r->inv_scale), r->clip);
     if (r->clip_value > 0) g = g > r->clip_value ? r->clip_value : g < -r->clip_value ? -r->clip_value : g;
     if (r->maximize) g = -g;
     return r->kind == MPT_SGD ? mpt__sgd_element(r, p, g, m) : mpt__adam_element(r, p, g, m, v, largest);
@@ -1978,14 +1979,14 @@ enum {
     MPT__LANES = 32        /* sums that each of them keeps side by side */
 };
 
-typedef struct mpt__pool mpt__pool;
+typedef struct mpt__threads mpt__threads;
 
-/* A left operand: word d of run r of its row i is at base + rows[i] + runs[r] + d * step, in bytes. A word is a float
+/* A left operand: word d of run r of its row i is at base + rows[i] + runs[r] + d * stride, in bytes. A word is a float
    or a pair of bf16 that are neighbours in depth. Rows may lie anywhere, in an array of the caller or a workspace. */
 typedef struct mpt__left {
     const char *base;
     const size_t *rows, *runs;
-    size_t count, length, step; /* runs, words of each, bytes between two */
+    size_t count, length, stride; /* runs, words of each, bytes from one word to the next */
 } mpt__left;
 
 typedef void (*mpt__tile)(const mpt__left *left, size_t row, const float *b, float *sums, size_t stride, int add);
@@ -2025,7 +2026,7 @@ struct mpt_context {
     mpt_place place;
     mpt__simd simd;
     int threads;
-    mpt__pool *pool;                     /* NULL with one thread */
+    mpt__threads *pool;                  /* NULL with one thread */
     float *workspace;                    /* of the CPU engine: MPT__WORKSPACE floats a thread */
     mpt_scan scans[MPT__SCAN_BLOCKS];    /* partial results of the running scan */
     mpt__meter meters[MPT__MAX_THREADS]; /* and of the running update */
@@ -2169,7 +2170,7 @@ MPT_DEF int mpt_version(void) { return MPT_VERSION; }
 static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t mpt__max(size_t a, size_t b) { return a > b ? a : b; }
 
-static int mpt__multiply(size_t *out, size_t a, size_t b) {
+static int mpt__size_mul(size_t *out, size_t a, size_t b) {
     if (b && a > (size_t)-1 / b) return 0;
     *out = a * b;
     return 1;
@@ -2241,14 +2242,14 @@ typedef void (*mpt__task)(void *arg, size_t begin, size_t end, int worker);
 
 #ifdef MPT_NO_THREADS
 
-static mpt_result mpt__pool_start(mpt_context *ctx) {
+static mpt_result mpt__threads_start(mpt_context *ctx) {
     ctx->threads = 1;
     return MPT_OK;
 }
 
-static void mpt__pool_stop(mpt_context *ctx) { (void)ctx; }
+static void mpt__threads_stop(mpt_context *ctx) { (void)ctx; }
 
-static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
+static void mpt__threads_do(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
     (void)ctx;
     (void)threads;
     task(arg, 0, count, 0);
@@ -2287,11 +2288,11 @@ static void mpt__float_mode_set(unsigned mode) { (void)mode; }
 
 typedef struct mpt__worker {
     pthread_t thread;
-    mpt__pool *pool;
+    mpt__threads *pool;
     int index; /* 1.. ; the caller is 0 */
 } mpt__worker;
 
-struct mpt__pool {
+struct mpt__threads {
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     mpt__worker workers[MPT__MAX_THREADS];
@@ -2313,7 +2314,7 @@ static long mpt__process(void) { return (long)getpid(); }
 
 /* Waits for open or idle. The lock is held. Most times the next job comes sooner than a thread that sleeps could wake:
    so look some times first, and yield in between: where others want the core, they get it. */
-static void mpt__pool_await(mpt__pool *pool, const int *flag, pthread_cond_t *told) {
+static void mpt__threads_await(mpt__threads *pool, const int *flag, pthread_cond_t *told) {
     int looks = MPT__LOOKS;
     pthread_mutex_unlock(&pool->lock);
     while (looks-- && !MPT__PEEK(*flag)) sched_yield();
@@ -2323,7 +2324,7 @@ static void mpt__pool_await(mpt__pool *pool, const int *flag, pthread_cond_t *to
 
 /* Takes pieces of the job, each a share of what is left, as long as there are any. The lock is held, but not over the
    task. */
-static void mpt__pool_share(mpt__pool *pool, int index) {
+static void mpt__threads_share(mpt__threads *pool, int index) {
     unsigned mode;
     pool->busy++;
     MPT__POKE(pool->idle, 0);
@@ -2343,20 +2344,20 @@ static void mpt__pool_share(mpt__pool *pool, int index) {
     pthread_cond_signal(&pool->done);
 }
 
-static void *mpt__pool_main(void *arg) {
+static void *mpt__threads_main(void *arg) {
     mpt__worker *worker = (mpt__worker *)arg;
-    mpt__pool *pool = worker->pool;
+    mpt__threads *pool = worker->pool;
     pthread_mutex_lock(&pool->lock);
     while (!pool->stopping) {
-        mpt__pool_await(pool, &pool->open, &pool->start);
-        mpt__pool_share(pool, worker->index);
+        mpt__threads_await(pool, &pool->open, &pool->start);
+        mpt__threads_share(pool, worker->index);
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
 }
 
-static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
-    mpt__pool *pool = ctx->pool;
+static void mpt__threads_do(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
+    mpt__threads *pool = ctx->pool;
     int i;
     if (pool->process != mpt__process()) { /* a child of fork has this thread alone */
         task(arg, 0, count, 0);
@@ -2372,13 +2373,13 @@ static void mpt__pool_run(mpt_context *ctx, size_t count, int threads, mpt__task
     pool->least = count / (16 * (size_t)threads) + 1;
     MPT__POKE(pool->open, 1);
     for (i = 1; i < threads; i++) pthread_cond_signal(&pool->start);
-    mpt__pool_share(pool, 0);
-    mpt__pool_await(pool, &pool->idle, &pool->done);
+    mpt__threads_share(pool, 0);
+    mpt__threads_await(pool, &pool->idle, &pool->done);
     pthread_mutex_unlock(&pool->lock);
 }
 
-static void mpt__pool_stop(mpt_context *ctx) {
-    mpt__pool *pool = ctx->pool;
+static void mpt__threads_stop(mpt_context *ctx) {
+    mpt__threads *pool = ctx->pool;
     int i;
     if (!pool) return;
     if (pool->process == mpt__process()) {
@@ -2413,14 +2414,14 @@ static long mpt__processors(void) { return pthread_num_processors_np(); } /* whi
 static long mpt__processors(void) { return sysconf(_SC_NPROCESSORS_ONLN); }
 #endif
 
-static mpt_result mpt__pool_start(mpt_context *ctx) {
-    mpt__pool *pool;
+static mpt_result mpt__threads_start(mpt_context *ctx) {
+    mpt__threads *pool;
     if (ctx->threads == 0) {
         const long online = mpt__processors();
         ctx->threads = online < 1 ? 1 : online > MPT__MAX_THREADS ? MPT__MAX_THREADS : (int)online;
     }
     if (ctx->threads == 1) return MPT_OK;
-    pool = ctx->pool = (mpt__pool *)mpt__host_alloc(ctx, sizeof *pool);
+    pool = ctx->pool = (mpt__threads *)mpt__host_alloc(ctx, sizeof *pool);
     if (!pool) return MPT_ERROR_NO_MEMORY;
     pool->process = mpt__process();
     pthread_mutex_init(&pool->lock, NULL);
@@ -2430,7 +2431,7 @@ static mpt_result mpt__pool_start(mpt_context *ctx) {
         mpt__worker *worker = &pool->workers[pool->started];
         worker->pool = pool;
         worker->index = pool->started + 1;
-        if (pthread_create(&worker->thread, NULL, mpt__pool_main, worker))
+        if (pthread_create(&worker->thread, NULL, mpt__threads_main, worker))
             return mpt_fail(ctx, MPT_ERROR_UNSUPPORTED, "open: thread %d of %d could not be started", worker->index,
                             ctx->threads);
     }
@@ -2449,7 +2450,7 @@ static size_t mpt__threads_for(const mpt_context *ctx, size_t work) {
 static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task task, void *arg) {
     size_t threads = mpt__threads_for(ctx, work);
     if (threads > count) threads = count;
-    if (threads > 1) mpt__pool_run(ctx, count, (int)threads, task, arg);
+    if (threads > 1) mpt__threads_do(ctx, count, (int)threads, task, arg);
     else if (count) task(arg, 0, count, 0);
 }
 
@@ -2536,7 +2537,7 @@ static void mpt__tile_plain(const mpt__left *left, size_t row, const float *b, f
     for (r = 0; r < left->count; r++)
         for (d = 0; d < left->length; d++, b += MPT__PLAIN_N)
             for (i = 0; i < MPT__PLAIN_M; i++) {
-                memcpy(&a, rows[i] + left->runs[r] + d * left->step, sizeof a);
+                memcpy(&a, rows[i] + left->runs[r] + d * left->stride, sizeof a);
                 for (j = 0; j < MPT__PLAIN_N; j++) tile[i][j] += a * b[j];
             }
     for (i = 0; i < MPT__PLAIN_M; i++, sums += stride)
@@ -2704,7 +2705,7 @@ MPT__AVX2 static inline __m256 mpt__sgd8(const mpt__rates *r, __m256 p, __m256 g
 /* mpt__adam_element, eight at a time */
 MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 g, float *m, float *v, float *largest) {
     const __m256 old = _mm256_loadu_ps(m);
-    __m256 first, square, step;
+    __m256 first, square, denominator;
     if (r->kind == MPT_ADAMW) p = mpt__mul8(p, _mm256_set1_ps(r->decay));
     else if (r->decay != 0) g = _mm256_fmadd_ps(_mm256_set1_ps(r->decay), p, g);
     first = r->lerp < 0.5f ? _mm256_fmadd_ps(_mm256_set1_ps(r->lerp), _mm256_sub_ps(g, old), old)
@@ -2718,8 +2719,8 @@ MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 
         square = _mm256_max_ps(square, _mm256_loadu_ps(largest));
         _mm256_storeu_ps(largest, square);
     }
-    step = _mm256_add_ps(mpt__div8(mpt__sqrt8(square), _mm256_set1_ps(r->root)), _mm256_set1_ps(r->eps));
-    return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), step));
+    denominator = _mm256_add_ps(mpt__div8(mpt__sqrt8(square), _mm256_set1_ps(r->root)), _mm256_set1_ps(r->eps));
+    return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), denominator));
 }
 
 /* Returns how many were whole eights. Inlined into each call, in which some rates are constants. */
@@ -2768,11 +2769,11 @@ typedef float mpt__unaligned __attribute__((may_alias, aligned(1)));
 #define MPT__TILE(name, target, EACH, STEP, V, VECTORS)                                                            \
     target static void name(const mpt__left *l, size_t row, const float *b, float *sums, size_t stride, int add) { \
         enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b, two = VECTORS == 2 };                                   \
-        const size_t step = l->step;                                                                               \
+        const size_t word = l->stride;                                                                             \
         size_t r, d, end;                                                                                          \
         EACH(MPT__TILE_ROW, V)                                                                                     \
         for (r = 0; r < l->count; r++)                                                                             \
-            for (d = l->runs[r], end = d + l->length * step; d < end; d += step, b += 2 * WIDTH) {                 \
+            for (d = l->runs[r], end = d + l->length * word; d < end; d += word, b += 2 * WIDTH) {                 \
                 const mpt__vector##V left = V##_loadu_ps(b), right = two ? V##_loadu_ps(b + WIDTH) : left;         \
                 EACH(STEP, V)                                                                                      \
             }                                                                                                      \
@@ -3124,14 +3125,14 @@ MPT__INLINE void mpt__scale_run(float *MPT__RESTRICT out, float factor, const fl
 }
 
 /* sum += factor x */
-MPT__INLINE void mpt__add_run(float *MPT__RESTRICT sum, float factor, const float *MPT__RESTRICT x) {
+MPT__INLINE void mpt__axpy_run(float *MPT__RESTRICT sum, float factor, const float *MPT__RESTRICT x) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) sum[e] += factor * x[e];
 }
 
 /* sum += x y */
-MPT__INLINE void mpt__multiply_run(float *MPT__RESTRICT sum, const float *MPT__RESTRICT x,
-                                   const float *MPT__RESTRICT y) {
+MPT__INLINE void mpt__mul_add_run(float *MPT__RESTRICT sum, const float *MPT__RESTRICT x,
+                                  const float *MPT__RESTRICT y) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) sum[e] += x[e] * y[e];
 }
@@ -3184,7 +3185,7 @@ MPT_DEF void mpt_close(mpt_context *ctx) {
     mpt_context_desc desc;
     if (!ctx) return;
     if (ctx->backend.close) ctx->backend.close(ctx);
-    mpt__pool_stop(ctx);
+    mpt__threads_stop(ctx);
     mpt__host_free(ctx, ctx->workspace);
     desc = ctx->desc;
     mpt__desc_release(&desc, ctx, sizeof *ctx);
@@ -3224,7 +3225,7 @@ MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
     if (desc && desc->reference) mpt__ref_backend(&backend);
     ctx = mpt_open_backend(desc, &backend, NULL);
     if (!ctx) return NULL;
-    if (mpt__pool_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK) {
+    if (mpt__threads_start(ctx) != MPT_OK || mpt__cpu_workspace(ctx) != MPT_OK) {
         mpt_close(ctx);
         return NULL;
     }
@@ -3277,7 +3278,7 @@ static mpt_result mpt__need_act(mpt_context *ctx, const char *call, mpt_activati
 static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char *name, size_t a, size_t b, size_t c,
                                  size_t d) {
     size_t n;
-    if (mpt__multiply(&n, a, b) && mpt__multiply(&n, n, c) && mpt__multiply(&n, n, d) && n <= (size_t)-1 / 16)
+    if (mpt__size_mul(&n, a, b) && mpt__size_mul(&n, n, c) && mpt__size_mul(&n, n, d) && n <= (size_t)-1 / 16)
         return MPT_OK;
     return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %s of %zu x %zu x %zu x %zu elements, whose bytes overflow size_t", call,
                     name, a, b, c, d);
@@ -3372,7 +3373,7 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, mpt_conv2d_op *op) {
                         s->groups, s->C, s->K);
     MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
     MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C / s->groups));
-    if (!mpt__multiply(&reach_h, s->dilation, s->R - 1) || !mpt__multiply(&reach_w, s->dilation, s->S - 1) ||
+    if (!mpt__size_mul(&reach_h, s->dilation, s->R - 1) || !mpt__size_mul(&reach_w, s->dilation, s->S - 1) ||
         reach_h > (size_t)-1 / 4 || reach_w > (size_t)-1 / 4 || s->padding > (size_t)-1 / 64 ||
         mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
         mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
@@ -3697,51 +3698,51 @@ static int mpt__ref_output_of(size_t in, size_t stride, size_t tap, size_t paddi
 /* y(n,p,q,k) = sum over r, s, c of x(n, h, w, c) w(k,r,s,c), with h and w as above and the C/groups channels c of the
    group that k is in */
 static double mpt__ref_conv2d_y(const mpt_conv2d_op *op, size_t n, size_t p, size_t q, size_t k) {
-    const mpt_conv2d_shape *z = &op->shape;
-    const size_t C = z->C / z->groups, first = k / (z->K / z->groups) * C;
+    const mpt_conv2d_shape *shape = &op->shape;
+    const size_t C = shape->C / shape->groups, first = k / (shape->K / shape->groups) * C;
     double sum = 0;
     size_t r, s, c, h, w;
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) {
-            if (!mpt__ref_input_of(p, z->stride, r * z->dilation, z->padding, z->H, &h)) continue;
-            if (!mpt__ref_input_of(q, z->stride, s * z->dilation, z->padding, z->W, &w)) continue;
+    for (r = 0; r < shape->R; r++)
+        for (s = 0; s < shape->S; s++) {
+            if (!mpt__ref_input_of(p, shape->stride, r * shape->dilation, shape->padding, shape->H, &h)) continue;
+            if (!mpt__ref_input_of(q, shape->stride, s * shape->dilation, shape->padding, shape->W, &w)) continue;
             for (c = 0; c < C; c++)
-                sum += mpt__ref_get(op->x, ((n * z->H + h) * z->W + w) * z->C + first + c) *
-                       mpt__ref_get(op->w, ((k * z->R + r) * z->S + s) * C + c);
+                sum += mpt__ref_get(op->x, ((n * shape->H + h) * shape->W + w) * shape->C + first + c) *
+                       mpt__ref_get(op->w, ((k * shape->R + r) * shape->S + s) * C + c);
         }
     return sum;
 }
 
 /* dx(n,h,w,c) = sum over r, s, k of dy(n,p,q,k) w(k,r,s,c), over the outputs that read it */
 static double mpt__ref_conv2d_dx(const mpt_conv2d_op *op, size_t n, size_t h, size_t w, size_t c) {
-    const mpt_conv2d_shape *z = &op->shape;
-    const size_t C = z->C / z->groups, K = z->K / z->groups, first = c / C * K;
+    const mpt_conv2d_shape *shape = &op->shape;
+    const size_t C = shape->C / shape->groups, K = shape->K / shape->groups, first = c / C * K;
     double sum = 0;
     size_t r, s, k, p, q;
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) {
-            if (!mpt__ref_output_of(h, z->stride, r * z->dilation, z->padding, op->P, &p)) continue;
-            if (!mpt__ref_output_of(w, z->stride, s * z->dilation, z->padding, op->Q, &q)) continue;
+    for (r = 0; r < shape->R; r++)
+        for (s = 0; s < shape->S; s++) {
+            if (!mpt__ref_output_of(h, shape->stride, r * shape->dilation, shape->padding, op->P, &p)) continue;
+            if (!mpt__ref_output_of(w, shape->stride, s * shape->dilation, shape->padding, op->Q, &q)) continue;
             for (k = first; k < first + K; k++)
-                sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * z->K + k) *
-                       mpt__ref_get(op->w, ((k * z->R + r) * z->S + s) * C + c % C);
+                sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * shape->K + k) *
+                       mpt__ref_get(op->w, ((k * shape->R + r) * shape->S + s) * C + c % C);
         }
     return sum;
 }
 
 /* dw(k,r,s,c) = sum over n, p, q of dy(n,p,q,k) x(n,h,w,c) */
 static double mpt__ref_conv2d_dw(const mpt_conv2d_op *op, size_t k, size_t r, size_t s, size_t c) {
-    const mpt_conv2d_shape *z = &op->shape;
-    const size_t C = z->C / z->groups, first = k / (z->K / z->groups) * C;
+    const mpt_conv2d_shape *shape = &op->shape;
+    const size_t C = shape->C / shape->groups, first = k / (shape->K / shape->groups) * C;
     double sum = 0;
     size_t n, p, q, h, w;
-    for (n = 0; n < z->N; n++)
+    for (n = 0; n < shape->N; n++)
         for (p = 0; p < op->P; p++)
             for (q = 0; q < op->Q; q++) {
-                if (!mpt__ref_input_of(p, z->stride, r * z->dilation, z->padding, z->H, &h)) continue;
-                if (!mpt__ref_input_of(q, z->stride, s * z->dilation, z->padding, z->W, &w)) continue;
-                sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * z->K + k) *
-                       mpt__ref_get(op->x, ((n * z->H + h) * z->W + w) * z->C + first + c);
+                if (!mpt__ref_input_of(p, shape->stride, r * shape->dilation, shape->padding, shape->H, &h)) continue;
+                if (!mpt__ref_input_of(q, shape->stride, s * shape->dilation, shape->padding, shape->W, &w)) continue;
+                sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * shape->K + k) *
+                       mpt__ref_get(op->x, ((n * shape->H + h) * shape->W + w) * shape->C + first + c);
             }
     return sum;
 }
@@ -3749,17 +3750,17 @@ static double mpt__ref_conv2d_dw(const mpt_conv2d_op *op, size_t k, size_t r, si
 /* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C/groups)) + bias(K)), or its gradients dx, dw and db. fast:
    mpt__cpu_conv2d */
 static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
-    const mpt_conv2d_shape *z = &op->shape;
+    const mpt_conv2d_shape *shape = &op->shape;
     const int forward = op->pass == MPT_FORWARD, data = op->pass == MPT_BACKWARD_DATA;
     const mpt_array none = MPT_ZERO;
     const mpt_array out = forward ? op->y : data ? op->x : op->w;
-    const size_t size_y[4] = {z->N, op->P, op->Q, z->K}, size_x[4] = {z->N, z->H, z->W, z->C};
-    const size_t size_w[4] = {z->K, z->R, z->S, z->C / z->groups};
+    const size_t size_y[4] = {shape->N, op->P, op->Q, shape->K}, size_x[4] = {shape->N, shape->H, shape->W, shape->C};
+    const size_t size_w[4] = {shape->K, shape->R, shape->S, shape->C / shape->groups};
     const size_t *size = forward ? size_y : data ? size_x : size_w; /* of what is written */
     size_t i, j, l, m;
     (void)ctx;
     if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data)
-        mpt__ref_column_sums(z->N * op->P * op->Q, z->K, op->y, op->beta, op->bias);
+        mpt__ref_column_sums(shape->N * op->P * op->Q, shape->K, op->y, op->beta, op->bias);
     for (i = 0; i < size[0]; i++)
         for (j = 0; j < size[1]; j++)
             for (l = 0; l < size[2]; l++)
@@ -3803,7 +3804,7 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
             break;
         case MPT_MAP_ADD: x = mpt__activate(op->act, (float)((double)x + mpt__ref_old(op->b, i, op->beta))); break;
         case MPT_MAP_DROPOUT:
-            x = mpt__mul(x, mpt__mask_factor(&op->mask, step, i));
+            x = mpt__mul_rn(x, mpt__mask_factor(&op->mask, step, i));
             x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
             break;
         }
@@ -3815,70 +3816,70 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
 /* y(n,p,q,c) of a window of x: the largest, whose place r S + s goes to index, or the sum / (R S). NaN is the
    largest. */
 static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c) {
-    const mpt_pool2d_shape *z = &op->shape;
-    const size_t at = ((n * op->P + p) * op->Q + q) * z->C + c;
+    const mpt_pool2d_shape *shape = &op->shape;
+    const size_t at = ((n * op->P + p) * op->Q + q) * shape->C + c;
     double sum = 0;
     float largest = 0;
     int any = 0;
     size_t r, s, h, w;
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) {
+    for (r = 0; r < shape->R; r++)
+        for (s = 0; s < shape->S; s++) {
             float x;
-            if (!mpt__ref_input_of(p, op->stride_h, r, z->padding, z->H, &h)) continue;
-            if (!mpt__ref_input_of(q, op->stride_w, s, z->padding, z->W, &w)) continue;
-            x = (float)mpt__ref_get(op->x, ((n * z->H + h) * z->W + w) * z->C + c);
+            if (!mpt__ref_input_of(p, op->stride_h, r, shape->padding, shape->H, &h)) continue;
+            if (!mpt__ref_input_of(q, op->stride_w, s, shape->padding, shape->W, &w)) continue;
+            x = (float)mpt__ref_get(op->x, ((n * shape->H + h) * shape->W + w) * shape->C + c);
             sum += (double)x;
             if (any && (mpt__is_nan(largest) || !(x > largest || mpt__is_nan(x)))) continue;
             any = 1;
             largest = x;
-            if (op->kind == MPT_POOL_MAX) op->index[at] = (uint16_t)(r * z->S + s);
+            if (op->kind == MPT_POOL_MAX) op->index[at] = (uint16_t)(r * shape->S + s);
         }
-    mpt__ref_set(op->y, at, op->kind == MPT_POOL_MAX ? (double)largest : sum / (double)(z->R * z->S), NULL);
+    mpt__ref_set(op->y, at, op->kind == MPT_POOL_MAX ? (double)largest : sum / (double)(shape->R * shape->S), NULL);
 }
 
 /* dx(n,h,w,c) = sum over the windows that it is in: of a maximum all of dy if it was the largest, of a mean its
    share */
 static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c) {
-    const mpt_pool2d_shape *z = &op->shape;
+    const mpt_pool2d_shape *shape = &op->shape;
     double sum = 0;
     size_t r, s, p, q;
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) {
+    for (r = 0; r < shape->R; r++)
+        for (s = 0; s < shape->S; s++) {
             size_t at;
-            if (!mpt__ref_output_of(h, op->stride_h, r, z->padding, op->P, &p)) continue;
-            if (!mpt__ref_output_of(w, op->stride_w, s, z->padding, op->Q, &q)) continue;
-            at = ((n * op->P + p) * op->Q + q) * z->C + c;
-            if (op->kind == MPT_POOL_AVERAGE) sum += mpt__ref_get(op->y, at) / (double)(z->R * z->S);
-            else if (op->index[at] == r * z->S + s) sum += mpt__ref_get(op->y, at);
+            if (!mpt__ref_output_of(h, op->stride_h, r, shape->padding, op->P, &p)) continue;
+            if (!mpt__ref_output_of(w, op->stride_w, s, shape->padding, op->Q, &q)) continue;
+            at = ((n * op->P + p) * op->Q + q) * shape->C + c;
+            if (op->kind == MPT_POOL_AVERAGE) sum += mpt__ref_get(op->y, at) / (double)(shape->R * shape->S);
+            else if (op->index[at] == r * shape->S + s) sum += mpt__ref_get(op->y, at);
         }
     return sum;
 }
 
 /* y(N,P,Q,C) from x(N,H,W,C), or dx from dy and index. fast: mpt__cpu_pool2d */
 static mpt_result mpt__ref_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
-    const mpt_pool2d_shape *z = &op->shape;
+    const mpt_pool2d_shape *shape = &op->shape;
     const int forward = op->pass == MPT_FORWARD;
-    const size_t J = forward ? op->P : z->H, L = forward ? op->Q : z->W;
+    const size_t J = forward ? op->P : shape->H, L = forward ? op->Q : shape->W;
     const mpt_array none = MPT_ZERO;
     size_t n, j, l, c;
     (void)ctx;
-    for (n = 0; n < z->N; n++)
+    for (n = 0; n < shape->N; n++)
         for (j = 0; j < J; j++)
             for (l = 0; l < L; l++)
-                for (c = 0; c < z->C; c++) {
+                for (c = 0; c < shape->C; c++) {
                     if (forward) mpt__ref_pool2d_y(op, n, j, l, c);
                     else
-                        mpt__ref_put(op->x, ((n * J + j) * L + l) * z->C + c, mpt__ref_pool2d_dx(op, n, j, l, c),
+                        mpt__ref_put(op->x, ((n * J + j) * L + l) * shape->C + c, mpt__ref_pool2d_dx(op, n, j, l, c),
                                      op->beta, none, 0, MPT_IDENTITY);
                 }
     return MPT_OK;
 }
 
 /* Element e of set (n,g) of a norm: where it lies in x(N,pixels,C), and its channel. A set has pixels C/groups. */
-static size_t mpt__ref_norm_at(const mpt_norm_shape *z, size_t set, size_t e, size_t *channel) {
-    const size_t each = z->C / z->groups, n = set / z->groups, g = set % z->groups;
+static size_t mpt__ref_norm_at(const mpt_norm_shape *shape, size_t set, size_t e, size_t *channel) {
+    const size_t each = shape->C / shape->groups, n = set / shape->groups, g = set % shape->groups;
     *channel = g * each + e % each;
-    return (n * z->pixels + e / each) * z->C + *channel;
+    return (n * shape->pixels + e / each) * shape->C + *channel;
 }
 
 /* stats[set] = mean, stats[sets + set] = variance, divided by the count */
@@ -4028,10 +4029,10 @@ enum {
 };
 
 /* The parts of a worker's workspace */
-typedef struct mpt__desk {
-    float *panels, *left, *line, *sums, *turned, *room;
+typedef struct mpt__workspace {
+    float *panels, *left, *line, *sums, *transposed, *room;
     size_t *rows, *runs, *strips; /* see mpt__left, mpt__right */
-} mpt__desk;
+} mpt__workspace;
 
 static float *mpt__worker_space(const mpt_context *ctx, int worker) {
     return ctx->workspace + (size_t)worker * MPT__WORKSPACE;
@@ -4041,14 +4042,14 @@ static float *mpt__worker_room(const mpt_context *ctx, int worker) {
     return mpt__worker_space(ctx, worker) + MPT__WORKSPACE - MPT__ROOM;
 }
 
-static mpt__desk mpt__desk_of(const mpt_context *ctx, int worker) {
-    mpt__desk d;
+static mpt__workspace mpt__workspace_of(const mpt_context *ctx, int worker) {
+    mpt__workspace d;
     d.panels = mpt__worker_space(ctx, worker);
     d.left = d.panels + MPT__RIGHT_WORDS;
     d.line = d.left + MPT__LEFT_WORDS;
     d.sums = d.line + MPT__LINE_WORDS;
-    d.turned = d.sums + MPT__BLOCK_M * MPT__BLOCK_N;
-    d.rows = (size_t *)(void *)(d.turned + MPT__GROUP * MPT__BLOCK_N);
+    d.transposed = d.sums + MPT__BLOCK_M * MPT__BLOCK_N;
+    d.rows = (size_t *)(void *)(d.transposed + MPT__GROUP * MPT__BLOCK_N);
     d.runs = d.rows + MPT__TABLE;
     d.strips = d.runs + MPT__TABLE;
     d.room = mpt__worker_room(ctx, worker);
@@ -4070,11 +4071,11 @@ static size_t mpt__evenly(size_t n, size_t most, size_t unit) {
 /* -- Operands --
 
    The depth of the right operand is `count` strips of `length` elements; with pairs of bf16 an odd strip ends in a pair
-   with 0. Element e of strip r in column j is element strips[r] + e * step + j * column of the array. Strips and the
-   left operand's runs (see mpt__left) list the same words in the same order. */
+   with 0. Element e of strip r in column j is element strips[r] + e * stride + j * column_stride of the array. Strips
+   and the left operand's runs (see mpt__left) list the same words in the same order. */
 typedef struct mpt__right {
     const size_t *strips;
-    size_t count, length, step, column;
+    size_t count, length, stride, column_stride;
 } mpt__right;
 
 typedef struct mpt__matrix {
@@ -4100,30 +4101,31 @@ typedef struct mpt__matrix {
 
    The gradient of w reads the same buffer the other way round: rows[(r,s,c)] is the second half of the sum, a run is a
    row of outputs, and its words are stride * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs, so the
-   buffer has at each pixel the pair of it and the one `stride` to its right; step is two outputs. A row's last output
-   is a band of its own if there is no other to pair it with: beside 0, for an inf there would make 0 * inf. */
+   buffer has at each pixel the pair of it and the one `stride` to its right, and the next word is two outputs on. A
+   row's last output is a band of its own if there is no other to pair it with: beside 0, for an inf there would make
+   0 * inf. */
 typedef enum mpt__outputs { MPT__NO_OUTPUTS, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } mpt__outputs;
 
 typedef struct mpt__image {
     mpt_array data;
     size_t N, H, W, C, first, channels; /* channels first .. first+channels of C */
-    size_t up, above, before;           /* zeros above and left of the image; may wrap below 0 */
+    size_t up, pad_top, pad_left;       /* zeros above and left of the image; may wrap below 0 */
     size_t P, Q, R, S, stride, dilation;
-    size_t images, lines, columns;       /* of a band: whole images or some lines of one; outputs of a line */
-    size_t alone;                        /* 1: the last output of a line is a band of its own */
-    size_t taps_down, taps_across, some; /* of a slice: tap rows, taps of one, channels */
-    size_t widest;                       /* elements of a halo's row at most */
-    int turned;                          /* the filters are */
-    mpt__outputs kind;                   /* of no convolution: a product of matrices */
+    size_t images, lines, columns;    /* of a band: whole images or some lines of one; outputs of a line */
+    size_t alone;                     /* 1: the last output of a line is a band of its own */
+    size_t slice_R, slice_S, slice_C; /* of a slice: tap rows, taps of one, channels */
+    size_t widest;                    /* elements of a halo's row at most */
+    int flipped;                      /* the filters are turned by 180 degrees */
+    mpt__outputs kind;                /* of no convolution: a product of matrices */
 } mpt__image;
 
 typedef struct mpt__band { /* outputs, rows counted over all images */
     size_t row, rows, q, columns;
 } mpt__band;
 
-typedef struct mpt__slice { /* of the kernel and its channels */
+typedef struct mpt__kernel_slice { /* of the kernel and its channels */
     size_t r, R, s, S, c, C;
-} mpt__slice;
+} mpt__kernel_slice;
 
 static size_t mpt__bands_across(const mpt__image *image) {
     return mpt__pieces(image->Q - image->alone, image->columns) + image->alone;
@@ -4145,21 +4147,21 @@ static size_t mpt__bands(const mpt__image *image) {
     return mpt__pieces(image->N, image->images) * mpt__pieces(image->P, image->lines) * mpt__bands_across(image);
 }
 
-static mpt__slice mpt__slice_of(const mpt__image *image, size_t b) {
-    const size_t along = mpt__pieces(image->channels, image->some), across = mpt__pieces(image->S, image->taps_across);
-    mpt__slice slice;
-    slice.c = b % along * image->some;
-    slice.C = mpt__min(image->some, image->channels - slice.c);
-    slice.s = b / along % across * image->taps_across;
-    slice.S = mpt__min(image->taps_across, image->S - slice.s);
-    slice.r = b / along / across * image->taps_down;
-    slice.R = mpt__min(image->taps_down, image->R - slice.r);
+static mpt__kernel_slice mpt__kernel_slice_of(const mpt__image *image, size_t b) {
+    const size_t along = mpt__pieces(image->channels, image->slice_C), across = mpt__pieces(image->S, image->slice_S);
+    mpt__kernel_slice slice;
+    slice.c = b % along * image->slice_C;
+    slice.C = mpt__min(image->slice_C, image->channels - slice.c);
+    slice.s = b / along % across * image->slice_S;
+    slice.S = mpt__min(image->slice_S, image->S - slice.s);
+    slice.r = b / along / across * image->slice_R;
+    slice.R = mpt__min(image->slice_R, image->R - slice.r);
     return slice;
 }
 
-static size_t mpt__slices(const mpt__image *image) {
-    return mpt__pieces(image->channels, image->some) * mpt__pieces(image->S, image->taps_across) *
-           mpt__pieces(image->R, image->taps_down);
+static size_t mpt__kernel_slices(const mpt__image *image) {
+    return mpt__pieces(image->channels, image->slice_C) * mpt__pieces(image->S, image->slice_S) *
+           mpt__pieces(image->R, image->slice_R);
 }
 
 /* -- Halo buffers -- */
@@ -4181,7 +4183,7 @@ static size_t mpt__halo_width(const mpt__image *image, size_t columns, size_t S)
 }
 
 /* multiple: of the channels of a pixel. */
-static mpt__halo mpt__halo_of(const mpt__image *image, const mpt__band *band, const mpt__slice *slice, int pairs,
+static mpt__halo mpt__halo_of(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice, int pairs,
                               size_t multiple) {
     mpt__halo h;
     h.rows = mpt__halo_rows(image, mpt__min(band->rows, image->lines), slice->R);
@@ -4200,23 +4202,25 @@ static void mpt__fetch(const mpt_context *ctx, mpt_array data, size_t i, size_t 
     else mpt__load(ctx, data, i, n, (float *)dst);
 }
 
-/* `count` pixels, elements i .. i+n of an array and so on every `stride`: each to the next place, `step` bytes apart */
+/* `count` pixels of n elements, the first at element i of an array and the next `stride` on, each to the next place,
+   `to_stride` bytes on */
 static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_t n, size_t stride, size_t count,
-                         size_t size, size_t step, char *to) {
+                         size_t size, size_t to_stride, char *to) {
     const uint16_t *half = (const uint16_t *)data.data + i;
     size_t c;
     if (size == sizeof *half && n < MPT__RUN)
-        for (; count; count--, half += stride, to += step)
+        for (; count; count--, half += stride, to += to_stride)
             for (c = 0; c < n; c++) ((uint16_t *)(void *)to)[c] = half[c];
     else
-        for (; count; count--, i += stride, to += step) mpt__fetch(ctx, data, i, n, size, to);
+        for (; count; count--, i += stride, to += to_stride) mpt__fetch(ctx, data, i, n, size, to);
 }
 
 /* to(width,channels) = row y of image n with its padding, from column x on, counted from the first of the padding */
-static void mpt__halo_row(const mpt_context *ctx, const mpt__image *image, const mpt__slice *slice, const mpt__halo *h,
-                          size_t n, size_t y, size_t x, char *to) {
+static void mpt__halo_row(const mpt_context *ctx, const mpt__image *image, const mpt__kernel_slice *slice,
+                          const mpt__halo *h, size_t n, size_t y, size_t x, char *to) {
     const size_t up = image->up, size = h->pairs ? sizeof(uint16_t) : h->size, pixel = h->channels * size;
-    const size_t row = y - image->above, column = x - image->before; /* of the image; left of it they wrap below 0 */
+    const size_t row = y - image->pad_top,
+                 column = x - image->pad_left; /* of the image; left of it they wrap below 0 */
     const int left = column > (size_t)-1 / 2;
     const size_t skip = left ? 0 - column : (up - column % up) % up, w = left ? 0 : (column + skip) / up;
     const int inside = row <= (image->H - 1) * up && row % up == 0 && skip < h->width && w < image->W;
@@ -4244,14 +4248,14 @@ static void mpt__halo_pairs(const mpt_context *ctx, const uint16_t *line, size_t
 
 /* The buffer of a band, one image after the other */
 static void mpt__halo_fill(const mpt_context *ctx, const mpt__image *image, const mpt__band *band,
-                           const mpt__slice *slice, const mpt__halo *h, const mpt__desk *desk) {
+                           const mpt__kernel_slice *slice, const mpt__halo *h, const mpt__workspace *ws) {
     const size_t x = band->q * image->stride + slice->s * image->dilation;
     const size_t next = band->columns > 1 ? image->stride * h->channels : h->width * h->channels;
-    char *to = (char *)desk->left;
+    char *to = (char *)ws->left;
     size_t row, t;
     for (row = band->row; row < band->row + band->rows; row += image->lines)
         for (t = 0; t < h->rows; t++, to += h->pitch) {
-            char *line = h->pairs ? (char *)desk->line : to;
+            char *line = h->pairs ? (char *)ws->line : to;
             mpt__halo_row(ctx, image, slice, h, row / image->P,
                           row % image->P * image->stride + slice->r * image->dilation + t, x, line);
             if (h->pairs) mpt__halo_pairs(ctx, (const uint16_t *)(const void *)line, h->width * h->channels, next, to);
@@ -4264,33 +4268,33 @@ static size_t mpt__halo_line(const mpt__image *image, const mpt__halo *h, size_t
 }
 
 /* The band's outputs as rows, the slice's taps as depth */
-static void mpt__image_rows(const mpt__image *image, const mpt__band *band, const mpt__slice *slice, const mpt__halo *h,
-                            const mpt__desk *desk, mpt__left *left) {
+static void mpt__image_rows(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice,
+                            const mpt__halo *h, const mpt__workspace *ws, mpt__left *left) {
     const size_t across = image->dilation > 1 ? slice->S : 1; /* runs of a tap row */
-    size_t *rows = desk->rows, row, q, r, s;
+    size_t *rows = ws->rows, row, q, r, s;
     for (row = 0; row < band->rows; row++)
         for (q = 0; q < band->columns; q++) *rows++ = mpt__halo_line(image, h, row) + q * image->stride * h->pixel;
     for (r = 0; r < slice->R; r++)
         for (s = 0; s < across; s++)
-            desk->runs[r * across + s] = r * image->dilation * h->pitch + s * image->dilation * h->pixel;
+            ws->runs[r * across + s] = r * image->dilation * h->pitch + s * image->dilation * h->pixel;
     left->count = slice->R * across;
     left->length = slice->S / across * h->pixel / sizeof(float);
-    left->step = sizeof(float);
+    left->stride = sizeof(float);
 }
 
 /* The slice's taps as rows, the band's outputs as depth */
-static void mpt__image_taps(const mpt__image *image, const mpt__band *band, const mpt__slice *slice, const mpt__halo *h,
-                            const mpt__desk *desk, mpt__left *left) {
+static void mpt__image_taps(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice,
+                            const mpt__halo *h, const mpt__workspace *ws, mpt__left *left) {
     const size_t each = h->pairs ? 2 : 1;
-    size_t *rows = desk->rows, row, r, s, c;
+    size_t *rows = ws->rows, row, r, s, c;
     for (r = 0; r < slice->R; r++)
         for (s = 0; s < slice->S; s++)
             for (c = 0; c < slice->C; c++)
                 *rows++ = r * image->dilation * h->pitch + s * image->dilation * h->pixel + c * sizeof(float);
-    for (row = 0; row < band->rows; row++) desk->runs[row] = mpt__halo_line(image, h, row);
+    for (row = 0; row < band->rows; row++) ws->runs[row] = mpt__halo_line(image, h, row);
     left->count = band->rows;
     left->length = mpt__pieces(band->columns, each);
-    left->step = image->stride * h->pixel * each;
+    left->stride = image->stride * h->pixel * each;
 }
 
 /* -- The driver -- */
@@ -4304,9 +4308,9 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     mpt_array c, bias;
     size_t ldc;
     mpt_activation act;
-    int turned; /* they give c's transpose */
-    int plain;  /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
-    int pairs;  /* words are pairs of bf16, else floats */
+    int transposed; /* the product is c's transpose */
+    int plain;      /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
+    int pairs;      /* words are pairs of bf16, else floats */
     size_t rows, columns, group; /* of a block of c, and what is finished at a time */
     size_t parts, deepest;       /* of the depth; elements of one, if it is a matrix. The order of sums hangs on them */
 } mpt__product;
@@ -4319,52 +4323,52 @@ static int mpt__in_place(const mpt__product *p) {
 }
 
 /* Part `part` of the right operand of a convolution */
-static mpt__right mpt__right_image(const mpt__product *p, size_t part, const mpt__desk *desk) {
+static mpt__right mpt__right_image(const mpt__product *p, size_t part, const mpt__workspace *ws) {
     const mpt__image *image = &p->image;
     mpt__right right;
     size_t r, s;
-    right.strips = desk->strips;
+    right.strips = ws->strips;
     if (image->kind == MPT__OUTPUTS_ARE_DEPTH) { /* dy(outputs,K): a strip is a row of outputs */
         const mpt__band band = mpt__band_of(image, part);
-        for (r = 0; r < band.rows; r++) desk->strips[r] = ((band.row + r) * image->Q + band.q) * p->b.stride;
+        for (r = 0; r < band.rows; r++) ws->strips[r] = ((band.row + r) * image->Q + band.q) * p->b.stride;
         right.count = band.rows;
         right.length = band.columns;
-        right.step = p->b.stride;
-        right.column = 1;
+        right.stride = p->b.stride;
+        right.column_stride = 1;
     } else { /* filters: a strip is a tap, or all of them together if they lie in one piece */
-        const mpt__slice slice = mpt__slice_of(image, part);
+        const mpt__kernel_slice slice = mpt__kernel_slice_of(image, part);
         const size_t R = image->R, S = image->S, filter = p->b.stride;
-        const size_t tap = image->turned ? p->n : image->channels; /* between taps: filters are (K,R,S,C) */
-        const int one = !image->turned && slice.S == S && slice.C == image->channels && slice.C % mpt__each(p) == 0;
+        const size_t tap = image->flipped ? p->n : image->channels; /* between taps: filters are (K,R,S,C) */
+        const int one = !image->flipped && slice.S == S && slice.C == image->channels && slice.C % mpt__each(p) == 0;
         for (r = 0; r < slice.R; r++)
             for (s = 0; s < slice.S; s++) {
                 const size_t at = (slice.r + r) * S + slice.s + s;
-                desk->strips[r * slice.S + s] =
-                    image->turned ? slice.c * filter + (R * S - 1 - at) * tap : at * tap + slice.c;
+                ws->strips[r * slice.S + s] =
+                    image->flipped ? slice.c * filter + (R * S - 1 - at) * tap : at * tap + slice.c;
             }
         right.count = one ? 1 : slice.R * slice.S;
         right.length = one ? slice.R * S * slice.C : slice.C;
-        right.step = image->turned ? filter : 1;
-        right.column = image->turned ? 1 : filter;
+        right.stride = image->flipped ? filter : 1;
+        right.column_stride = image->flipped ? 1 : filter;
     }
     return right;
 }
 
 /* Elements l .. l+depth of the right matrix: one strip */
-static mpt__right mpt__right_matrix(const mpt__product *p, size_t l, size_t depth, const mpt__desk *desk) {
+static mpt__right mpt__right_matrix(const mpt__product *p, size_t l, size_t depth, const mpt__workspace *ws) {
     mpt__right right;
-    desk->strips[0] = p->b.along ? l : l * p->b.stride;
-    right.strips = desk->strips;
+    ws->strips[0] = p->b.along ? l : l * p->b.stride;
+    right.strips = ws->strips;
     right.count = 1;
     right.length = depth;
-    right.step = p->b.along ? 1 : p->b.stride;
-    right.column = p->b.along ? p->b.stride : 1;
+    right.stride = p->b.along ? 1 : p->b.stride;
+    right.column_stride = p->b.along ? p->b.stride : 1;
     return right;
 }
 
 /* `count` columns whose elements lie side by side, from element i on, `words` of them into a panel's rows */
-static void mpt__pack_turned(const mpt__product *p, size_t i, size_t length, size_t column, size_t count, float *panel,
-                             float *lines) {
+static void mpt__pack_transposed(const mpt__product *p, size_t i, size_t length, size_t column, size_t count,
+                                 float *panel, float *lines) {
     const mpt_context *ctx = p->ctx;
     const size_t tile = ctx->simd.tile_n, each = mpt__each(p), size = sizeof(float) / each;
     size_t e, some, words, c;
@@ -4398,46 +4402,47 @@ static void mpt__pack_row(const mpt__product *p, size_t low, size_t high, size_t
 /* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones. Where they are rows of the
    array, a few at a time: so neither these rows nor the panels, which lie far apart, are in too many pages. */
 static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
-                            const mpt__desk *desk) {
+                            const mpt__workspace *ws) {
     const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each), few = 16;
     size_t c, r, e, i;
-    if (right->step == 1)
+    if (right->stride == 1)
         for (c = 0; c < columns; c += tile)
             for (r = 0; r < right->count; r++)
-                mpt__pack_turned(p, right->strips[r] + (j + c) * right->column, right->length, right->column,
-                                 mpt__min(tile, columns - c), desk->panels + c * words + r * strip * tile, desk->line);
+                mpt__pack_transposed(p, right->strips[r] + (j + c) * right->column_stride, right->length,
+                                     right->column_stride, mpt__min(tile, columns - c),
+                                     ws->panels + c * words + r * strip * tile, ws->line);
     else
         for (r = 0; r < right->count; r++)
             for (i = 0; i < strip; i += few)
                 for (c = 0; c < columns; c += tile)
                     for (e = i; e < mpt__min(i + few, strip); e++) {
-                        const size_t low = right->strips[r] + e * each * right->step + j + c;
-                        const size_t high = e * each + 1 < right->length ? low + right->step : (size_t)-1;
+                        const size_t low = right->strips[r] + e * each * right->stride + j + c;
+                        const size_t high = e * each + 1 < right->length ? low + right->stride : (size_t)-1;
                         mpt__pack_row(p, low, high, mpt__min(tile, columns - c),
-                                      desk->panels + c * words + (r * strip + e) * tile);
+                                      ws->panels + c * words + (r * strip + e) * tile);
                     }
 }
 
 /* Rows of the left matrix from row i on, `rows` at most, elements l .. l+depth: where they lie, or copied. Returns how
    many. */
 static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
-                               const mpt__desk *desk, mpt__left *left) {
+                               const mpt__workspace *ws, mpt__left *left) {
     static const uint16_t none[MPT__BLOCK_M] = {0};
     const mpt_context *ctx = p->ctx;
     const size_t each = mpt__each(p), size = sizeof(float) / each, words = mpt__pieces(depth, each);
     size_t r, d, row = words * sizeof(float);
     left->count = 1;
     left->length = words;
-    left->step = sizeof(float);
-    desk->runs[0] = 0;
+    left->stride = sizeof(float);
+    ws->runs[0] = 0;
     if (mpt__in_place(p)) {
         left->base = (const char *)p->a.data.data + (i * p->a.stride + l) * size;
         row = p->a.stride * size;
     } else if (p->a.along) { /* (rows,words) */
         rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
         for (r = 0; r < rows; r++) {
-            if (depth % each) desk->left[r * words + words - 1] = 0;
-            mpt__fetch(ctx, p->a.data, (i + r) * p->a.stride + l, depth, size, desk->left + r * words);
+            if (depth % each) ws->left[r * words + words - 1] = 0;
+            mpt__fetch(ctx, p->a.data, (i + r) * p->a.stride + l, depth, size, ws->left + r * words);
         }
     } else { /* (words,rows) */
         rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
@@ -4446,24 +4451,24 @@ static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, siz
             const uint16_t *low = (const uint16_t *)p->a.data.data + at;
             if (p->pairs)
                 ctx->simd.pair(low, 2 * d + 1 < depth ? low + p->a.stride : none, rows,
-                               (uint32_t *)(void *)(desk->left + d * rows));
-            else mpt__load(ctx, p->a.data, at, rows, desk->left + d * rows);
+                               (uint32_t *)(void *)(ws->left + d * rows));
+            else mpt__load(ctx, p->a.data, at, rows, ws->left + d * rows);
         }
         row = sizeof(float);
-        left->step = rows * sizeof(float);
+        left->stride = rows * sizeof(float);
     }
-    for (r = 0; r < rows; r++) desk->rows[r] = r * row;
+    for (r = 0; r < rows; r++) ws->rows[r] = r * row;
     return rows;
 }
 
 /* -- Finishing -- */
 
-typedef struct mpt__finish { /* of rows i .. of c, columns j .. j+columns, whose sums are `stride` apart */
+typedef struct mpt__epilogue { /* of rows i .. of c, columns j .. j+columns, whose sums are `stride` apart */
     const mpt__product *p;
-    const mpt__desk *desk;
+    const mpt__workspace *ws;
     float *sums;
     size_t stride, i, j, columns;
-} mpt__finish;
+} mpt__epilogue;
 
 /* out = x + bias, cut at zero for ReLU: most products need no more */
 MPT__INLINE void mpt__bias_run(float *MPT__RESTRICT x, const float *MPT__RESTRICT bias, int relu) {
@@ -4475,23 +4480,23 @@ MPT__INLINE void mpt__bias_run(float *MPT__RESTRICT x, const float *MPT__RESTRIC
 }
 
 /* Scale, old content, bias and activation of a whole run of sums at (i,j), of which n columns are in c */
-MPT__INLINE void mpt__finish_run(const mpt__product *p, size_t i, size_t j, size_t n, float *x, const float *bias,
-                                 float *room) {
+MPT__INLINE void mpt__epilogue_run(const mpt__product *p, size_t i, size_t j, size_t n, float *x, const float *bias,
+                                   float *room) {
     if (p->alpha != 1) {
         mpt__scale_run(room, p->alpha, x);
         memcpy(x, room, MPT__RUN * sizeof *x);
     }
-    if (p->beta != 0) mpt__add_run(x, p->beta, mpt__read_run(p->ctx, p->c, i * p->ldc + j, n, room));
+    if (p->beta != 0) mpt__axpy_run(x, p->beta, mpt__read_run(p->ctx, p->c, i * p->ldc + j, n, room));
     if (bias) mpt__bias_run(x, bias, p->act == MPT_RELU);
     if (!bias || p->act != MPT_RELU) mpt__activate_run(p->act, x);
 }
 
 /* Rows begin .. end, in place; then they are rounded and stored, all at once if they are one piece of c. */
-MPT__INLINE void mpt__finish_task_body(void *arg, size_t begin, size_t end, int worker) {
-    const mpt__finish *f = (const mpt__finish *)arg;
+MPT__INLINE void mpt__epilogue_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__epilogue *f = (const mpt__epilogue *)arg;
     const mpt__product *p = f->p;
     const size_t columns = f->columns, stride = f->stride;
-    float *room = f->desk->room, *bias = p->bias.data ? room + 2 * MPT__RUN : NULL; /* bias: of BLOCK_N columns */
+    float *room = f->ws->room, *bias = p->bias.data ? room + 2 * MPT__RUN : NULL; /* bias: of BLOCK_N columns */
     const int as_is = p->alpha == 1 && p->beta == 0 && p->act <= MPT_RELU, relu = p->act == MPT_RELU;
     size_t r, e;
     (void)worker;
@@ -4505,7 +4510,7 @@ MPT__INLINE void mpt__finish_task_body(void *arg, size_t begin, size_t end, int 
                 const size_t n = mpt__min(columns - e, MPT__RUN);
                 float *x = f->sums + r * stride + e, *run = n == MPT__RUN ? x : room + MPT__RUN;
                 if (run != x) memcpy(run, x, n * sizeof *x); /* what follows is not ours */
-                mpt__finish_run(p, f->i + r, f->j + e, n, run, bias ? bias + e : NULL, room);
+                mpt__epilogue_run(p, f->i + r, f->j + e, n, run, bias ? bias + e : NULL, room);
                 if (run != x) memcpy(x, run, n * sizeof *x);
             }
     if (stride == columns && p->ldc == columns)
@@ -4514,35 +4519,35 @@ MPT__INLINE void mpt__finish_task_body(void *arg, size_t begin, size_t end, int 
         for (r = begin; r < end; r++)
             mpt__store(p->ctx, p->c, (f->i + r) * p->ldc + f->j, columns, f->sums + r * stride);
 }
-MPT__TASKS(mpt__finish_task)
+MPT__TASKS(mpt__epilogue_task)
 
-static void mpt__finish_rows(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns, float *sums,
-                             size_t stride, const mpt__desk *desk) {
-    mpt__finish f;
+static void mpt__epilogue_rows(const mpt__product *p, size_t i, size_t rows, size_t j, size_t columns, float *sums,
+                               size_t stride, const mpt__workspace *ws) {
+    mpt__epilogue f;
     f.p = p;
-    f.desk = desk;
+    f.ws = ws;
     f.sums = sums;
     f.stride = stride;
     f.i = i;
     f.j = j;
     f.columns = columns;
-    MPT__TASK(p->ctx, mpt__finish_task)(&f, 0, rows, 0);
+    MPT__TASK(p->ctx, mpt__epilogue_task)(&f, 0, rows, 0);
 }
 
 /* Sums (rows,columns) whose transpose belongs into c: rows first .. of a slice's taps, which lie in a filter side by
    side as far as the slice has all channels, or of a matrix. */
-static void mpt__finish_turned(const mpt__product *p, const mpt__slice *slice, size_t first, size_t rows, size_t j,
-                               size_t columns, const float *sums, const mpt__desk *desk) {
+static void mpt__epilogue_transposed(const mpt__product *p, const mpt__kernel_slice *slice, size_t first, size_t rows,
+                                     size_t j, size_t columns, const float *sums, const mpt__workspace *ws) {
     const size_t along = mpt__pieces(rows, MPT__RUN) * MPT__RUN, C = p->image.channels, S = p->image.S;
     const int pieces = slice->C < C || slice->S < S;
     size_t r, some;
-    p->ctx->simd.transpose(sums, p->columns, columns, along, desk->turned);
+    p->ctx->simd.transpose(sums, p->columns, columns, along, ws->transposed);
     for (r = 0; r < rows; r += some) {
         const size_t u = first + r, tap = pieces ? u / slice->C : 0, c = pieces ? u % slice->C : 0;
         const size_t at =
             ((slice->r + (pieces ? tap / slice->S : 0)) * S + slice->s + (pieces ? tap % slice->S : 0)) * C;
         some = pieces ? mpt__min(rows - r, slice->C - c) : rows;
-        mpt__finish_rows(p, j, columns, at + slice->c + (pieces ? c : u), some, desk->turned + r, along, desk);
+        mpt__epilogue_rows(p, j, columns, at + slice->c + (pieces ? c : u), some, ws->transposed + r, along, ws);
     }
 }
 
@@ -4550,25 +4555,25 @@ static void mpt__finish_turned(const mpt__product *p, const mpt__slice *slice, s
 
 typedef struct mpt__block { /* of the result: at (i,j) */
     size_t i, rows, j, columns;
-    mpt__band band;   /* of a convolution, whose rows or depth are a band, */
-    mpt__slice slice; /* and whose depth or rows are a slice */
+    mpt__band band;          /* of a convolution, whose rows or depth are a band, */
+    mpt__kernel_slice slice; /* and whose depth or rows are a slice */
 } mpt__block;
 
-static void mpt__finish_block(const mpt__product *p, const mpt__block *b, size_t r, size_t rows, float *sums,
-                              const mpt__desk *desk) {
-    if (p->turned) mpt__finish_turned(p, &b->slice, b->i + r, rows, b->j, b->columns, sums, desk);
-    else mpt__finish_rows(p, b->i + r, rows, b->j, b->columns, sums, p->columns, desk);
+static void mpt__epilogue_block(const mpt__product *p, const mpt__block *b, size_t r, size_t rows, float *sums,
+                                const mpt__workspace *ws) {
+    if (p->transposed) mpt__epilogue_transposed(p, &b->slice, b->i + r, rows, b->j, b->columns, sums, ws);
+    else mpt__epilogue_rows(p, b->i + r, rows, b->j, b->columns, sums, p->columns, ws);
 }
 
 /* Rows r .. of a block, `rows` of them in left, times all panels; the last part's sums are finished. */
 static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const mpt__left *left, size_t r, size_t rows,
-                               size_t words, size_t part, const mpt__desk *desk) {
+                               size_t words, size_t part, const mpt__workspace *ws) {
     const mpt__simd *simd = &p->ctx->simd;
     const int last = part + 1 == p->parts;
     size_t g, c, t;
     for (g = 0; g < rows; g += p->group) {
         const size_t group = mpt__min(p->group, rows - g);
-        float *sums = desk->sums + (p->parts > 1 ? (r + g) * p->columns : 0);
+        float *sums = ws->sums + (p->parts > 1 ? (r + g) * p->columns : 0);
         for (c = 0; c < b->columns; c += simd->tile_n) {
             const size_t across = mpt__min(simd->tile_n, b->columns - c);
             const mpt__tile tile = simd->tile[p->pairs][across <= simd->tile_n / 2];
@@ -4576,72 +4581,72 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
                 const size_t down = mpt__min(simd->tile_m, group - t);
                 float *out = sums + t * p->columns + c;
                 if (p->plain && across == simd->tile_n && down == simd->tile_m)
-                    tile(left, g + t, desk->panels + c * words,
+                    tile(left, g + t, ws->panels + c * words,
                          (float *)p->c.data + (b->i + r + g + t) * p->ldc + b->j + c, p->ldc, part || p->beta != 0);
                 else {
-                    tile(left, g + t, desk->panels + c * words, out, p->columns, part > 0);
+                    tile(left, g + t, ws->panels + c * words, out, p->columns, part > 0);
                     if (p->plain && last) /* the edges of a block that needs no more */
-                        mpt__finish_rows(p, b->i + r + g + t, down, b->j + c, across, out, p->columns, desk);
+                        mpt__epilogue_rows(p, b->i + r + g + t, down, b->j + c, across, out, p->columns, ws);
                 }
             }
         }
-        if (last && !p->plain) mpt__finish_block(p, b, r + g, group, sums, desk);
+        if (last && !p->plain) mpt__epilogue_block(p, b, r + g, group, sums, ws);
     }
 }
 
 /* A part of a convolution's block; `packed`: the panels hold the part still, from the block before */
-static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int packed, const mpt__desk *desk) {
+static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int packed, const mpt__workspace *ws) {
     const mpt__image *image = &p->image;
     mpt__left left;
     mpt__right right;
     mpt__halo h;
     size_t words, r;
     if (image->kind == MPT__OUTPUTS_ARE_DEPTH) b->band = mpt__band_of(image, part);
-    else b->slice = mpt__slice_of(image, part);
-    right = mpt__right_image(p, part, desk);
+    else b->slice = mpt__kernel_slice_of(image, part);
+    right = mpt__right_image(p, part, ws);
     words = right.count * mpt__pieces(right.length, mpt__each(p));
-    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, desk);
+    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, ws);
     h = mpt__halo_of(image, &b->band, &b->slice, p->pairs, image->kind == MPT__OUTPUTS_ARE_ROWS ? mpt__each(p) : 1);
-    mpt__halo_fill(p->ctx, image, &b->band, &b->slice, &h, desk);
-    left.base = (const char *)desk->left;
-    left.rows = desk->rows;
-    left.runs = desk->runs;
-    if (image->kind == MPT__OUTPUTS_ARE_ROWS) mpt__image_rows(image, &b->band, &b->slice, &h, desk, &left);
-    else mpt__image_taps(image, &b->band, &b->slice, &h, desk, &left);
-    for (r = b->rows; r % p->ctx->simd.tile_m; r++) desk->rows[r] = desk->rows[b->rows - 1];
-    mpt__product_tiles(p, b, &left, 0, b->rows, words, part, desk);
+    mpt__halo_fill(p->ctx, image, &b->band, &b->slice, &h, ws);
+    left.base = (const char *)ws->left;
+    left.rows = ws->rows;
+    left.runs = ws->runs;
+    if (image->kind == MPT__OUTPUTS_ARE_ROWS) mpt__image_rows(image, &b->band, &b->slice, &h, ws, &left);
+    else mpt__image_taps(image, &b->band, &b->slice, &h, ws, &left);
+    for (r = b->rows; r % p->ctx->simd.tile_m; r++) ws->rows[r] = ws->rows[b->rows - 1];
+    mpt__product_tiles(p, b, &left, 0, b->rows, words, part, ws);
 }
 
 static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t part, int packed,
-                             const mpt__desk *desk) {
+                             const mpt__workspace *ws) {
     const size_t l = part * p->deepest, depth = mpt__min(p->deepest, p->k - l),
                  words = mpt__pieces(depth, mpt__each(p));
-    const mpt__right right = mpt__right_matrix(p, l, depth, desk);
+    const mpt__right right = mpt__right_matrix(p, l, depth, ws);
     size_t r, some, t;
-    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, desk);
+    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, ws);
     for (r = 0; r < b->rows; r += some) {
         mpt__left left;
-        left.base = (const char *)desk->left;
-        left.rows = desk->rows;
-        left.runs = desk->runs;
-        some = mpt__left_matrix(p, b->i + r, b->rows - r, l, depth, desk, &left);
-        for (t = some; t % p->ctx->simd.tile_m; t++) desk->rows[t] = desk->rows[some - 1];
-        mpt__product_tiles(p, b, &left, r, some, words, part, desk);
+        left.base = (const char *)ws->left;
+        left.rows = ws->rows;
+        left.runs = ws->runs;
+        some = mpt__left_matrix(p, b->i + r, b->rows - r, l, depth, ws, &left);
+        for (t = some; t % p->ctx->simd.tile_m; t++) ws->rows[t] = ws->rows[some - 1];
+        mpt__product_tiles(p, b, &left, r, some, words, part, ws);
     }
 }
 
 /* Without depth all sums are 0. */
-static void mpt__block_empty(const mpt__product *p, const mpt__block *b, const mpt__desk *desk) {
+static void mpt__block_empty(const mpt__product *p, const mpt__block *b, const mpt__workspace *ws) {
     size_t r;
     for (r = 0; r < b->rows; r += p->group) {
-        memset(desk->sums, 0, p->group * p->columns * sizeof *desk->sums);
-        mpt__finish_block(p, b, r, mpt__min(p->group, b->rows - r), desk->sums, desk);
+        memset(ws->sums, 0, p->group * p->columns * sizeof *ws->sums);
+        mpt__epilogue_block(p, b, r, mpt__min(p->group, b->rows - r), ws->sums, ws);
     }
 }
 
 static size_t mpt__blocks_down(const mpt__product *p) {
     if (p->image.kind == MPT__OUTPUTS_ARE_ROWS) return mpt__bands(&p->image);
-    if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) return mpt__slices(&p->image);
+    if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) return mpt__kernel_slices(&p->image);
     return mpt__pieces(p->m, p->rows);
 }
 
@@ -4655,7 +4660,7 @@ static mpt__block mpt__block_of(const mpt__product *p, size_t index, size_t down
         b.i = b.band.row * p->image.Q + b.band.q;
         b.rows = b.band.rows * b.band.columns;
     } else if (p->image.kind == MPT__OUTPUTS_ARE_DEPTH) {
-        b.slice = mpt__slice_of(&p->image, row);
+        b.slice = mpt__kernel_slice_of(&p->image, row);
         b.rows = b.slice.R * b.slice.S * b.slice.C;
     } else {
         b.i = row * p->rows;
@@ -4675,19 +4680,19 @@ static size_t mpt__blocks_together(const mpt__product *p, size_t begin, size_t e
 static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__product *p = (const mpt__product *)arg;
     const size_t down = mpt__blocks_down(p);
-    const mpt__desk desk = mpt__desk_of(p->ctx, worker);
+    const mpt__workspace ws = mpt__workspace_of(p->ctx, worker);
     size_t last, i, part;
     for (; begin < end; begin = last) {
         last = mpt__blocks_together(p, begin, end, down);
         for (part = 0; part < p->parts; part++)
             for (i = begin; i < last; i++) {
                 mpt__block b = mpt__block_of(p, i, down);
-                if (p->image.kind) mpt__image_part(p, &b, part, i > begin, &desk);
-                else mpt__matrix_part(p, &b, part, i > begin, &desk);
+                if (p->image.kind) mpt__image_part(p, &b, part, i > begin, &ws);
+                else mpt__matrix_part(p, &b, part, i > begin, &ws);
             }
         for (i = begin; i < last && !p->parts; i++) {
             const mpt__block b = mpt__block_of(p, i, down);
-            mpt__block_empty(p, &b, &desk);
+            mpt__block_empty(p, &b, &ws);
         }
     }
 }
@@ -4696,9 +4701,9 @@ static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
 
 /* Whether the halo of so many lines and columns of outputs fits under a slice, with `some` elements a pixel. */
 static int mpt__halo_fits(const mpt__image *image, size_t lines, size_t columns, size_t some) {
-    const size_t width = mpt__halo_width(image, columns, image->taps_across);
+    const size_t width = mpt__halo_width(image, columns, image->slice_S);
     return width <= image->widest / some &&
-           mpt__halo_rows(image, lines, image->taps_down) <= MPT__LEFT_WORDS / width / some;
+           mpt__halo_rows(image, lines, image->slice_R) <= MPT__LEFT_WORDS / width / some;
 }
 
 /* A band of `most` outputs or as many as fit. If outputs are rows of the result they must be consecutive there: then a
@@ -4712,8 +4717,8 @@ static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
         while (lines > 1 && !mpt__halo_fits(image, lines, image->columns, some)) lines--;
         lines = mpt__evenly(image->P, lines, 1);
         if (lines == image->P) {
-            const size_t rows = mpt__halo_rows(image, lines, image->taps_down);
-            const size_t width = mpt__halo_width(image, image->columns, image->taps_across);
+            const size_t rows = mpt__halo_rows(image, lines, image->slice_R);
+            const size_t width = mpt__halo_width(image, image->columns, image->slice_S);
             images = mpt__min(most / image->columns / lines, MPT__LEFT_WORDS / width / some / rows);
             images = mpt__min(images > 1 ? images : 1, image->N);
         }
@@ -4726,24 +4731,24 @@ static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
 static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
     const size_t taps = image->R * image->S, least = 8;
     size_t pixel;
-    image->taps_down = image->R;
-    image->taps_across = image->S;
-    image->some = image->channels;
+    image->slice_R = image->R;
+    image->slice_S = image->S;
+    image->slice_C = image->channels;
     if (taps <= words / mpt__pieces(image->channels, each)) return;
-    image->some = mpt__evenly(image->channels, taps <= words / least ? words / taps * each : least * each, each);
-    image->some = mpt__min(image->some, image->channels);
-    pixel = mpt__pieces(image->some, each);
+    image->slice_C = mpt__evenly(image->channels, taps <= words / least ? words / taps * each : least * each, each);
+    image->slice_C = mpt__min(image->slice_C, image->channels);
+    pixel = mpt__pieces(image->slice_C, each);
     if (taps <= words / pixel) return;
-    image->taps_across = mpt__min(image->S, words / pixel);
-    image->taps_down = words / pixel / image->taps_across;
+    image->slice_S = mpt__min(image->S, words / pixel);
+    image->slice_R = words / pixel / image->slice_S;
 }
 
 /* Fewer channels, tap rows or taps, until the halo of `columns` outputs fits */
 static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
-    while (!mpt__halo_fits(image, 1, columns, mpt__pieces(image->some, each)))
-        if (image->some > 8 * each) image->some = mpt__evenly(image->some, (image->some + 1) / 2, each);
-        else if (image->taps_down > 1) image->taps_down = (image->taps_down + 1) / 2;
-        else if (image->taps_across > 1) image->taps_across = (image->taps_across + 1) / 2;
+    while (!mpt__halo_fits(image, 1, columns, mpt__pieces(image->slice_C, each)))
+        if (image->slice_C > 8 * each) image->slice_C = mpt__evenly(image->slice_C, (image->slice_C + 1) / 2, each);
+        else if (image->slice_R > 1) image->slice_R = (image->slice_R + 1) / 2;
+        else if (image->slice_S > 1) image->slice_S = (image->slice_S + 1) / 2;
         else return; /* a single tap: bands will be short */
 }
 
@@ -4751,7 +4756,7 @@ static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
    tiles, which share the reading of each (more would scatter what they write); whole runs, if they are turned about. */
 static size_t mpt__group(const mpt__product *p) {
     const size_t tile = p->ctx->simd.tile_m, fit = mpt__min(2048 / p->columns, MPT__GROUP) / tile * tile;
-    if (p->turned) return MPT__RUN % tile ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
+    if (p->transposed) return MPT__RUN % tile ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
     if (!p->image.kind && p->k > 512 && p->columns > 64) return MPT__FEW_TILES;
     return fit ? fit : tile;
 }
@@ -4760,7 +4765,7 @@ static size_t mpt__group(const mpt__product *p) {
 static int mpt__few(size_t blocks, size_t threads) { return blocks < 4 * threads && blocks % threads; }
 
 /* Blocks are bands, parts of the depth are slices. */
-static void mpt__cut_rows(mpt__product *p, size_t threads) {
+static void mpt__partition_rows(mpt__product *p, size_t threads) {
     mpt__image *image = &p->image;
     const size_t each = mpt__each(p), taps = image->R * image->S;
     const size_t all = taps * mpt__pieces(image->channels, each);
@@ -4769,11 +4774,11 @@ static void mpt__cut_rows(mpt__product *p, size_t threads) {
     image->columns = mpt__evenly(image->Q, MPT__BLOCK_M, 1);
     mpt__choose_slice(image, all <= MPT__DEEPEST ? MPT__DEEPEST : MPT__DEEP, each);
     mpt__narrow_slice(image, mpt__min(image->columns, 16), each);
-    pixel = mpt__pieces(image->some, each);
-    words = image->taps_down * image->taps_across * pixel;
+    pixel = mpt__pieces(image->slice_C, each);
+    words = image->slice_R * image->slice_S * pixel;
     mpt__choose_band(image, MPT__BLOCK_M, pixel);
     p->columns = mpt__evenly(p->n, mpt__min(MPT__BLOCK_N, MPT__RIGHT_WORDS / words / MPT__RUN * MPT__RUN), MPT__RUN);
-    p->parts = mpt__slices(image);
+    p->parts = mpt__kernel_slices(image);
     across = mpt__pieces(p->n, p->columns);
     while ((image->images > 1 || image->lines > 1) && mpt__few(mpt__bands(image) * across, threads))
         if (image->images > 1) image->images = (image->images + 1) / 2;
@@ -4781,7 +4786,7 @@ static void mpt__cut_rows(mpt__product *p, size_t threads) {
 }
 
 /* Blocks are slices, parts of the depth are bands. */
-static void mpt__cut_depth(mpt__product *p, size_t threads) {
+static void mpt__partition_depth(mpt__product *p, size_t threads) {
     mpt__image *image = &p->image;
     size_t most, blocks, some;
     p->columns = mpt__evenly(p->n, MPT__BLOCK_N, MPT__RUN);
@@ -4792,16 +4797,16 @@ static void mpt__cut_depth(mpt__product *p, size_t threads) {
     image->columns = mpt__min(image->columns, image->Q - image->alone);
     mpt__choose_slice(image, MPT__BLOCK_M, 1);
     mpt__narrow_slice(image, mpt__min(image->columns, 16), 1);
-    mpt__choose_band(image, most, image->some);
+    mpt__choose_band(image, most, image->slice_C);
     p->parts = mpt__bands(image);
-    blocks = mpt__slices(image) * mpt__pieces(p->n, p->columns);
+    blocks = mpt__kernel_slices(image) * mpt__pieces(p->n, p->columns);
     if (!mpt__few(blocks, threads)) return;
-    some = mpt__pieces(image->channels, mpt__pieces(mpt__slices(image), threads) * threads);
-    if (some >= 8) image->some = mpt__min(some, image->some);
+    some = mpt__pieces(image->channels, mpt__pieces(mpt__kernel_slices(image), threads) * threads);
+    if (some >= 8) image->slice_C = mpt__min(some, image->slice_C);
     else if (p->columns > MPT__RUN) p->columns = mpt__evenly(p->columns, mpt__pieces(p->columns, threads), MPT__RUN);
 }
 
-static void mpt__cut_matrix(mpt__product *p, size_t threads) {
+static void mpt__partition_matrix(mpt__product *p, size_t threads) {
     const size_t each = mpt__each(p), down = mpt__pieces(p->m, MPT__BLOCK_M), across = mpt__pieces(p->n, MPT__BLOCK_N);
     const int wide = across > down;
     const size_t unit = wide ? (size_t)MPT__RUN : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
@@ -4818,32 +4823,32 @@ static void mpt__cut_matrix(mpt__product *p, size_t threads) {
 }
 
 /* Only the right operand is turned about for its panels: let that be the smaller one. */
-static void mpt__turn(mpt__product *p) {
+static void mpt__product_transpose(mpt__product *p) {
     const mpt__matrix a = p->a;
     const size_t m = p->m;
     p->a = p->b;
     p->b = a;
     p->m = p->n;
     p->n = m;
-    p->turned = !p->turned;
+    p->transposed = !p->transposed;
 }
 
-static mpt_result mpt__product_run(mpt__product *p) {
+static mpt_result mpt__product_do(mpt__product *p) {
     const mpt__simd *simd = &p->ctx->simd;
     const mpt__outputs image = p->image.kind;
     size_t work, threads;
     if (!image && p->a.along && p->b.along &&
         p->n * mpt__pieces(p->m, MPT__BLOCK_M) > p->m * mpt__pieces(p->n, MPT__BLOCK_M))
-        mpt__turn(p);
-    p->plain = !p->turned && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
+        mpt__product_transpose(p);
+    p->plain = !p->transposed && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
                !p->bias.data && p->act == MPT_IDENTITY;
     p->pairs =
         simd->tile[1][0] && (image ? p->image.data.type : p->a.data.type) == MPT_BF16 && p->b.data.type == MPT_BF16;
-    if (!mpt__multiply(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
+    if (!mpt__size_mul(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
     threads = mpt__threads_for(p->ctx, work);
-    if (image == MPT__OUTPUTS_ARE_ROWS) mpt__cut_rows(p, threads);
-    else if (image == MPT__OUTPUTS_ARE_DEPTH) mpt__cut_depth(p, threads);
-    else mpt__cut_matrix(p, threads);
+    if (image == MPT__OUTPUTS_ARE_ROWS) mpt__partition_rows(p, threads);
+    else if (image == MPT__OUTPUTS_ARE_DEPTH) mpt__partition_depth(p, threads);
+    else mpt__partition_matrix(p, threads);
     p->group = mpt__group(p);
     mpt__parallel(p->ctx, mpt__blocks_down(p) * mpt__pieces(p->n, p->columns), work, mpt__product_task, p);
     return MPT_OK;
@@ -4879,7 +4884,7 @@ static void mpt__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array 
 static mpt_result mpt__cpu_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     mpt__product p = mpt__gemm_product(ctx, op);
     if (op->a_sums.data) mpt__column_sums(ctx, op->k, op->m, op->a, op->beta, op->a_sums);
-    return mpt__product_run(&p);
+    return mpt__product_do(&p);
 }
 
 /* The array from its element i on. */
@@ -4892,35 +4897,35 @@ static mpt_array mpt__array_at(mpt_array a, size_t i) {
 
 /* What a pass reads through the kernel: x, or in the gradient of x dy. Channels of one group. */
 static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
-    const mpt_conv2d_shape *z = &op->shape;
-    const int turned = op->pass == MPT_BACKWARD_DATA;
+    const mpt_conv2d_shape *shape = &op->shape;
+    const int backward = op->pass == MPT_BACKWARD_DATA;
     mpt__image image = MPT_ZERO;
     image.kind = op->pass == MPT_BACKWARD_WEIGHT ? MPT__OUTPUTS_ARE_DEPTH : MPT__OUTPUTS_ARE_ROWS;
-    image.turned = turned;
-    image.data = turned ? op->y : op->x;
-    image.N = z->N;
-    image.H = turned ? op->P : z->H;
-    image.W = turned ? op->Q : z->W;
-    image.C = turned ? z->K : z->C;
-    image.channels = image.C / z->groups;
+    image.flipped = backward;
+    image.data = backward ? op->y : op->x;
+    image.N = shape->N;
+    image.H = backward ? op->P : shape->H;
+    image.W = backward ? op->Q : shape->W;
+    image.C = backward ? shape->K : shape->C;
+    image.channels = image.C / shape->groups;
     image.first = group * image.channels;
-    image.R = z->R;
-    image.S = z->S;
-    image.dilation = z->dilation;
-    image.P = turned ? z->H : op->P;
-    image.Q = turned ? z->W : op->Q;
-    image.stride = turned ? 1 : z->stride;
-    image.up = turned ? z->stride : 1;
-    image.above = turned ? (z->R - 1) * z->dilation - z->padding : z->padding;
-    image.before = turned ? (z->S - 1) * z->dilation - z->padding : z->padding;
+    image.R = shape->R;
+    image.S = shape->S;
+    image.dilation = shape->dilation;
+    image.P = backward ? shape->H : op->P;
+    image.Q = backward ? shape->W : op->Q;
+    image.stride = backward ? 1 : shape->stride;
+    image.up = backward ? shape->stride : 1;
+    image.pad_top = backward ? (shape->R - 1) * shape->dilation - shape->padding : shape->padding;
+    image.pad_left = backward ? (shape->S - 1) * shape->dilation - shape->padding : shape->padding;
     return image;
 }
 
 /* One group of channels of a convolution as a product; C and K are those of the group. A 1x1 kernel that reads every
    pixel needs no image. */
 static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *op, size_t group) {
-    const mpt_conv2d_shape *z = &op->shape;
-    const size_t C = z->C / z->groups, K = z->K / z->groups, patch = z->R * z->S * C;
+    const mpt_conv2d_shape *shape = &op->shape;
+    const size_t C = shape->C / shape->groups, K = shape->K / shape->groups, patch = shape->R * shape->S * C;
     const mpt_array w = mpt__array_at(op->w, group * K * patch);
     const mpt_array x = mpt__array_at(op->x, group * C), y = mpt__array_at(op->y, group * K);
     mpt__product p = MPT_ZERO;
@@ -4929,32 +4934,32 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
     p.beta = op->beta;
     if (op->pass == MPT_FORWARD) p.bias = mpt__array_at(op->bias, group * K);
     p.act = op->act;
-    if (z->R * z->S > 1 || z->stride > 1 || z->padding) p.image = mpt__image_of(op, group);
+    if (shape->R * shape->S > 1 || shape->stride > 1 || shape->padding) p.image = mpt__image_of(op, group);
     if (op->pass == MPT_FORWARD) { /* y(NPQ,K) = patches(NPQ,RSC) w(K,RSC)^T */
-        p.m = z->N * op->P * op->Q;
+        p.m = shape->N * op->P * op->Q;
         p.n = K;
         p.k = patch;
-        p.a = mpt__matrix_of(x, z->C, 1);
+        p.a = mpt__matrix_of(x, shape->C, 1);
         p.b = mpt__matrix_of(w, patch, 1);
         p.c = y;
-        p.ldc = z->K;
+        p.ldc = shape->K;
     } else if (op->pass == MPT_BACKWARD_DATA) { /* dx(NHW,C) = patches of dy(NHW,RSK) filters turned about(RSK,C) */
-        p.m = z->N * z->H * z->W;
+        p.m = shape->N * shape->H * shape->W;
         p.n = C;
-        p.k = z->R * z->S * K;
-        p.a = mpt__matrix_of(y, z->K, 1);
+        p.k = shape->R * shape->S * K;
+        p.a = mpt__matrix_of(y, shape->K, 1);
         p.b = mpt__matrix_of(w, patch, 0);
         p.c = x;
-        p.ldc = z->C;
+        p.ldc = shape->C;
     } else { /* dw(K,RSC) = (patches(NPQ,RSC)^T dy(NPQ,K))^T */
         p.m = patch;
         p.n = K;
-        p.k = z->N * op->P * op->Q;
-        p.a = mpt__matrix_of(x, z->C, 0);
-        p.b = mpt__matrix_of(y, z->K, 0);
+        p.k = shape->N * op->P * op->Q;
+        p.a = mpt__matrix_of(x, shape->C, 0);
+        p.b = mpt__matrix_of(y, shape->K, 0);
         p.c = w;
         p.ldc = patch;
-        p.turned = 1;
+        p.transposed = 1;
     }
     return p;
 }
@@ -4971,15 +4976,16 @@ typedef struct mpt__depthwise { /* bands of outputs, whose halos have whole runs
 enum { MPT__DEPTHWISE_TAPS = MPT__RIGHT_WORDS / (2 * MPT__RUN) };
 
 /* The halo of a band: channels c .. of a run, in fp32 */
-static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *band, size_t c, const mpt__desk *desk) {
-    mpt__slice slice = MPT_ZERO;
+static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *band, size_t c,
+                                     const mpt__workspace *ws) {
+    mpt__kernel_slice slice = MPT_ZERO;
     mpt__halo h;
     slice.R = d->finish.image.R;
     slice.S = d->finish.image.S;
     slice.c = c;
     slice.C = mpt__min(d->op->shape.C - c, MPT__RUN);
     h = mpt__halo_of(&d->finish.image, band, &slice, 0, MPT__RUN);
-    mpt__halo_fill(d->ctx, &d->finish.image, band, &slice, &h, desk);
+    mpt__halo_fill(d->ctx, &d->finish.image, band, &slice, &h, ws);
     return h;
 }
 
@@ -4988,30 +4994,30 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
     const mpt__image *image = &d->finish.image;
     const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
-    const mpt__desk desk = mpt__desk_of(d->ctx, worker);
-    float *w = desk.panels; /* (taps, RUN): channels side by side */
+    const mpt__workspace ws = mpt__workspace_of(d->ctx, worker);
+    float *w = ws.panels; /* (taps, RUN): channels side by side */
     size_t row, q, t, e;
     for (; begin < end; begin++) {
         const size_t c = begin / bands * MPT__RUN, run = mpt__min(C - c, MPT__RUN);
         const mpt__band band = mpt__band_of(image, begin % bands);
-        const mpt__halo h = mpt__depthwise_halo(d, &band, c, &desk);
-        float *sums = desk.sums;
+        const mpt__halo h = mpt__depthwise_halo(d, &band, c, &ws);
+        float *sums = ws.sums;
         for (e = 0; e < run; e++)
             for (t = 0; t < taps; t++)
-                w[t * MPT__RUN + e] = mpt__get(d->ctx, d->op->w, (c + e) * taps + (image->turned ? taps - 1 - t : t));
+                w[t * MPT__RUN + e] = mpt__get(d->ctx, d->op->w, (c + e) * taps + (image->flipped ? taps - 1 - t : t));
         for (row = 0; row < band.rows; row++)
             for (q = 0; q < band.columns; q++, sums += MPT__RUN) {
-                const char *first = (char *)desk.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
+                const char *first = (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
                 float sum[MPT__RUN] = {0};
                 for (t = 0; t < taps; t++)
-                    mpt__multiply_run(sum,
-                                      (const float *)(const void *)(first + t / S * image->dilation * h.pitch +
-                                                                    t % S * image->dilation * h.pixel),
-                                      w + t * MPT__RUN);
+                    mpt__mul_add_run(sum,
+                                     (const float *)(const void *)(first + t / S * image->dilation * h.pitch +
+                                                                   t % S * image->dilation * h.pixel),
+                                     w + t * MPT__RUN);
                 memcpy(sums, sum, sizeof sum);
             }
-        mpt__finish_rows(&d->finish, band.row * image->Q + band.q, band.rows * band.columns, c, run, desk.sums,
-                         MPT__RUN, &desk);
+        mpt__epilogue_rows(&d->finish, band.row * image->Q + band.q, band.rows * band.columns, c, run, ws.sums,
+                           MPT__RUN, &ws);
     }
 }
 MPT__TASKS(mpt__depthwise_task)
@@ -5030,22 +5036,21 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
     const mpt__image *image = &d->finish.image;
     const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
-    const mpt__desk desk = mpt__desk_of(d->ctx, worker);
-    double *total = (double *)(void *)desk.panels; /* (taps, RUN) */
-    float *room = desk.room;
+    const mpt__workspace ws = mpt__workspace_of(d->ctx, worker);
+    double *total = (double *)(void *)ws.panels; /* (taps, RUN) */
+    float *room = ws.room;
     size_t b, row, q, t, e, few;
     for (; begin < end; begin++) {
         const size_t c = begin * MPT__RUN, run = mpt__min(C - c, MPT__RUN);
         memset(total, 0, taps * MPT__RUN * sizeof *total);
         for (b = 0; b < bands; b++) {
             const mpt__band band = mpt__band_of(image, b);
-            const mpt__halo h = mpt__depthwise_halo(d, &band, c, &desk);
+            const mpt__halo h = mpt__depthwise_halo(d, &band, c, &ws);
             for (row = 0; row < band.rows; row++)
                 for (q = 0; q < band.columns; q += few) {
-                    const char *first =
-                        (char *)desk.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
+                    const char *first = (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
                     const size_t at = ((band.row + row) * image->Q + band.q + q) * C + c;
-                    float sum[MPT__RUN] = {0}, *dy = desk.sums;
+                    float sum[MPT__RUN] = {0}, *dy = ws.sums;
                     few = mpt__min(band.columns - q, 8);
                     for (e = 0; e < few; e++)
                         memcpy(dy + e * MPT__RUN, mpt__read_run(d->ctx, d->op->y, at + e * C, run, room),
@@ -5053,35 +5058,37 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
                     for (t = 0; t < taps; t++) {
                         const char *x = first + t / S * image->dilation * h.pitch + t % S * image->dilation * h.pixel;
                         for (e = 0; e < few; e++)
-                            mpt__multiply_run(sum, (const float *)(const void *)(x + e * image->stride * h.pixel),
-                                              dy + e * MPT__RUN);
+                            mpt__mul_add_run(sum, (const float *)(const void *)(x + e * image->stride * h.pixel),
+                                             dy + e * MPT__RUN);
                         mpt__total_run(total + t * MPT__RUN, sum);
                     }
                 }
         }
         for (e = 0; e < run; e++)
-            for (t = 0; t < taps; t++) desk.sums[e * taps + t] = (float)total[t * MPT__RUN + e];
-        mpt__finish_rows(&d->finish, c, run, 0, taps, desk.sums, taps, &desk);
+            for (t = 0; t < taps; t++) ws.sums[e * taps + t] = (float)total[t * MPT__RUN + e];
+        mpt__epilogue_rows(&d->finish, c, run, 0, taps, ws.sums, taps, &ws);
     }
 }
 MPT__TASKS(mpt__depthwise_weights_task)
 
 /* Returns 0 if the halo of one output does not fit: then each channel is a product. */
-static int mpt__depthwise_run(mpt_context *ctx, const mpt_conv2d_op *op) {
-    const mpt_conv2d_shape *z = &op->shape;
-    const size_t runs = mpt__pieces(z->C, MPT__RUN), work = z->N * op->P * op->Q * z->C * z->R * z->S;
+static int mpt__depthwise_do(mpt_context *ctx, const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *shape = &op->shape;
+    const size_t runs = mpt__pieces(shape->C, MPT__RUN),
+                 work = shape->N * op->P * op->Q * shape->C * shape->R * shape->S;
     mpt__depthwise d = MPT_ZERO;
     d.ctx = ctx;
     d.op = op;
     d.finish = mpt__conv2d_product(ctx, op, 0);
     d.finish.image = mpt__image_of(op, 0);
-    d.finish.image.channels = z->C;
-    d.finish.image.taps_down = z->R;
-    d.finish.image.taps_across = z->S;
+    d.finish.image.channels = shape->C;
+    d.finish.image.slice_R = shape->R;
+    d.finish.image.slice_S = shape->S;
     d.finish.image.widest = MPT__LEFT_WORDS;
     d.finish.image.columns = mpt__evenly(d.finish.image.Q, MPT__BLOCK_M, 1);
     mpt__choose_band(&d.finish.image, MPT__BLOCK_M, MPT__RUN);
-    if (!mpt__halo_fits(&d.finish.image, 1, d.finish.image.columns, MPT__RUN) || z->R * z->S > MPT__DEPTHWISE_TAPS)
+    if (!mpt__halo_fits(&d.finish.image, 1, d.finish.image.columns, MPT__RUN) ||
+        shape->R * shape->S > MPT__DEPTHWISE_TAPS)
         return 0;
     if (op->pass == MPT_BACKWARD_WEIGHT)
         mpt__parallel(ctx, runs, work, MPT__TASK(ctx, mpt__depthwise_weights_task), &d);
@@ -5090,14 +5097,15 @@ static int mpt__depthwise_run(mpt_context *ctx, const mpt_conv2d_op *op) {
 }
 
 static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
-    const mpt_conv2d_shape *z = &op->shape;
+    const mpt_conv2d_shape *shape = &op->shape;
     size_t group;
     if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data)
-        mpt__column_sums(ctx, z->N * op->P * op->Q, z->K, op->y, op->beta, op->bias);
-    if (z->groups > 1 && z->groups == z->C && z->C == z->K && mpt__depthwise_run(ctx, op)) return MPT_OK;
-    for (group = 0; group < z->groups; group++) {
+        mpt__column_sums(ctx, shape->N * op->P * op->Q, shape->K, op->y, op->beta, op->bias);
+    if (shape->groups > 1 && shape->groups == shape->C && shape->C == shape->K && mpt__depthwise_do(ctx, op))
+        return MPT_OK;
+    for (group = 0; group < shape->groups; group++) {
         mpt__product p = mpt__conv2d_product(ctx, op, group);
-        MPT__TRY(mpt__product_run(&p));
+        MPT__TRY(mpt__product_do(&p));
     }
     return MPT_OK;
 }
@@ -5125,7 +5133,7 @@ static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const f
 }
 
 /* One side of nearly every cast is fp32: then the bulk loops work on the arrays themselves. */
-static void mpt__cast_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
+static void mpt__cast_elements(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     float run[MPT__RUN];
     const float *x = op->a.type == MPT_F32 ? (const float *)op->a.data + i : run;
     const int usual = op->rounding.round == MPT_ROUND_NEAREST && op->rounding.overflow == MPT_OVERFLOW_INF;
@@ -5153,7 +5161,7 @@ MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size
     if (op->map == MPT_MAP_DROPOUT)
         for (e = 0; e < n; e++) out[e] *= mpt__mask_factor(&op->mask, step, i + e);
     if (op->beta != 0 && op->map != MPT_MAP_ACTIVATION)
-        mpt__add_run(out, op->beta, mpt__read_run(ctx, old, i, n, room[0]));
+        mpt__axpy_run(out, op->beta, mpt__read_run(ctx, old, i, n, room[0]));
     if (op->map == MPT_MAP_ACTIVATION || op->map == MPT_MAP_ADD) mpt__activate_run(op->act, out);
     mpt__write_run(ctx, op->out, i, n, out);
 }
@@ -5162,7 +5170,7 @@ static void mpt__cast_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_map_op *op = (const mpt_map_op *)w->op;
     (void)worker;
-    mpt__cast_run(w->ctx, op, begin * MPT__RUN, mpt__min(end * MPT__RUN, op->n) - begin * MPT__RUN);
+    mpt__cast_elements(w->ctx, op, begin * MPT__RUN, mpt__min(end * MPT__RUN, op->n) - begin * MPT__RUN);
 }
 
 MPT__INLINE void mpt__map_task_body(void *arg, size_t begin, size_t end, int worker) {
@@ -5191,7 +5199,7 @@ MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int
         for (c = 0; c < op->C; c += MPT__RUN) {
             const size_t n = mpt__min(op->C - c, MPT__RUN), at = begin * op->y_stride + c;
             mpt__scale_run(out, 1, mpt__read_run(w->ctx, op->x, begin * op->x_stride + c, n, room));
-            if (op->beta != 0) mpt__add_run(out, op->beta, mpt__read_run(w->ctx, op->y, at, n, room));
+            if (op->beta != 0) mpt__axpy_run(out, op->beta, mpt__read_run(w->ctx, op->y, at, n, room));
             mpt__write_run(w->ctx, op->y, at, n, out);
         }
 }
@@ -5439,7 +5447,7 @@ static void mpt__norm_columns(mpt__norm_work *w) {
 }
 
 /* What the two sums of a set make: its mean and variance, or the means that its dx needs. */
-static void mpt__norm_finish(const mpt__norm_work *w, size_t set, double a, double b, float shift) {
+static void mpt__norm_set_stats(const mpt__norm_work *w, size_t set, double a, double b, float shift) {
     const size_t sets = w->op->shape.N * w->op->shape.groups;
     float *stats = w->op->stats + (w->op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
     a /= (double)w->count;
@@ -5475,7 +5483,7 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
                 sums[1] += gamma * b[e];
             }
         }
-        mpt__norm_finish(&w, begin, sums[0], sums[1], shift);
+        mpt__norm_set_stats(&w, begin, sums[0], sums[1], shift);
     }
 }
 MPT__TASKS(mpt__norm_samples_task)
@@ -5501,7 +5509,7 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
             const double a = w->sums[c], b = w->sums[MPT__COLUMNS + c];
             const double gamma = backward ? (double)mpt__get(w->ctx, op->gamma, w->first + c) : 1;
             if (batch && !op->frozen)
-                mpt__norm_finish(w, w->first + c, gamma * a, gamma * b, mpt__get(w->ctx, op->x, w->first + c));
+                mpt__norm_set_stats(w, w->first + c, gamma * a, gamma * b, mpt__get(w->ctx, op->x, w->first + c));
             if (!backward) continue;
             mpt__norm_put(w, op->dbeta, w->first + c, a);
             mpt__norm_put(w, op->dgamma, w->first + c, b);
@@ -5525,7 +5533,7 @@ MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t first, 
     dy = mpt__read_run(w->ctx, op->y, at, n, l->room + MPT__RUN);
     if (op->act) mpt__norm_slope(l, c, w->zero, x, dy, l->room + 2 * MPT__RUN);
     mpt__norm_dx(l, c, x, op->act ? l->room + 2 * MPT__RUN : dy, out);
-    if (op->scale_x != 0) mpt__add_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, at, n, l->room));
+    if (op->scale_x != 0) mpt__axpy_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, at, n, l->room));
     mpt__write_run(w->ctx, op->dx, at, n, out);
 }
 
@@ -5546,13 +5554,13 @@ MPT__TASKS(mpt__norm_rows_task)
 
 static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op, mpt__sum_kind kind) {
     static const int32_t zeros[3] = {0, 0x33000000, 0x8000}; /* half the smallest subnormal of f16 and bf16 */
-    const mpt_norm_shape *z = &op->shape;
+    const mpt_norm_shape *shape = &op->shape;
     mpt__norm_work w = MPT_ZERO;
     w.ctx = ctx;
     w.op = op;
     w.kind = kind;
-    w.rows = z->N * z->pixels;
-    w.count = z->pixels * (z->C / z->groups);
+    w.rows = shape->N * shape->pixels;
+    w.count = shape->pixels * (shape->C / shape->groups);
     w.sums = (double *)(void *)ctx->workspace;
     w.zero = op->saved.data && op->saved.type <= MPT_BF16 ? zeros[op->saved.type] : 0;
     return w;
@@ -5650,21 +5658,21 @@ typedef struct mpt__window { /* of one output, inside the image: rows r .. R of 
 } mpt__window;
 
 MPT__INLINE mpt__window mpt__window_of(const mpt_pool2d_op *op, size_t n, size_t p, size_t q) {
-    const mpt_pool2d_shape *z = &op->shape;
-    const size_t h = p * op->stride_h - z->padding, w = q * op->stride_w - z->padding; /* may wrap below 0 */
+    const mpt_pool2d_shape *shape = &op->shape;
+    const size_t h = p * op->stride_h - shape->padding, w = q * op->stride_w - shape->padding; /* may wrap below 0 */
     mpt__window at;
-    at.r = h < z->H ? 0 : 0 - h;
-    at.R = mpt__min(z->R, z->H - h);
-    at.s = w < z->W ? 0 : 0 - w;
-    at.S = mpt__min(z->S, z->W - w);
-    at.at = ((n * z->H + h) * z->W + w) * z->C;
+    at.r = h < shape->H ? 0 : 0 - h;
+    at.R = mpt__min(shape->R, shape->H - h);
+    at.s = w < shape->W ? 0 : 0 - w;
+    at.S = mpt__min(shape->S, shape->W - w);
+    at.at = ((n * shape->H + h) * shape->W + w) * shape->C;
     return at;
 }
 
 /* Maxima of 16-bit values. Whole runs are read and written where they are. */
-MPT__INLINE void mpt__max_pool_run(const mpt_pool2d_op *op, const mpt__window *window, size_t out, size_t c, size_t n,
-                                   float *room) {
-    const mpt_pool2d_shape *z = &op->shape;
+MPT__INLINE void mpt__pool2d_max16_run(const mpt_pool2d_op *op, const mpt__window *window, size_t out, size_t c,
+                                       size_t n, float *room) {
+    const mpt_pool2d_shape *shape = &op->shape;
     const uint16_t *image = (const uint16_t *)op->x.data + c, inf = op->x.type == MPT_F16 ? 0x7c00 : 0x7f80;
     uint16_t *y = (uint16_t *)op->y.data + out, *index = op->index + out, *line = (uint16_t *)(void *)room;
     uint16_t *best = n < MPT__RUN ? line + MPT__RUN : y, *tap = n < MPT__RUN ? line + 2 * MPT__RUN : index;
@@ -5673,11 +5681,11 @@ MPT__INLINE void mpt__max_pool_run(const mpt_pool2d_op *op, const mpt__window *w
     int first = 1;
     for (r = window->r; r < window->R; r++)
         for (s = window->s; s < window->S; s++) {
-            const uint16_t *x = image + (window->at + (r * z->W + s) * z->C);
+            const uint16_t *x = image + (window->at + (r * shape->W + s) * shape->C);
             if (n < MPT__RUN) memcpy(line, x, n * sizeof *x);
             if (n < MPT__RUN) x = line;
-            if (first) mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * z->S + s), 1);
-            else mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * z->S + s), 0);
+            if (first) mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * shape->S + s), 1);
+            else mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * shape->S + s), 0);
             first = 0;
         }
     if (n == MPT__RUN) return;
@@ -5686,9 +5694,9 @@ MPT__INLINE void mpt__max_pool_run(const mpt_pool2d_op *op, const mpt__window *w
 }
 
 /* Means, whose sums are double; maxima in fp32 */
-MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, const mpt__window *window,
-                                       size_t out, size_t c, size_t n, float *room) {
-    const mpt_pool2d_shape *z = &op->shape;
+MPT__INLINE void mpt__pool2d_forward_run(const mpt_context *ctx, const mpt_pool2d_op *op, const mpt__window *window,
+                                         size_t out, size_t c, size_t n, float *room) {
+    const mpt_pool2d_shape *shape = &op->shape;
     const int mean = op->kind == MPT_POOL_AVERAGE;
     double *sum = (double *)(void *)(room + MPT__RUN);
     float best[MPT__RUN];
@@ -5698,32 +5706,32 @@ MPT__INLINE void mpt__pool_forward_run(const mpt_context *ctx, const mpt_pool2d_
     memset(sum, 0, MPT__RUN * sizeof *sum);
     for (r = window->r; r < window->R; r++)
         for (s = window->s; s < window->S; s++) {
-            const float *x = mpt__read_run(ctx, op->x, window->at + (r * z->W + s) * z->C + c, n, room);
-            const uint32_t here = (uint32_t)(r * z->S + s);
+            const float *x = mpt__read_run(ctx, op->x, window->at + (r * shape->W + s) * shape->C + c, n, room);
+            const uint32_t here = (uint32_t)(r * shape->S + s);
             for (e = 0; e < MPT__RUN && first && !mean; e++) tap[e] = here;
             if (mean) mpt__sum_values(x, sum);
             else if (first) mpt__scale_run(best, 1, x);
             else mpt__max_run(best, tap, x, here);
             first = 0;
         }
-    for (e = 0; e < MPT__RUN && mean; e++) best[e] = (float)(sum[e] / (double)(z->R * z->S));
+    for (e = 0; e < MPT__RUN && mean; e++) best[e] = (float)(sum[e] / (double)(shape->R * shape->S));
     if (!mean) mpt__taps_write(tap, n, op->index + out);
     mpt__write_run(ctx, op->y, out, n, best);
 }
 
-MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
-                                        size_t c, size_t run, float *room) {
-    const mpt_pool2d_shape *z = &op->shape;
-    const size_t in = ((n * z->H + h) * z->W + w) * z->C + c;
-    const float size = (float)(z->R * z->S);
-    const size_t y = h + z->padding, x = w + z->padding;
+MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
+                                          size_t c, size_t run, float *room) {
+    const mpt_pool2d_shape *shape = &op->shape;
+    const size_t in = ((n * shape->H + h) * shape->W + w) * shape->C + c;
+    const float size = (float)(shape->R * shape->S);
+    const size_t y = h + shape->padding, x = w + shape->padding;
     float sum[MPT__RUN];
     size_t p, q, e;
     mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
-    for (p = mpt__min(y / op->stride_h + 1, op->P); p-- && y - p * op->stride_h < z->R;)
-        for (q = mpt__min(x / op->stride_w + 1, op->Q); q-- && x - q * op->stride_w < z->S;) {
-            const uint32_t here = (uint32_t)((y - p * op->stride_h) * z->S + x - q * op->stride_w);
-            const size_t out = ((n * op->P + p) * op->Q + q) * z->C + c;
+    for (p = mpt__min(y / op->stride_h + 1, op->P); p-- && y - p * op->stride_h < shape->R;)
+        for (q = mpt__min(x / op->stride_w + 1, op->Q); q-- && x - q * op->stride_w < shape->S;) {
+            const uint32_t here = (uint32_t)((y - p * op->stride_h) * shape->S + x - q * op->stride_w);
+            const size_t out = ((n * op->P + p) * op->Q + q) * shape->C + c;
             const float *dy = mpt__read_run(ctx, op->y, out, run, room);
             uint32_t tap[MPT__RUN];
             for (e = 0; e < MPT__RUN && op->kind == MPT_POOL_AVERAGE; e++) sum[e] += dy[e] / size;
@@ -5736,7 +5744,7 @@ MPT__INLINE void mpt__pool_backward_run(const mpt_context *ctx, const mpt_pool2d
 
 /* Windows that lie side by side: an input is in one of them at most, so its gradient is that output's or zero, bit by
    bit. Then outputs scatter. */
-static int mpt__pool_scatters(const mpt_pool2d_op *op) {
+static int mpt__pool2d_scatters(const mpt_pool2d_op *op) {
     return op->pass != MPT_FORWARD && op->beta == 0 && !op->shape.padding && op->stride_h >= op->shape.R &&
            op->stride_w >= op->shape.S && op->x.type == op->y.type && op->x.type <= MPT_BF16;
 }
@@ -5755,9 +5763,9 @@ MPT__SELECT(mpt__select_halves, uint16_t)
 MPT__SELECT(mpt__select_words, uint32_t)
 
 /* All inputs in the window of output `out`: n channels from c on */
-MPT__INLINE void mpt__pool_scatter_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t at, size_t out, size_t n,
-                                       float *room) {
-    const mpt_pool2d_shape *z = &op->shape;
+MPT__INLINE void mpt__pool2d_scatter_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t at, size_t out,
+                                         size_t n, float *room) {
+    const mpt_pool2d_shape *shape = &op->shape;
     const size_t size = mpt_dtype_size(op->x.type);
     const char *dy = (const char *)op->y.data + out * size;
     float *share = room + MPT__RUN; /* dy / window, in the type of dy */
@@ -5765,13 +5773,13 @@ MPT__INLINE void mpt__pool_scatter_run(const mpt_context *ctx, const mpt_pool2d_
     if (op->kind == MPT_POOL_AVERAGE) {
         float mean[MPT__RUN];
         const float *x = mpt__read_run(ctx, op->y, out, n, room);
-        for (e = 0; e < MPT__RUN; e++) mean[e] = x[e] / (float)(z->R * z->S);
+        for (e = 0; e < MPT__RUN; e++) mean[e] = x[e] / (float)(shape->R * shape->S);
         mpt__write_run(ctx, mpt_typed_array(share, op->x.type), 0, n, mean);
     }
-    for (r = 0; r < z->R; r++)
-        for (s = 0; s < z->S; s++) {
-            char *to = (char *)op->x.data + (at + (r * z->W + s) * z->C) * size;
-            const uint16_t here = (uint16_t)(r * z->S + s);
+    for (r = 0; r < shape->R; r++)
+        for (s = 0; s < shape->S; s++) {
+            char *to = (char *)op->x.data + (at + (r * shape->W + s) * shape->C) * size;
+            const uint16_t here = (uint16_t)(r * shape->S + s);
             if (op->kind == MPT_POOL_AVERAGE) memcpy(to, share, n * size);
             else if (size == sizeof here)
                 mpt__select_halves((uint16_t *)(void *)to, (const uint16_t *)(const void *)dy, op->index + out, here,
@@ -5782,19 +5790,21 @@ MPT__INLINE void mpt__pool_scatter_run(const mpt_context *ctx, const mpt_pool2d_
 }
 
 /* Row (n,p) of outputs; what follows the last window of an image or is between two has no gradient. */
-static void mpt__pool_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
-    const mpt_pool2d_shape *z = &op->shape;
-    const size_t top = p * op->stride_h, bottom = p + 1 < op->P ? top + op->stride_h : z->H;
-    const size_t line = z->W * z->C * mpt_dtype_size(op->x.type);
-    if (op->stride_h == z->R && op->stride_w == z->S && op->P * z->R == z->H && op->Q * z->S == z->W) return;
-    memset((char *)op->x.data + (n * z->H + top) * line, 0, (bottom - top) * line);
+static void mpt__pool2d_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
+    const mpt_pool2d_shape *shape = &op->shape;
+    const size_t top = p * op->stride_h, bottom = p + 1 < op->P ? top + op->stride_h : shape->H;
+    const size_t line = shape->W * shape->C * mpt_dtype_size(op->x.type);
+    if (op->stride_h == shape->R && op->stride_w == shape->S && op->P * shape->R == shape->H &&
+        op->Q * shape->S == shape->W)
+        return;
+    memset((char *)op->x.data + (n * shape->H + top) * line, 0, (bottom - top) * line);
 }
 
 /* one row (n,p) of outputs, or (n,h) of inputs, after the other */
-MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int worker) {
+MPT__INLINE void mpt__pool2d_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_pool2d_op *op = (const mpt_pool2d_op *)w->op;
-    const int scatters = mpt__pool_scatters(op), outputs = op->pass == MPT_FORWARD || scatters;
+    const int scatters = mpt__pool2d_scatters(op), outputs = op->pass == MPT_FORWARD || scatters;
     const int halves =
         op->kind == MPT_POOL_MAX && op->x.type == op->y.type && (op->x.type == MPT_F16 || op->x.type == MPT_BF16);
     const size_t rows = outputs ? op->P : op->shape.H, columns = outputs ? op->Q : op->shape.W, C = op->shape.C;
@@ -5802,27 +5812,28 @@ MPT__INLINE void mpt__pool_task_body(void *arg, size_t begin, size_t end, int wo
     size_t i, c;
     for (; begin < end; begin++) {
         const size_t n = begin / rows, p = begin % rows;
-        if (scatters) mpt__pool_clear(op, n, p);
+        if (scatters) mpt__pool2d_clear(op, n, p);
         for (i = 0; i < columns; i++) {
             const mpt__window none = MPT_ZERO, window = outputs ? mpt__window_of(op, n, p, i) : none;
             const size_t out = (begin * columns + i) * C;
             for (c = 0; c < C; c += MPT__RUN) {
                 const size_t run = mpt__min(C - c, MPT__RUN);
-                if (scatters) mpt__pool_scatter_run(w->ctx, op, window.at + c, out + c, run, room);
-                else if (!outputs) mpt__pool_backward_run(w->ctx, op, n, p, i, c, run, room);
-                else if (halves) mpt__max_pool_run(op, &window, out + c, c, run, room);
-                else mpt__pool_forward_run(w->ctx, op, &window, out + c, c, run, room);
+                if (scatters) mpt__pool2d_scatter_run(w->ctx, op, window.at + c, out + c, run, room);
+                else if (!outputs) mpt__pool2d_backward_run(w->ctx, op, n, p, i, c, run, room);
+                else if (halves) mpt__pool2d_max16_run(op, &window, out + c, c, run, room);
+                else mpt__pool2d_forward_run(w->ctx, op, &window, out + c, c, run, room);
             }
         }
     }
 }
-MPT__TASKS(mpt__pool_task)
+MPT__TASKS(mpt__pool2d_task)
 
 static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
-    const mpt_pool2d_shape *z = &op->shape;
-    const int outputs = op->pass == MPT_FORWARD || mpt__pool_scatters(op);
+    const mpt_pool2d_shape *shape = &op->shape;
+    const int outputs = op->pass == MPT_FORWARD || mpt__pool2d_scatters(op);
     mpt__work w = {ctx, op};
-    mpt__parallel(ctx, z->N * (outputs ? op->P : z->H), z->N * z->H * z->W * z->C, MPT__TASK(ctx, mpt__pool_task), &w);
+    mpt__parallel(ctx, shape->N * (outputs ? op->P : shape->H), shape->N * shape->H * shape->W * shape->C,
+                  MPT__TASK(ctx, mpt__pool2d_task), &w);
     return MPT_OK;
 }
 
@@ -5952,7 +5963,7 @@ static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, float *
     if (!direct) mpt__load(w->ctx, w->x, i, n, run);
     if (padded) mpt__scan_padding(w->update, i, n, run);
     if (w->factor != 1) {
-        for (e = 0; e < n; e++) run[e] = mpt__mul(run[e], w->factor);
+        for (e = 0; e < n; e++) run[e] = mpt__mul_rn(run[e], w->factor);
         mpt__store(w->ctx, w->x, i, n, run);
         mpt__load(w->ctx, w->x, i, n, run);
     }
@@ -5979,8 +5990,8 @@ static void mpt__scan_task(void *arg, size_t begin, size_t end, int worker) {
             mpt__scan_chunk(w, c * MPT__CHUNK, mpt__min(w->n - c * MPT__CHUNK, MPT__CHUNK), run, &w->ctx->scans[begin]);
 }
 
-static mpt_result mpt__scan_run(mpt_context *ctx, size_t n, float factor, mpt_array x, const mpt_update_op *update,
-                                mpt_scan *out) {
+static mpt_result mpt__scan_do(mpt_context *ctx, size_t n, float factor, mpt_array x, const mpt_update_op *update,
+                               mpt_scan *out) {
     mpt__scan_work w = {ctx, factor, x, n, n / MPT__CHUNK + (n % MPT__CHUNK != 0), update};
     size_t b;
     memset(ctx->scans, 0, sizeof ctx->scans);
@@ -5998,7 +6009,7 @@ static mpt_result mpt__scan_run(mpt_context *ctx, size_t n, float factor, mpt_ar
 }
 
 static mpt_result mpt__cpu_scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
-    return mpt__scan_run(ctx, n, factor, x, NULL, out);
+    return mpt__scan_do(ctx, n, factor, x, NULL, out);
 }
 
 static mpt_result mpt__cpu_histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h) {
@@ -6019,7 +6030,7 @@ static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
     mpt_scan scan;
     size_t i = 0;
     while (i < op->commits && mpt__finite(op->pending[i])) i++;
-    MPT__TRY(mpt__scan_run(ctx, op->count, 1, mpt_f32_array(op->grad), op, &scan));
+    MPT__TRY(mpt__scan_do(ctx, op->count, 1, mpt_f32_array(op->grad), op, &scan));
     mpt__state_checked(op, &scan, i == op->commits);
     return MPT_OK;
 }
@@ -6032,7 +6043,7 @@ typedef struct mpt__update_work {
 } mpt__update_work;
 
 /* The fp32 values of n weights from element i of the flat arrays */
-static void mpt__weights_load(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, float *p) {
+static void mpt__weights_read(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, float *p) {
     const uint16_t *copy = (const uint16_t *)op->copy.data;
     size_t e;
     if (op->master) memcpy(p, op->master + i, n * sizeof *p);
@@ -6042,7 +6053,7 @@ static void mpt__weights_load(const mpt_context *ctx, const mpt_update_op *op, s
 }
 
 /* first: index of element i within its tensor, which names its random number */
-static void mpt__weights_store(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p,
+static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p,
                                int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
     size_t e;
@@ -6078,7 +6089,7 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt_slice *slice = &op->slices[w->tensor];
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
     mpt__meter *meter = &w->ctx->meters[worker];
-    float before[MPT__RUN], p[MPT__RUN];
+    float pad_left[MPT__RUN], p[MPT__RUN];
     if (op->master && !op->desc.meter) {
         const size_t first = begin * MPT__RUN, last = mpt__min(end * MPT__RUN, slice->count);
         mpt__update_masters(w, slice->offset + first, last - first);
@@ -6088,15 +6099,15 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
         const size_t first = begin * MPT__RUN, i = slice->offset + first, n = mpt__min(slice->count - first, MPT__RUN);
         float *const *moment = op->moment;
         size_t e;
-        mpt__weights_load(w->ctx, op, i, n, p);
-        memcpy(before, p, n * sizeof *p);
+        mpt__weights_read(w->ctx, op, i, n, p);
+        memcpy(pad_left, p, n * sizeof *p);
         w->ctx->simd.update(&w->rates, n, p, op->grad + i, moment[0] ? moment[0] + i : NULL,
                             moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
-        mpt__weights_store(w->ctx, op, i, n, p, w->tensor, first);
+        mpt__weights_write(w->ctx, op, i, n, p, w->tensor, first);
         for (e = 0; e < n && op->desc.meter; e++) {
-            if (p[e] == before[e]) continue;
+            if (p[e] == pad_left[e]) continue;
             meter->moved++;
-            meter->lost += mpt__update_lost(type, before[e], p[e]) != 0;
+            meter->lost += mpt__update_lost(type, pad_left[e], p[e]) != 0;
         }
     }
 }
@@ -8317,7 +8328,7 @@ static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     size_t fan_in, count;
     if (!kind.fan_in) return MPT_OK;
     fan_in = kind.fan_in(node);
-    if (!mpt__multiply(&count, fan_in, (size_t)node->C))
+    if (!mpt__size_mul(&count, fan_in, (size_t)node->C))
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %zu x %d weights overflow size_t", node->name, fan_in, node->C);
     mpt__print(name, sizeof name, "%s.weight", node->name);
     node->weight = mpt_params_add(net->params, name, count, norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT);

@@ -799,18 +799,18 @@ static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned word
             MPTC__EACH(e) a[e] = mpt__activate(op.act, a[e]);
         } else if (op.map == MPT_MAP_ADD) {
             if (op.beta != 0) mptc__load(op.b, i, n, b);
-            MPTC__EACH(e) a[e] = mpt__activate(op.act, op.beta != 0 ? mpt__add(a[e], mpt__mul(op.beta, b[e])) : a[e]);
+            MPTC__EACH(e) a[e] = mpt__activate(op.act, op.beta != 0 ? mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e])) : a[e]);
         } else if (op.map == MPT_MAP_ACTIVATION_GRADIENT) {
             mptc__load(op.b, i, n, b);
             MPTC__EACH(e) a[e] = mpt__activate_backward(op.act, a[e], b[e]);
             if (op.beta != 0) mptc__load(op.out, i, n, b);
-            MPTC__EACH(e) if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
+            MPTC__EACH(e) if (op.beta != 0) a[e] = mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e]));
         } else if (op.map == MPT_MAP_DROPOUT) {
             const uint64_t step = mask.step ? *mask.step : 0;
             if (op.beta != 0) mptc__load(op.out, i, n, b);
             MPTC__EACH(e) {
-                a[e] = mpt__mul(a[e], mpt__mask_factor(&mask, step, i + e));
-                if (op.beta != 0) a[e] = mpt__add(a[e], mpt__mul(op.beta, b[e]));
+                a[e] = mpt__mul_rn(a[e], mpt__mask_factor(&mask, step, i + e));
+                if (op.beta != 0) a[e] = mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e]));
             }
         }
         mptc__store(op.out, i, n, a);
@@ -859,7 +859,7 @@ mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_
         mptc__load(in, row * ld + column, some, x);
         if (beta != 0) {
             mptc__load(out, row * ldc + column, some, y);
-            MPTC__EACH(e) x[e] = mpt__add(x[e], mpt__mul(beta, y[e]));
+            MPTC__EACH(e) x[e] = mpt__add_rn(x[e], mpt__mul_rn(beta, y[e]));
         }
         if (bias.data) {
             mptc__load(bias, column, some, y);
