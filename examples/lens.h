@@ -920,6 +920,12 @@ static const lens_what_if *lens__rule_of(const lens_view *lens, mpt_pass pass) {
     return NULL;
 }
 
+/* Is something to be seen or done in a pass of this operation? */
+static int lens__looks(const lens_view *lens, mpt_pass pass) {
+    const int seen = mpt_context_place(lens->ctx).node && (lens->net || lens->explain);
+    return seen || lens__rule_of(lens, pass);
+}
+
 typedef struct lens__output { /* (rows,C), rows `stride` apart */
     const char *operation;
     mpt_array real;
@@ -957,13 +963,11 @@ static void lens__output_reads(lens__output *o, mpt_array a, size_t a_count, mpt
     o->counts[1] = b_count;
 }
 
-/* Sends *array, with its rows, to fp32 memory of the lens if something is to be seen or done there. */
+/* Sends *array, with its rows, to fp32 memory of the lens if it looks. */
 static mpt_result lens__divert(lens_view *lens, lens__output *o, mpt_array *array, size_t *stride) {
-    const int seen = mpt_context_place(lens->ctx).node && (lens->net || lens->explain);
     const int dense = array->type == MPT_F32 && o->stride == o->C;
-    const int wanted = seen || lens__rule_of(lens, o->pass);
     o->real = *array;
-    o->diverted = array->data && o->rows && o->C && (lens->explain || !dense) && wanted;
+    o->diverted = array->data && o->rows && o->C && (lens->explain || !dense) && lens__looks(lens, o->pass);
     if (!o->diverted) return MPT_OK;
     LENS__TRY(lens__scratch(lens, LENS__OUTPUT + o->slot, o->rows * o->C, array));
     if (stride) *stride = o->C;
@@ -1325,11 +1329,13 @@ static mpt_result lens__sums_apart(lens_view *lens, lens__output o, mpt_gemm_op 
     return r == MPT_OK ? lens__deliver(lens, &o, op.a_sums) : r;
 }
 
-/* db(C) = sums over the rows of dy(rows,C) + beta db, which a product makes in passing. */
-static mpt_result lens__bias_gradient(lens_view *lens, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
+/* db(C) = sums over the rows of dy(rows,C) + beta db, which a product makes in passing; *db is then none. Not if the
+   lens does not look in the product's pass: so an idle one leaves all bits as they are. */
+static mpt_result lens__bias_gradient(lens_view *lens, mpt_pass pass, size_t rows, size_t C, mpt_array dy, float beta,
+                                      mpt_array *db) {
     lens__output o = lens__output_of(lens, "bias gradient", MPT_BACKWARD_WEIGHT, 1, C, C, beta);
     mpt_gemm_op op = MPT_ZERO;
-    if (!db.data) return MPT_OK;
+    if (!db->data || !lens__looks(lens, pass)) return MPT_OK;
     o.role = LENS_ROLE_COUNT;
     lens__output_reads(&o, dy, rows * C, dy, 0);
     op.trans_a = 1;
@@ -1343,7 +1349,8 @@ static mpt_result lens__bias_gradient(lens_view *lens, size_t rows, size_t C, mp
     op.ldc = 1;
     op.alpha = 1;
     op.beta = beta;
-    op.a_sums = db;
+    op.a_sums = *db;
+    db->data = NULL;
     return lens__sums_apart(lens, o, op);
 }
 
@@ -1357,8 +1364,7 @@ static mpt_result lens__gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     lens__output o = lens__output_of(lens, "product", pass, op->m, op->n, op->ldc, op->beta);
     mpt_gemm_op run = *op;
     mpt_result r;
-    LENS__TRY(lens__bias_gradient(lens, op->k, op->m, op->a, op->beta, op->a_sums));
-    run.a_sums.data = NULL;
+    LENS__TRY(lens__bias_gradient(lens, pass, op->k, op->m, op->a, op->beta, &run.a_sums));
     lens__output_reads(&o, op->a, op->m * op->k, op->b, op->k * op->n);
     LENS__TRY(lens__divert(lens, &o, &run.c, &run.ldc));
     LENS__TRY(lens__operand(lens, what, LENS__LEFT, a_rows, a_columns, &run.a, &run.lda));
@@ -1387,10 +1393,8 @@ static mpt_result lens__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     count[W] = z->K * z->R * z->S * (z->C / z->groups);
     count[Y] = z->N * op->P * op->Q * z->K;
     o = lens__output_of(lens, "convolution", op->pass, 1, count[written], count[written], op->beta);
-    if (op->pass == MPT_BACKWARD_WEIGHT) {
-        LENS__TRY(lens__bias_gradient(lens, z->N * op->P * op->Q, z->K, op->y, op->beta, op->bias));
-        run.bias.data = NULL;
-    }
+    if (op->pass == MPT_BACKWARD_WEIGHT)
+        LENS__TRY(lens__bias_gradient(lens, op->pass, z->N * op->P * op->Q, z->K, op->y, op->beta, &run.bias));
     lens__output_reads(&o, *array[left], count[left], *array[right], count[right]);
     LENS__TRY(lens__divert(lens, &o, array[written], NULL));
     LENS__TRY(lens__operand(lens, what, LENS__LEFT, 1, count[left], array[left], &count[left]));
@@ -1455,7 +1459,8 @@ static mpt_result lens__norm_slope(lens_view *lens, mpt_norm_op *op) {
     const size_t n = op->shape.N * op->shape.pixels * op->shape.C;
     lens__output o = lens__output_of(lens, "activation gradient", MPT_BACKWARD_DATA, 1, n, n, 0);
     mpt_map_op slope = MPT_ZERO;
-    if (op->act == MPT_IDENTITY) return MPT_OK;
+    if (op->act == MPT_IDENTITY || !(lens__looks(lens, MPT_BACKWARD_DATA) || lens__looks(lens, MPT_BACKWARD_WEIGHT)))
+        return MPT_OK;
     o.node = mpt_context_place(lens->ctx).node;
     slope.map = MPT_MAP_ACTIVATION_GRADIENT;
     slope.act = op->act;
