@@ -1587,7 +1587,8 @@ MPT_HD float mpt__norm_inverse(float variance, float eps) { return 1 / sqrtf(var
 MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
     const int variance = i >= op->shape.N * op->shape.groups;
     const float x = variance ? op->stats[i] * (float)((double)count / (double)(count - 1)) : op->stats[i];
-    op->running[i] = (1 - op->momentum) * op->running[i] + op->momentum * x;
+    const float old = mpt__mul_rn(1 - op->momentum, op->running[i]);
+    op->running[i] = mpt__add_rn(old, mpt__mul_rn(op->momentum, x));
 }
 
 /* -- Losses -- */
