@@ -1265,8 +1265,8 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #endif
 #endif
 
-/* Keeps a float as it is: no contraction into a fused multiply-add, no reassociation, no reciprocal, whatever the
-   build's flags. Only builds that could do such things pay for it. */
+/* Makes the compiler compute x as written, whatever the build's flags: no contraction into a fused multiply-add, no
+   reassociation, no reciprocal. Costs something only in builds whose flags allow these. */
 #if !defined(__CUDA_ARCH__) && defined(__GNUC__) && \
     (defined(__FAST_MATH__) || (defined(__FP_FAST_FMAF) && !defined(__clang__)))
 #if defined(__x86_64__) || defined(__SSE2__)
@@ -1280,8 +1280,8 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #define MPT__KEEP(x) ((void)0)
 #endif
 
-/* clang's -Ofast goes further: it takes a test of a float's bits for a test of NaN, and drops it; makes a product and a
-   sum of a plain call of fmaf, and an approximation of one of sqrtf. */
+/* clang's -Ofast goes further: it recognises a test of a float's bits as a test for NaN and removes it, splits a call
+   of fmaf into a product and a sum, and replaces sqrtf by an approximation. */
 #if defined(__clang__) && defined(__FAST_MATH__) && !defined(__CUDA_ARCH__)
 #define MPT__KEEP_BITS(u) __asm__("" : "+r"(u))
 #define MPT__OPAQUE volatile
@@ -1290,6 +1290,7 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #define MPT__OPAQUE
 #endif
 
+/* Operations in fp32, each rounded once to nearest, under the names of CUDA's intrinsics. */
 #ifdef __CUDA_ARCH__
 MPT_HD float mpt__mul_rn(float a, float b) { return __fmul_rn(a, b); }
 MPT_HD float mpt__add_rn(float a, float b) { return __fadd_rn(a, b); }
@@ -1321,15 +1322,18 @@ MPT_HD float mpt__sqrt_rn(float a) {
     MPT__KEEP(r);
     return r;
 }
-#ifdef __MINGW32__ /* its fmaf is off by a unit one time in four: here an exact product, and a sum in double that is
-                      rounded to odd, so that rounding it again to fp32 is as rounding once */
+#ifdef __MINGW32__ /* whose fmaf is 1 ulp off one time in four. The product is exact in double; the sum is rounded to
+                      odd, so that rounding it again to fp32 gives what one rounding would */
 MPT_HD float mpt__fma_rn(float a, float b, float c) {
     const volatile double product = (double)a * (double)b, sum = product + (double)c, part = sum - product;
     const volatile double rest = (double)c - part + (product - (sum - part));
     double odd = sum;
     uint64_t u;
     memcpy(&u, &odd, sizeof u);
-    if (!(u & 1) && (rest > 0 || rest < 0)) u = (rest > 0) == (sum > 0) ? u + 1 : u - 1;
+    if (!(u & 1) && (rest > 0 || rest < 0)) {
+        if ((rest > 0) == (sum > 0)) u++;
+        else u--;
+    }
     memcpy(&odd, &u, sizeof u);
     return (float)odd;
 }
@@ -1361,41 +1365,45 @@ MPT_HD float mpt__float(uint32_t u) {
     return x;
 }
 
-/* Told by the bits, so that -ffast-math cannot assume the answer. */
+/* These test the bits, because -ffast-math assumes that there is neither inf nor NaN. */
 MPT_HD int mpt__finite(float x) { return (mpt__bits(x) & 0x7f800000u) != 0x7f800000u; }
 MPT_HD int mpt__is_zero(float x) { return (mpt__bits(x) & 0x7fffffffu) == 0; }
 MPT_HD int mpt__is_nan(float x) { return (mpt__bits(x) & 0x7fffffffu) > 0x7f800000u; }
 
+/* x limited to -limit .. limit; NaN stays. */
+MPT_HD float mpt__clamp(float x, float limit) {
+    if (x > limit) return limit;
+    if (x < -limit) return -limit;
+    return x;
+}
+
 /* -- Activations -- */
 
-/* At most 0, and not NaN: ReLU lets NaN through, so that it cannot hide from the loss. */
+/* x <= 0. False for NaN: ReLU passes NaN on, so that it shows in the loss. */
 MPT_HD int mpt__not_positive(float x) {
     const uint32_t u = mpt__bits(x);
     return u == 0 || u - 0x80000000u <= 0x7f800000u;
 }
 
-/* Is the gradient told from x? Then x is kept, and no product can compute the activation in passing. */
+/* Whether the gradient needs x rather than y. Then x is saved, so the product before it cannot apply the activation. */
 MPT_HD int mpt__act_saves_input(mpt_activation act) { return act >= MPT_GELU; }
 
-/* Nothing in these formulas overflows for a finite x: inf would become NaN by 0 * inf, and under -ffast-math by an
-   approximate reciprocal. */
+/* None of these formulas overflows for a finite x: 0 * inf would be NaN, as would an approximate reciprocal of inf
+   under -ffast-math. */
 
 /* 1 / (1 + exp(-x)), from exp(-|x|), which is at most 1 */
 MPT_HD float mpt__sigmoid(float x) {
     const float e = expf(-fabsf(x)), s = 1 / (1 + e);
-    return x < 0 ? e * s : s;
+    if (x < 0) return e * s;
+    return s;
 }
 
-/* x within the limits beyond which GELU is x or 0 and does not bend */
-MPT_HD float mpt__gelu_bend(float x) {
-    const float limit = 16;
-    if (x > limit) return limit;
-    return x < -limit ? -limit : x;
-}
+/* Beyond 16 GELU is x or 0 in fp32, and x^3 could overflow. */
+MPT_HD float mpt__gelu_clamp(float x) { return mpt__clamp(x, 16); }
 
 /* The argument of GELU's tanh: sqrt(2 / pi) (x + 0.044715 x^3) */
 MPT_HD float mpt__gelu_argument(float x) {
-    const float near = mpt__gelu_bend(x);
+    const float near = mpt__gelu_clamp(x);
     return 0.7978845608f * (near + 0.044715f * near * near * near);
 }
 
@@ -1414,7 +1422,7 @@ MPT_HD float mpt__activate(mpt_activation act, float x) {
 
 /* d/dx of GELU: Phi(x) + x phi(x), and of its approximation */
 MPT_HD float mpt__gelu_slope(mpt_activation act, float x) {
-    const float near = mpt__gelu_bend(x);
+    const float near = mpt__gelu_clamp(x);
     float t, inner;
     if (act == MPT_GELU) return 0.5f * (1 + erff(0.7071067812f * x)) + 0.3989422804f * near * expf(-0.5f * near * near);
     t = tanhf(mpt__gelu_argument(x));
@@ -1422,7 +1430,7 @@ MPT_HD float mpt__gelu_slope(mpt_activation act, float x) {
     return 0.5f * (1 + t) + 0.5f * near * (1 - t * t) * inner;
 }
 
-/* dy times the derivative, told from the saved x or y */
+/* dy times the derivative at the saved value: x if mpt__act_saves_input, else y */
 MPT_HD float mpt__activate_backward(mpt_activation act, float saved, float dy) {
     float s;
     switch (act) {
@@ -1480,15 +1488,18 @@ MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflo
     const uint32_t sign = (u >> 31) << (f.exponent + f.fraction);
     const int lowest = 129 - (1 << (f.exponent - 1)); /* fp32 exponent field of the format's smallest normal */
     int exponent = (int)(magnitude >> 23), shift = 23 - f.fraction;
-    uint32_t significand = magnitude & 0x7fffffu, quotient, rest;
+    uint32_t significand = magnitude & 0x7fffffu, above = f.inf, quotient, rest; /* above: what an overflow becomes */
 
-    if (f.fraction == 23) return u; /* fp32, or a type that is none */
-    if (magnitude > 0x7f800000u)    /* NaN: quiet bit and the payload that fits; e4m3 has one NaN only */
-        return sign | f.inf | (type == MPT_E4M3 ? 0 : (1u << (f.fraction - 1)) | (significand >> shift));
-    if (magnitude == 0x7f800000u) return sign | (overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf);
+    if (f.fraction == 23) return u; /* fp32, or an unknown type */
+    if (overflow == MPT_OVERFLOW_SATURATE) above = f.largest;
+    if (magnitude == 0x7f800000u) return sign | above;
+    if (magnitude > 0x7f800000u) { /* NaN: quiet bit and the payload that fits; e4m3 has one NaN only */
+        if (type == MPT_E4M3) return sign | f.inf;
+        return sign | f.inf | 1u << (f.fraction - 1) | significand >> shift;
+    }
 
-    /* The value in units of the last place of the result: integer part and rest. Normal results get their exponent
-       added; the leading 1 of the significand supplies its lowest bit, and a carry of the rounding moves up into it. */
+    /* The value in units of the result's last place: quotient and rest. The exponent of a normal result is added to the
+       quotient, one less than it is, since the leading 1 of the significand adds the other; so does a carry. */
     if (exponent) significand |= 0x800000u;
     else exponent = 1;
     if (exponent < lowest) shift += lowest - exponent;
@@ -1506,9 +1517,9 @@ MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflo
     } else if (round == MPT_ROUND_STOCHASTIC) {
         quotient += (random >> (32 - shift)) < rest;
     }
-    if (quotient > f.largest)
-        quotient = round == MPT_ROUND_ZERO || overflow == MPT_OVERFLOW_SATURATE ? f.largest : f.inf;
-    return sign | quotient;
+    if (quotient <= f.largest) return sign | quotient;
+    if (round == MPT_ROUND_ZERO) return sign | f.largest;
+    return sign | above;
 }
 
 MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type) {
@@ -1517,8 +1528,8 @@ MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type) {
     uint32_t fraction = bits & ((1u << f.fraction) - 1), magnitude = bits & ((1u << (f.exponent + f.fraction)) - 1);
     int exponent = (int)(magnitude >> f.fraction);
 
-    if (magnitude > f.inf || (type == MPT_E4M3 && magnitude == f.inf)) /* NaN */
-        return mpt__float(sign | 0x7fc00000u | (type == MPT_E4M3 ? 0 : fraction << (23 - f.fraction)));
+    if (type == MPT_E4M3 && magnitude == f.inf) return mpt__float(sign | 0x7fc00000u); /* its NaN has no payload */
+    if (magnitude > f.inf) return mpt__float(sign | 0x7fc00000u | fraction << (23 - f.fraction));
     if ((uint32_t)exponent == ones && type != MPT_E4M3) return mpt__float(sign | 0x7f800000u);
     if (f.exponent == 8) return mpt__float(sign | magnitude << (23 - f.fraction)); /* same exponents as fp32 */
     if (exponent == 0) {
@@ -1561,7 +1572,7 @@ MPT_HD uint64_t mpt__mix(uint64_t x) {
 }
 
 MPT_HD uint32_t mpt_hash(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t element) {
-    const uint64_t golden = 0x9e3779b97f4a7c15u; /* odd, near 2^64 / golden ratio: names far apart in every bit */
+    const uint64_t golden = 0x9e3779b97f4a7c15u; /* odd, near 2^64 / golden ratio: spreads neighbours over all bits */
     const uint64_t stream = mpt__mix(mpt__mix(mpt__mix(seed + golden) + step * golden) + tensor * golden);
     return (uint32_t)(mpt__mix(stream + element * golden) >> 32);
 }
@@ -1572,21 +1583,22 @@ MPT_HD float mpt_uniform(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t
 
 /* -- Dropout -- */
 
-/* What an element is multiplied by: 0, or 1 / (1 - p). */
+/* The factor of an element: 0, or 1 / (1 - p) */
 MPT_HD float mpt__mask_factor(const mpt_mask *mask, uint64_t step, uint64_t element) {
     const uint32_t threshold = (uint32_t)((double)mask->p * 4294967296.0);
-    return mpt_hash(mask->seed, step, mask->tensor, element) < threshold ? 0.0f : 1 / (1 - mask->p);
+    if (mpt_hash(mask->seed, step, mask->tensor, element) < threshold) return 0;
+    return 1 / (1 - mask->p);
 }
 
 /* -- Normalisation -- */
 
 MPT_HD float mpt__norm_inverse(float variance, float eps) { return 1 / sqrtf(variance + eps); }
 
-/* Element i of running(2, sets): means, then variances, of which the unbiased one is averaged. count: values in a
+/* Updates element i of running(2, sets): the means, then the variances, averaged as unbiased ones. count: values in a
    set */
 MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
-    const int variance = i >= op->shape.N * op->shape.groups;
-    const float x = variance ? op->stats[i] * (float)((double)count / (double)(count - 1)) : op->stats[i];
+    float x = op->stats[i];
+    if (i >= op->shape.N * op->shape.groups) x *= (float)((double)count / (double)(count - 1));
     const float old = mpt__mul_rn(1 - op->momentum, op->running[i]);
     op->running[i] = mpt__add_rn(old, mpt__mul_rn(op->momentum, x));
 }
@@ -1598,47 +1610,54 @@ MPT_HD int mpt__row_ignored(const mpt_cross_entropy_desc *d, int32_t label) {
 }
 
 MPT_HD float mpt__class_weight(const mpt_cross_entropy_desc *d, size_t c) {
-    return d->class_weights ? d->class_weights[c] : 1.0f;
+    if (!d->class_weights) return 1;
+    return d->class_weights[c];
 }
 
-/* Share of a row in the mean. A label that is none makes the loss NaN whatever it weighs. */
+/* Weight of a row in the mean. An invalid label makes the loss NaN, whatever its weight. */
 MPT_HD float mpt__row_weight(const mpt_cross_entropy_desc *d, size_t C, int32_t label) {
     if (mpt__row_ignored(d, label)) return 0;
-    return label >= 0 && (size_t)label < C ? mpt__class_weight(d, (size_t)label) : 1.0f;
+    if (label < 0 || (size_t)label >= C) return 1;
+    return mpt__class_weight(d, (size_t)label);
 }
 
-/* What the row is to have at class c: 1 for the label, smoothed, weighted. */
+/* The target of class c: 1 for the label and 0 for the others, smoothed, times the weight of c */
 MPT_HD float mpt__class_target(const mpt_cross_entropy_desc *d, size_t C, int32_t label, size_t c) {
-    const float all = d->label_smoothing / (float)C,
-                one = label >= 0 && (size_t)label == c ? 1 - d->label_smoothing : 0;
-    return mpt__class_weight(d, c) * (all + one);
+    float target = d->label_smoothing / (float)C;
+    if (label >= 0 && (size_t)label == c) target += 1 - d->label_smoothing;
+    return mpt__class_weight(d, c) * target;
 }
 
-/* What sum->unit becomes by a call whose rows weigh `weight`. */
+/* The value of sum->unit after a call whose rows have the total weight `weight` */
 MPT_HD double mpt__loss_unit(const mpt_loss_op *op, double weight) {
-    if (op->kind == MPT_LOSS_GRADIENT) return op->sum->unit;
-    if (!op->part || op->sum->unit > 0) return op->sum->unit;
-    return weight > 0 ? weight : (double)op->N;
+    if (op->kind == MPT_LOSS_GRADIENT || !op->part || op->sum->unit > 0) return op->sum->unit;
+    if (weight > 0) return weight;
+    return (double)op->N;
 }
 
-/* What the gradient of a row's loss is multiplied by, where the rows of the call weigh `weight`. */
+/* The factor of every row's gradient, in a call whose rows have the total weight `weight` */
 MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
     const float scale = op->loss_scale ? *op->loss_scale : 1.0f;
-    double divisor = op->part ? mpt__loss_unit(op, weight) : weight;
-    if (op->kind == MPT_LOSS_GRADIENT) divisor = 1;
+    double divisor = weight;
     if (!(weight > 0)) return 0;
+    if (op->kind == MPT_LOSS_GRADIENT) divisor = 1;
+    else if (op->part) divisor = mpt__loss_unit(op, weight);
     return (float)((double)op->grad_scale / divisor) * scale;
 }
 
-/* Share of an element in its row's loss. */
+/* The weight of an element in its row's loss */
 MPT_HD float mpt__loss_share(const mpt_loss_op *op) {
-    return op->kind == MPT_LOSS_GRADIENT ? 1.0f : 1.0f / (float)op->C;
+    if (op->kind == MPT_LOSS_GRADIENT) return 1;
+    return 1 / (float)op->C;
 }
 
-/* -1, 0, 1, or NaN, told by the bits. */
-MPT_HD float mpt__sign(float x) { return mpt__is_nan(x) ? x : (float)((x > 0) - (x < 0)); }
+/* -1, 0 or 1; NaN stays. */
+MPT_HD float mpt__sign(float x) {
+    if (mpt__is_nan(x)) return x;
+    return (float)((x > 0) - (x < 0));
+}
 
-/* One element of an elementwise loss, and its slope. */
+/* An elementwise loss of prediction x and target t, and its derivative by x */
 
 MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slope) {
     const float d = x - t, size = fabsf(d);
@@ -1648,45 +1667,53 @@ MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slop
         return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
     case MPT_LOSS_ABSOLUTE_ERROR: *slope = mpt__sign(d); return size;
     case MPT_LOSS_GRADIENT: *slope = t; return 0;
-    case MPT_LOSS_HUBER: *slope = size <= 1 ? d : mpt__sign(d); return size <= 1 ? 0.5f * d * d : size - 0.5f;
+    case MPT_LOSS_HUBER:
+        *slope = mpt__sign(d);
+        if (!(size <= 1)) return size - 0.5f;
+        *slope = d;
+        return 0.5f * d * d;
     default: *slope = 2 * d; return d * d;
     }
 }
 
 /* -- Scaler -- */
 
-/* A counter that stops before it overflows. */
-MPT_HD int32_t mpt__more(int32_t count) { return count < 0x7fffffff ? count + 1 : count; }
+/* One more, for a counter that stops before it overflows */
+MPT_HD int32_t mpt__more(int32_t count) { return count + (count < 0x7fffffff); }
+
+/* The growth tracker where it starts anew */
+MPT_HD int mpt__growth_start(const mpt_scaler_desc *d) { return d->late_growth ? -1 : 0; }
 
 MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
     const mpt_scaler_desc *d = &s->desc;
     const float floor = d->no_min ? mpt__float(0x00800000u) : d->min_scale; /* 2^-126 */
     const int lowest = d->mode != MPT_SCALER_DYNAMIC || s->scale <= floor;
     s->updates++;
-    s->overflows += found ? 1u : 0u;
-    s->stuck = found && lowest ? mpt__more(s->stuck) : 0;
+    s->overflows += found != 0;
+    if (found && lowest) s->stuck = mpt__more(s->stuck);
+    else s->stuck = 0;
     if (d->mode != MPT_SCALER_DYNAMIC) return;
 
     if (found) {
         const float smaller = (float)((double)s->scale * d->backoff_factor);
-        s->growth_tracker = d->late_growth ? -1 : 0;
+        s->growth_tracker = mpt__growth_start(d);
         if (s->hysteresis_left > 0) s->hysteresis_left--;
-        if (s->hysteresis_left == 0) s->scale = smaller < floor ? floor : smaller;
+        if (s->hysteresis_left == 0) s->scale = fmaxf(smaller, floor);
         if (!mpt__finite(s->scale) && s->stuck < d->patience) s->stuck = d->patience; /* inf stays inf */
         return;
     }
     if (d->refill_when_clean) s->hysteresis_left = d->hysteresis;
     if (++s->growth_tracker == d->growth_interval) {
         const float larger = (float)((double)s->scale * d->growth_factor);
-        if (d->unguarded || mpt__finite(larger)) s->scale = d->no_max || larger < d->max_scale ? larger : d->max_scale;
+        if (d->unguarded || mpt__finite(larger)) s->scale = d->no_max ? larger : fminf(larger, d->max_scale);
         if (!mpt__finite(s->scale)) s->stuck = d->patience;
         s->growth_tracker = 0;
         s->hysteresis_left = d->hysteresis;
     }
 }
 
-/* The update that follows what the optimizers found, mpt_skip_reason each: an overflow of one counts for all; steps
-   without weight for none. What a smaller scale cannot mend leaves the scale as it is. */
+/* The update after optimizers have found an mpt_skip_reason each. One overflow is an overflow of all. Where there is
+   none, a fault that a smaller scale cannot mend leaves the scale alone, and so does a step without weight. */
 MPT_HD void mpt__scaler_follow(mpt_scaler_state *s, const int32_t *const *found, int count) {
     int i, overflow = 0, hopeless = 0, clean = 0;
     for (i = 0; i < count; i++) {
@@ -1705,23 +1732,26 @@ MPT_HD void mpt__scaler_follow(mpt_scaler_state *s, const int32_t *const *found,
 
 /* -- Learning-rate schedules -- */
 
-/* cos(pi t) for t in 0..1, from the Taylor series of the nearer of cosine and sine: not libm's, to have the same bits
-   everywhere. Error below 2^-52. */
-MPT_HD double mpt__cos_pi(double t) {
-    const int negative = t > 0.5;
-    const double u = negative ? 1 - t : t;
-    const int sine = u > 0.25;
-    const double x = 3.14159265358979323846 * (sine ? 0.5 - u : u), square = x * x;
+/* The Taylor series of cos x, whose last term has x^18, or of sin x / x, with x^19: last is 18 or 19. */
+MPT_HD double mpt__taylor(double x, int last) {
+    const double square = x * x;
     double sum = 1;
-    int k;
-    for (k = sine ? 19 : 18; k > 1; k -= 2) sum = mpt__mul_add(-square / (k * (k - 1)), sum, 1);
-    if (sine) sum *= x;
-    return negative ? -sum : sum;
+    for (; last > 1; last -= 2) sum = mpt__mul_add(-square / (last * (last - 1)), sum, 1);
+    return sum;
 }
 
-/* From `from` to `to` as share goes from 0 to 1. */
+/* cos(pi t) for t in 0..1: not libm's, to have the same bits everywhere. Error below 2^-52. */
+MPT_HD double mpt__cos_pi(double t) {
+    const double pi = 3.14159265358979323846, u = t > 0.5 ? 1 - t : t; /* cos(pi t) = -cos(pi (1 - t)) */
+    const double x = pi * (0.5 - u);
+    const double cosine = u > 0.25 ? mpt__taylor(x, 19) * x : mpt__taylor(pi * u, 18); /* cos y = sin(pi / 2 - y) */
+    return t > 0.5 ? -cosine : cosine;
+}
+
+/* Goes from `from` to `to` as share goes from 0 to 1. */
 MPT_HD double mpt__anneal(int cosine, double from, double to, double share) {
-    return cosine ? mpt__mul_add((from - to) * 0.5, 1 + mpt__cos_pi(share), to) : mpt__mul_add(to - from, share, from);
+    if (cosine) return mpt__mul_add((from - to) * 0.5, 1 + mpt__cos_pi(share), to);
+    return mpt__mul_add(to - from, share, from);
 }
 
 MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
@@ -1732,8 +1762,8 @@ MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
     if (applied < s->warmup) return mpt__anneal(0, s->warmup_start, 1, (double)applied / (double)s->warmup);
     t = (double)(applied - s->warmup);
     switch (s->kind) {
-    case MPT_SCHEDULE_COSINE: return mpt__anneal(1, 1, s->low, t < steps ? t / steps : 1);
-    case MPT_SCHEDULE_STEP: /* low to the power of the steps, by squaring */
+    case MPT_SCHEDULE_COSINE: return mpt__anneal(1, 1, s->low, fmin(t / steps, 1.0));
+    case MPT_SCHEDULE_STEP: /* low to the power of the number of periods, by squaring */
         for (i = (applied - s->warmup) / (s->steps ? s->steps : 1); i; i /= 2) {
             if (i % 2) factor *= power;
             power *= power;
@@ -1742,7 +1772,7 @@ MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
     case MPT_SCHEDULE_ONE_CYCLE:
     case MPT_SCHEDULE_ONE_CYCLE_LINEAR:
         if (t <= top) return mpt__anneal(cosine, s->start, 1, t / top);
-        return mpt__anneal(cosine, 1, s->low, t < steps - 1 ? (t - top) / (steps - 1 - top) : 1);
+        return mpt__anneal(cosine, 1, s->low, fmin((t - top) / (steps - 1 - top), 1.0));
     default: return 1;
     }
 }
@@ -1765,12 +1795,12 @@ MPT_HD void mpt__weight_store(mpt_master mode, mpt_dtype type, float value, uint
         return;
     }
     *copy = (uint16_t)mpt_narrow(value, type, round, MPT_OVERFLOW_INF, random);
-    *low = 0; /* what is not finite has no rest */
+    *low = 0; /* what is not finite has no low part */
     if (mode == MPT_MASTER_KAHAN && mpt__finite(mpt_widen(*copy, type)))
         *low = (uint16_t)mpt_narrow(mpt__add_rn(value, -mpt_widen(*copy, type)), type, round, MPT_OVERFLOW_INF, 0);
 }
 
-/* For the meter: would 16 bits of `type`, rounded to nearest, not see this update? */
+/* Whether a weight of 16-bit `type`, rounded to nearest, would not change: a lost update, for the meter. */
 MPT_HD int mpt__update_lost(mpt_dtype type, float before, float after) {
     return mpt_narrow(before, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0) ==
            mpt_narrow(after, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
@@ -1779,8 +1809,7 @@ MPT_HD int mpt__update_lost(mpt_dtype type, float before, float after) {
 /* -- Optimizers: one element --
 
    PyTorch's formulas (torch/optim/sgd.py, adam.py; foreach and fused off), with the fused multiply-adds of its
-   vectorised CPU kernels: operation by operation the same roundings, but for its square root, which may be 1 ulp
-   off. */
+   vectorised CPU kernels. Each operation is rounded as there, except that PyTorch's square root may be 1 ulp off. */
 
 typedef struct mpt__rates { /* constants of one step for one tensor, rounded to fp32 where PyTorch rounds them */
     mpt_optimizer_kind kind;
@@ -1795,7 +1824,8 @@ typedef struct mpt__rates { /* constants of one step for one tensor, rounded to 
 /* torch.nn.utils.clip_grad_norm_, which takes the reciprocal first */
 MPT_HD double mpt__clip_factor(const mpt_optimizer_state *s, double max_norm) {
     const float factor = mpt__mul_rn(mpt__div_rn(1, mpt__add_rn((float)s->grad_norm, 1e-6f)), (float)max_norm);
-    return max_norm > 0 && factor < 1 ? (double)factor : 1;
+    if (max_norm > 0 && factor < 1) return (double)factor;
+    return 1;
 }
 
 MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice) {
@@ -1813,7 +1843,8 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice)
     r.amsgrad = d->amsgrad;
     r.maximize = d->maximize;
     r.lr = (float)lr;
-    r.decay = (float)(d->kind == MPT_ADAMW ? mpt__mul_add(-lr, slice->weight_decay, 1) : slice->weight_decay);
+    r.decay = (float)slice->weight_decay;
+    if (d->kind == MPT_ADAMW) r.decay = (float)mpt__mul_add(-lr, slice->weight_decay, 1);
     r.momentum = (float)d->momentum;
     r.undamped = (float)(1 - d->dampening);
     r.lerp = (float)(1 - d->beta1);
@@ -1825,40 +1856,55 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice)
     return r;
 }
 
-/* Moments below the smallest normal number become 0: many CPUs take a hundred cycles for a subnormal. By the bits, for
-   -ffast-math. */
-MPT_HD float mpt__flush(float x) { return mpt__bits(x) & 0x7f800000u ? x : 0; }
+/* Moments below the smallest normal number become 0: many CPUs take a hundred cycles for a subnormal. Tests the bits,
+   for -ffast-math. */
+MPT_HD float mpt__flush(float x) {
+    if (!(mpt__bits(x) & 0x7f800000u)) return 0;
+    return x;
+}
 
 MPT_HD float mpt__sgd_element(const mpt__rates *r, float p, float g, float *buffer) {
     if (r->decay != 0) g = mpt__fma_rn(r->decay, p, g);
     if (r->has_momentum) {
-        const float b = mpt__flush(r->first ? g : mpt__fma_rn(r->undamped, g, mpt__mul_rn(*buffer, r->momentum)));
+        float b = g;
+        if (!r->first) b = mpt__fma_rn(r->undamped, g, mpt__mul_rn(*buffer, r->momentum));
+        b = mpt__flush(b);
         *buffer = b;
-        g = r->nesterov ? mpt__fma_rn(r->momentum, b, g) : b;
+        if (r->nesterov) b = mpt__fma_rn(r->momentum, b, g);
+        g = b;
     }
     return mpt__fma_rn(-r->lr, g, p);
+}
+
+/* torch.lerp, which starts from the nearer end */
+MPT_HD float mpt__lerp(float from, float to, float share) {
+    const float distance = mpt__add_rn(to, -from);
+    if (share < 0.5f) return mpt__fma_rn(share, distance, from);
+    return mpt__fma_rn(share - 1, distance, to);
 }
 
 MPT_HD float mpt__adam_element(const mpt__rates *r, float p, float g, float *m, float *v, float *largest) {
     float denominator, square;
     if (r->kind == MPT_ADAMW) p = mpt__mul_rn(p, r->decay);
     else if (r->decay != 0) g = mpt__fma_rn(r->decay, p, g);
-    *m = r->lerp < 0.5f ? mpt__fma_rn(r->lerp, mpt__add_rn(g, -*m), *m)
-                        : mpt__fma_rn(r->lerp - 1, mpt__add_rn(g, -*m), g);
-    *m = mpt__flush(*m);
+    *m = mpt__flush(mpt__lerp(*m, g, r->lerp));
     *v = mpt__flush(mpt__fma_rn(mpt__mul_rn(r->square, g), g, mpt__mul_rn(*v, r->beta2)));
     square = *v;
-    if (r->amsgrad) square = *largest = square > *largest ? square : *largest;
+    if (r->amsgrad) {
+        if (!(square > *largest)) square = *largest;
+        *largest = square;
+    }
     denominator = mpt__add_rn(mpt__div_rn(mpt__sqrt_rn(square), r->root), r->eps);
     return mpt__add_rn(p, mpt__div_rn(mpt__mul_rn(-r->step_size, *m), denominator));
 }
 
-/* The new value of a parameter from its scaled gradient and its moments, as far as the kind has them. */
+/* The new value of parameter p from its scaled gradient g. Updates the moments that the kind has. */
 MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m, float *v, float *largest) {
     g = mpt__mul_rn(mpt__mul_rn(g, r->inv_scale), r->clip);
-    if (r->clip_value > 0) g = g > r->clip_value ? r->clip_value : g < -r->clip_value ? -r->clip_value : g;
+    if (r->clip_value > 0) g = mpt__clamp(g, r->clip_value);
     if (r->maximize) g = -g;
-    return r->kind == MPT_SGD ? mpt__sgd_element(r, p, g, m) : mpt__adam_element(r, p, g, m, v, largest);
+    if (r->kind == MPT_SGD) return mpt__sgd_element(r, p, g, m);
+    return mpt__adam_element(r, p, g, m, v, largest);
 }
 
 /* -- Optimizers: one step -- */
@@ -1874,13 +1920,14 @@ MPT_HD int mpt__slice_at(const mpt_slice *slices, int tensors, size_t element) {
     return low;
 }
 
-/* After a check: scan is of the scaled gradients, with scan.first an element index of the flat arrays; sound: the
-   pending values of mpt_optimizer_commit are finite. */
+/* Sets the state after a check. scan: of the scaled gradients, its `first` an element of the flat arrays. sound: the
+   pending values of mpt_optimizer_commit are finite */
 MPT_HD void mpt__state_checked(const mpt_update_op *op, const mpt_scan *scan, int sound) {
     mpt_optimizer_state *s = op->state;
-    const double weight = op->loss ? op->loss->weight : 1;
-    const double share = op->loss && weight > 0 ? op->parts * op->loss->unit / weight : 1;
+    double weight = 1, share = 1;
     int t = 0;
+    if (op->loss) weight = op->loss->weight;
+    if (op->loss && weight > 0) share = op->parts * op->loss->unit / weight;
     s->scan = *scan;
     s->inv_scale = (float)(share / op->scaler->scale);
     s->schedule = mpt_schedule_factor(&op->desc.schedule, s->applied);
@@ -1889,7 +1936,7 @@ MPT_HD void mpt__state_checked(const mpt_update_op *op, const mpt_scan *scan, in
     s->clip_value = 0;
     s->found = MPT_SKIP_NONE;
     if (!sound) s->found = MPT_SKIP_STATISTICS;
-    /* A finite gradient may still overflow when it is divided by a scale below 1; then the norm does, too. */
+    /* A finite gradient may still overflow when it is divided by a scale below 1; the norm then overflows, too. */
     if (scan->inf || scan->nan || !mpt__finite((float)s->grad_norm)) s->found = MPT_SKIP_GRADIENT;
     if (!(weight > 0)) s->found = MPT_SKIP_EMPTY;
     if (scan->inf || scan->nan)
@@ -1897,21 +1944,21 @@ MPT_HD void mpt__state_checked(const mpt_update_op *op, const mpt_scan *scan, in
     s->scan.first = (uint64_t)t;
 }
 
-/* What the step will do: found, or, now that the clip limits are known, a moment that might become inf. As the norm
-   bounds each gradient and moments are averages of them, or sums of 1 / (1 - momentum) of them at most, these limits
-   leave room for the roundings and for Nesterov's second helping. */
+/* Why the step will be skipped: what the check found, or, now that the clip limits are known, a moment that might
+   become inf. The norm bounds every gradient; moments are averages of gradients, or sums of at most 1 / (1 - momentum)
+   of them. The limits leave room for rounding and for Nesterov's extra term. */
 MPT_HD int32_t mpt__step_found(const mpt_update_op *op) {
     const mpt_optimizer_desc *d = &op->desc;
-    const double largest = op->state->grad_norm * mpt__clip_factor(op->state, op->max_norm);
-    const double undamped = d->dampening < 0 ? 1 - d->dampening : 1;
-    const double bound = op->max_value > 0 && op->max_value < largest ? op->max_value : largest;
+    const double undamped = 1 - fmin(d->dampening, 0.0);
+    double largest = op->state->grad_norm * mpt__clip_factor(op->state, op->max_norm);
     double limit = 9223372036854775808.0; /* 2^63 */
+    if (op->max_value > 0) largest = fmin(largest, op->max_value);
     if (op->state->found || (d->kind == MPT_SGD && (d->momentum <= 0 || d->momentum >= 1))) return op->state->found;
     if (d->kind == MPT_SGD) limit *= limit * (1 - d->momentum) / (4 * undamped);
-    return bound > limit ? MPT_SKIP_MOMENT : MPT_SKIP_NONE;
+    return largest > limit ? MPT_SKIP_MOMENT : MPT_SKIP_NONE;
 }
 
-/* After a step: the counters of an applied one, or the journal of a skipped one. */
+/* Sets the state after a step: counts it if it was applied, else writes it to the journal. */
 MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
     mpt_optimizer_state *s = op->state;
     s->found = mpt__step_found(op);
