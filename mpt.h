@@ -542,7 +542,7 @@ typedef struct mpt_norm_op {
     mpt_array saved;
     int frozen;   /* BACKWARD: 1: stats (2, N groups) are constants; else those of x, and dx goes through them */
     mpt_array dx; /* BACKWARD, optional: new + scale_x * dx */
-    mpt_array dgamma, dbeta; /* BACKWARD: (C), new + scale * old */
+    mpt_array dgamma, dbeta; /* BACKWARD, optional, both or none: (C), new + scale * old */
     float scale_x, scale;
     float *running; /* RUNNING: (2, N groups) fp32, device: mean, variance */
     float momentum; /* RUNNING: in 0..1 */
@@ -689,8 +689,9 @@ typedef struct mpt_params_desc {
 
 typedef struct mpt_params mpt_params;
 
-/* What a tensor is for; optimizer groups select by it. More bits, up to 1 << 15, are yours. */
-enum { MPT_GROUP_WEIGHT = 1, MPT_GROUP_BIAS = 2, MPT_GROUP_NORM = 4 };
+/* What a tensor is for; optimizer groups select by it. More bits, up to 1 << 15, are yours. Frozen tensors have no
+   gradient and no moments, and are added after all others. */
+enum { MPT_GROUP_WEIGHT = 1, MPT_GROUP_BIAS = 2, MPT_GROUP_NORM = 4, MPT_GROUP_FROZEN = 8 };
 
 /* desc may be NULL: fp32. NULL: out of memory or a bad descriptor (see mpt_why). */
 MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc);
@@ -701,7 +702,8 @@ MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, u
 /* Allocates all arrays, zeroed. Reports the first mpt_params_add that failed. */
 MPT_DEF mpt_result mpt_params_build(mpt_params *params);
 /* Slices of the flat arrays in device memory, tensor 1..; tensor 0 gives the whole array. NULL where there is none.
-   Masters; what products read (the copy, or the master in fp32); gradients, S times too large before the step. */
+   Masters; what products read (the copy, or the master in fp32); gradients, S times too large before the step, of the
+   tensors that are not frozen. */
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor);
 MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);
@@ -709,6 +711,8 @@ MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);
 MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor);
 /* Number of tensors. Elements and name of a tensor; tensor 0: of the flat arrays with their padding, and "". */
 MPT_DEF int mpt_params_tensors(const mpt_params *params);
+/* The tensor of this name; 0: there is none. */
+MPT_DEF int mpt_params_find(const mpt_params *params, const char *name);
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
 MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor);
 /* Host fp32 values into a tensor, and back: exact with masters, else as exact as the mode keeps them. */
@@ -790,6 +794,9 @@ MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr);
 /* Tensors whose group is in the mask `groups` use lr * lr_factor and weight_decay from now on. Biases and norms without
    decay: mpt_optimizer_group(opt, MPT_GROUP_BIAS | MPT_GROUP_NORM, 1, 0). */
 MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, double lr_factor, double weight_decay);
+
+/* The same of one tensor, by its id: mpt_params_find(params, "conv1.weight"). */
+MPT_DEF mpt_result mpt_optimizer_tensor(mpt_optimizer *opt, int tensor, double lr_factor, double weight_decay);
 
 /* -- The step --
 
@@ -897,10 +904,20 @@ typedef struct mpt_model mpt_model;
 MPT_DEF mpt_model *mpt_model_new(mpt_context *ctx, mpt_policy policy);
 MPT_DEF void mpt_model_free(mpt_model *net);
 
+/* How the tensors of a layer are trained. A frozen layer has no gradients and no moments; nothing is computed backward
+   below the lowest layer that is not. A frozen batch norm takes its running statistics in training, too, and leaves
+   them as they are (torchvision's FrozenBatchNorm2d). Other rates can be set later: mpt_optimizer_tensor. */
+typedef struct mpt_tuning {
+    int frozen;
+    double lr_factor;           /* of the optimizer's lr; 0: 1 */
+    double weight_decay_factor; /* of the optimizer's; 0: 1, below 0: no decay */
+} mpt_tuning;
+
 typedef struct mpt_linear_desc {
     const char *name; /* NULL: "linear1", "linear2", ... in order of creation */
     int no_bias;
     mpt_init init;
+    mpt_tuning tuning;
 } mpt_linear_desc;
 
 typedef struct mpt_conv2d_desc {
@@ -912,12 +929,14 @@ typedef struct mpt_conv2d_desc {
     int groups;       /* 0: 1; the number of channels: depthwise */
     int no_bias;
     mpt_init init;
+    mpt_tuning tuning;
 } mpt_conv2d_desc;
 
 typedef struct mpt_norm_desc {
     const char *name; /* NULL: "batch_norm1", ... */
     float eps;        /* 0: 1e-5 */
     float momentum;   /* share of a batch in the running statistics of batch norm; 0: 0.1 */
+    mpt_tuning tuning;
 } mpt_norm_desc;
 
 typedef struct mpt_pool2d_desc {
@@ -983,6 +1002,8 @@ typedef struct mpt_train_desc {
     mpt_scaler_desc scaler;       /* all zero: dynamic where the policy computes in fp16, else off */
     double clip_norm;             /* 0: no clipping */
     uint64_t seed;                /* of the initial weights */
+    int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
+                                     masters: gamma and beta of norms are of that type, too */
 } mpt_train_desc;
 
 /* Checks the graph, plans and allocates everything, initialises the weights. train may be NULL. After an error nothing
@@ -3553,8 +3574,8 @@ static mpt_result mpt__norm_backward_check(mpt_context *ctx, const mpt_norm_op *
     MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
     MPT__TRY(mpt__need(ctx, "norm", "y (dy)", op->y));
     if (op->dx.data) MPT__TRY(mpt__need(ctx, "norm", "dx", op->dx));
-    MPT__TRY(mpt__need(ctx, "norm", "dgamma", op->dgamma));
-    MPT__TRY(mpt__need(ctx, "norm", "dbeta", op->dbeta));
+    if (op->dgamma.data || op->dbeta.data) MPT__TRY(mpt__need(ctx, "norm", "dgamma", op->dgamma));
+    if (op->dgamma.data || op->dbeta.data) MPT__TRY(mpt__need(ctx, "norm", "dbeta", op->dbeta));
     if (op->act == MPT_IDENTITY) return MPT_OK;
     if (op->act != MPT_RELU)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: activation %d behind a backward pass; it may be ReLU (%d)",
@@ -4018,7 +4039,7 @@ static mpt_result mpt__ref_norm(mpt_context *ctx, const mpt_norm_op *op) {
     case MPT_NORM_STATS: mpt__ref_norm_stats(op, sets, count); break;
     case MPT_NORM_FORWARD: mpt__ref_norm_forward(op, sets, count); break;
     case MPT_NORM_BACKWARD:
-        mpt__ref_norm_parameters(op, sets, count); /* before dx, which may lie where dy does */
+        if (op->dgamma.data) mpt__ref_norm_parameters(op, sets, count); /* before dx, which may lie where dy does */
         if (op->dx.data) mpt__ref_norm_dx(op, sets, count);
         break;
     case MPT_NORM_RUNNING:
@@ -5537,8 +5558,10 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
 MPT__TASKS(mpt__norm_samples_task)
 
 static void mpt__norm_put(const mpt__norm_work *w, mpt_array out, size_t c, double sum) {
-    const float old = w->op->scale != 0 ? mpt__get(w->ctx, out, c) : 0,
-                x = (float)(sum + (double)w->op->scale * (double)old);
+    float x = 0;
+    if (!out.data) return;
+    if (w->op->scale != 0) x = mpt__get(w->ctx, out, c);
+    x = (float)(sum + (double)w->op->scale * (double)x);
     mpt__store(w->ctx, out, c, 1, &x);
 }
 
@@ -5623,7 +5646,8 @@ static mpt_result mpt__cpu_norm(mpt_context *ctx, const mpt_norm_op *op) {
         for (i = 0; i < 2 * sets; i++) mpt__norm_average(op, w.count, i);
         return MPT_OK;
     }
-    if (op->pass != MPT_NORM_FORWARD) mpt__norm_reduce(&w);
+    if (op->pass == MPT_NORM_STATS || (op->pass == MPT_NORM_BACKWARD && (!op->frozen || op->dgamma.data)))
+        mpt__norm_reduce(&w);
     if (op->pass == MPT_NORM_FORWARD || op->dx.data)
         mpt__parallel(ctx, w.rows, w.rows * op->shape.C, MPT__TASK(ctx, mpt__norm_rows_task), &w);
     return MPT_OK;
@@ -6448,7 +6472,9 @@ struct mpt_params {
     int count, capacity;
     mpt_result failed; /* of the first mpt_params_add that failed, with the reason */
     char why[256];
-    size_t elements;      /* of the flat arrays; 0 until built */
+    size_t elements; /* of the flat arrays; 0 until built */
+    size_t trained;  /* of them, those of the first trained_count tensors, which are not frozen */
+    int trained_count;
     float *master, *grad; /* device */
     mpt_array copy;
     uint16_t *low; /* see mpt_update_op */
@@ -6518,6 +6544,9 @@ static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size
     if (group >= 1u << 16)
         return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add '%s': group %d is above 1 << 15", name,
                         (int)group);
+    if (!(group & MPT_GROUP_FROZEN) && params->trained_count < params->count)
+        return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_add '%s': it is not frozen, as the tensor before it is",
+                        name);
     MPT__TRY(mpt__need_size(params->ctx, "params_add", name, count, 1, 1, 1));
     table = (mpt__tensor *)mpt__grow(params->ctx, params->tensors, params->count, &params->capacity, sizeof *table);
     if (!table) return MPT_ERROR_NO_MEMORY;
@@ -6526,6 +6555,7 @@ static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size
     memcpy(t->name, name, strlen(name) + 1);
     t->count = count;
     t->group = group ? group : (unsigned)MPT_GROUP_WEIGHT;
+    if (!(group & MPT_GROUP_FROZEN)) params->trained_count = params->count;
     return MPT_OK;
 }
 
@@ -6553,16 +6583,17 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
         tensor->offset = elements;
         elements += (tensor->count + MPT__TENSOR_ALIGN - 1) / MPT__TENSOR_ALIGN * MPT__TENSOR_ALIGN;
         MPT__TRY(mpt__need_size(params->ctx, "params_build", tensor->name, elements, 1, 1, 1));
+        if (t < params->trained_count) params->trained = elements;
     }
     bytes = elements * sizeof(float);
     masters = d->master == MPT_MASTER_F32;
     lows = d->master == MPT_MASTER_SPLIT || d->master == MPT_MASTER_KAHAN;
-    params->grad = (float *)mpt_alloc(params->ctx, bytes);
+    if (params->trained) params->grad = (float *)mpt_alloc(params->ctx, params->trained * sizeof(float));
     if (masters) params->master = (float *)mpt_alloc(params->ctx, bytes);
     if (d->type != MPT_F32) params->copy = mpt_typed_array(mpt_alloc(params->ctx, bytes / 2), d->type);
     if (lows) params->low = (uint16_t *)mpt_alloc(params->ctx, bytes / 2);
-    if (!params->grad || (masters && !params->master) || (d->type != MPT_F32 && !params->copy.data) ||
-        (lows && !params->low)) {
+    if ((params->trained && !params->grad) || (masters && !params->master) ||
+        (d->type != MPT_F32 && !params->copy.data) || (lows && !params->low)) {
         mpt__params_clear(params);
         return MPT_ERROR_NO_MEMORY;
     }
@@ -6588,7 +6619,7 @@ MPT_DEF float *mpt_params_master(mpt_params *params, int tensor) {
 }
 
 MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
-    return params ? mpt__params_slice(params, params->grad, tensor) : NULL;
+    return params && tensor <= params->trained_count ? mpt__params_slice(params, params->grad, tensor) : NULL;
 }
 
 MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor) {
@@ -6613,6 +6644,13 @@ MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor) {
 
 MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor) {
     return params && tensor > 0 && tensor <= params->count ? params->tensors[tensor - 1].name : "";
+}
+
+MPT_DEF int mpt_params_find(const mpt_params *params, const char *name) {
+    int t;
+    for (t = 1; name && t <= mpt_params_tensors(params); t++)
+        if (strcmp(mpt_params_name(params, t), name) == 0) return t;
+    return 0;
 }
 
 static mpt_result mpt__params_need(mpt_params *params, const char *call, int tensor, const void *host) {
@@ -6669,7 +6707,8 @@ MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
 
 MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params) {
     MPT__TRY(mpt__params_need(params, "params_zero_grad", 0, params));
-    return params->ctx->backend.zero(params->ctx, params->grad, params->elements * sizeof(float));
+    if (!params->trained) return MPT_OK;
+    return params->ctx->backend.zero(params->ctx, params->grad, params->trained * sizeof(float));
 }
 
 /* Standard normal from two uniforms (Box and Muller 1958); 1 - u keeps the logarithm finite. */
@@ -6797,6 +6836,7 @@ static mpt_optimizer_desc mpt__optimizer_defaults(const mpt_optimizer_desc *desc
 /* Learning rates live on the device, so that a recorded step reads them anew. */
 static mpt_result mpt__slices_upload(mpt_optimizer *opt) {
     int t;
+    if (!opt->op.tensors) return MPT_OK;
     for (t = 0; t < opt->op.tensors; t++) opt->slices[t].lr = opt->lr * opt->slices[t].lr_factor;
     return mpt_upload(opt->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data, opt->slices,
                       (size_t)opt->op.tensors * sizeof *opt->slices);
@@ -6807,26 +6847,26 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_context *ctx = opt->ctx;
     mpt_update_op *op = &opt->op;
     const mpt_params *params = opt->params;
-    const size_t table = (size_t)params->count * sizeof(mpt_slice), array = params->elements * sizeof(float);
+    const size_t table = (size_t)params->trained_count * sizeof(mpt_slice), array = params->trained * sizeof(float);
     const int moments = op->desc.kind == MPT_SGD ? op->desc.momentum != 0 : op->desc.amsgrad ? 3 : 2;
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
-    opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
+    if (table) opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
     op->slices = (mpt_slice *)mpt_alloc(ctx, table);
-    if (!op->state || !opt->slices || !op->slices) return MPT_ERROR_NO_MEMORY;
-    for (t = 0; t < moments; t++) {
+    if (!op->state || (table && (!opt->slices || !op->slices))) return MPT_ERROR_NO_MEMORY;
+    for (t = 0; t < moments && array; t++) {
         op->moment[t] = (float *)mpt_alloc(ctx, array);
         if (!op->moment[t]) return MPT_ERROR_NO_MEMORY;
     }
-    for (t = 0; t < params->count; t++) {
+    for (t = 0; t < params->trained_count; t++) {
         opt->slices[t].offset = params->tensors[t].offset;
         opt->slices[t].count = params->tensors[t].count;
         opt->slices[t].lr_factor = 1;
         opt->slices[t].weight_decay = op->desc.weight_decay;
     }
     op->scaler = opt->scaler->state;
-    op->tensors = params->count;
-    op->count = params->elements;
+    op->tensors = params->trained_count;
+    op->count = params->trained;
     op->grad = params->grad;
     op->mode = params->desc.master;
     op->seed = params->desc.seed;
@@ -6907,11 +6947,22 @@ MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, doub
     if (!mpt__not_negative(lr_factor) || !mpt__not_negative(weight_decay))
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer_group: lr_factor %g, weight_decay %g", lr_factor,
                         weight_decay);
-    for (t = 0; t < opt->params->count; t++) {
+    for (t = 0; t < opt->op.tensors; t++) {
         if (!(opt->params->tensors[t].group & groups)) continue;
         opt->slices[t].lr_factor = lr_factor;
         opt->slices[t].weight_decay = weight_decay;
     }
+    return mpt__slices_upload(opt);
+}
+
+MPT_DEF mpt_result mpt_optimizer_tensor(mpt_optimizer *opt, int tensor, double lr_factor, double weight_decay) {
+    if (!opt) return MPT_ERROR_ARGUMENT;
+    if (tensor < 1 || tensor > opt->op.tensors || !mpt__not_negative(lr_factor) || !mpt__not_negative(weight_decay))
+        return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT,
+                        "optimizer_tensor: tensor %d of %d that train, lr_factor %g, weight_decay %g", tensor,
+                        opt->op.tensors, lr_factor, weight_decay);
+    opt->slices[tensor - 1].lr_factor = lr_factor;
+    opt->slices[tensor - 1].weight_decay = weight_decay;
     return mpt__slices_upload(opt);
 }
 
@@ -6921,6 +6972,7 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
     if (opt->phase != MPT__READY)
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: already %s since the last scaler_update",
                         opt->phase == MPT__UNSCALED ? "unscaled" : "stepped");
+    if (!opt->op.tensors) return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: every tensor is frozen");
     MPT__TRY(opt->ctx->backend.check(opt->ctx, &opt->op));
     opt->phase = MPT__UNSCALED;
     return MPT_OK;
@@ -7059,6 +7111,7 @@ typedef struct mpt__node {
     /* what its layer was told */
     int no_bias;
     mpt_init init;
+    mpt_tuning tuning;
     mpt_conv2d_shape conv; /* N = 1 */
     mpt__norm_kind norm;
     mpt_norm_shape norm_shape; /* of one sample */
@@ -7073,6 +7126,7 @@ typedef struct mpt__node {
     /* what the build found */
     int weight, bias;     /* tensor ids; 0: none */
     size_t running;       /* batch norm: where its mean is in the statistics */
+    int trains;           /* it has tensors that are not frozen */
     int consumers;        /* nodes that read this one */
     int kept;             /* its value outlives the pass: told so by mpt_keep, or a head */
     int logits;           /* what the loss, or the user, reads is computed here... */
@@ -7332,7 +7386,7 @@ static mpt_result mpt__product_init(mpt_model *net, const mpt__node *node, size_
     return mpt_params_init(net->params, node->bias, node->init, fan_in, fan_out, net->train.seed);
 }
 
-static int mpt__product_reads_x(const mpt__node *node) { return !node->cast; }
+static int mpt__product_reads_x(const mpt__node *node) { return node->trains && !node->cast; }
 
 /* The operation of a layer that works element by element: out = map(a). */
 static mpt_map_op mpt__map_op(const mpt__visit *v, mpt_map map, mpt_array a, mpt_array out) {
@@ -7398,6 +7452,7 @@ MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_des
     if (!node) return 0;
     node->no_bias = d.no_bias;
     node->init = d.init;
+    node->tuning = d.tuning;
     r = mpt__layer_positive(net, node, "outputs", outputs, 1);
     if (r == MPT_OK) r = mpt__init_check(net, node);
     if (r == MPT_OK) r = mpt__layer_size(net, node, 1, 1, (size_t)outputs);
@@ -7508,6 +7563,7 @@ MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mp
     if (!node) return 0;
     node->no_bias = d.no_bias;
     node->init = d.init;
+    node->tuning = d.tuning;
     return mpt__layer_done(net, mpt__conv2d_layer(net, node, filters, kernel, &d));
 }
 
@@ -7890,6 +7946,7 @@ static int mpt__norm_layer(mpt_model *net, int in, mpt__norm_kind kind, int grou
     s->groups = (size_t)groups;
     s->eps = d.eps; /* 0: the operation knows its default */
     node->norm = kind;
+    node->tuning = d.tuning;
     node->momentum = mpt__is_zero(d.momentum) ? 0.1f : d.momentum;
     return mpt__layer_done(net, mpt__norm_layer_check(net, node, groups));
 }
@@ -7908,6 +7965,11 @@ static int mpt__is_batch_norm(const mpt__node *node) {
     return node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH;
 }
 
+/* Does it normalise by its running statistics, instead of those of what it reads? */
+static int mpt__norm_by_running(const mpt__node *node, int train) {
+    return mpt__is_batch_norm(node) && (!train || node->tuning.frozen);
+}
+
 /* In a pass over N samples */
 static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t N) {
     mpt_norm_shape shape = node->norm_shape;
@@ -7917,10 +7979,13 @@ static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t N) {
 }
 
 static size_t mpt__norm_fan_in(MPT__UNUSED const mpt__node *node) { return 1; }
-static int mpt__norm_reads_x(MPT__UNUSED const mpt__node *node) { return 1; }
-
 /* ReLU's, in passing */
 static int mpt__norm_takes_slope(const mpt__node *node) { return node->slope == MPT_RELU && node->type <= MPT_BF16; }
+
+/* Frozen statistics are constants: then dx is dy times a factor of the channel. */
+static int mpt__norm_reads_x(const mpt__node *node) {
+    return node->trains || !mpt__norm_by_running(node, 1) || mpt__norm_takes_slope(node);
+}
 
 static size_t mpt__norm_groups(const mpt__node *node) {
     return node->norm == MPT__NORM_GROUP ? node->norm_shape.groups : 1;
@@ -7947,7 +8012,7 @@ static void mpt__norm_keep(mpt_model *net, mpt__node *node, int first, int last)
 }
 
 static mpt_result mpt__norm_forward(const mpt__visit *v) {
-    const int by_running = mpt__is_batch_norm(v->node) && !v->train;
+    const int by_running = mpt__norm_by_running(v->node, v->train);
     mpt_norm_op op = MPT_ZERO; /* MPT_NORM_STATS */
     op.shape = mpt__norm_shape_of(v->node, v->N);
     op.x = v->x[0];
@@ -7967,7 +8032,10 @@ static mpt_result mpt__norm_backward(const mpt__visit *v) {
     mpt_norm_op op = MPT_ZERO;
     op.shape = mpt__norm_shape_of(v->node, v->N);
     op.stats = v->stats;
-    if (mpt__is_batch_norm(v->node)) {
+    if (mpt__norm_by_running(v->node, 1)) {
+        op.stats = v->running;
+        op.frozen = 1;
+    } else if (mpt__is_batch_norm(v->node)) {
         op.pass = MPT_NORM_RUNNING;
         op.momentum = v->node->momentum;
         op.running = v->pending;
@@ -8262,6 +8330,7 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
         mpt__need_size(net->ctx, "model_build", "batch x accumulate", (size_t)t->batch, (size_t)t->accumulate, 1, 1));
     net->half = MPT_F32;
     for (i = 0; i < net->count; i++) {
+        if (t->inference) net->nodes[i].tuning.frozen = 1;
         MPT__TRY(mpt__policy_check(net, &net->nodes[i]));
         net->nodes[i].consumers = 0;
         net->nodes[i].kept = net->nodes[i].keep;
@@ -8359,7 +8428,8 @@ static void mpt__build_types(mpt_model *net) {
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
         mpt__node_type(net, id);
-        node->needs_gradient = mpt__kind_of(node).fan_in != NULL || node->kept;
+        node->trains = mpt__kind_of(node).fan_in && !node->tuning.frozen;
+        node->needs_gradient = node->trains || node->kept;
         if (in) node->needs_gradient |= in->needs_gradient;
         if (node->in[1]) node->needs_gradient |= mpt__node_of(net, node->in[1])->needs_gradient;
         if (node->kind == MPT__ACTIVATION) mpt__fuse(node, in);
@@ -8371,7 +8441,7 @@ static void mpt__build_types(mpt_model *net) {
 /* Weight and bias of a node, where it has them. */
 static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     const mpt__kind kind = mpt__kind_of(node);
-    const int norm = kind.weight_dims == 1;
+    const unsigned frozen = node->trains ? 0 : MPT_GROUP_FROZEN, norm = kind.weight_dims == 1 ? MPT_GROUP_NORM : 0;
     char name[64];
     size_t fan_in, count;
     if (!kind.fan_in) return MPT_OK;
@@ -8379,23 +8449,26 @@ static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     if (!mpt__size_mul(&count, fan_in, (size_t)node->C))
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %zu x %d weights overflow size_t", node->name, fan_in, node->C);
     mpt__print(name, sizeof name, "%s.weight", node->name);
-    node->weight = mpt_params_add(net->params, name, count, norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT);
+    node->weight = mpt_params_add(net->params, name, count, (norm ? norm : MPT_GROUP_WEIGHT) | frozen);
     node->bias = 0;
     if (node->no_bias) return MPT_OK;
     mpt__print(name, sizeof name, "%s.bias", node->name);
-    node->bias = mpt_params_add(net->params, name, (size_t)node->C, norm ? MPT_GROUP_NORM : MPT_GROUP_BIAS);
+    node->bias = mpt_params_add(net->params, name, (size_t)node->C, (norm ? norm : MPT_GROUP_BIAS) | frozen);
     return MPT_OK;
 }
 
 static mpt_result mpt__build_params(mpt_model *net) {
     mpt_params_desc desc = MPT_ZERO;
-    int id;
+    int id, frozen;
     desc.type = net->half;
     desc.master = net->policy.master;
+    if (net->train.inference && net->policy.param == net->half) desc.master = MPT_MASTER_NONE;
     desc.seed = net->train.seed;
     net->params = mpt_params_new(net->ctx, &desc);
     if (!net->params) return net->ctx->failed;
-    for (id = 1; id <= net->count; id++) MPT__TRY(mpt__node_params(net, mpt__node_of(net, id)));
+    for (frozen = 0; frozen < 2; frozen++) /* these come last */
+        for (id = 1; id <= net->count; id++)
+            if (mpt__node_of(net, id)->trains == !frozen) MPT__TRY(mpt__node_params(net, mpt__node_of(net, id)));
     return mpt_params_build(net->params);
 }
 
@@ -8515,7 +8588,7 @@ static void mpt__plan_lives(mpt_model *net, const mpt__node *node, int first, in
     for (side = 0; side < 2 && node->in[side]; side++) {
         const mpt__node *in = mpt__node_of(net, node->in[side]);
         mpt__plan_extend(net, in->value, first);
-        if (kind.reads_x && kind.reads_x(node)) mpt__plan_extend(net, in->value, last);
+        if (node->needs_gradient && kind.reads_x && kind.reads_x(node)) mpt__plan_extend(net, in->value, last);
         if (in->needs_gradient) mpt__plan_extend(net, in->grad, node->kind == MPT__LOSS ? first : last);
     }
 }
@@ -8589,14 +8662,25 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
 }
 
+static mpt_result mpt__node_tuning(mpt_model *net, const mpt__node *node) {
+    const double lr = mpt__or(node->tuning.lr_factor, 1), told = node->tuning.weight_decay_factor;
+    const double decay = net->opt->op.desc.weight_decay * (told < 0 ? 0 : mpt__or(told, 1));
+    if (!node->trains || (lr >= 1 && lr <= 1 && !(told < 0 || told > 0))) return MPT_OK;
+    MPT__TRY(mpt_optimizer_tensor(net->opt, node->weight, lr, decay));
+    return node->bias ? mpt_optimizer_tensor(net->opt, node->bias, lr, decay) : MPT_OK;
+}
+
 static mpt_result mpt__build_training(mpt_model *net) {
     mpt_scaler_desc scaler = net->train.scaler;
+    int id;
     if (scaler.mode == MPT_SCALER_DEFAULT && (net->half != MPT_F16 || net->policy.master == MPT_MASTER_NONE))
         scaler.mode = MPT_SCALER_OFF;
     net->scaler = mpt_scaler_new(net->ctx, &scaler);
     if (!net->scaler) return net->ctx->failed;
     net->opt = mpt_optimizer_new(net->params, net->scaler, &net->train.optimizer);
-    return net->opt ? MPT_OK : net->ctx->failed;
+    if (!net->opt) return net->ctx->failed;
+    for (id = 1; id <= net->count; id++) MPT__TRY(mpt__node_tuning(net, mpt__node_of(net, id)));
+    return MPT_OK;
 }
 
 static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *train) {
@@ -8645,7 +8729,7 @@ static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, 
     return master ? mpt_f32_array(master) : mpt_params_weight(net->params, tensor);
 }
 
-static mpt_array mpt__tensor_grad(const mpt_model *net, int tensor) {
+static mpt_array mpt__tensor_grad(const mpt_model *net, int tensor) { /* data NULL: it is frozen */
     return mpt_f32_array(tensor ? mpt_params_grad(net->params, tensor) : NULL);
 }
 
@@ -8726,7 +8810,7 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t N) {
     if (node->slope && !(kind.takes_slope && kind.takes_slope(node))) MPT__TRY(mpt__slope_backward(&v));
     for (side = 0; side < 2; side++) mpt__visit_input(net, &v, side);
     mpt__enter(net, id, MPT_BACKWARD_WEIGHT, kind.data ? id : node->in[0]);
-    if (kind.weights) MPT__TRY(kind.weights(&v));
+    if (kind.weights && (node->trains || !kind.data)) MPT__TRY(kind.weights(&v));
     for (side = 0; side < 2; side++) {
         if (!kind.data || !v.dx[side].data) continue;
         mpt__enter(net, id, MPT_BACKWARD_DATA, node->in[side]);
@@ -8850,8 +8934,15 @@ static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void 
     return MPT_OK;
 }
 
+/* Is there anything to train? */
+static mpt_result mpt__need_training(const mpt_model *net, const char *call) {
+    if (net->train.inference) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model was built for inference", call);
+    return MPT_OK;
+}
+
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n) {
     MPT__TRY(mpt__need_built(net, "forward"));
+    MPT__TRY(mpt__need_training(net, "forward"));
     if (n < 1 || n > net->train.batch)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n,
                         net->train.batch);
@@ -9001,6 +9092,8 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
     int known, tries, again = 1;
     MPT__TRY(mpt__need_built(net, "train_step"));
     MPT__TRY(mpt__need_between(net, "train_step"));
+    MPT__TRY(mpt__need_training(net, "train_step"));
+    if (!net->params->trained) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "train_step: every layer is frozen");
     MPT__TRY(mpt__need_loss(net, "train_step"));
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
     MPT__TRY(mpt__check_batch(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate));
@@ -9255,8 +9348,9 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
 /* Arrays that a built model has from its device. */
 static size_t mpt__device_arrays(const mpt_model *net) {
     const mpt_params *p = net->params;
-    size_t count = 7; /* block, targets, sums, gradients; states of scaler and optimizer, its slices */
+    size_t count = 5; /* block, targets, sums; states of scaler and optimizer */
     int i;
+    if (p->trained) count += 2; /* gradients, slices */
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) count++;
     if (p->copy.data) count++;
@@ -9279,10 +9373,10 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
     if (!net->built) return m;
     p = net->params;
-    slices = (size_t)p->count * sizeof(mpt_slice);
-    m.gradients = p->elements * 4;
+    slices = (size_t)p->trained_count * sizeof(mpt_slice);
+    m.gradients = p->trained * 4;
     for (i = 0; i < 3; i++)
-        if (net->opt->op.moment[i]) m.moments += p->elements * 4;
+        if (net->opt->op.moment[i]) m.moments += p->trained * 4;
     if (net->policy.param == MPT_F32) {
         m.weights = p->elements * 4;
         if (p->copy.data) m.weights += p->elements * 2; /* O1 */
@@ -9297,7 +9391,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace += 2 * net->statistics * sizeof(float);
     if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
     m.bookkeeping += mpt__device_arrays(net) * net->ctx->backend.overhead;
-    m.bookkeeping += 6 * host + sizeof *net->scaler + sizeof *p + sizeof *net->opt + slices;
+    m.bookkeeping += (p->trained ? 6 : 5) * host + sizeof *net->scaler + sizeof *p + sizeof *net->opt + slices;
     m.bookkeeping += (size_t)p->capacity * sizeof *p->tensors;
     m.bookkeeping += (size_t)net->count * MPT__BUFFERS * sizeof *net->buffers;
     return m;
@@ -9754,13 +9848,20 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     part->shape[3] = node->conv.S;
 }
 
-static void mpt__list_tensors(mpt__job *job, const char *prefix, mpt__part_kind kind, int type, void *elements) {
-    int id;
+/* The tensors up to `last`, in the order of the nodes. */
+static void mpt__list_some(mpt__job *job, const char *prefix, mpt__part_kind kind, int type, void *elements, int last) {
+    int id, i;
     for (id = 1; id <= job->net->count; id++) {
         const mpt__node *node = mpt__node_of(job->net, id);
-        if (node->weight) mpt__list_tensor(job, prefix, node, node->weight, kind, type, elements);
-        if (node->bias) mpt__list_tensor(job, prefix, node, node->bias, kind, type, elements);
+        const int tensor[2] = {node->weight, node->bias};
+        for (i = 0; i < 2; i++)
+            if (tensor[i] && tensor[i] <= last) mpt__list_tensor(job, prefix, node, tensor[i], kind, type, elements);
     }
+}
+
+static void mpt__list_tensors(mpt__job *job, const char *prefix, mpt__part_kind kind, int type, void *elements) {
+    const int tensors = mpt_params_tensors(job->net->params);
+    mpt__list_some(job, prefix, kind, type, elements, tensors);
 }
 
 static void mpt__list_running(mpt__job *job) {
@@ -9796,7 +9897,7 @@ static void mpt__list_moments(mpt__job *job) {
     for (i = 1; i <= 3; i++) {
         float *moment = mpt_optimizer_moment(job->net->opt, i, 0);
         int first = job->count;
-        if (moment) mpt__list_tensors(job, names[i - 1], MPT__RAW, MPT_F32, moment);
+        if (moment) mpt__list_some(job, names[i - 1], MPT__RAW, MPT_F32, moment, job->net->opt->op.tensors);
         for (; first < job->count; first++) job->parts[first].moment = i;
     }
 }
@@ -9968,7 +10069,7 @@ static mpt__walk mpt__walk_state(const mpt__job *job, int which, unsigned char *
     w.reading = reading;
     w.node = "";
     if (which == MPT__SETTINGS) mpt__walk_settings(&w, job->net);
-    if (which == MPT__OPTIMIZER) mpt__walk_optimizer(&w, job->state, job->net->params->count);
+    if (which == MPT__OPTIMIZER) mpt__walk_optimizer(&w, job->state, job->net->opt->op.tensors);
     if (which == MPT__SCALER) mpt__walk_scaler(&w, &job->state->scaler);
     return w;
 }
@@ -9978,7 +10079,7 @@ static size_t mpt__state_words(const mpt__job *job, int which) { return mpt__wal
 /* Room for the state, with what the model has. */
 static mpt_result mpt__state_new(mpt__job *job) {
     const mpt_optimizer *opt = job->net->opt;
-    const size_t table = (size_t)job->net->params->count * sizeof(mpt_slice);
+    const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_slice);
     mpt__state *state = (mpt__state *)mpt__host_alloc(job->ctx, sizeof *state + table);
     if (!state) return MPT_ERROR_NO_MEMORY;
     job->state = state;
@@ -10736,7 +10837,7 @@ static mpt_result mpt__read_states(mpt__job *job) {
                                  *w.node ? "." : "", w.differs, w.theirs, w.ours);
     }
     sound = mpt__not_negative(job->state->lr);
-    for (i = 0; i < job->net->params->count; i++)
+    for (i = 0; i < job->net->opt->op.tensors; i++)
         sound &=
             mpt__not_negative(job->state->slices[i].lr_factor) && mpt__not_negative(job->state->slices[i].weight_decay);
     if (!sound)
@@ -10825,7 +10926,7 @@ static mpt_result mpt__upload_part(mpt__job *job, const mpt__part *part) {
 static mpt_result mpt__upload_all(mpt__job *job) {
     mpt_optimizer *opt = job->net->opt;
     const mpt__state *state = job->state;
-    const size_t table = (size_t)job->net->params->count * sizeof(mpt_slice);
+    const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_slice);
     int i;
     mpt__stage_set(job->net, MPT__BETWEEN); /* no backward pass can follow */
     for (i = 0; i < job->count; i++) MPT__TRY(mpt__upload_part(job, &job->parts[i]));
@@ -10882,6 +10983,7 @@ static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt
     job->type = (int)type;
     if ((unsigned)type > MPT_BF16)
         return mpt__job_fail(job, MPT_ERROR_TYPE, "weights as type %s", mpt_dtype_name(type));
+    if (full) MPT__TRY(mpt__need_training(net, job->call));
     if (net->opt->phase != MPT__READY || mpt__has_gradients(net))
         return mpt__job_fail(job, MPT_ERROR_ORDER, "in the middle of a step; mpt_step and mpt_scaler_update end it");
     r = run(job);

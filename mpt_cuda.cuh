@@ -910,6 +910,7 @@ typedef struct mptc__columns {
 
 /* out[i] = sum + beta out[i] */
 static __device__ void mptc__sum_put(mpt_array out, size_t i, double sum, float beta) {
+    if (!out.data) return;
     if (beta != 0) sum += (double)beta * (double)mptc__get(out, i);
     mptc__put(out, i, (float)sum);
 }

@@ -456,7 +456,8 @@ int main(int argc, char **argv) {
     test_begin(argc, argv);
     open_contexts();
     for (type = MPT_F16; type < MPT_DTYPE_COUNT; type++) {
-        for (mode = 0; mode < 4; mode++) RUN_TEST(test_edges((mpt_dtype)type, (mpt_round)(mode % 2), (mpt_overflow)(mode / 2)));
+        for (mode = 0; mode < 4; mode++)
+            RUN_TEST(test_edges((mpt_dtype)type, (mpt_round)(mode % 2), (mpt_overflow)(mode / 2)));
         RUN_TEST(test_sample((mpt_dtype)type));
         RUN_TEST(test_stochastic((mpt_dtype)type));
     }

@@ -969,10 +969,12 @@ static void test_known_members(void) {
         const char *name;
         int a, b, c, d, e, f;
         mpt_init init;
+        mpt_tuning tuning; /* frozen: fewer moments; factors: restored with the optimizer's slices */
     } conv;
     typedef struct {
         const char *name;
         float a, b;
+        mpt_tuning tuning;
     } norm;
     typedef struct {
         int a, b;
@@ -981,6 +983,7 @@ static void test_known_members(void) {
         const char *name;
         int a;
         mpt_init init;
+        mpt_tuning tuning;
     } linear;
     typedef struct {
         float a;
@@ -994,6 +997,7 @@ static void test_known_members(void) {
         mpt_scaler_desc d;
         double e;
         uint64_t f;
+        int g; /* inference: has no checkpoint */
     } train;
     typedef struct {
         mpt_optimizer_kind a;

@@ -273,8 +273,7 @@ static void test_counts_of_all(mpt_context *ctx, int policy) {
             CHECK_EQUAL(histogram_total(&grad), n.H * n.W * n.C * SAMPLES * 2);
         CHECK_EQUAL(histogram_total(&weight), 2 * tensor);
         if (n.weight && !in_shared_sum(ctx, net, id)) CHECK(histogram_total(&grad) > 0);
-        all[LENS_ACTIVATION] += histogram_total(&value),
-            all[LENS_ACTIVATION_GRADIENT] += histogram_total(&grad);
+        all[LENS_ACTIVATION] += histogram_total(&value), all[LENS_ACTIVATION_GRADIENT] += histogram_total(&grad);
         all[LENS_WEIGHT] += tensor, all[LENS_WEIGHT_GRADIENT] += histogram_total(&weight);
     }
     for (role = 0; role < LENS_ROLE_COUNT; role++) {
@@ -385,8 +384,7 @@ static void check_precision(const lens_precision *p) {
         /* stochastic below the smallest normal draws from more bits than the fraction lacks */
         if (p->round == MPT_ROUND_STOCHASTIC && fabs((double)x) < ldexp(1, lowest_exponent[p->format])) continue;
         expected = rounded(p, (double)x, random);
-        if (p->format == LENS_E4M3 && !test_is_finite(expected))
-            wrong += (test_bits(y) & 0x7fffffffu) <= 0x7f800000u;
+        if (p->format == LENS_E4M3 && !test_is_finite(expected)) wrong += (test_bits(y) & 0x7fffffffu) <= 0x7f800000u;
         else wrong += test_bits(y) != test_bits((float)expected);
     }
     if (!CHECK_EQUAL(wrong, 0))
@@ -503,9 +501,9 @@ static void check_gemm(mpt_context *ctx, lens_view *lens, const lens_what_if *wh
                             *at_b = y + (trans_b ? j * LD + l : l * LD + j);
                 sum_product(&s,
                             lens_precision_round(&what->operands, *at_a,
-                                                mpt_hash(what->seed, d.left, 0, trans_a ? l * M + i : i * K + l)),
+                                                 mpt_hash(what->seed, d.left, 0, trans_a ? l * M + i : i * K + l)),
                             lens_precision_round(&what->operands, *at_b,
-                                                mpt_hash(what->seed, d.right, 0, trans_b ? j * K + l : l * N + j)),
+                                                 mpt_hash(what->seed, d.right, 0, trans_b ? j * K + l : l * N + j)),
                             l + 1 == K);
             }
             if (j < N) expected = finished(what, 1.5f, s.sum, 0.5f, expected, 0, MPT_IDENTITY, d.output, i * N + j);
@@ -686,8 +684,8 @@ static void test_engine_sums(mpt_context *ctx) {
     enum { N = 13, I = 301, O = 35 };
     int i;
     for (i = 0; i < 2 * LENS_FORMAT_COUNT; i++) {
-        const lens_precision p =
-            precision_of((lens_format)(i % LENS_FORMAT_COUNT), i / LENS_FORMAT_COUNT ? MPT_ROUND_ZERO : MPT_ROUND_NEAREST);
+        const lens_precision p = precision_of((lens_format)(i % LENS_FORMAT_COUNT),
+                                              i / LENS_FORMAT_COUNT ? MPT_ROUND_ZERO : MPT_ROUND_NEAREST);
         test_tensor x = test_tensor_random(ctx, MPT_F32, N * I, 1), w = test_tensor_random(ctx, MPT_F32, O * I, 2);
         test_tensor b = test_tensor_random(ctx, MPT_F32, O, 3), y = test_tensor_new(ctx, MPT_F32, N * O);
         test_tensor z = test_tensor_new(ctx, MPT_F32, N * O);

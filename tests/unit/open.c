@@ -264,6 +264,210 @@ static void test_open_errors(mpt_context *ctx) {
     mpt_model_free(net);
 }
 
+/* -- Freezing, rates by layer, inference -- */
+
+enum { LAYERS = 4 };
+
+/* Four layers with batch norms, of which the first `frozen` are frozen. Returns the logits. */
+static int tower(mpt_model *net, int frozen, const mpt_tuning *top) {
+    mpt_conv2d_desc conv = MPT_ZERO;
+    mpt_norm_desc norm = MPT_ZERO;
+    mpt_linear_desc linear = MPT_ZERO;
+    int h = mpt_input(net, SIDE, SIDE, CHANNELS), i;
+    for (i = 0; i < LAYERS - 1; i++) {
+        conv.tuning.frozen = norm.tuning.frozen = i < frozen;
+        h = mpt_conv2d(net, h, 6, 3, &conv);
+        h = mpt_relu(net, i == 1 ? mpt_group_norm(net, h, 2, &norm) : h);
+    }
+    linear.tuning.frozen = frozen == LAYERS;
+    if (top) linear.tuning = *top;
+    return mpt_linear(net, h, OUTPUTS, &linear);
+}
+
+/* Frozen layers keep their bits, and those above take the steps that they take over layers whose rate is 0. */
+static void test_frozen(mpt_context *ctx, mpt_policy policy, int frozen) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    mpt_model *net = mpt_model_new(ctx, policy), *slow = mpt_model_new(ctx, policy);
+    mpt_params *a, *b;
+    mpt_memory m, whole;
+    size_t elements = 0;
+    int t, step;
+    mpt_softmax_cross_entropy(net, tower(net, frozen, NULL), NULL);
+    mpt_softmax_cross_entropy(slow, tower(slow, 0, NULL), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    CHECK_OK(ctx, mpt_model_build(slow, &train));
+    a = mpt_model_params(net);
+    b = mpt_model_params(slow);
+    for (t = 1; t <= mpt_params_tensors(a); t++) {
+        const int there = mpt_params_find(b, mpt_params_name(a, t));
+        float *w = (float *)test_memory(mpt_params_count(a, t) * sizeof *w);
+        CHECK(there > 0);
+        CHECK_OK(ctx, mpt_params_get(a, t, w)); /* initial weights are named by their tensor, whose id differs */
+        CHECK_OK(ctx, mpt_params_set(b, there, w));
+        if (!mpt_params_grad(a, t)) CHECK_OK(ctx, mpt_optimizer_tensor(mpt_model_optimizer(slow), there, 0, 0));
+        else elements += (mpt_params_count(a, t) + 15) / 16 * 16;
+        free(w);
+    }
+    for (step = 0; step < 6; step++) {
+        CHECK_OK(ctx, mpt_train_step(net, p.x + step % 4 * BATCH * PIXELS, p.label + step % 4 * BATCH));
+        CHECK_OK(ctx, mpt_train_step(slow, p.x + step % 4 * BATCH * PIXELS, p.label + step % 4 * BATCH));
+    }
+    for (t = 1; t <= mpt_params_tensors(a); t++) {
+        const size_t count = mpt_params_count(a, t);
+        float *w = (float *)test_memory(count * sizeof *w), *v = (float *)test_memory(count * sizeof *v);
+        CHECK_OK(ctx, mpt_params_get(a, t, w));
+        CHECK_OK(ctx, mpt_params_get(b, mpt_params_find(b, mpt_params_name(a, t)), v));
+        CHECK(memcmp(w, v, count * sizeof *w) == 0);
+        free(w);
+        free(v);
+    }
+    m = mpt_model_memory(net);
+    whole = mpt_model_memory(slow);
+    CHECK_EQUAL((double)m.gradients, (double)elements * 4);
+    CHECK_EQUAL((double)m.moments, (double)elements * 4);
+    CHECK(frozen ? m.activations < whole.activations
+                 : m.activations == whole.activations); /* no gradients below the lowest layer that trains */
+    mpt_model_free(net);
+    mpt_model_free(slow);
+}
+
+/* The factors of a descriptor are those of mpt_optimizer_tensor. */
+static void test_rates(mpt_context *ctx) {
+    const problem p = problem_new();
+    mpt_train_desc train = training(1);
+    mpt_tuning tuning = MPT_ZERO;
+    mpt_model *net[3];
+    float *w[3];
+    size_t count = 0;
+    int i, step;
+    train.optimizer.weight_decay = 0.01;
+    tuning.lr_factor = 0.25;
+    tuning.weight_decay_factor = -1;
+    for (i = 0; i < 3; i++) { /* by descriptor, by call, not at all */
+        net[i] = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        mpt_softmax_cross_entropy(net[i], tower(net[i], 0, i ? NULL : &tuning), NULL);
+        CHECK_OK(ctx, mpt_model_build(net[i], &train));
+        if (i == 1) {
+            mpt_params *params = mpt_model_params(net[i]);
+            mpt_optimizer *opt = mpt_model_optimizer(net[i]);
+            CHECK_OK(ctx, mpt_optimizer_tensor(opt, mpt_params_find(params, "linear1.weight"), 0.25, 0));
+            CHECK_OK(ctx, mpt_optimizer_tensor(opt, mpt_params_find(params, "linear1.bias"), 0.25, 0));
+            CHECK_ERROR(ctx, mpt_optimizer_tensor(opt, 0, 1, 0), MPT_ERROR_ARGUMENT, "tensor");
+            CHECK_ERROR(ctx, mpt_optimizer_tensor(opt, 1, -1, 0), MPT_ERROR_ARGUMENT, "lr_factor");
+            CHECK_EQUAL(mpt_params_find(params, "linear1"), 0);
+            CHECK_EQUAL(mpt_params_find(NULL, "x") + mpt_params_find(params, NULL), 0);
+        }
+        for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(net[i], p.x, p.label));
+        w[i] = weights_of(ctx, net[i], &count);
+    }
+    CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
+    CHECK(memcmp(w[0], w[2], count * sizeof *w[0]) != 0);
+    for (i = 0; i < 3; i++) {
+        free(w[i]);
+        mpt_model_free(net[i]);
+    }
+}
+
+/* A frozen batch norm normalises by its running statistics and leaves them alone; dx = dy gamma / deviation. */
+static void test_frozen_batch_norm(mpt_context *ctx) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    const float statistics[2 * CHANNELS] = {0.25f, -0.5f, 4, 0.25f};
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    mpt_norm_desc norm = MPT_ZERO;
+    float value[BATCH * PIXELS], dy[BATCH * PIXELS], dx[BATCH * PIXELS], after[2 * CHANNELS];
+    int in, h, i;
+    norm.tuning.frozen = 1;
+    in = mpt_keep(net, mpt_input(net, SIDE, SIDE, CHANNELS));
+    h = mpt_keep(net, mpt_batch_norm(net, in, &norm));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, OUTPUTS, NULL), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    CHECK_OK(ctx, mpt_model_set_running(net, h, statistics));
+    CHECK_OK(ctx, mpt_forward(net, p.x, p.label, BATCH));
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_OK(ctx, mpt_node_value(net, h, value));
+    CHECK_OK(ctx, mpt_node_grad(net, h, dy));
+    CHECK_OK(ctx, mpt_node_grad(net, in, dx));
+    for (i = 0; i < BATCH * PIXELS; i++) {
+        const int c = i % CHANNELS;
+        const double deviation = sqrt((double)statistics[CHANNELS + c] + 1e-5);
+        const double y = ((double)p.x[i] - (double)statistics[c]) / deviation;
+        CHECK_NEAR((double)value[i], y, test_bound(4, fabs(y), y, MPT_F32));
+        CHECK_NEAR((double)dx[i], (double)dy[i] / deviation,
+                   test_bound(4, fabs((double)dx[i]), (double)dx[i], MPT_F32));
+    }
+    finish_step(ctx, net);
+    CHECK_OK(ctx, mpt_download(ctx, after, mpt_model_running(net, h), sizeof after));
+    CHECK(memcmp(after, statistics, sizeof after) == 0);
+    mpt_model_free(net);
+}
+
+/* A model for inference predicts what the trained one does, from its file, in the bytes that the report names. */
+static void test_inference(mpt_level level, mpt_dtype type) {
+    test_counter counter;
+    const mpt_context_desc desc = test_counting(&counter, 1);
+    mpt_context *ctx = test_open(&desc);
+    const problem p = problem_new();
+    mpt_train_desc train = training(1), inference = training(1);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(level, type)), *lean;
+    float a[BATCH * OUTPUTS], b[BATCH * OUTPUTS];
+    const int host = strcmp(mpt_device_name(ctx), "cpu") == 0;
+    size_t size = 0, before;
+    mpt_memory m, full;
+    mpt_metrics metrics;
+    void *file;
+    int i;
+    inference.inference = 1;
+    mpt_softmax_cross_entropy(net, tower(net, 0, NULL), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    for (i = 0; i < 3; i++) CHECK_OK(ctx, mpt_train_step(net, p.x, p.label));
+    CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32));
+    file = test_memory(size);
+    CHECK_OK(ctx, mpt_weights_save_memory(net, file, size, &size, MPT_F32));
+    before = counter.bytes;
+    lean = mpt_model_new(ctx, mpt_policy_preset(level, type));
+    mpt_softmax_cross_entropy(lean, tower(lean, 0, NULL), NULL);
+    CHECK_OK(ctx, mpt_model_build(lean, &inference));
+    CHECK_OK(ctx, mpt_weights_load_memory(lean, file, size));
+    CHECK_OK(ctx, mpt_predict(net, p.x, BATCH, a));
+    CHECK_OK(ctx, mpt_predict(lean, p.x, BATCH, b));
+    for (i = 0; i < BATCH * OUTPUTS; i++) /* gamma and beta are rounded once */
+        CHECK_NEAR((double)b[i], (double)a[i], level == MPT_O2 ? 8 * test_unit(type) * (1 + fabs((double)a[i])) : 0);
+    CHECK_OK(ctx, mpt_evaluate(lean, p.x, p.label, BATCH, &metrics));
+    m = mpt_model_memory(lean);
+    full = mpt_model_memory(net);
+    CHECK_EQUAL((double)(m.masters + m.gradients + m.moments), 0);
+    CHECK_EQUAL((double)m.weights, (double)full.weights);
+    CHECK(m.activations * 2 < full.activations);
+    if (host)
+        CHECK_EQUAL((double)(m.weights + m.activations + m.workspace + m.bookkeeping),
+                    (double)(counter.bytes - before));
+    CHECK_ERROR(ctx, mpt_train_step(lean, p.x, p.label), MPT_ERROR_ORDER, "inference");
+    CHECK_ERROR(ctx, mpt_forward(lean, p.x, p.label, BATCH), MPT_ERROR_ORDER, "inference");
+    CHECK_ERROR(ctx, mpt_unscale(mpt_model_optimizer(lean)), MPT_ERROR_ORDER, "frozen");
+    CHECK_ERROR(ctx, mpt_checkpoint_save_memory(lean, NULL, 0, &size), MPT_ERROR_ORDER, "inference");
+    free(file);
+    mpt_model_free(net);
+    mpt_model_free(lean);
+    mpt_close(ctx);
+    CHECK(test_counter_clean(&counter));
+}
+
+static void test_frozen_errors(mpt_context *ctx) {
+    const problem p = problem_new();
+    mpt_params *params = mpt_params_new(ctx, NULL);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    CHECK_EQUAL(mpt_params_add(params, "a", 3, MPT_GROUP_FROZEN | MPT_GROUP_WEIGHT), 1);
+    CHECK_EQUAL(mpt_params_add(params, "b", 3, MPT_GROUP_WEIGHT), 0);
+    test_check_reason(ctx, "frozen", __FILE__, __LINE__);
+    mpt_params_free(params);
+    mpt_softmax_cross_entropy(net, tower(net, LAYERS, NULL), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, NULL));
+    CHECK_ERROR(ctx, mpt_train_step(net, p.x, p.label), MPT_ERROR_ORDER, "frozen");
+    mpt_model_free(net);
+}
+
 int main(int argc, char **argv) {
     mpt_context *ctx;
     int level, accumulate;
@@ -278,6 +482,17 @@ int main(int argc, char **argv) {
     RUN_TEST(test_gradients(ctx));
     RUN_TEST(test_keep_changes_nothing(ctx));
     RUN_TEST(test_open_errors(ctx));
+    for (level = 0; level < LAYERS; level++) {
+        RUN_TEST(test_frozen(ctx, mpt_policy_preset(MPT_O0, MPT_F16), level));
+        RUN_TEST(test_frozen(ctx, mpt_policy_preset(MPT_O2, MPT_F16), level));
+    }
+    RUN_TEST(test_rates(ctx));
+    RUN_TEST(test_frozen_batch_norm(ctx));
+    RUN_TEST(test_frozen_errors(ctx));
+    for (level = 0; level < 3; level++) {
+        RUN_TEST(test_inference((mpt_level)level, MPT_F16));
+        RUN_TEST(test_inference((mpt_level)level, MPT_BF16));
+    }
     mpt_close(ctx);
     return test_finish("open");
 }
