@@ -8441,19 +8441,22 @@ static void mpt__build_types(mpt_model *net) {
 /* Weight and bias of a node, where it has them. */
 static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     const mpt__kind kind = mpt__kind_of(node);
-    const unsigned frozen = node->trains ? 0 : MPT_GROUP_FROZEN, norm = kind.weight_dims == 1 ? MPT_GROUP_NORM : 0;
+    const int norm = kind.weight_dims == 1;
+    int group = norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT;
     char name[64];
     size_t fan_in, count;
     if (!kind.fan_in) return MPT_OK;
     fan_in = kind.fan_in(node);
     if (!mpt__size_mul(&count, fan_in, (size_t)node->C))
         return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %zu x %d weights overflow size_t", node->name, fan_in, node->C);
+    if (!node->trains) group |= MPT_GROUP_FROZEN;
     mpt__print(name, sizeof name, "%s.weight", node->name);
-    node->weight = mpt_params_add(net->params, name, count, (norm ? norm : MPT_GROUP_WEIGHT) | frozen);
+    node->weight = mpt_params_add(net->params, name, count, (unsigned)group);
     node->bias = 0;
     if (node->no_bias) return MPT_OK;
+    if (!norm) group ^= MPT_GROUP_WEIGHT | MPT_GROUP_BIAS;
     mpt__print(name, sizeof name, "%s.bias", node->name);
-    node->bias = mpt_params_add(net->params, name, (size_t)node->C, (norm ? norm : MPT_GROUP_BIAS) | frozen);
+    node->bias = mpt_params_add(net->params, name, (size_t)node->C, (unsigned)group);
     return MPT_OK;
 }
 
