@@ -2023,8 +2023,8 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
 #include <pthread.h> /* on Windows: winpthreads, which comes with MinGW */
 #endif
 
-/* A function of the system that its headers hide under -std=c99, as mpt__sys_NAME: so no declaration of theirs is
-   repeated, and none contradicted. */
+/* Declares a system function that its header hides under -std=c99, as mpt__sys_NAME: under another name it cannot
+   conflict with the header's declaration. */
 #if (defined(__unix__) || defined(__APPLE__)) && defined(__GNUC__)
 #define MPT__POSIX
 #include <unistd.h>
@@ -2040,18 +2040,19 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
 #endif
 
 enum {
-    MPT__ALIGN = 64,                 /* of every allocation: a cache line, an AVX-512 register */
-    MPT__OVERHEAD = MPT__ALIGN + 16, /* room to align, and the header below */
-    MPT__RUN = 32,                   /* elements that elementwise loops take at a time, in fp32 on the stack */
+    MPT__ALIGN = 64,                 /* of every allocation, in bytes: a cache line, an AVX-512 register */
+    MPT__OVERHEAD = MPT__ALIGN + 16, /* bytes of an allocation to align it, and for mpt__header */
+    MPT__RUN = 32,                   /* elements that elementwise loops process at a time, in fp32 on the stack */
     MPT__MAX_THREADS = 64,
     MPT__SCAN_BLOCKS = 64, /* partial results of a scan */
-    MPT__LANES = 32        /* sums that each of them keeps side by side */
+    MPT__LANES = 32        /* interleaved sums of each */
 };
 
 typedef struct mpt__threads mpt__threads;
 
-/* A left operand: word d of run r of its row i is at base + rows[i] + runs[r] + d * stride, in bytes. A word is a float
-   or a pair of bf16 that are neighbours in depth. Rows may lie anywhere, in an array of the caller or a workspace. */
+/* The left operand of a product: word d of run r of row i is at base + rows[i] + runs[r] + d * stride, in bytes. A word
+   is a float, or a pair of bf16 that are neighbours in depth. Rows may lie anywhere: in an array of the caller or in a
+   workspace. */
 typedef struct mpt__left {
     const char *base;
     const size_t *rows, *runs;
@@ -2066,22 +2067,21 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     void (*load_bf16)(const uint16_t *src, size_t n, float *dst);
     void (*store_f16)(uint16_t *dst, size_t n, const float *src);
     void (*store_bf16)(uint16_t *dst, size_t n, const float *src);
-    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN. By type of x: F32, and
-       if not NULL F16, BF16 */
+    /* lanes[i % 32] += x[i]^2 in double, n a multiple of 32; returns 1 if some x is inf or NaN. Indexed by the type of
+       x; F16 and BF16 may be NULL */
     int (*squares[3])(const void *x, size_t n, double *lanes);
     /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
     void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
     /* sums(tile_m,tile_n) = rows row.. of left times the panel b(words,tile_n), + sums if add; rows of sums are
-       `stride` apart. [0]: floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns. Another
-       kind of word is another row: pairs of bf16 or fp16 for AMX, whose tiles are larger. (AVX512-FP16 is of no use
-       here: it sums in fp16.) */
+       `stride` apart. [0]: words are floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns.
+       AMX would be another row. (AVX512-FP16 is of no use here: it sums in fp16.) */
     mpt__tile tile[2][2];
     /* out[e] = low[e], high[e] as a pair */
     void (*pair)(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out);
     /* panel(depth,n) = the transpose of x(n,depth), whose rows are `stride` words apart; n a multiple of 4 */
     void (*transpose)(const float *x, size_t stride, size_t depth, size_t n, float *panel);
     size_t tile_m, tile_n;
-    int avx2; /* tasks are there compiled for AVX2, too */
+    int avx2; /* the CPU can run the tasks' AVX2 clones, see MPT__TASKS */
 } mpt__simd;
 
 typedef struct mpt__meter { /* lost updates that one thread saw */
@@ -2115,7 +2115,8 @@ static void mpt__put_char(mpt__text *t, char c) {
 }
 
 static void mpt__put_string(mpt__text *t, const char *s) {
-    for (s = s ? s : "(null)"; *s; s++) mpt__put_char(t, *s);
+    if (!s) s = "(null)";
+    for (; *s; s++) mpt__put_char(t, *s);
 }
 
 static void mpt__put_unsigned(mpt__text *t, uint64_t u) {
@@ -2126,10 +2127,15 @@ static void mpt__put_unsigned(mpt__text *t, uint64_t u) {
     while (n) mpt__put_char(t, digits[--n]);
 }
 
+static void mpt__put_int(mpt__text *t, int64_t i) {
+    if (i < 0) mpt__put_char(t, '-');
+    mpt__put_unsigned(t, (uint64_t)(i < 0 ? -i : i));
+}
+
 /* Six significant digits, as %g. */
 static void mpt__put_double(mpt__text *t, double x) {
     const float f = (float)x;
-    int exponent = 0, shown, digits, i;
+    int exponent = 0, shown = 0, digits = 6, i; /* shown: the part of the exponent that the point's place shows */
     uint64_t mantissa;
     char text[6];
     if (mpt__bits(f) >> 31 && !mpt__is_nan(f)) {
@@ -2137,7 +2143,9 @@ static void mpt__put_double(mpt__text *t, double x) {
         x = -x;
     }
     if (!mpt__finite(f) || !(x > 0)) {
-        mpt__put_string(t, mpt__is_nan(f) ? "nan" : mpt__finite(f) ? "0" : "inf");
+        if (mpt__is_nan(f)) mpt__put_string(t, "nan");
+        else if (mpt__finite(f)) mpt__put_string(t, "0");
+        else mpt__put_string(t, "inf");
         return;
     }
     for (; x >= 10; exponent++) x /= 10;
@@ -2147,18 +2155,18 @@ static void mpt__put_double(mpt__text *t, double x) {
         mantissa /= 10;
         exponent++;
     }
-    for (digits = 6; digits > 1 && mantissa % 10 == 0; digits--) mantissa /= 10;
-    for (i = digits; i-- > 0; mantissa /= 10) text[i] = (char)('0' + (int)(mantissa % 10));
-    shown = exponent >= -4 && exponent < 6 ? exponent : 0; /* the rest goes behind the e */
+    for (i = 6; i-- > 0; mantissa /= 10) text[i] = (char)('0' + (int)(mantissa % 10));
+    while (digits > 1 && text[digits - 1] == '0') digits--;
+    if (exponent >= -4 && exponent < 6) shown = exponent;
     if (shown < 0) mpt__put_string(t, "0.");
     for (i = shown; i < -1; i++) mpt__put_char(t, '0');
     for (i = 0; i < digits || i <= shown; i++) {
-        mpt__put_char(t, i < digits ? text[i] : '0');
+        mpt__put_char(t, text[i]);
         if (i == shown && i + 1 < digits) mpt__put_char(t, '.');
     }
     if (shown == exponent) return;
-    mpt__put_string(t, exponent < 0 ? "e-" : "e");
-    mpt__put_unsigned(t, (uint64_t)(exponent < 0 ? -exponent : exponent));
+    mpt__put_char(t, 'e');
+    mpt__put_int(t, exponent);
 }
 
 /* By hand: printf's numbers depend on the locale, and there may be no stdio.h. */
@@ -2180,11 +2188,7 @@ static void mpt__format_list(char *out, size_t size, const char *format, va_list
             mpt__put_unsigned(&t, va_arg(args, size_t));
             break;
         case 'g': mpt__put_double(&t, va_arg(args, double)); break;
-        default: { /* 'd' */
-            const int64_t i = va_arg(args, int);
-            if (i < 0) mpt__put_char(&t, '-');
-            mpt__put_unsigned(&t, (uint64_t)(i < 0 ? -i : i));
-        }
+        default: mpt__put_int(&t, va_arg(args, int)); /* 'd' */
         }
     }
 }
@@ -2215,12 +2219,15 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
         if (mpt__r != MPT_OK) return mpt__r; \
     } while (0)
 
-/* What a call that can fail begins with: no older reason is taken for its own. */
+/* A call that can fail begins with this, so that no older reason is taken for its own. */
 static void mpt__forget(mpt_context *ctx) {
     if (ctx) *ctx->why = 0;
 }
 
-MPT_DEF const char *mpt_why(const mpt_context *ctx) { return ctx ? ctx->why : "the context is NULL"; }
+MPT_DEF const char *mpt_why(const mpt_context *ctx) {
+    if (!ctx) return "the context is NULL";
+    return ctx->why;
+}
 
 MPT_DEF const char *mpt_result_text(mpt_result result) {
     switch (result) {
@@ -2239,6 +2246,7 @@ MPT_DEF int mpt_version(void) { return MPT_VERSION; }
 static size_t mpt__min(size_t a, size_t b) { return a < b ? a : b; }
 static size_t mpt__max(size_t a, size_t b) { return a > b ? a : b; }
 
+/* *out = a b; returns 0 if that does not fit. */
 static int mpt__size_mul(size_t *out, size_t a, size_t b) {
     if (b && a > (size_t)-1 / b) return 0;
     *out = a * b;
@@ -2246,7 +2254,8 @@ static int mpt__size_mul(size_t *out, size_t a, size_t b) {
 }
 
 static void *mpt__desc_alloc(const mpt_context_desc *desc, size_t bytes) {
-    return desc->alloc ? desc->alloc(bytes, desc->user) : malloc(bytes);
+    if (desc->alloc) return desc->alloc(bytes, desc->user);
+    return malloc(bytes);
 }
 
 static void mpt__desc_release(const mpt_context_desc *desc, void *p, size_t bytes) {
@@ -2264,7 +2273,8 @@ static void *mpt__host_alloc(mpt_context *ctx, size_t bytes) {
     mpt__header header;
     char *p;
     header.bytes = bytes + MPT__OVERHEAD;
-    header.raw = bytes <= (size_t)-1 / 2 ? mpt__desc_alloc(&ctx->desc, header.bytes) : NULL;
+    header.raw = NULL;
+    if (bytes <= (size_t)-1 / 2) header.raw = mpt__desc_alloc(&ctx->desc, header.bytes);
     if (!header.raw) {
         mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "out of memory: the allocator refused %zu bytes", bytes);
         return NULL;
@@ -2283,7 +2293,10 @@ static void mpt__host_free(mpt_context *ctx, void *p) {
     mpt__desc_release(&ctx->desc, header.raw, header.bytes);
 }
 
-MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes) { return ctx && bytes ? ctx->backend.alloc(ctx, bytes) : NULL; }
+MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes) {
+    if (!ctx || !bytes) return NULL;
+    return ctx->backend.alloc(ctx, bytes);
+}
 
 MPT_DEF void mpt_free(mpt_context *ctx, void *p) {
     if (ctx && p) ctx->backend.release(ctx, p);
@@ -2303,9 +2316,9 @@ MPT_DEF mpt_result mpt_download(mpt_context *ctx, void *host, const void *device
 
 /* -- Threads --
 
-   mpt__parallel deals [0, count) out to the threads, piece by piece, and waits for those who took one: a worker that a
-   busy machine does not let run is not waited for. What a task computes for an index must not depend on the pieces:
-   then the bits are the same for any number of threads. */
+   mpt__parallel hands [0, count) out to the threads, piece by piece, and waits only for threads that took a piece: not
+   for a worker that a busy machine does not schedule. What a task computes for an index must not depend on how the
+   range is cut; then the bits are the same for any number of threads. */
 
 typedef void (*mpt__task)(void *arg, size_t begin, size_t end, int worker);
 
@@ -2326,7 +2339,7 @@ static void mpt__threads_do(mpt_context *ctx, size_t count, int threads, mpt__ta
 
 #else
 
-/* Rounding mode, and what becomes of subnormals: each thread has its own, and a job is done with that of its caller. */
+/* The rounding mode and the handling of subnormals are per thread: a worker takes over its caller's. */
 #if defined(__SSE__) && defined(__GNUC__)
 static unsigned mpt__float_mode(void) { return __builtin_ia32_stmxcsr() & 0xffc0u; } /* without the status */
 static void mpt__float_mode_set(unsigned mode) { __builtin_ia32_ldmxcsr(mode); }
@@ -2345,12 +2358,12 @@ static unsigned mpt__float_mode(void) { return 0; }
 static void mpt__float_mode_set(unsigned mode) { (void)mode; }
 #endif
 
-#ifdef __GNUC__ /* what is written with the lock and may be looked at without */
-#define MPT__LOOKS 200
+#ifdef __GNUC__ /* for flags that are written under the lock and may be read without it */
+#define MPT__SPINS 200
 #define MPT__PEEK(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
 #define MPT__POKE(x, value) __atomic_store_n(&(x), value, __ATOMIC_RELAXED)
 #else
-#define MPT__LOOKS 0
+#define MPT__SPINS 0
 #define MPT__PEEK(x) (x)
 #define MPT__POKE(x, value) (x) = (value)
 #endif
@@ -2365,14 +2378,17 @@ struct mpt__threads {
     pthread_mutex_t lock;
     pthread_cond_t start, done;
     mpt__worker workers[MPT__MAX_THREADS];
-    int started, stopping; /* workers that run; they shall end */
+    int started;  /* number of workers */
+    int stopping; /* tells them to end */
     mpt__task task;
     void *arg;
-    size_t count, next, least; /* next: the first index that nobody has taken yet; least: how many to take at once */
-    int threads, busy;         /* that the job is worth; that have taken some of it and not finished */
-    int open, idle;            /* there is something to take; busy is 0 */
-    unsigned mode;             /* the caller's mpt__float_mode */
-    long process;              /* that the workers run in */
+    size_t count, next; /* next: the first index that no thread has taken */
+    size_t least;       /* indices in a piece at least */
+    int threads;        /* that the job is worth */
+    int busy;           /* threads that have taken a piece and not finished it */
+    int open, idle;     /* next < count; busy is 0 */
+    unsigned mode;      /* the caller's mpt__float_mode */
+    long process;       /* that the workers run in */
 };
 
 #ifdef _WIN32 /* has no fork */
@@ -2381,25 +2397,25 @@ static long mpt__process(void) { return 0; }
 static long mpt__process(void) { return (long)getpid(); }
 #endif
 
-/* Waits for open or idle. The lock is held. Most times the next job comes sooner than a thread that sleeps could wake:
-   so look some times first, and yield in between: where others want the core, they get it. */
+/* Waits for open or idle; called with the lock held. The next job mostly comes sooner than a sleeping thread could
+   wake, so the thread spins at first, and yields the core to others that want it. */
 static void mpt__threads_await(mpt__threads *pool, const int *flag, pthread_cond_t *told) {
-    int looks = MPT__LOOKS;
+    int spins = MPT__SPINS;
     pthread_mutex_unlock(&pool->lock);
-    while (looks-- && !MPT__PEEK(*flag)) sched_yield();
+    while (spins-- && !MPT__PEEK(*flag)) sched_yield();
     pthread_mutex_lock(&pool->lock);
     while (!*flag) pthread_cond_wait(told, &pool->lock);
 }
 
-/* Takes pieces of the job, each a share of what is left, as long as there are any. The lock is held, but not over the
-   task. */
+/* Takes and does pieces of the job while there are any, each a share of what is left. Called with the lock held, which
+   is released during the task. */
 static void mpt__threads_share(mpt__threads *pool, int index) {
     unsigned mode;
     pool->busy++;
     MPT__POKE(pool->idle, 0);
     while (pool->next < pool->count) {
         const size_t begin = pool->next, left = pool->count - begin, share = left / (2 * (size_t)pool->threads);
-        const size_t some = mpt__min(left, share > pool->least ? share : pool->least);
+        const size_t some = mpt__min(left, mpt__max(share, pool->least));
         pool->next += some;
         MPT__POKE(pool->open, some < left);
         mode = pool->mode;
@@ -2428,7 +2444,7 @@ static void *mpt__threads_main(void *arg) {
 static void mpt__threads_do(mpt_context *ctx, size_t count, int threads, mpt__task task, void *arg) {
     mpt__threads *pool = ctx->pool;
     int i;
-    if (pool->process != mpt__process()) { /* a child of fork has this thread alone */
+    if (pool->process != mpt__process()) { /* after fork the child has no workers */
         task(arg, 0, count, 0);
         return;
     }
@@ -2466,7 +2482,7 @@ static void mpt__threads_stop(mpt_context *ctx) {
     ctx->pool = NULL;
 }
 
-/* Processors that this process may run on: not all, if its affinity or a container's set says so. */
+/* Processors that this process may run on, which its affinity or a container may limit */
 #if defined(__linux__) && defined(MPT__POSIX)
 MPT__SYSTEM(int, sched_getaffinity, (int process, size_t bytes, void *mask))
 static long mpt__processors(void) {
@@ -2487,7 +2503,8 @@ static mpt_result mpt__threads_start(mpt_context *ctx) {
     mpt__threads *pool;
     if (ctx->threads == 0) {
         const long online = mpt__processors();
-        ctx->threads = online < 1 ? 1 : online > MPT__MAX_THREADS ? MPT__MAX_THREADS : (int)online;
+        ctx->threads = 1;
+        if (online > 1) ctx->threads = (int)mpt__min((size_t)online, MPT__MAX_THREADS);
     }
     if (ctx->threads == 1) return MPT_OK;
     pool = ctx->pool = (mpt__threads *)mpt__host_alloc(ctx, sizeof *pool);
@@ -2509,25 +2526,22 @@ static mpt_result mpt__threads_start(mpt_context *ctx) {
 
 #endif
 
-/* work: about how many multiplies or element visits the whole call is. Too little of it stays on this thread: waking a
-   worker costs some microseconds. */
+/* Threads that are worth waking, which takes some microseconds each. work: multiplications or element visits of the
+   whole call, roughly */
 static size_t mpt__threads_for(const mpt_context *ctx, size_t work) {
-    const size_t threads = work / 65536, all = (size_t)ctx->threads;
-    return threads < all ? threads : all;
+    return mpt__min(work / 65536, (size_t)ctx->threads);
 }
 
 static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task task, void *arg) {
-    size_t threads = mpt__threads_for(ctx, work);
-    if (threads > count) threads = count;
+    const size_t threads = mpt__min(count, mpt__threads_for(ctx, work));
     if (threads > 1) mpt__threads_do(ctx, count, (int)threads, task, arg);
     else if (count) task(arg, 0, count, 0);
 }
 
 /* ==== SIMD ====
 
-   Bulk loops, once for each instruction set. Plain C is always there; the others give the same bits, but for products,
-   whose sums they order and fuse in their own way. (The narrowing of AVX512-BF16 is not used: it flushes subnormals.
-   That of AVX512-FP16 has nothing that F16C has not.) */
+   Bulk loops, once for each instruction set. Plain C is always compiled. The others give the same bits, except in
+   products, whose sums they order and fuse in their own way. (AVX512-FP16 converts no more than F16C does.) */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MPT_NO_SIMD)
 #define MPT__X86
@@ -2562,7 +2576,7 @@ static void mpt__load_bf16_plain(const uint16_t *src, size_t n, float *dst) {
     size_t i;
     for (i = 0; i < n; i++) {
         const uint32_t u = (uint32_t)src[i] << 16;
-        dst[i] = mpt__float(u | ((u & 0x7fffffffu) > 0x7f800000u ? 0x400000u : 0));
+        dst[i] = mpt__float(u | (uint32_t)((u & 0x7fffffffu) > 0x7f800000u) << 22); /* makes a NaN quiet */
     }
 }
 
@@ -2586,13 +2600,15 @@ static int mpt__squares_plain(const void *array, size_t n, double *lanes) {
     return bad != 0;
 }
 
+/* Element i of a moment; NULL if the optimizer does not have it */
+MPT__INLINE float *mpt__moment_at(float *moment, size_t i) { return moment ? moment + i : NULL; }
+
 static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
                               float *largest) {
-    float none[3] = {0, 0, 0}; /* moments that the optimizer does not have */
     size_t i;
     for (i = 0; i < n; i++)
-        p[i] = mpt__update_element(rates, p[i], g[i], m ? &m[i] : &none[0], v ? &v[i] : &none[1],
-                                   largest ? &largest[i] : &none[2]);
+        p[i] = mpt__update_element(rates, p[i], g[i], mpt__moment_at(m, i), mpt__moment_at(v, i),
+                                   mpt__moment_at(largest, i));
 }
 
 enum { MPT__PLAIN_M = 4, MPT__PLAIN_N = 8 };
@@ -2610,7 +2626,10 @@ static void mpt__tile_plain(const mpt__left *left, size_t row, const float *b, f
                 for (j = 0; j < MPT__PLAIN_N; j++) tile[i][j] += a * b[j];
             }
     for (i = 0; i < MPT__PLAIN_M; i++, sums += stride)
-        for (j = 0; j < MPT__PLAIN_N; j++) sums[j] = add ? sums[j] + tile[i][j] : tile[i][j];
+        for (j = 0; j < MPT__PLAIN_N; j++) {
+            if (add) tile[i][j] += sums[j];
+            sums[j] = tile[i][j];
+        }
 }
 
 static void mpt__pair_plain(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out) {
@@ -2659,7 +2678,7 @@ MPT__AVX2 static void mpt__store_f16_avx2(uint16_t *dst, size_t n, const float *
     mpt__store_f16_plain(dst, n, src);
 }
 
-/* all ones where NaN; a comparison of integers, which -Ofast leaves alone */
+/* All ones where u is a NaN's bits. Compares integers, for -Ofast. */
 MPT__AVX2 static inline __m256i mpt__nan8(__m256i u) {
     return _mm256_cmpgt_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f800000));
 }
@@ -2679,7 +2698,7 @@ MPT__AVX2 static inline __m256i mpt__round_bf16x8(__m256i u) {
     return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
 }
 
-/* sixteen at a time; those with a NaN among them in plain C */
+/* Sixteen at a time, in plain C if one of them is NaN. */
 MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float *src) {
     for (; n >= 16; n -= 16, src += 16, dst += 16) {
         const __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)src);
@@ -2691,11 +2710,13 @@ MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float 
     mpt__store_bf16_plain(dst, n, src);
 }
 
-/* Loops over registers are written out: at -O2 gcc would keep an array in memory. */
+/* MPT__EACH_6(X, with) is X(0, with) X(1, with) ... X(5, with): a loop over registers, one variable each, pasted by
+   number. With an array and a loop instead, gcc -O2 keeps the sums in memory. */
 #define MPT__EACH_6(X, with) X(0, with) X(1, with) X(2, with) X(3, with) X(4, with) X(5, with)
 #define MPT__EACH_8(X, with) MPT__EACH_6(X, with) X(6, with) X(7, with)
 
-/* Is a lane inf or NaN? One bad element makes its lane so, and finite ones cannot: their squares are under 2^256. */
+/* Whether a lane is inf or NaN. One bad element makes its lane so; finite ones cannot, their squares being below
+   2^256. */
 static int mpt__lanes_bad(const double *lanes) {
     int bad = 0, l;
     for (l = 0; l < MPT__LANES; l++) {
@@ -2706,10 +2727,13 @@ static int mpt__lanes_bad(const double *lanes) {
     return bad;
 }
 
-/* lanes 4 i .. 4 i + 3 are in sum<i>; the products are exact, so fused or not is the same. Prefetched, for the
-   arithmetic leaves the CPU little room to look ahead. FOUR: four elements of x from i as floats */
+/* MPT__SQUARES generates a function of mpt__simd.squares for AVX2: three of them, 1.4 KB. FOUR(x) loads four elements
+   as floats; sum<i> holds lanes 4 i .. 4 i + 3. Products are exact, so fusing them changes nothing. It prefetches,
+   since the arithmetic leaves the CPU little room to run ahead. */
 #define MPT__SUM(i, FOUR) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
-#define MPT__SQUARE(i, FOUR) v = _mm256_cvtps_pd(FOUR(x + 4 * i)), sum##i = _mm256_fmadd_pd(v, v, sum##i);
+#define MPT__SQUARE(i, FOUR)              \
+    v = _mm256_cvtps_pd(FOUR(x + 4 * i)); \
+    sum##i = _mm256_fmadd_pd(v, v, sum##i);
 #define MPT__KEEP_SUM(i, FOUR) _mm256_storeu_pd(lanes + 4 * i, sum##i);
 #define MPT__SQUARES(name, type, FOUR)                                      \
     MPT__AVX2 static int name(const void *array, size_t n, double *lanes) { \
@@ -2731,8 +2755,8 @@ MPT__SQUARES(mpt__squares_f32_avx2, float, _mm_loadu_ps)
 MPT__SQUARES(mpt__squares_f16_avx2, uint16_t, MPT__FOUR_F16)
 MPT__SQUARES(mpt__squares_bf16_avx2, uint16_t, MPT__FOUR_BF16)
 
-/* What no build's flags may change: a product that is not fused with what follows nor reordered; division and root as
-   they are, for -Ofast would replace them by approximations. */
+/* Operations that no build's flags change: a product that is neither fused nor reordered; a quotient and a root that
+   -Ofast does not approximate. */
 MPT__AVX2 static inline __m256 mpt__mul8(__m256 a, __m256 b) {
     __m256 r = _mm256_mul_ps(a, b);
     __asm__("" : "+x"(r));
@@ -2764,21 +2788,29 @@ MPT__AVX2 static inline __m256 mpt__sgd8(const mpt__rates *r, __m256 p, __m256 g
     if (r->has_momentum) {
         const __m256 momentum = _mm256_set1_ps(r->momentum);
         const __m256 old = mpt__mul8(_mm256_loadu_ps(buffer), momentum);
-        const __m256 b = mpt__flush8(r->first ? g : _mm256_fmadd_ps(_mm256_set1_ps(r->undamped), g, old));
+        __m256 b = g;
+        if (!r->first) b = _mm256_fmadd_ps(_mm256_set1_ps(r->undamped), g, old);
+        b = mpt__flush8(b);
         _mm256_storeu_ps(buffer, b);
-        g = r->nesterov ? _mm256_fmadd_ps(momentum, b, g) : b;
+        if (r->nesterov) b = _mm256_fmadd_ps(momentum, b, g);
+        g = b;
     }
     return _mm256_fmadd_ps(_mm256_set1_ps(-r->lr), g, p);
 }
 
+/* mpt__lerp, eight at a time */
+MPT__AVX2 static inline __m256 mpt__lerp8(__m256 from, __m256 to, float share) {
+    const __m256 distance = _mm256_sub_ps(to, from);
+    if (share < 0.5f) return _mm256_fmadd_ps(_mm256_set1_ps(share), distance, from);
+    return _mm256_fmadd_ps(_mm256_set1_ps(share - 1), distance, to);
+}
+
 /* mpt__adam_element, eight at a time */
 MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 g, float *m, float *v, float *largest) {
-    const __m256 old = _mm256_loadu_ps(m);
     __m256 first, square, denominator;
     if (r->kind == MPT_ADAMW) p = mpt__mul8(p, _mm256_set1_ps(r->decay));
     else if (r->decay != 0) g = _mm256_fmadd_ps(_mm256_set1_ps(r->decay), p, g);
-    first = r->lerp < 0.5f ? _mm256_fmadd_ps(_mm256_set1_ps(r->lerp), _mm256_sub_ps(g, old), old)
-                           : _mm256_fmadd_ps(_mm256_set1_ps(r->lerp - 1), _mm256_sub_ps(g, old), g);
+    first = mpt__lerp8(_mm256_loadu_ps(m), g, r->lerp);
     square = mpt__mul8(_mm256_loadu_ps(v), _mm256_set1_ps(r->beta2));
     square = mpt__flush8(_mm256_fmadd_ps(mpt__mul8(_mm256_set1_ps(r->square), g), g, square));
     first = mpt__flush8(first);
@@ -2792,7 +2824,8 @@ MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 
     return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), denominator));
 }
 
-/* Returns how many were whole eights. Inlined into each call, in which some rates are constants. */
+/* Updates whole eights and returns how many elements they are. Inlined into each call, where some rates are
+   constants. */
 MPT__AVX2 __attribute__((always_inline)) static inline size_t
 mpt__update8(const mpt__rates *r, size_t n, float *p, const float *g, float *m, float *v, float *largest) {
     const __m256 limit = _mm256_set1_ps(r->clip_value), zero = _mm256_setzero_ps();
@@ -2802,15 +2835,15 @@ mpt__update8(const mpt__rates *r, size_t n, float *p, const float *g, float *m, 
         if (r->clip != 1) x = mpt__mul8(x, _mm256_set1_ps(r->clip));
         if (r->clip_value > 0) x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(zero, limit));
         if (r->maximize) x = _mm256_xor_ps(x, _mm256_set1_ps(-0.0f));
-        w = r->kind == MPT_SGD ? mpt__sgd8(r, w, x, m ? m + i : NULL)
-                               : mpt__adam8(r, w, x, m + i, v + i, largest ? largest + i : NULL);
+        if (r->kind == MPT_SGD) w = mpt__sgd8(r, w, x, mpt__moment_at(m, i));
+        else w = mpt__adam8(r, w, x, m + i, v + i, mpt__moment_at(largest, i));
         _mm256_storeu_ps(p + i, w);
     }
     return i;
 }
 
-/* Works on a copy of the rates, which no store can change: else each would be read again after every store. What is
-   off in most steps is a constant there, so that the loop has no branch. */
+/* Works on a copy of the rates, which no store can change: otherwise each would be read again after every store. What
+   is off in most steps is set to constants in the copy, so that the loop has no branch. */
 MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
                                        float *largest) {
     mpt__rates r = *rates;
@@ -2827,15 +2860,20 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float 
             i = mpt__update8(&r, n, p, g, m, NULL, NULL);
         } else i = mpt__update8(&r, n, p, g, m, v, NULL);
     }
-    mpt__update_plain(rates, n - i, p + i, g + i, m ? m + i : NULL, v ? v + i : NULL, largest ? largest + i : NULL);
+    mpt__update_plain(rates, n - i, p + i, g + i, mpt__moment_at(m, i), mpt__moment_at(v, i),
+                      mpt__moment_at(largest, i));
 }
 
-/* A tile of as many rows as EACH has and two vectors across (VECTORS 1: one), its sums in registers. V: _mm256 or
-   _mm512. STEP multiplies one row: floats; or pairs of bf16 into one sum each (vdpbf16ps, which takes subnormals for
-   zeros). A word of the left operand is loaded wherever it lies, at an odd multiple of two bytes as well. */
+/* MPT__TILE generates a kernel of mpt__simd.tile: AVX2 6 rows by 16 columns, AVX-512 8 by 32, the same on pairs of bf16
+   (vdpbf16ps, which takes subnormals for zeros), and each once more for half as many columns. Six functions, 4 KB.
+
+   EACH is MPT__EACH_6 or MPT__EACH_8 and pastes a line for each row; V is _mm256 or _mm512; VECTORS is 2, or 1 for half
+   a tile. Row i's sums stay in the registers left<i> and right<i>. For each word of the depth a kernel loads the
+   panel's vectors left and right, and by FMA adds the word of row i times them. A word may lie at an odd multiple of
+   two bytes. */
 typedef __m256 mpt__vector_mm256;
 typedef float mpt__unaligned __attribute__((may_alias, aligned(1)));
-#define MPT__TILE(name, target, EACH, STEP, V, VECTORS)                                                            \
+#define MPT__TILE(name, target, EACH, FMA, V, VECTORS)                                                             \
     target static void name(const mpt__left *l, size_t row, const float *b, float *sums, size_t stride, int add) { \
         enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b, two = VECTORS == 2 };                                   \
         const size_t word = l->stride;                                                                             \
@@ -2844,7 +2882,7 @@ typedef float mpt__unaligned __attribute__((may_alias, aligned(1)));
         for (r = 0; r < l->count; r++)                                                                             \
             for (d = l->runs[r], end = d + l->length * word; d < end; d += word, b += 2 * WIDTH) {                 \
                 const mpt__vector##V left = V##_loadu_ps(b), right = two ? V##_loadu_ps(b + WIDTH) : left;         \
-                EACH(STEP, V)                                                                                      \
+                EACH(FMA, V)                                                                                       \
             }                                                                                                      \
         EACH(MPT__TILE_KEEP, V)                                                                                    \
     }
@@ -2941,7 +2979,7 @@ MPT__AVX512 static void mpt__store_f16_avx512(uint16_t *dst, size_t n, const flo
     mpt__store_f16_plain(dst, n, src);
 }
 
-/* Rounded to bf16, in the upper halves */
+/* Rounded to bf16, in the upper half of each word */
 MPT__AVX512 static inline __m512i mpt__round_bf16x16(__m512i u) {
     const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xffff, u, 16), _mm512_set1_epi32(1));
     const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
@@ -2972,7 +3010,7 @@ MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, flo
     mpt__load_bf16_avx2(src, n, dst);
 }
 
-/* The instruction that rounds takes subnormals for zeros: those with one among them go the other way. */
+/* vcvtne2ps2bf16 takes subnormals for zeros: blocks with a subnormal are converted by integer operations. */
 MPT__AVX512_BF16 static void mpt__store_bf16_native(uint16_t *dst, size_t n, const float *src) {
     const __m512i one = _mm512_set1_epi32(1), least = _mm512_set1_epi32(0x00fffffe);
     for (; n >= 32; n -= 32, src += 32, dst += 32) {
@@ -2986,7 +3024,7 @@ MPT__AVX512_BF16 static void mpt__store_bf16_native(uint16_t *dst, size_t n, con
     mpt__store_bf16_avx2(dst, n, src);
 }
 
-/* The sums of mpt__squares_f32_avx2 and those after it, eight lanes at a time: lanes 8 i .. 8 i + 7 are in sum<i> */
+/* MPT__SQUARES for AVX-512: three functions, 1 KB. EIGHT(x) loads eight elements; sum<i> holds lanes 8 i .. 8 i + 7. */
 #define MPT__EACH_4(X, with) X(0, with) X(1, with) X(2, with) X(3, with)
 #define MPT__SUM_8(i, EIGHT) __m512d sum##i = _mm512_loadu_pd(lanes + 8 * i);
 #define MPT__SQUARE_8(i, EIGHT)                        \
@@ -3046,7 +3084,7 @@ static mpt__simd mpt__simd_avx512(void) {
     return s;
 }
 
-/* The states that the operating system saves: bits 1, 2 for AVX, 5, 6, 7 for AVX-512. */
+/* The register states that the operating system saves: bits 1, 2 for AVX, and 5, 6, 7 for AVX-512 */
 static unsigned mpt__saved_states(void) {
     unsigned low;
     __asm__ volatile("xgetbv" : "=a"(low) : "c"(0) : "edx");
@@ -3060,7 +3098,8 @@ static mpt_isa mpt__cpu_isa(void) {
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | f16c)) != (fma | osxsave | f16c)) return MPT_ISA_PLAIN;
     states = mpt__saved_states();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & avx2) || (states & 0x6) != 0x6) return MPT_ISA_PLAIN;
-    return (b & avx512) == avx512 && (states & 0xe6) == 0xe6 ? MPT_ISA_AVX512 : MPT_ISA_AVX2;
+    if ((b & avx512) != avx512 || (states & 0xe6) != 0xe6) return MPT_ISA_AVX2;
+    return MPT_ISA_AVX512;
 }
 
 #elif defined(MPT__ARM)
@@ -3101,7 +3140,8 @@ static int mpt__simd_of(mpt_isa isa, mpt__simd *out) {
     if (isa == MPT_ISA_PLAIN) return 1;
 #ifdef MPT__X86
     if (isa > best) return 0;
-    *out = isa == MPT_ISA_AVX2 ? mpt__simd_avx2() : mpt__simd_avx512();
+    if (isa == MPT_ISA_AVX2) *out = mpt__simd_avx2();
+    else *out = mpt__simd_avx512();
     return isa <= MPT_ISA_AVX512;
 #elif defined(MPT__ARM)
     *out = mpt__simd_neon();
@@ -3115,12 +3155,14 @@ static int mpt__simd_of(mpt_isa isa, mpt__simd *out) {
 
 MPT_DEF size_t mpt_dtype_size(mpt_dtype type) {
     static const unsigned char sizes[MPT_DTYPE_COUNT] = {4, 2, 2, 1, 1};
-    return (unsigned)type < MPT_DTYPE_COUNT ? sizes[type] : 0;
+    if ((unsigned)type >= MPT_DTYPE_COUNT) return 0;
+    return sizes[type];
 }
 
 MPT_DEF const char *mpt_dtype_name(mpt_dtype type) {
     static const char names[MPT_DTYPE_COUNT][5] = {"f32", "f16", "bf16", "e4m3", "e5m2"};
-    return (unsigned)type < MPT_DTYPE_COUNT ? names[type] : "unknown type";
+    if ((unsigned)type >= MPT_DTYPE_COUNT) return "unknown type";
+    return names[type];
 }
 
 /* dst(n) = a[i..i+n) as fp32 */
@@ -3149,13 +3191,14 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
     }
 }
 
-/* -- Runs: MPT__RUN elements, a count that the compiler knows, so that it makes vectors of these loops --
+/* -- Runs: MPT__RUN elements, a constant count, so that compilers vectorise these loops --
 
-   What a run reads lies in the array itself or in `room`; never copied if that can be helped, for a vector that is read
-   back from two halves just stored waits for them. */
+   A run is read where it lies if it can be, else from a copy in `room`: loading a vector of which two halves were just
+   stored stalls. */
 
 static const float mpt__zeros[MPT__RUN] = {0};
-/* A NaN that signals stays so: arithmetic or the rounding that follows makes it a quiet one. */
+
+/* A signalling NaN stays one: the arithmetic or rounding that follows makes it quiet. */
 MPT__INLINE void mpt__widen_run(const uint16_t *MPT__RESTRICT x, float *MPT__RESTRICT out) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) out[e] = mpt__float((uint32_t)x[e] << 16);
@@ -3169,7 +3212,7 @@ MPT__INLINE void mpt__narrow_run(const float *MPT__RESTRICT x, uint16_t *MPT__RE
     }
 }
 
-/* Elements i .. i+n of a as fp32; of a short run the rest is 0. */
+/* Elements i .. i+n of a as fp32, filled up with zeros to a whole run */
 MPT__INLINE const float *mpt__read_run(const mpt_context *ctx, mpt_array a, size_t i, size_t n, float *room) {
     if (a.type == MPT_F32 && n == MPT__RUN) return (const float *)a.data + i;
     if (a.type == MPT_BF16 && n == MPT__RUN) {
@@ -3224,8 +3267,9 @@ MPT__INLINE void mpt__gradient_run(mpt_activation act, float *MPT__RESTRICT dx, 
         for (e = 0; e < MPT__RUN; e++) dx[e] = mpt__activate_backward(act, saved[e], dy[e]);
 }
 
-/* A task NAME from the inlined NAME_body: for any CPU and, on x86, once more for AVX2 (without its fused multiply-adds,
-   so that both give the same bits). MPT__TASK picks one. */
+/* MPT__TASKS(NAME) compiles the inlined NAME_body into the task NAME for any CPU and, on x86, into NAME_avx2 (without
+   fused multiply-adds, so both give the same bits): there the run loops are vectors of eight instead of four. MPT__TASK
+   picks one. The nine AVX2 clones are 28 KB; tasks whose time is not spent in runs are plain functions. */
 #define MPT__TASK_AS(target, task, body) \
     target static void task(void *arg, size_t begin, size_t end, int worker) { body(arg, begin, end, worker); }
 #ifdef MPT__X86
@@ -3304,20 +3348,40 @@ MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc) {
 }
 
 MPT_DEF mpt_context_desc mpt_context_get_desc(const mpt_context *ctx) {
-    const mpt_context_desc none = MPT_ZERO;
-    return ctx ? ctx->desc : none;
+    mpt_context_desc desc = MPT_ZERO;
+    if (ctx) desc = ctx->desc;
+    return desc;
 }
-MPT_DEF void *mpt_context_device(const mpt_context *ctx) { return ctx ? ctx->device : NULL; }
-MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx) { return ctx ? &ctx->backend : NULL; }
+
+MPT_DEF void *mpt_context_device(const mpt_context *ctx) {
+    if (!ctx) return NULL;
+    return ctx->device;
+}
+
+MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx) {
+    if (!ctx) return NULL;
+    return &ctx->backend;
+}
+
 MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx) {
-    const mpt_place nowhere = MPT_ZERO;
-    return ctx ? ctx->place : nowhere;
+    mpt_place place = MPT_ZERO;
+    if (ctx) place = ctx->place;
+    return place;
 }
-MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) { return ctx ? ctx->simd.name : "none"; }
-MPT_DEF const char *mpt_device_name(const mpt_context *ctx) { return ctx ? ctx->backend.name : "none"; }
+
+MPT_DEF const char *mpt_isa_name(const mpt_context *ctx) {
+    if (!ctx) return "none";
+    return ctx->simd.name;
+}
+
+MPT_DEF const char *mpt_device_name(const mpt_context *ctx) {
+    if (!ctx) return "none";
+    return ctx->backend.name;
+}
+
 MPT_DEF int mpt_thread_count(const mpt_context *ctx) {
     if (!ctx) return 0;
-    return ctx->threads ? ctx->threads : 1;
+    return (int)mpt__max((size_t)ctx->threads, 1); /* 0 where a device has no workers */
 }
 
 /* ==== CHECKS ====
