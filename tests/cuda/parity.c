@@ -3,7 +3,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../positional.h"
+#include "../operation.h"
 
 static mpt_context *sides[2]; /* CPU, CUDA */
 
@@ -142,37 +142,94 @@ static void test_arrays(void) {
         for (i = 0; i < LENGTHS; i++) test_scan((mpt_dtype)from, lengths[i], i % 2);
 }
 
-/* ==== OPERATIONS ==== */
+/* ==== OPERATIONS ==== each side against the reference, and the sides against one another */
 
-static void test_maps(mpt_dtype type, mpt_dtype out) {
-    const size_t n = 1037;
-    pair a = pair_random(type, n, 3, SIZES), b = pair_random(out, n, 4, SIZES), y = pair_random(out, n, 5, SIZES);
-    int side;
+typedef struct twins {
+    test_op side[2];
+} twins;
+
+/* Numbers of many sizes, the same on both sides */
+static twins twins_new(test_op_kind kind, const void *op) {
+    twins t;
+    size_t j;
+    int side, i;
     for (side = 0; side < 2; side++) {
-        mpt_context *ctx = sides[side];
-        CHECK_OK(ctx, mpt_add_arrays(ctx, n, a.array[side], 0.3f, b.array[side], MPT_RELU, y.array[side]));
-        CHECK_OK(ctx, mpt_activation_backward(ctx, MPT_RELU, n, y.array[side], a.array[side], 0.7f, b.array[side]));
-        CHECK_OK(ctx, mpt_activation_forward(ctx, MPT_RELU, n, a.array[side], y.array[side]));
+        t.side[side] = test_op_new(sides[side], kind, op);
+        for (i = 0; i < TEST_SLOTS && kind != TEST_NORM; i++) {
+            test_tensor *x = &t.side[side].tensor[i];
+            if (!x->value) continue;
+            for (j = 0; j < x->count; j++) x->value[j] = ldexp(x->value[j], -(int)(mpt_hash((uint64_t)i, 1, 0, j) % 12));
+            test_tensor_upload(x);
+        }
     }
-    CHECK(pair_same(&b) && pair_same(&y));
-    pair_free(&a), pair_free(&b), pair_free(&y);
+    return t;
 }
 
-/* To another array, added to what is there; then in place. */
+/* same: to the bit */
+static void twins_check(twins *t, int same) {
+    int side, i;
+    for (side = 0; side < 2; side++) {
+        test_place_count = 0;
+        test_op_place(sides[side], 0);
+        CHECK_OP(&t->side[side]);
+    }
+    for (i = 0; i < TEST_SLOTS && same; i++) {
+        const test_tensor *x = &t->side[0].tensor[i];
+        if (!x->value) continue;
+        if (!CHECK(memcmp(x->value, t->side[1].tensor[i].value, x->count * sizeof *x->value) == 0))
+            test_op_print(&t->side[1]);
+    }
+}
+
+static void twins_free(twins *t) {
+    test_op_free(&t->side[0]);
+    test_op_free(&t->side[1]);
+}
+
+static void test_maps(mpt_dtype type, mpt_dtype out) {
+    static const mpt_map maps[] = {MPT_MAP_ADD, MPT_MAP_ACTIVATION_GRADIENT, MPT_MAP_ACTIVATION};
+    size_t i;
+    for (i = 0; i < sizeof maps / sizeof *maps; i++) {
+        mpt_map_op op = MPT_ZERO;
+        twins t;
+        op.map = maps[i];
+        op.n = 1037;
+        op.act = MPT_RELU;
+        op.beta = 0.3f;
+        op.a = test_wanted(type);
+        op.b = op.out = test_wanted(out);
+        t = twins_new(TEST_MAP, &op);
+        twins_check(&t, 1);
+        twins_free(&t);
+    }
+}
+
+/* To another array, added to what is there, by a mask with and without a step. */
 static void test_dropout(mpt_dtype type, mpt_dtype out) {
-    const size_t n = 1037;
-    const uint64_t number = 12345678901u;
-    pair x = pair_random(type, n, 14, SIZES), y = pair_random(out, n, 15, SIZES), step = pair_new(MPT_F32, 2);
+    static const uint64_t number = 12345678901u;
+    pair step = pair_new(MPT_F32, 2);
+    mpt_map_op op = MPT_ZERO;
+    twins t;
     int side;
     pair_put(&step, &number);
+    op.map = MPT_MAP_DROPOUT;
+    op.n = 1037;
+    op.beta = 0.5f;
+    op.mask.p = 0.3f;
+    op.mask.seed = 7;
+    op.mask.tensor = 8;
+    op.a = test_wanted(type);
+    op.out = test_wanted(out);
+    t = twins_new(TEST_MAP, &op);
+    twins_check(&t, 1);
     for (side = 0; side < 2; side++) {
-        mpt_mask mask = {0.3f, 7, 8, NULL};
-        CHECK_OK(sides[side], mpt_dropout_array(sides[side], n, &mask, x.array[side], 0.5f, y.array[side]));
-        mask.step = (const uint64_t *)step.array[side].data;
-        CHECK_OK(sides[side], mpt_dropout_array(sides[side], n, &mask, y.array[side], 0, y.array[side]));
+        t.side[side].op.map.beta = 0;
+        t.side[side].op.map.mask.step = (const uint64_t *)step.array[side].data;
+        t.side[side].step = &number;
     }
-    CHECK(pair_same(&y));
-    pair_free(&x), pair_free(&y), pair_free(&step);
+    twins_check(&t, 1);
+    twins_free(&t);
+    pair_free(&step);
 }
 
 /* Rows that 16-byte packs fit into, and others */
@@ -184,167 +241,105 @@ static void test_copy_columns(mpt_dtype type, mpt_dtype out) {
         const size_t rows = shapes[i][0], C = shapes[i][1], from = shapes[i][2], to = shapes[i][3];
         pair x = pair_random(type, rows * from, 16, SIZES), y = pair_random(out, rows * to, 17, SIZES);
         for (side = 0; side < 2; side++) {
-            mpt_context *ctx = sides[side];
-            const mpt_array second = mpt_typed_array((char *)y.array[side].data + mpt_dtype_size(out) * (to - C), out);
-            CHECK_OK(ctx, mpt_copy_columns(ctx, rows, C, x.array[side], from, 0.3f, y.array[side], to));
-            CHECK_OK(ctx, mpt_copy_columns(ctx, rows, C, x.array[side], from, 0, second, to));
+            mpt_columns_op op = MPT_ZERO;
+            op.rows = rows;
+            op.C = C;
+            op.x = x.array[side];
+            op.y = y.array[side];
+            op.x_stride = from;
+            op.y_stride = to;
+            op.beta = 0.3f;
+            CHECK_OK(sides[side], mpt_op_columns(sides[side], &op));
+            op.y.data = (char *)y.array[side].data + mpt_dtype_size(out) * (to - C);
+            op.beta = 0;
+            CHECK_OK(sides[side], mpt_op_columns(sides[side], &op));
         }
         CHECK(pair_same(&y));
         pair_free(&x), pair_free(&y);
     }
 }
 
+/* Averages divide a double sum on the CPU: as near as that. */
 static void test_pool(mpt_pool_kind kind, mpt_dtype type) {
-    const mpt_pool2d_shape s = {3, 9, 7, 13, 3, 2, 2, 1};
-    const size_t inputs = 3 * 9 * 7 * 13;
-    size_t P = 0, Q = 0, outputs;
-    pair x = pair_random(type, inputs, 6, SIZES), y, dy, index;
+    static const mpt_pool2d_shape shape = {3, 9, 7, 13, 3, 2, 2, 1};
+    mpt_pool2d_op op = MPT_ZERO;
+    twins t;
     int side;
-    CHECK_OK(NULL, mpt_pool2d_output(NULL, &s, &P, &Q));
-    outputs = 3 * P * Q * 13;
-    y = pair_new(type, outputs), dy = pair_random(type, outputs, 7, SIZES), index = pair_new(MPT_F16, outputs);
+    op.kind = kind;
+    op.shape = shape;
+    op.x = op.y = test_wanted(type);
+    t = twins_new(TEST_POOL2D, &op);
+    twins_check(&t, 1);
     for (side = 0; side < 2; side++) {
-        uint16_t *at = (uint16_t *)index.array[side].data;
-        CHECK_OK(sides[side], mpt_pool2d_forward(sides[side], kind, &s, x.array[side], y.array[side], at));
-        CHECK_OK(sides[side], mpt_pool2d_backward(sides[side], kind, &s, dy.array[side], at, 0.5f, x.array[side]));
+        t.side[side].op.pool2d.pass = MPT_BACKWARD_DATA;
+        t.side[side].op.pool2d.beta = 0.5f;
     }
-    CHECK(pair_same(&x) && pair_same(&y) && pair_same(&index));
-    pair_free(&x), pair_free(&y), pair_free(&dy), pair_free(&index);
+    twins_check(&t, 1);
+    twins_free(&t);
 }
 
-/* With bias and without, as they take different ways to a 16-bit y. */
-static void test_conv2d_forward(const mpt_conv2d_shape *s, pair *x, pair *w, pair *y) {
-    pair b = pair_random(MPT_F32, s->K, 10, SIZES);
-    const double terms = (double)(s->R * s->S * s->C / s->groups + 1);
-    mpt_array none = MPT_ZERO;
-    int side, bias;
-    for (bias = 0; bias < 2; bias++) {
-        for (side = 0; side < 2; side++)
-            CHECK_OK(sides[side], mpt_conv2d_forward(sides[side], s, x->array[side], w->array[side],
-                                                     bias ? b.array[side] : none, MPT_RELU, y->array[side]));
-        pair_near(y, terms, terms, "conv2d forward");
+/* With bias and without, as they take different ways to a 16-bit y; the gradient of a bias may be added up by the
+   product that reads dy, in slices and on top of what is there. */
+static void test_conv2d(const mpt_conv2d_shape *shape, mpt_dtype type, mpt_dtype weights) {
+    mpt_conv2d_op op = MPT_ZERO;
+    int pass, with, side;
+    op.shape = *shape;
+    op.x = op.y = test_wanted(type);
+    for (pass = MPT_FORWARD; pass <= MPT_BACKWARD_WEIGHT; pass++) {
+        twins t;
+        op.pass = (mpt_pass)pass;
+        op.act = pass == MPT_FORWARD ? MPT_RELU : MPT_IDENTITY;
+        op.w = op.bias = test_wanted(pass == MPT_BACKWARD_WEIGHT ? MPT_F32 : weights);
+        if (pass == MPT_FORWARD) op.bias = test_wanted(MPT_F32);
+        t = twins_new(TEST_CONV2D, &op);
+        for (with = 0; with < 4; with++) {
+            for (side = 0; side < 2; side++) {
+                t.side[side].op.conv2d.bias.data = with % 2 ? t.side[side].tensor[3].array.data : NULL;
+                t.side[side].op.conv2d.beta = with / 2 ? 0.5f : 0;
+            }
+            twins_check(&t, 0);
+        }
+        twins_free(&t);
     }
-    pair_free(&b);
-}
-
-/* The gradients of a convolution and of its bias, with beta 0.5. */
-static void test_conv2d_backward(const mpt_conv2d_shape *s, pair *x, pair *w, pair *dy) {
-    const size_t rows = pair_count(dy) / s->K;
-    const double taps = (double)(s->R * s->S * s->K / s->groups + 1), sum = (double)(rows + 1);
-    pair dw = pair_random(MPT_F32, pair_count(w), 11, SIZES), db = pair_random(MPT_F32, s->K, 12, SIZES);
-    int side;
-    for (side = 0; side < 2; side++) {
-        mpt_context *ctx = sides[side];
-        CHECK_OK(ctx, mpt_conv2d_backward_weight(ctx, s, dy->array[side], x->array[side], 0.5f, dw.array[side]));
-        CHECK_OK(ctx, mpt_conv2d_backward_data(ctx, s, dy->array[side], w->array[side], 0.5f, x->array[side]));
-        CHECK_OK(ctx, mpt_bias_backward(ctx, rows, s->K, dy->array[side], 0.5f, db.array[side]));
-    }
-    pair_near(&dw, sum, sum, "conv2d weight gradient");
-    pair_near(x, taps, taps, "conv2d data gradient");
-    pair_near(&db, sum, sum, "conv2d bias gradient");
-    pair_free(&dw), pair_free(&db);
-}
-
-/* The gradients of weights and bias by one operation: the product may add up dy as it reads it, in slices and on top of
-   what is there. */
-static void test_conv2d_sums(const mpt_conv2d_shape *s, size_t weights, pair *x, pair *dy, float beta) {
-    const size_t rows = pair_count(dy) / s->K;
-    const double sum = (double)(rows + 1);
-    pair dw = pair_random(MPT_F32, weights, 18, SIZES), db = pair_random(MPT_F32, s->K, 19, SIZES);
-    int side;
-    for (side = 0; side < 2; side++) {
-        mpt_conv2d_op op = MPT_ZERO;
-        op.pass = MPT_BACKWARD_WEIGHT;
-        op.shape = *s;
-        op.x = x->array[side];
-        op.y = dy->array[side];
-        op.w = dw.array[side];
-        op.bias = db.array[side];
-        op.beta = beta;
-        CHECK_OK(sides[side], mpt_op_conv2d(sides[side], &op));
-    }
-    pair_near(&dw, sum, sum, "conv2d weight gradient with sums");
-    pair_near(&db, sum, sum, "conv2d bias gradient by the product");
-    pair_free(&dw), pair_free(&db);
-}
-
-static void test_conv2d(const mpt_conv2d_shape *s, mpt_dtype type, mpt_dtype weights) {
-    pair x = pair_random(type, s->N * s->H * s->W * s->C, 8, SIZES);
-    pair w = pair_random(weights, s->K * s->R * s->S * s->C / s->groups, 9, SIZES), y, dy;
-    size_t P = 0, Q = 0;
-    CHECK_OK(NULL, mpt_conv2d_output(NULL, s, &P, &Q));
-    y = pair_new(type, s->N * P * Q * s->K), dy = pair_random(type, s->N * P * Q * s->K, 13, SIZES);
-    test_conv2d_forward(s, &x, &w, &y);
-    test_conv2d_sums(s, pair_count(&w), &x, &dy, 0);
-    test_conv2d_sums(s, pair_count(&w), &x, &dy, 0.5f);
-    test_conv2d_backward(s, &x, &w, &dy);
-    pair_free(&x), pair_free(&w), pair_free(&y), pair_free(&dy);
 }
 
 /* -- Normalisation -- */
 
-/* CUDA gets the CPU's bytes: what follows starts from the same numbers. */
-static void pair_level(pair *p) {
-    unsigned char *host = (unsigned char *)test_memory(p->bytes);
-    CHECK_OK(sides[0], mpt_download(sides[0], host, p->array[0].data, p->bytes));
-    CHECK_OK(sides[1], mpt_upload(sides[1], p->array[1].data, host, p->bytes));
-    free(host);
-}
-
-/* Means and variances are double sums rounded once. Returns the largest 1 / sqrt(variance + eps). */
-static double test_norm_stats(const mpt_norm_shape *s, pair *x, pair *stats) {
-    const size_t sets = s->N * s->groups;
-    double *value, largest = 0;
-    size_t i;
-    int side;
-    for (side = 0; side < 2; side++)
-        CHECK_OK(sides[side], mpt_norm_stats(sides[side], s, x->array[side], (float *)stats->array[side].data));
-    pair_near(stats, 1, 1, "norm statistics");
-    pair_level(stats);
-    value = pair_values(stats, 0);
-    for (i = 0; i < sets; i++) largest = fmax(largest, 1 / sqrt(value[sets + i] + 1e-5));
-    free(value);
-    return largest;
-}
-
-/* Statistics to running ones; y from three products of at most `inverse` */
-static void test_norm_forward(const mpt_norm_shape *s, mpt_dtype scale, pair *x, pair *stats, double inverse) {
-    pair gamma = pair_random(scale, s->C, 22, UNIFORM), beta = pair_random(scale, s->C, 23, UNIFORM);
-    pair running = pair_random(MPT_F32, 2 * s->N * s->groups, 24, UNIFORM);
-    pair y = pair_new(x->array[0].type, pair_count(x));
+static void norm_pass(twins *t, mpt_norm_pass pass, int frozen, float scale) {
     int side;
     for (side = 0; side < 2; side++) {
-        mpt_context *ctx = sides[side];
-        const float *at = (const float *)stats->array[side].data;
-        CHECK_OK(ctx, mpt_norm_forward(ctx, s, x->array[side], at, gamma.array[side], beta.array[side], MPT_RELU,
-                                       y.array[side]));
-        CHECK_OK(ctx, mpt_norm_running(ctx, s, 0.3f, at, (float *)running.array[side].data));
+        mpt_norm_op *op = &t->side[side].op.norm;
+        op->pass = pass;
+        op->act = pass == MPT_NORM_FORWARD ? MPT_RELU : MPT_IDENTITY;
+        op->frozen = frozen;
+        op->scale = scale;
+        op->scale_x = scale > 0 ? 0.5f : 0;
+        op->momentum = 0.3f;
     }
-    pair_near(&y, 3, 2 * inverse + 1, "norm forward");
-    pair_near(&running, 2, 3, "norm running statistics");
-    pair_free(&gamma), pair_free(&beta), pair_free(&running), pair_free(&y);
+    twins_check(t, 0);
 }
 
-/* dx = inverse (gamma dy - a - xhat b) + 0.5 dx, where a, b are means of at most 1 and xhat is at most 2 inverse. Sums
-   are double and rounded once, but for 16-bit values: CUDA adds products of three roundings in fp32 over eight. */
-static void test_norm_backward(const mpt_norm_shape *s, mpt_dtype scale, pair *x, pair *stats, double inverse,
-                               int frozen, int wanted) {
-    const mpt_dtype type = x->array[0].type;
-    pair gamma = pair_random(scale, s->C, 25, UNIFORM), dy = pair_random(type, pair_count(x), 26, UNIFORM);
-    pair dx = pair_random(type, pair_count(x), 27, UNIFORM), dgamma = pair_random(MPT_F32, s->C, 28, UNIFORM);
-    pair dbeta = pair_random(MPT_F32, s->C, 29, UNIFORM);
-    const mpt_array none = MPT_ZERO;
-    const double rows = type == MPT_F32 ? 0 : (double)(s->N * s->pixels);
-    int side;
-    for (side = 0; side < 2; side++)
-        CHECK_OK(sides[side],
-                 mpt_norm_backward(sides[side], s, x->array[side], (float *)stats->array[side].data, frozen,
-                                   gamma.array[side], dy.array[side], 0.5f, wanted ? dx.array[side] : none, 0.7f,
-                                   dgamma.array[side], dbeta.array[side]));
-    pair_near(&dx, 6, inverse * (2 + 2 * inverse) + 1, "norm data gradient");
-    pair_near(&dgamma, rows ? 10 : 1, 1 + rows * 2 * inverse, "norm gamma gradient");
-    pair_near(&dbeta, rows ? 7 : 1, 1 + rows, "norm beta gradient");
-    pair_free(&gamma), pair_free(&dy), pair_free(&dx), pair_free(&dgamma), pair_free(&dbeta);
+/* Each pass; the gradients with statistics that are constants and that are not, with dx and without. */
+static void test_norm_passes(const mpt_norm_shape *s, mpt_dtype type, mpt_dtype scale) {
+    mpt_norm_op op = MPT_ZERO;
+    twins t;
+    int mode, side;
+    op.shape = *s;
+    op.x = op.y = op.dx = test_wanted(type);
+    op.gamma = op.beta = test_wanted(scale);
+    op.dgamma = op.dbeta = test_wanted(MPT_F32);
+    t = twins_new(TEST_NORM, &op);
+    norm_pass(&t, MPT_NORM_STATS, 0, 0);
+    norm_pass(&t, MPT_NORM_FORWARD, 0, 0);
+    norm_pass(&t, MPT_NORM_RUNNING, 0, 0);
+    for (mode = 0; mode < 4; mode++) {
+        for (side = 0; side < 2; side++) {
+            test_tensor_fill(TEST_TENSOR(&t.side[side], norm.y), -1, 1, 26); /* dy */
+            t.side[side].op.norm.dx.data = mode % 2 ? t.side[side].tensor[6].array.data : NULL;
+        }
+        norm_pass(&t, MPT_NORM_BACKWARD, mode / 2, 0.7f);
+    }
+    twins_free(&t);
 }
 
 /* The slope of a ReLU in passing, or applied to dy before: the same bits, with y of all sizes about the smallest. */
@@ -359,6 +354,7 @@ static void test_norm_slope(const mpt_norm_shape *s, mpt_dtype type) {
     unsigned char *second = (unsigned char *)test_memory(n * each + 8 * s->C);
     float *host = (float *)test_memory(2 * s->C * sizeof *host);
     mpt_norm_op op = MPT_ZERO;
+    mpt_map_op slope = MPT_ZERO;
     size_t i;
     int passing;
     for (i = 0; i < 2 * s->C; i++) host[i] = (float)(smallest * test_uniform(-2, 2, 53, i));
@@ -380,10 +376,14 @@ static void test_norm_slope(const mpt_norm_shape *s, mpt_dtype type) {
     op.dx = dx.array[1];
     op.dbeta = sums.array[1];
     op.dgamma = mpt_f32_array((float *)sums.array[1].data + s->C);
+    slope.map = MPT_MAP_ACTIVATION_GRADIENT;
+    slope.act = MPT_RELU;
+    slope.n = n;
+    slope.a = y.array[1];
+    slope.b = slope.out = dy.array[1];
     for (passing = 1; passing >= 0; passing--) {
         unsigned char *to = passing ? first : second;
-        if (!passing)
-            CHECK_OK(ctx, mpt_activation_backward(ctx, MPT_RELU, n, y.array[1], dy.array[1], 0, dy.array[1]));
+        if (!passing) CHECK_OK(ctx, mpt_op_map(ctx, &slope));
         op.act = passing ? MPT_RELU : MPT_IDENTITY;
         CHECK_OK(ctx, mpt_op_norm(ctx, &op));
         CHECK_OK(ctx, mpt_download(ctx, to, dx.array[1].data, n * each));
@@ -403,17 +403,9 @@ static void test_norm(mpt_dtype type) {
         {5, 60, 12, 12, 0},                                                               /* instance norm */
     };
     size_t i;
-    int mode;
     for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-        const mpt_norm_shape *s = &shapes[i];
-        pair x = pair_random(type, s->N * s->pixels * s->C, 21, UNIFORM),
-             stats = pair_new(MPT_F32, 4 * s->N * s->groups);
-        const double inverse = test_norm_stats(s, &x, &stats);
-        const mpt_dtype scale = i % 2 ? type : MPT_F32;
-        test_norm_forward(s, scale, &x, &stats, inverse);
-        for (mode = 0; mode < 4; mode++) test_norm_backward(s, scale, &x, &stats, inverse, mode / 2, mode % 2);
-        test_norm_slope(s, type);
-        pair_free(&x), pair_free(&stats);
+        test_norm_passes(&shapes[i], type, i % 2 ? type : MPT_F32);
+        test_norm_slope(&shapes[i], type);
     }
 }
 
@@ -434,6 +426,20 @@ static losses losses_new(mpt_dtype type, size_t N, size_t C, const void *target,
     pair_put(&l.scale, &scale);
     pair_put(&l.target, target);
     return l;
+}
+
+static mpt_loss_op losses_op(const losses *l, mpt_loss_kind kind, int side) {
+    mpt_loss_op op = MPT_ZERO;
+    op.kind = kind;
+    op.N = l->N;
+    op.C = l->C;
+    op.x = l->x.array[side];
+    op.target = l->target.array[side].data;
+    op.grad_scale = 2;
+    op.loss_scale = (const float *)l->scale.array[side].data;
+    op.dx = l->dx.array[side];
+    op.sum = (mpt_loss_sum *)l->sum.array[side].data;
+    return op;
 }
 
 static void losses_free(losses *l) {
@@ -467,14 +473,14 @@ static void test_cross_entropy(mpt_dtype type, size_t N, size_t C, mpt_cross_ent
     l = losses_new(type, N, C, label, N * sizeof *label);
     if (weights) pair_put(&w, weights);
     for (side = 0; side < 2; side++) {
-        mpt_context *ctx = sides[side];
-        mpt_loss_sum *sum = (mpt_loss_sum *)l.sum.array[side].data;
-        const int32_t *target = (const int32_t *)l.target.array[side].data;
-        const mpt_array none = MPT_ZERO;
-        if (weights) desc.class_weights = (const float *)w.array[side].data;
-        CHECK_OK(ctx, mpt_cross_entropy(ctx, &desc, N, C, l.x.array[side], target, 2,
-                                        (const float *)l.scale.array[side].data, l.dx.array[side], sum));
-        CHECK_OK(ctx, mpt_cross_entropy(ctx, &desc, N / 2, C, l.x.array[side], target, 2, NULL, none, sum));
+        mpt_loss_op op = losses_op(&l, MPT_LOSS_CROSS_ENTROPY, side);
+        op.cross_entropy = desc;
+        if (weights) op.cross_entropy.class_weights = (const float *)w.array[side].data;
+        CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
+        op.N = N / 2;
+        op.loss_scale = NULL;
+        op.dx.data = NULL;
+        CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
     }
     check_losses(&l, 3 * (2 + log((double)C)), 3 * 3 * 16 / ((double)N * (weights ? mean : 1)), "cross entropy");
     losses_free(&l);
@@ -488,11 +494,10 @@ static void test_elementwise_loss(mpt_loss_kind kind, mpt_dtype type, size_t N, 
     int side;
     test_floats(target, N * C, -1, 1, 34);
     l = losses_new(type, N, C, target, N * C * sizeof *target);
-    for (side = 0; side < 2; side++)
-        CHECK_OK(sides[side], mpt_elementwise_loss(sides[side], kind, N, C, l.x.array[side],
-                                                   (const float *)l.target.array[side].data, 2,
-                                                   (const float *)l.scale.array[side].data, l.dx.array[side],
-                                                   (mpt_loss_sum *)l.sum.array[side].data));
+    for (side = 0; side < 2; side++) {
+        const mpt_loss_op op = losses_op(&l, kind, side);
+        CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
+    }
     check_losses(&l, 4, 4 * 16 / (double)(N * C), "elementwise loss");
     losses_free(&l);
     free(target);
@@ -501,24 +506,24 @@ static void test_elementwise_loss(mpt_loss_kind kind, mpt_dtype type, size_t N, 
 /* A row without a class is NaN and leaves the others alone; where all are ignored the gradient is 0. */
 static void test_labels(void) {
     static const int32_t label[4] = {1, -1, 2, 3};
-    mpt_cross_entropy_desc desc = MPT_ZERO;
     losses l = losses_new(MPT_F32, 4, 3, label, sizeof label);
     mpt_loss_sum sum[2];
     double *dx;
     size_t i;
     int side;
-    desc.ignore = 1, desc.ignore_index = 3;
     for (side = 0; side < 2; side++) {
         mpt_context *ctx = sides[side];
-        CHECK_OK(ctx, mpt_cross_entropy(ctx, &desc, 4, 3, l.x.array[side], (const int32_t *)l.target.array[side].data,
-                                        1, NULL, l.dx.array[side], (mpt_loss_sum *)l.sum.array[side].data));
+        mpt_loss_op op = losses_op(&l, MPT_LOSS_CROSS_ENTROPY, side);
+        op.cross_entropy.ignore = 1;
+        op.cross_entropy.ignore_index = 3;
+        CHECK_OK(ctx, mpt_op_loss(ctx, &op));
         CHECK_OK(ctx, mpt_download(ctx, &sum[side], l.sum.array[side].data, sizeof *sum));
         dx = pair_values(&l.dx, side);
         for (i = 0; i < 12; i++) CHECK(test_is_finite(dx[i]) == (i / 3 != 1) && (i / 3 != 3 || dx[i] == 0));
         free(dx);
-        CHECK_OK(ctx,
-                 mpt_cross_entropy(ctx, &desc, 1, 3, l.x.array[side], (const int32_t *)l.target.array[side].data + 3, 1,
-                                   NULL, l.dx.array[side], (mpt_loss_sum *)l.sum.array[side].data));
+        op.N = 1;
+        op.target = (const int32_t *)op.target + 3;
+        CHECK_OK(ctx, mpt_op_loss(ctx, &op));
         dx = pair_values(&l.dx, side);
         for (i = 0; i < 3; i++) CHECK_EQUAL(dx[i], 0);
         free(dx);
@@ -707,10 +712,12 @@ int main(void) {
     sides[0] = mpt_open(NULL);
     sides[1] = test_open(NULL);
     if (!sides[0] || !sides[1]) return 1;
+    test_op_open();
     CHECK(strcmp(mpt_device_name(sides[1]), "cuda") == 0);
     test_arrays();
     test_operations();
     test_optimizers();
+    test_op_close();
     mpt_close(sides[0]);
     mpt_close(sides[1]);
     return test_finish("cuda/parity");

@@ -11,7 +11,6 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../positional.h"
 #include "golden.h"
 
 /* ==== ONE RUN ==== of an operation in a mode; the arrays it used */
@@ -114,59 +113,118 @@ static void finish(run *r) {
 static void run_linear(run *r) {
     const size_t N = size(r, "N"), I = size(r, "I"), O = size(r, "O");
     const mpt_array x = input(r, "x"), w = input(r, "w"), b = input(r, "b"), dy = input(r, "dy");
-    CHECK_OK(r->ctx, mpt_linear_forward(r->ctx, N, I, O, x, w, b, MPT_IDENTITY, output(r, "y")));
-    CHECK_OK(r->ctx, mpt_linear_backward_data(r->ctx, N, I, O, dy, w, 0, output(r, "dx")));
-    CHECK_OK(r->ctx, mpt_linear_backward_weight(r->ctx, N, I, O, dy, x, 0, output(r, "dw")));
-    CHECK_OK(r->ctx, mpt_bias_backward(r->ctx, N, O, dy, 0, output(r, "db")));
-}
-
-static mpt_conv2d_shape conv2d_shape(const run *r) {
-    mpt_conv2d_shape s = MPT_ZERO;
-    s.N = size(r, "N"), s.H = size(r, "H"), s.W = size(r, "W"), s.C = size(r, "C");
-    s.K = size(r, "K"), s.R = size(r, "R"), s.S = size(r, "S");
-    s.stride = size(r, "stride"), s.padding = size(r, "padding"), s.dilation = size(r, "dilation");
-    s.groups = size(r, "groups");
-    return s;
+    mpt_gemm_op forward = MPT_ZERO, data = MPT_ZERO, weight = MPT_ZERO;
+    forward.trans_b = 1;
+    forward.m = N;
+    forward.n = O;
+    forward.k = I;
+    forward.a = x;
+    forward.b = w;
+    forward.c = output(r, "y");
+    forward.bias = b;
+    CHECK_OK(r->ctx, mpt_op_gemm(r->ctx, &forward));
+    data.m = N;
+    data.n = I;
+    data.k = O;
+    data.a = dy;
+    data.b = w;
+    data.c = output(r, "dx");
+    CHECK_OK(r->ctx, mpt_op_gemm(r->ctx, &data));
+    weight.trans_a = 1;
+    weight.m = O;
+    weight.n = I;
+    weight.k = N;
+    weight.a = dy;
+    weight.b = x;
+    weight.c = output(r, "dw");
+    weight.a_sums = output(r, "db");
+    CHECK_OK(r->ctx, mpt_op_gemm(r->ctx, &weight));
 }
 
 static void run_conv2d(run *r) {
-    const mpt_conv2d_shape s = conv2d_shape(r);
-    const size_t rows = s.N * size(r, "P") * size(r, "Q");
-    const mpt_array x = input(r, "x"), w = input(r, "w"), b = input(r, "b"), dy = input(r, "dy");
-    CHECK_OK(r->ctx, mpt_conv2d_forward(r->ctx, &s, x, w, b, MPT_IDENTITY, output(r, "y")));
-    CHECK_OK(r->ctx, mpt_conv2d_backward_data(r->ctx, &s, dy, w, 0, output(r, "dx")));
-    CHECK_OK(r->ctx, mpt_conv2d_backward_weight(r->ctx, &s, dy, x, 0, output(r, "dw")));
-    CHECK_OK(r->ctx, mpt_bias_backward(r->ctx, rows, s.K, dy, 0, output(r, "db")));
+    const mpt_array x = input(r, "x"), w = input(r, "w"), dy = input(r, "dy");
+    mpt_conv2d_op op = MPT_ZERO;
+    op.shape.N = size(r, "N");
+    op.shape.H = size(r, "H");
+    op.shape.W = size(r, "W");
+    op.shape.C = size(r, "C");
+    op.shape.K = size(r, "K");
+    op.shape.R = size(r, "R");
+    op.shape.S = size(r, "S");
+    op.shape.stride = size(r, "stride");
+    op.shape.padding = size(r, "padding");
+    op.shape.dilation = size(r, "dilation");
+    op.shape.groups = size(r, "groups");
+    op.x = x;
+    op.w = w;
+    op.y = output(r, "y");
+    op.bias = input(r, "b");
+    CHECK_OK(r->ctx, mpt_op_conv2d(r->ctx, &op));
+    op.pass = MPT_BACKWARD_DATA;
+    op.x = output(r, "dx");
+    op.y = dy;
+    CHECK_OK(r->ctx, mpt_op_conv2d(r->ctx, &op));
+    op.pass = MPT_BACKWARD_WEIGHT;
+    op.x = x;
+    op.w = output(r, "dw");
+    op.bias = output(r, "db");
+    CHECK_OK(r->ctx, mpt_op_conv2d(r->ctx, &op));
 }
 
 static void run_pool2d(run *r) {
-    const mpt_pool_kind kind = (mpt_pool_kind)r->option;
-    const mpt_array x = input(r, "x"), dy = input(r, "dy");
-    mpt_pool2d_shape s = MPT_ZERO;
-    uint16_t *index;
-    s.N = size(r, "N"), s.H = size(r, "H"), s.W = size(r, "W"), s.C = size(r, "C");
-    s.R = size(r, "R"), s.S = size(r, "S"), s.stride = size(r, "stride"), s.padding = size(r, "padding");
-    index = (uint16_t *)scratch(r, golden_need(r->g, "", "input", "dy")->count * sizeof *index);
-    CHECK_OK(r->ctx, mpt_pool2d_forward(r->ctx, kind, &s, x, output(r, "y"), index));
-    CHECK_OK(r->ctx, mpt_pool2d_backward(r->ctx, kind, &s, dy, index, 0, output(r, "dx")));
+    mpt_pool2d_op op = MPT_ZERO;
+    op.kind = (mpt_pool_kind)r->option;
+    op.shape.N = size(r, "N");
+    op.shape.H = size(r, "H");
+    op.shape.W = size(r, "W");
+    op.shape.C = size(r, "C");
+    op.shape.R = size(r, "R");
+    op.shape.S = size(r, "S");
+    op.shape.stride = size(r, "stride");
+    op.shape.padding = size(r, "padding");
+    op.x = input(r, "x");
+    op.y = output(r, "y");
+    op.index = (uint16_t *)scratch(r, golden_need(r->g, "", "input", "dy")->count * sizeof *op.index);
+    CHECK_OK(r->ctx, mpt_op_pool2d(r->ctx, &op));
+    op.pass = MPT_BACKWARD_DATA;
+    op.x = output(r, "dx");
+    op.y = input(r, "dy");
+    CHECK_OK(r->ctx, mpt_op_pool2d(r->ctx, &op));
 }
 
 /* The gradient goes to both sides as it is. */
 static void run_add(run *r) {
-    const mpt_array a = input(r, "a"), b = input(r, "b"), dy = input(r, "dy");
-    const mpt_array da = output(r, "da"), db = output(r, "db");
-    const size_t n = size(r, "n");
-    CHECK_OK(r->ctx, mpt_add_arrays(r->ctx, n, a, 1, b, MPT_IDENTITY, output(r, "y")));
-    CHECK_OK(r->ctx, mpt_add_arrays(r->ctx, n, dy, 0, da, MPT_IDENTITY, da));
-    CHECK_OK(r->ctx, mpt_add_arrays(r->ctx, n, dy, 0, db, MPT_IDENTITY, db));
+    const mpt_array dy = input(r, "dy");
+    mpt_map_op op = MPT_ZERO;
+    op.map = MPT_MAP_ADD;
+    op.n = size(r, "n");
+    op.a = input(r, "a");
+    op.b = input(r, "b");
+    op.beta = 1;
+    op.out = output(r, "y");
+    CHECK_OK(r->ctx, mpt_op_map(r->ctx, &op));
+    op.a = dy;
+    op.beta = 0;
+    op.b = op.out = output(r, "da");
+    CHECK_OK(r->ctx, mpt_op_map(r->ctx, &op));
+    op.b = op.out = output(r, "db");
+    CHECK_OK(r->ctx, mpt_op_map(r->ctx, &op));
 }
 
 static void run_activation(run *r) {
-    const mpt_activation act = (mpt_activation)r->option;
-    const mpt_array x = input(r, "x"), dy = input(r, "dy"), y = output(r, "y");
-    const size_t n = size(r, "n");
-    CHECK_OK(r->ctx, mpt_activation_forward(r->ctx, act, n, x, y));
-    CHECK_OK(r->ctx, mpt_activation_backward(r->ctx, act, n, act >= MPT_GELU ? x : y, dy, 0, output(r, "dx")));
+    const mpt_array x = input(r, "x"), y = output(r, "y");
+    mpt_map_op op = MPT_ZERO;
+    op.map = MPT_MAP_ACTIVATION;
+    op.act = (mpt_activation)r->option;
+    op.n = size(r, "n");
+    op.a = x;
+    op.out = y;
+    CHECK_OK(r->ctx, mpt_op_map(r->ctx, &op));
+    op.map = MPT_MAP_ACTIVATION_GRADIENT;
+    op.a = op.act >= MPT_GELU ? x : y;
+    op.b = input(r, "dy");
+    op.out = output(r, "dx");
+    CHECK_OK(r->ctx, mpt_op_map(r->ctx, &op));
 }
 
 typedef enum norm_kind { BATCH_NORM_TRAIN, BATCH_NORM_EVAL, LAYER_NORM, GROUP_NORM } norm_kind;
@@ -188,54 +246,73 @@ static void copy(run *r, float *to, const void *from, size_t n) {
 }
 
 /* The running statistics (2,C) of batch norm, which PyTorch keeps in two arrays, after this batch. */
-static void run_running(run *r, const mpt_norm_shape *s, const float *stats, mpt_array mean, mpt_array var) {
-    float *running = (float *)mpt_alloc(r->ctx, 2 * s->C * sizeof *running);
-    copy(r, running, mean.data, s->C), copy(r, running + s->C, var.data, s->C);
-    CHECK_OK(r->ctx, mpt_norm_running(r->ctx, s, (float)golden_number(r->g, "momentum"), stats, running));
-    copy(r, (float *)output(r, "mean_after").data, running, s->C);
-    copy(r, (float *)output(r, "var_after").data, running + s->C, s->C);
-    mpt_free(r->ctx, running);
+static void run_running(run *r, const mpt_norm_op *norm, mpt_array mean, mpt_array var) {
+    const size_t C = norm->shape.C;
+    mpt_norm_op op = *norm;
+    op.pass = MPT_NORM_RUNNING;
+    op.momentum = (float)golden_number(r->g, "momentum");
+    op.running = (float *)mpt_alloc(r->ctx, 2 * C * sizeof *op.running);
+    copy(r, op.running, mean.data, C);
+    copy(r, op.running + C, var.data, C);
+    CHECK_OK(r->ctx, mpt_op_norm(r->ctx, &op));
+    copy(r, (float *)output(r, "mean_after").data, op.running, C);
+    copy(r, (float *)output(r, "var_after").data, op.running + C, C);
+    mpt_free(r->ctx, op.running);
 }
 
 static void run_norm(run *r) {
-    const mpt_norm_shape s = norm_shape(r);
-    const size_t sets = s.N * s.groups;
-    const int batch = r->option <= BATCH_NORM_EVAL, frozen = r->option == BATCH_NORM_EVAL;
-    const mpt_array none = MPT_ZERO, x = input(r, "x"), dy = input(r, "dy");
-    const mpt_array gamma = input(r, "gamma"), beta = input(r, "beta"), y = output(r, "y"), dx = output(r, "dx");
-    const mpt_array mean = batch ? input(r, "running_mean") : none, var = batch ? input(r, "running_var") : none;
-    float *stats = (float *)scratch(r, 4 * sets * sizeof *stats);
-    if (frozen) copy(r, stats, mean.data, s.C), copy(r, stats + s.C, var.data, s.C);
-    else CHECK_OK(r->ctx, mpt_norm_stats(r->ctx, &s, x, stats));
-    if (r->option == BATCH_NORM_TRAIN) run_running(r, &s, stats, mean, var);
-    CHECK_OK(r->ctx, mpt_norm_forward(r->ctx, &s, x, stats, gamma, beta, MPT_IDENTITY, y));
-    CHECK_OK(r->ctx, mpt_norm_backward(r->ctx, &s, x, stats, frozen, gamma, dy, 0, dx, 0, output(r, "dgamma"),
-                                       output(r, "dbeta")));
+    const int batch = r->option <= BATCH_NORM_EVAL;
+    const mpt_array none = MPT_ZERO, mean = batch ? input(r, "running_mean") : none;
+    const mpt_array var = batch ? input(r, "running_var") : none;
+    mpt_norm_op op = MPT_ZERO;
+    op.shape = norm_shape(r);
+    op.x = input(r, "x");
+    op.gamma = input(r, "gamma");
+    op.beta = input(r, "beta");
+    op.y = output(r, "y");
+    op.stats = (float *)scratch(r, 4 * op.shape.N * op.shape.groups * sizeof *op.stats);
+    op.frozen = r->option == BATCH_NORM_EVAL;
+    if (op.frozen) {
+        copy(r, op.stats, mean.data, op.shape.C);
+        copy(r, op.stats + op.shape.C, var.data, op.shape.C);
+    } else CHECK_OK(r->ctx, mpt_op_norm(r->ctx, &op));
+    if (r->option == BATCH_NORM_TRAIN) run_running(r, &op, mean, var);
+    op.pass = MPT_NORM_FORWARD;
+    CHECK_OK(r->ctx, mpt_op_norm(r->ctx, &op));
+    op.pass = MPT_NORM_BACKWARD;
+    op.y = input(r, "dy");
+    op.dx = output(r, "dx");
+    op.dgamma = output(r, "dgamma");
+    op.dbeta = output(r, "dbeta");
+    CHECK_OK(r->ctx, mpt_op_norm(r->ctx, &op));
 }
 
 /* PyTorch's y is the mean. */
 static void run_loss(run *r) {
-    const size_t N = size(r, "N"), C = size(r, "C");
-    const mpt_loss_kind kind = (mpt_loss_kind)r->option;
-    const mpt_array x = input(r, "x"), dx = output(r, "dx"), y = output(r, "y");
-    mpt_loss_sum host = MPT_ZERO, *sum = (mpt_loss_sum *)mpt_alloc(r->ctx, sizeof *sum);
+    const mpt_array y = output(r, "y");
+    mpt_loss_sum host = MPT_ZERO;
+    mpt_loss_op op = MPT_ZERO;
     float mean;
-    CHECK_OK(r->ctx, mpt_upload(r->ctx, sum, &host, sizeof host));
-    if (kind == MPT_LOSS_CROSS_ENTROPY) {
-        mpt_cross_entropy_desc desc = MPT_ZERO;
-        desc.label_smoothing = (float)golden_number(r->g, "label_smoothing");
-        desc.ignore = 1, desc.ignore_index = (int32_t)golden_number(r->g, "ignore_index");
+    op.kind = (mpt_loss_kind)r->option;
+    op.N = size(r, "N");
+    op.C = size(r, "C");
+    op.x = input(r, "x");
+    op.dx = output(r, "dx");
+    op.sum = (mpt_loss_sum *)mpt_alloc(r->ctx, sizeof *op.sum);
+    CHECK_OK(r->ctx, mpt_upload(r->ctx, op.sum, &host, sizeof host));
+    if (op.kind == MPT_LOSS_CROSS_ENTROPY) {
+        op.target = labels(r);
+        op.cross_entropy.label_smoothing = (float)golden_number(r->g, "label_smoothing");
+        op.cross_entropy.ignore = 1;
+        op.cross_entropy.ignore_index = (int32_t)golden_number(r->g, "ignore_index");
         if (golden_find(r->g, "", "input", "class_weights"))
-            desc.class_weights = (const float *)input(r, "class_weights").data;
-        CHECK_OK(r->ctx, mpt_cross_entropy(r->ctx, &desc, N, C, x, labels(r), 1, NULL, dx, sum));
-    } else {
-        const float *target = (const float *)input(r, "target").data;
-        CHECK_OK(r->ctx, mpt_elementwise_loss(r->ctx, kind, N, C, x, target, 1, NULL, dx, sum));
-    }
-    CHECK_OK(r->ctx, mpt_download(r->ctx, &host, sum, sizeof host));
+            op.cross_entropy.class_weights = (const float *)input(r, "class_weights").data;
+    } else op.target = input(r, "target").data;
+    CHECK_OK(r->ctx, mpt_op_loss(r->ctx, &op));
+    CHECK_OK(r->ctx, mpt_download(r->ctx, &host, op.sum, sizeof host));
     mean = (float)(host.loss / host.weight);
     CHECK_OK(r->ctx, mpt_upload(r->ctx, y.data, &mean, sizeof mean));
-    mpt_free(r->ctx, sum);
+    mpt_free(r->ctx, op.sum);
 }
 
 /* ==== THE TABLE ==== */
