@@ -416,7 +416,7 @@ static inline void test_op_print(const test_op *t) {
     const mpt_conv2d_shape *c = &t->op.conv2d.shape;
     const mpt_norm_shape *n = &t->op.norm.shape;
     int i;
-    printf("    in %s of", names[t->kind]);
+    printf("    on %s, in %s of", mpt_device_name(t->ctx), names[t->kind]);
     for (i = 0; i < TEST_SLOTS; i++) printf(" %s", t->tensor[i].value ? mpt_dtype_name(t->tensor[i].array.type) : "-");
     if (t->kind == TEST_GEMM)
         printf(", trans %d %d, %lux%lux%lu", t->op.gemm.trans_a, t->op.gemm.trans_b, (unsigned long)t->op.gemm.m,

@@ -158,7 +158,10 @@ static twins twins_new(test_op_kind kind, const void *op) {
         for (i = 0; i < TEST_SLOTS && kind != TEST_NORM; i++) {
             test_tensor *x = &t.side[side].tensor[i];
             if (!x->value) continue;
-            for (j = 0; j < x->count; j++) x->value[j] = ldexp(x->value[j], -(int)(mpt_hash((uint64_t)i, 1, 0, j) % 12));
+            for (j = 0; j < x->count; j++) {
+                const int shrink = (int)(mpt_hash((uint64_t)i, 1, 0, j) % 12);
+                x->value[j] = ldexp(x->value[j], -shrink);
+            }
             test_tensor_upload(x);
         }
     }

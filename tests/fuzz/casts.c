@@ -1,10 +1,10 @@
-/* casts.c - fuzzes casts against reference.h: any numbers, any pair of types, every instruction set.
+/* casts.c - fuzzes casts against formats.h: any numbers, any pair of types, every instruction set.
 
    Bytes: source type, destination type, rounding, elements to leave out at the start; then the elements. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "fuzz.h"
-#include "../reference.h"
+#include "../formats.h"
 
 enum { MOST = 200 };
 

@@ -2,12 +2,12 @@
    toward zero, to inf and saturating, and all patterns widened, by the scalar functions and by mpt_cast on every
    instruction set of this CPU. Two threads share the work; it takes some minutes.
 
-   The expected results come from reference.h, which thinks in doubles. Where the compiler has a half type of its own,
+   The expected results come from formats.h, which thinks in doubles. Where the compiler has a half type of its own,
    it must agree on fp16. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../reference.h"
+#include "../formats.h"
 #include <pthread.h>
 
 #if defined(__FLT16_MANT_DIG__) && !defined(__cplusplus) && (defined(__x86_64__) || defined(__aarch64__))

@@ -1,13 +1,13 @@
 /* casts.c - bulk casts, scans and histograms: the same bits on every instruction set of this CPU and any number of
    threads.
 
-   Narrowing is compared with reference.h: one in TEST_STRIDE fp32 patterns, and both sides of every place where the
+   Narrowing is compared with formats.h: one in TEST_STRIDE fp32 patterns, and both sides of every place where the
    result changes (tests/long takes all of them). numbers.c proves the scalar functions; where bits are compared with
    theirs, that stands for a proof. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../reference.h"
+#include "../formats.h"
 
 #ifndef TEST_STRIDE
 #define TEST_STRIDE 256 /* a power of two up to 65536 */

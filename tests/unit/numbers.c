@@ -1,13 +1,13 @@
 /* numbers.c - floors 0 and 1: casts, rounding, random numbers, scans, histograms.
 
-   Casts to 16 and 8 bits are compared with reference.h for a sample of one in TEST_STRIDE fp32 patterns and for every
+   Casts to 16 and 8 bits are compared with formats.h for a sample of one in TEST_STRIDE fp32 patterns and for every
    pattern beside a rounding boundary; -DTEST_STRIDE=1 compares all 2^32. */
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #define LENS_IMPLEMENTATION
 #include "../../examples/lens.h"
 #include "../check.h"
-#include "../reference.h"
+#include "../formats.h"
 
 #ifndef TEST_STRIDE
 #define TEST_STRIDE 256

@@ -6,7 +6,7 @@
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
 #include "../check.h"
-#include "../reference.h"
+#include "../formats.h"
 
 typedef struct mode {
     const char *name;
