@@ -976,6 +976,40 @@ MPT_DEF int mpt_flatten(mpt_model *net, int node);
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
 /* a's channels, then b's, of the same height and width. */
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b);
+/* -- Your own layer -- */
+
+/* What its calls are given: arrays in the memory of the context's device, of the types that their nodes have. */
+typedef struct mpt_layer_pass {
+    mpt_context *ctx;
+    void *user;
+    size_t N;         /* samples */
+    int train;        /* 0: mpt_evaluate, mpt_predict */
+    mpt_array x, y;   /* (N, elements): value of the input; its own, which forward writes */
+    mpt_array weight; /* (weights): fp32 where there are fp32 masters; data NULL: it has none */
+    /* backward only */
+    mpt_array dy, dx; /* backward writes dx = gradient + beta_x * dx; data NULL: nobody wants it */
+    float beta_x;
+    float *dweight; /* dweight = gradient + beta * dweight; NULL: none, or frozen */
+    float beta;
+} mpt_layer_pass;
+
+typedef struct mpt_layer_desc {
+    const char *name;   /* NULL: "layer1", "layer2", ... */
+    int H, W, C;        /* of its value; all 0: as its input */
+    size_t weights;     /* elements of its weight; 0: none */
+    const float *start; /* (weights), host memory that stays until the build: their first values; NULL: 0 */
+    mpt_tuning tuning;
+    /* Return MPT_OK, or what ends the pass with that result. Both may read x and y; backward is not called where
+       neither dx nor dweight is wanted. */
+    mpt_result (*forward)(const mpt_layer_pass *pass);
+    mpt_result (*backward)(const mpt_layer_pass *pass);
+    void *user;
+} mpt_layer_desc;
+
+/* A layer of your own. On CUDA a model with one is not recorded: its calls may launch kernels of their own on the
+   context's stream. */
+MPT_DEF int mpt_layer(mpt_model *net, int node, const mpt_layer_desc *desc);
+
 /* Keeps the value of a node, and the gradient of it, from one pass to the next: see mpt_node_value, mpt_node_grad. Of an
    input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
    passing where the value before it is kept. Returns the node. */
@@ -1018,6 +1052,9 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
    MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
    whose labels are all ignored, or of classes of weight 0: it changes nothing, not even the scale. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target);
+/* The same on 1 to accumulate * batch samples, as at the end of an epoch: passes of `batch`, the last of what is left.
+   The step follows the mean over the samples that there are. */
+MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const float *x, const void *target, size_t samples);
 
 /* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
    their losses, times scale / (accumulate * W), to the parameter gradients; the first call after a step overwrites
@@ -7160,6 +7197,7 @@ typedef enum mpt__node_kind {
     MPT__NORM,
     MPT__DROPOUT,
     MPT__LOSS,
+    MPT__OWN,
     MPT__KINDS
 } mpt__node_kind;
 
@@ -7186,7 +7224,8 @@ typedef struct mpt__node {
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     mpt_cross_entropy_desc cross_entropy;
-    int keep; /* by mpt_keep */
+    mpt_layer_desc own; /* of mpt_layer */
+    int keep;           /* by mpt_keep */
     /* what the build found */
     int weight, bias;     /* tensor ids; 0: none */
     size_t running;       /* batch norm: where its mean is in the statistics */
@@ -7235,11 +7274,13 @@ typedef struct mpt__kind {
     int fuses;          /* 1: it computes an activation behind it in passing */
     int as_input;       /* 1: its value has the type of its input */
     int shares_dy;      /* 1: dx is dy: one of its inputs may have its gradient where it has its own */
-    int weight_dims;    /* of its weights in a file: [outputs][inputs] 2, [K][C][R][S] 4, gamma and beta 1; none 0 */
+    int reads_y;        /* 1: its backward pass reads its own value, whatever its activation */
+    int weight_dims;    /* of its weights in a file: [outputs][inputs] 2, [K][C][R][S] 4, one a channel 1; none 0 */
     const char *reason; /* why its value has its type; NULL: the policy says so */
     const char *how;    /* it is computed, for the report... */
     const char *(*told)(const mpt_model *net, const mpt__node *node);   /* ...where that depends */
     size_t (*fan_in)(const mpt__node *node);                            /* weights of one of its C outputs */
+    size_t (*weights_in_all)(const mpt__node *node);                    /* where they are not fan_in for each output */
     mpt_result (*init)(mpt_model *net, const mpt__node *node);          /* of its tensors */
     void (*keep)(mpt_model *net, mpt__node *node, int first, int last); /* adds what is kept between the passes */
     int (*reads_x)(const mpt__node *node);      /* does its backward pass read the value of its input? */
@@ -7383,7 +7424,7 @@ static mpt_result mpt__layer_check(mpt_model *net, const char *word, const char 
 
 /* Starts a node, with the shape of its input, and makes up a name if it has none. NULL: failed, and remembered. The
    node counts only after mpt__layer_done. */
-static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
+static mpt__node *mpt__node_new(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
     mpt__node *node;
     const mpt__node *input;
     int i, number = 1;
@@ -7415,7 +7456,7 @@ static mpt__node *mpt__layer(mpt_model *net, mpt__node_kind kind, const char *wo
     return node;
 }
 
-/* Ends what mpt__layer began. Returns the node's id, or 0. */
+/* Ends what mpt__node_new began. Returns the node's id, or 0. */
 static int mpt__layer_done(mpt_model *net, mpt_result r) {
     return r == MPT_OK ? ++net->count : mpt__layer_failed(net, r);
 }
@@ -7488,7 +7529,7 @@ MPT_DEF int mpt_keep(mpt_model *net, int id) {
 /* -- Input -- its value is uploaded by the forward pass */
 
 MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
-    mpt__node *node = mpt__layer(net, MPT__INPUT, "input", NULL, 0);
+    mpt__node *node = mpt__node_new(net, MPT__INPUT, "input", NULL, 0);
     if (!node) return 0;
     if (net->count)
         return mpt__layer_done(net,
@@ -7512,7 +7553,7 @@ MPT_DEF int mpt_linear(mpt_model *net, int in, int outputs, const mpt_linear_des
     mpt__node *node;
     mpt_result r;
     if (desc) d = *desc;
-    node = mpt__layer(net, MPT__LINEAR, "linear", d.name, in);
+    node = mpt__node_new(net, MPT__LINEAR, "linear", d.name, in);
     if (!node) return 0;
     node->no_bias = d.no_bias;
     node->init = d.init;
@@ -7623,7 +7664,7 @@ MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mp
     mpt_conv2d_desc d = MPT_ZERO;
     mpt__node *node;
     if (desc) d = *desc;
-    node = mpt__layer(net, MPT__CONV2D, "conv", d.name, in);
+    node = mpt__node_new(net, MPT__CONV2D, "conv", d.name, in);
     if (!node) return 0;
     node->no_bias = d.no_bias;
     node->init = d.init;
@@ -7700,7 +7741,7 @@ static mpt__kind mpt__kind_conv2d(void) {
 /* -- Activations -- y = act(x); where the layer before it computes that in passing, both are one value */
 
 static int mpt__activation_layer(mpt_model *net, int in, const char *word, mpt_activation act) {
-    mpt__node *node = mpt__layer(net, MPT__ACTIVATION, word, NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__ACTIVATION, word, NULL, in);
     if (!node) return 0;
     node->act = act;
     return mpt__layer_done(net, MPT_OK);
@@ -7772,7 +7813,7 @@ static mpt_result mpt__pool_shape(mpt_model *net, mpt__node *node, int R, int S,
 }
 
 static int mpt__pool_layer(mpt_model *net, int in, mpt_pool_kind kind, int window, const mpt_pool2d_desc *desc) {
-    mpt__node *node = mpt__layer(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__POOL, kind == MPT_POOL_MAX ? "max_pool" : "avg_pool", NULL, in);
     mpt_pool2d_desc d = MPT_ZERO;
     if (!node) return 0;
     if (desc) d = *desc;
@@ -7787,7 +7828,7 @@ MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_
     return mpt__pool_layer(net, in, MPT_POOL_AVERAGE, window, desc);
 }
 MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) {
-    mpt__node *node = mpt__layer(net, MPT__POOL, "avg_pool", NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__POOL, "avg_pool", NULL, in);
     const mpt_pool2d_desc d = MPT_ZERO;
     if (!node) return 0;
     node->pool_kind = MPT_POOL_AVERAGE;
@@ -7849,7 +7890,7 @@ static mpt__kind mpt__kind_pool(void) {
 /* -- Flatten -- shares its input's memory; the gradient only where nobody else reads the input */
 
 MPT_DEF int mpt_flatten(mpt_model *net, int in) {
-    mpt__node *node = mpt__layer(net, MPT__FLATTEN, "flatten", NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__FLATTEN, "flatten", NULL, in);
     if (!node) return 0;
     node->C *= node->H * node->W;
     node->H = node->W = 1;
@@ -7869,7 +7910,7 @@ static mpt__kind mpt__kind_flatten(void) {
 
 /* A node of two inputs of the same height and width; channels: and as many channels. NULL: failed, and remembered. */
 static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels) {
-    mpt__node *node = b ? mpt__layer(net, kind, word, NULL, a) : NULL;
+    mpt__node *node = b ? mpt__node_new(net, kind, word, NULL, a) : NULL;
     const mpt__node *other;
     if (!node) return NULL;
     if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS) {
@@ -7996,7 +8037,7 @@ static int mpt__norm_layer(mpt_model *net, int in, mpt__norm_kind kind, int grou
     mpt__node *node;
     mpt_norm_shape *s;
     if (desc) d = *desc;
-    node = mpt__layer(net, MPT__NORM, words[kind], d.name, in);
+    node = mpt__node_new(net, MPT__NORM, words[kind], d.name, in);
     if (!node) return 0;
     if (kind == MPT__NORM_BATCH) groups = node->C;
     s = &node->norm_shape;
@@ -8147,7 +8188,7 @@ static mpt__kind mpt__kind_norm(void) {
 /* -- Dropout -- */
 
 MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
-    mpt__node *node = mpt__layer(net, MPT__DROPOUT, "dropout", NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__DROPOUT, "dropout", NULL, in);
     if (!node) return 0;
     node->p = p;
     return mpt__layer_done(net, mpt__need_share(net->ctx, node->name, "p", p, 1));
@@ -8192,7 +8233,7 @@ static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node
 }
 
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
-    mpt__node *node = mpt__layer(net, MPT__LOSS, "cross_entropy", NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__LOSS, "cross_entropy", NULL, in);
     if (!node) return 0;
     node->loss = MPT_LOSS_CROSS_ENTROPY;
     if (desc) node->cross_entropy = *desc;
@@ -8200,7 +8241,7 @@ MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_en
 }
 
 static int mpt__loss_layer(mpt_model *net, int in, const char *word, mpt_loss_kind loss) {
-    mpt__node *node = mpt__layer(net, MPT__LOSS, word, NULL, in);
+    mpt__node *node = mpt__node_new(net, MPT__LOSS, word, NULL, in);
     if (!node) return 0;
     node->loss = loss;
     return mpt__layer_done(net, MPT_OK);
@@ -8262,12 +8303,85 @@ static mpt__kind mpt__kind_loss(void) {
     return k;
 }
 
+/* -- Your own -- see mpt_layer_desc; its weights are one row in the file */
+
+static mpt_result mpt__own_check(mpt_model *net, mpt__node *node, const mpt_layer_desc *d) {
+    if (!d || !d->forward || !d->backward)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: desc, forward or backward is NULL", node->name);
+    if (!d->H && !d->W && !d->C) return MPT_OK;
+    MPT__TRY(mpt__layer_positive(net, node, "H", d->H, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "W", d->W, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "C", d->C, 1));
+    return mpt__layer_size(net, node, (size_t)d->H, (size_t)d->W, (size_t)d->C);
+}
+
+MPT_DEF int mpt_layer(mpt_model *net, int in, const mpt_layer_desc *desc) {
+    mpt__node *node = mpt__node_new(net, MPT__OWN, "layer", desc ? desc->name : NULL, in);
+    mpt_result r;
+    if (!node) return 0;
+    r = mpt__own_check(net, node, desc);
+    if (r != MPT_OK) return mpt__layer_done(net, r);
+    node->own = *desc;
+    node->own.name = NULL; /* it is copied */
+    node->tuning = desc->tuning;
+    node->no_bias = 1;
+    return mpt__layer_done(net, MPT_OK);
+}
+
+static size_t mpt__own_weights(const mpt__node *node) { return node->own.weights; }
+
+static mpt_result mpt__own_init(mpt_model *net, const mpt__node *node) {
+    if (!node->weight || !node->own.start) return MPT_OK;
+    return mpt_params_set(net->params, node->weight, node->own.start);
+}
+
+static int mpt__own_reads_x(MPT__UNUSED const mpt__node *node) { return 1; }
+
+static mpt_layer_pass mpt__own_pass(const mpt__visit *v) {
+    mpt_layer_pass p = MPT_ZERO;
+    p.ctx = v->ctx;
+    p.user = v->node->own.user;
+    p.N = v->N;
+    p.train = v->train;
+    p.x = v->x[0];
+    p.y = v->y;
+    p.weight = v->weight;
+    return p;
+}
+
+static mpt_result mpt__own_forward(const mpt__visit *v) {
+    const mpt_layer_pass p = mpt__own_pass(v);
+    return v->node->own.forward(&p);
+}
+
+static mpt_result mpt__own_backward(const mpt__visit *v) {
+    mpt_layer_pass p = mpt__own_pass(v);
+    p.dy = v->dy;
+    p.dx = v->dx[0];
+    p.beta_x = v->beta_x[0];
+    p.dweight = (float *)v->dweight.data;
+    p.beta = v->beta;
+    return p.dx.data || p.dweight ? v->node->own.backward(&p) : MPT_OK;
+}
+
+static mpt__kind mpt__kind_own(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "your own";
+    k.weights_in_all = mpt__own_weights;
+    k.init = mpt__own_init;
+    k.reads_x = mpt__own_reads_x;
+    k.reads_y = 1;
+    k.forward = mpt__own_forward;
+    k.weights = mpt__own_backward;
+    return k;
+}
+
 /* -- The kinds -- */
 
 static mpt__kind mpt__kind_of(const mpt__node *node) {
     static mpt__kind (*const kinds[MPT__KINDS])(void) = {
         mpt__kind_input, mpt__kind_linear, mpt__kind_conv2d, mpt__kind_activation, mpt__kind_pool, mpt__kind_flatten,
-        mpt__kind_sum,   mpt__kind_concat, mpt__kind_norm,   mpt__kind_dropout,    mpt__kind_loss};
+        mpt__kind_sum,   mpt__kind_concat, mpt__kind_norm,   mpt__kind_dropout,    mpt__kind_loss, mpt__kind_own};
     return kinds[node->kind]();
 }
 
@@ -8481,8 +8595,16 @@ static void mpt__mark_logits(mpt_model *net, int id) {
     node->logits = 1;
 }
 
+/* *count: elements of its weight. 0: they overflow size_t. */
+static int mpt__weights_of(const mpt__node *node, size_t *count) {
+    const mpt__kind kind = mpt__kind_of(node);
+    *count = kind.weights_in_all ? kind.weights_in_all(node) : 0;
+    return !kind.fan_in || mpt__size_mul(count, kind.fan_in(node), (size_t)node->C);
+}
+
 /* Types of values and gradients, what needs a gradient, which activations their input node computes. */
 static void mpt__build_types(mpt_model *net) {
+    size_t weights;
     int id;
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->logits = mpt__node_of(net, id)->behind_logits = 0;
     for (id = 1; id <= mpt__last_value(net); id++)
@@ -8492,7 +8614,7 @@ static void mpt__build_types(mpt_model *net) {
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
         mpt__node_type(net, id);
-        node->trains = mpt__kind_of(node).fan_in && !node->tuning.frozen;
+        node->trains = (!mpt__weights_of(node, &weights) || weights) && !node->tuning.frozen;
         node->needs_gradient = node->trains || node->kept;
         if (in) node->needs_gradient |= in->needs_gradient;
         if (node->in[1]) node->needs_gradient |= mpt__node_of(net, node->in[1])->needs_gradient;
@@ -8508,15 +8630,14 @@ static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     const int norm = kind.weight_dims == 1;
     int group = norm ? MPT_GROUP_NORM : MPT_GROUP_WEIGHT;
     char name[64];
-    size_t fan_in, count;
-    if (!kind.fan_in) return MPT_OK;
-    fan_in = kind.fan_in(node);
-    if (!mpt__size_mul(&count, fan_in, (size_t)node->C))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %zu x %d weights overflow size_t", node->name, fan_in, node->C);
+    size_t count;
+    if (!mpt__weights_of(node, &count))
+        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: its weights overflow size_t", node->name);
+    node->weight = node->bias = 0;
+    if (!count) return MPT_OK;
     if (!node->trains) group |= MPT_GROUP_FROZEN;
     mpt__print(name, sizeof name, "%s.weight", node->name);
     node->weight = mpt_params_add(net->params, name, count, (unsigned)group);
-    node->bias = 0;
     if (node->no_bias) return MPT_OK;
     if (!norm) group ^= MPT_GROUP_WEIGHT | MPT_GROUP_BIAS;
     mpt__print(name, sizeof name, "%s.bias", node->name);
@@ -8652,6 +8773,7 @@ static void mpt__plan_lives(mpt_model *net, const mpt__node *node, int first, in
     }
     if (node->slope && !mpt__act_saves_input(node->slope) && node->needs_gradient)
         mpt__plan_extend(net, node->value, last);
+    if (kind.reads_y && node->needs_gradient) mpt__plan_extend(net, node->value, last);
     for (side = 0; side < 2 && node->in[side]; side++) {
         const mpt__node *in = mpt__node_of(net, node->in[side]);
         mpt__plan_extend(net, in->value, first);
@@ -9098,16 +9220,16 @@ static mpt_result mpt__need_loss(const mpt_model *net, const char *call) {
     return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model has no loss; see mpt_output_grad", call);
 }
 
-static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *target) {
-    const size_t rows = (size_t)net->train.batch, features = mpt__node_count(&net->nodes[0]);
-    const size_t width = mpt__target_width(net);
-    int i;
+static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *target, size_t samples) {
+    const size_t features = mpt__node_count(&net->nodes[0]), width = mpt__target_width(net);
     MPT__TRY(mpt__forget_passes(net));
-    for (i = 0; i < net->train.accumulate; i++) {
+    while (samples) {
+        const size_t rows = mpt__min(samples, (size_t)net->train.batch);
         MPT__TRY(mpt__train_forward(net, x, target, rows));
         MPT__TRY(mpt_backward(net));
         x += rows * features;
         target += rows * width;
+        samples -= rows;
     }
     MPT__TRY(mpt_unscale(net->opt));
     if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
@@ -9119,6 +9241,8 @@ static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *
 static int mpt__step_known(const mpt_model *net) {
     int i;
     if (!net->ctx->backend.begin || net->opt->phase != MPT__READY || mpt__has_gradients(net)) return 0;
+    for (i = 1; i <= net->count; i++)
+        if (mpt__node_of(net, i)->kind == MPT__OWN) return 0;
     for (i = 0; i < MPT_OPTIMIZERS; i++)
         if (net->scaler->optimizers[i] && net->scaler->optimizers[i] != net->opt) return 0;
     return 1;
@@ -9139,12 +9263,13 @@ static mpt_result mpt__need_between(const mpt_model *net, const char *call) {
 }
 
 /* recorded: as the device may have recorded it. */
-static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *target, int recorded, int *again) {
+static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *target, size_t samples, int recorded,
+                                  int *again) {
     mpt_backend *backend = &net->ctx->backend;
     mpt_result r = recorded ? backend->begin(net->ctx, &net->opt->op, net->staging) : MPT_OK;
     const int begun = r == MPT_OK;
     *again = 0;
-    if (begun) r = mpt__train_calls(net, x, target);
+    if (begun) r = mpt__train_calls(net, x, target, samples);
     if (recorded) {
         const mpt_result ended = backend->end(net->ctx, r, again);
         if (begun) r = ended;
@@ -9154,22 +9279,36 @@ static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *t
     return r;
 }
 
-MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
+static mpt_result mpt__train(mpt_model *net, const char *call, const float *x, const void *target, size_t samples) {
+    const size_t batch = (size_t)net->train.batch, whole = batch * (size_t)net->train.accumulate;
     mpt_result r;
     int known, tries, again = 1;
-    MPT__TRY(mpt__need_built(net, "train_step"));
-    MPT__TRY(mpt__need_between(net, "train_step"));
-    MPT__TRY(mpt__need_training(net, "train_step"));
-    if (!net->params->trained) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "train_step: every layer is frozen");
-    MPT__TRY(mpt__need_loss(net, "train_step"));
-    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "train_step: target is NULL");
-    MPT__TRY(mpt__check_batch(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate));
-    known = mpt__step_known(net);
+    MPT__TRY(mpt__need_training(net, call));
+    if (!net->params->trained) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: every layer is frozen", call);
+    MPT__TRY(mpt__need_loss(net, call));
+    MPT__TRY(mpt__need_between(net, call));
+    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: target is NULL", call);
+    if (!samples || samples > whole)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: samples %zu, not in 1..%zu (accumulate * batch)", call,
+                        samples, whole);
+    MPT__TRY(mpt__check_batch(net, call, x, target, samples));
+    if (samples % batch) MPT__TRY(mpt__check_norms(net, samples % batch));
+    known = samples == whole && mpt__step_known(net);
     net->opt->op.loss = &net->sums[0];
-    r = mpt__train_once(net, x, (const float *)target, known, &again);
+    r = mpt__train_once(net, x, (const float *)target, samples, known, &again);
     for (tries = 1; again; tries++) /* a recording that fails twice is given up */
-        r = mpt__train_once(net, x, (const float *)target, known && tries < 3, &again);
+        r = mpt__train_once(net, x, (const float *)target, samples, known && tries < 3, &again);
     return r;
+}
+
+MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
+    MPT__TRY(mpt__need_built(net, "train_step"));
+    return mpt__train(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate);
+}
+
+MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const float *x, const void *target, size_t samples) {
+    MPT__TRY(mpt__need_built(net, "train_samples"));
+    return mpt__train(net, "train_samples", x, target, samples);
 }
 
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net) { return net ? net->params : NULL; }
@@ -9903,7 +10042,7 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     part->id = tensor;
     part->device = elements ? (char *)elements + at : NULL;
     if (dims == 1 && node->H * node->W == 1) part->reads = node->in[0];
-    if (dims == 1 || tensor == node->bias) return;
+    if (dims < 2 || tensor == node->bias) return;
     part->dims = dims;
     part->shape[0] = (size_t)node->C;
     part->shape[1] = part->columns = part->count / (size_t)node->C;

@@ -468,6 +468,210 @@ static void test_frozen_errors(mpt_context *ctx) {
     mpt_model_free(net);
 }
 
+/* -- A layer of one's own: PReLU (He et al. 2015), y = x, or a x below 0, with one a for each channel -- */
+
+typedef struct prelu {
+    size_t C;
+    int fails;               /* 1: forward returns an error */
+    int forwards, backwards; /* calls */
+} prelu;
+
+static float read_value(mpt_array a, size_t i) {
+    if (a.type == MPT_F32) return ((const float *)a.data)[i];
+    return mpt_widen(((const uint16_t *)a.data)[i], a.type);
+}
+
+static void write_value(mpt_array a, size_t i, float x) {
+    if (a.type == MPT_F32) ((float *)a.data)[i] = x;
+    else ((uint16_t *)a.data)[i] = (uint16_t)mpt_narrow(x, a.type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0);
+}
+
+static mpt_result prelu_forward(const mpt_layer_pass *p) {
+    prelu *me = (prelu *)p->user;
+    size_t i;
+    me->forwards++;
+    if (me->fails) return mpt_fail(p->ctx, MPT_ERROR_VALUE, "prelu: told to fail");
+    for (i = 0; i < p->N * PIXELS; i++) {
+        const float x = read_value(p->x, i);
+        write_value(p->y, i, x < 0 ? read_value(p->weight, i % me->C) * x : x);
+    }
+    return MPT_OK;
+}
+
+static mpt_result prelu_backward(const mpt_layer_pass *p) {
+    prelu *me = (prelu *)p->user;
+    size_t i, c;
+    me->backwards++;
+    for (c = 0; p->dweight && c < me->C; c++) {
+        double sum = p->beta == 0 ? 0 : (double)p->beta * (double)p->dweight[c];
+        for (i = c; i < p->N * PIXELS; i += me->C)
+            if (read_value(p->x, i) < 0) sum += (double)read_value(p->x, i) * (double)read_value(p->dy, i);
+        p->dweight[c] = (float)sum;
+    }
+    for (i = 0; p->dx.data && i < p->N * PIXELS; i++) {
+        const float slope = read_value(p->x, i) < 0 ? read_value(p->weight, i % me->C) : 1;
+        const float old = p->beta_x == 0 ? 0 : p->beta_x * read_value(p->dx, i);
+        write_value(p->dx, i, slope * read_value(p->dy, i) + old);
+    }
+    return MPT_OK;
+}
+
+static const float slopes[CHANNELS] = {0.25f, 0.01f};
+
+static mpt_layer_desc prelu_desc(prelu *me, int frozen) {
+    mpt_layer_desc d = MPT_ZERO;
+    memset(me, 0, sizeof *me);
+    me->C = CHANNELS;
+    d.weights = CHANNELS;
+    d.start = slopes;
+    d.forward = prelu_forward;
+    d.backward = prelu_backward;
+    d.user = me;
+    d.tuning.frozen = frozen;
+    return d;
+}
+
+/* With a slope of 0.01 for all, frozen, it is leaky ReLU, by the bit; and its gradient, by differences. */
+static void test_own_layer(mpt_context *ctx, mpt_policy policy) {
+    static const float same[CHANNELS] = {0.01f, 0.01f};
+    const problem p = problem_new();
+    const mpt_train_desc train = training(2);
+    mpt_model *net[2];
+    float *w[2], *v;
+    size_t count = 0;
+    prelu me;
+    mpt_layer_desc d = prelu_desc(&me, 1);
+    int i, h, step;
+    if (strcmp(mpt_device_name(ctx), "cpu") != 0) return; /* its loops are the host's */
+    d.start = same;
+    for (i = 0; i < 2; i++) {
+        net[i] = mpt_model_new(ctx, policy);
+        h = mpt_conv2d(net[i], mpt_input(net[i], SIDE, SIDE, CHANNELS), CHANNELS, 3, NULL);
+        h = mpt_add(net[i], h, i ? mpt_layer(net[i], h, &d) : mpt_leaky_relu(net[i], h));
+        mpt_softmax_cross_entropy(net[i], mpt_linear(net[i], h, OUTPUTS, NULL), NULL);
+        CHECK_OK(ctx, mpt_model_build(net[i], &train));
+        for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(net[i], p.x, p.label));
+        w[i] = weights_of(ctx, net[i], &count);
+        if (i) continue;
+        v = w[0]; /* the other's has the slopes behind it */
+        w[0] = (float *)test_memory(count * sizeof *v);
+        memcpy(w[0], v, count * sizeof *v);
+        free(v);
+    }
+    CHECK(memcmp(w[0], w[1], (count - 16) * sizeof *w[0]) == 0);
+    CHECK_EQUAL(me.forwards, 6);
+    CHECK_EQUAL(me.backwards, 6);
+    for (i = 0; i < 2; i++) {
+        free(w[i]);
+        mpt_model_free(net[i]);
+    }
+}
+
+/* Slopes that train: their gradient against central differences of the loss, and through a file. */
+static void test_own_weights(mpt_context *ctx) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(1);
+    const double h = 1.0 / 64;
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    prelu me;
+    const mpt_layer_desc d = prelu_desc(&me, 0);
+    float grad[CHANNELS], start[CHANNELS], slope[CHANNELS];
+    mpt_params *params;
+    size_t size = 0;
+    void *file;
+    int tensor, c;
+    if (strcmp(mpt_device_name(ctx), "cpu") != 0) return;
+    mpt_softmax_cross_entropy(
+        net, mpt_linear(net, mpt_layer(net, mpt_input(net, SIDE, SIDE, CHANNELS), &d), OUTPUTS, NULL), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    params = mpt_model_params(net);
+    tensor = mpt_params_find(params, "layer1.weight");
+    CHECK_OK(ctx, mpt_params_get(params, tensor, start));
+    CHECK(memcmp(start, slopes, sizeof start) == 0);
+    CHECK_OK(ctx, mpt_forward(net, p.x, p.label, BATCH));
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_OK(ctx, mpt_download(ctx, grad, mpt_params_grad(params, tensor), sizeof grad));
+    CHECK_OK(ctx, mpt_zero_grad(net));
+    for (c = 0; c < CHANNELS; c++) {
+        mpt_metrics up, down;
+        memcpy(slope, start, sizeof slope);
+        slope[c] = start[c] + (float)h;
+        CHECK_OK(ctx, mpt_params_set(params, tensor, slope));
+        CHECK_OK(ctx, mpt_evaluate(net, p.x, p.label, BATCH, &up));
+        slope[c] = start[c] - (float)h;
+        CHECK_OK(ctx, mpt_params_set(params, tensor, slope));
+        CHECK_OK(ctx, mpt_evaluate(net, p.x, p.label, BATCH, &down));
+        CHECK_NEAR((double)grad[c], (up.loss - down.loss) / (2 * h), h * h + ldexp(1, -22) / h);
+    }
+    CHECK_OK(ctx, mpt_params_set(params, tensor, start));
+    CHECK_OK(ctx, mpt_checkpoint_save_memory(net, NULL, 0, &size));
+    file = test_memory(size);
+    CHECK_OK(ctx, mpt_checkpoint_save_memory(net, file, size, &size));
+    CHECK_OK(ctx, mpt_train_step(net, p.x, p.label));
+    CHECK_OK(ctx, mpt_params_get(params, tensor, slope));
+    CHECK(memcmp(start, slope, sizeof start) != 0);
+    CHECK_OK(ctx, mpt_checkpoint_load_memory(net, file, size));
+    CHECK_OK(ctx, mpt_params_get(params, tensor, slope));
+    CHECK(memcmp(start, slope, sizeof start) == 0);
+    me.fails = 1;
+    CHECK_ERROR(ctx, mpt_train_step(net, p.x, p.label), MPT_ERROR_VALUE, "prelu");
+    me.fails = 0;
+    CHECK_OK(ctx, mpt_train_step(net, p.x, p.label));
+    free(file);
+    mpt_model_free(net);
+}
+
+static void test_own_layer_errors(mpt_context *ctx) {
+    prelu me;
+    mpt_layer_desc d = prelu_desc(&me, 0);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    const int in = mpt_input(net, SIDE, SIDE, CHANNELS);
+    CHECK_EQUAL(mpt_layer(net, 0, &d), 0);
+    CHECK_EQUAL(mpt_layer(net, in, NULL), 0);
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "layer1");
+    mpt_model_free(net);
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    d.H = 1;
+    CHECK_EQUAL(mpt_layer(net, mpt_input(net, SIDE, SIDE, CHANNELS), &d), 0);
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "W");
+    mpt_model_free(net);
+}
+
+/* -- Fewer samples -- */
+
+/* A step on some samples is that of the same passes by hand; the whole number is mpt_train_step. */
+static void test_samples(mpt_context *ctx, mpt_policy policy, size_t samples) {
+    const problem p = problem_new();
+    const mpt_train_desc train = training(3);
+    mpt_model *net[2];
+    float *w[2];
+    size_t count = 0, done, some;
+    int i;
+    for (i = 0; i < 2; i++) {
+        net[i] = mpt_model_new(ctx, policy);
+        mpt_softmax_cross_entropy(net[i], tower(net[i], 0, NULL), NULL);
+        CHECK_OK(ctx, mpt_model_build(net[i], &train));
+        CHECK_OK(ctx, mpt_train_step(net[i], p.x, p.label)); /* a device may record this one */
+    }
+    CHECK_OK(ctx, mpt_train_samples(net[0], p.x, p.label, samples));
+    for (done = 0; done < samples; done += some) {
+        some = samples - done < BATCH ? samples - done : BATCH;
+        CHECK_OK(ctx, mpt_forward(net[1], p.x + done * PIXELS, p.label + done, (int)some));
+        CHECK_OK(ctx, mpt_backward(net[1]));
+    }
+    finish_step(ctx, net[1]);
+    CHECK_EQUAL(mpt_loss(net[0]), mpt_loss(net[1]));
+    for (i = 0; i < 2; i++) w[i] = weights_of(ctx, net[i], &count);
+    CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
+    CHECK_ERROR(ctx, mpt_train_samples(net[0], p.x, p.label, 0), MPT_ERROR_ARGUMENT, "samples");
+    CHECK_ERROR(ctx, mpt_train_samples(net[0], p.x, p.label, 3 * BATCH + 1), MPT_ERROR_ARGUMENT, "samples");
+    CHECK(mpt_train_samples(NULL, p.x, p.label, 1) == MPT_ERROR_ARGUMENT);
+    for (i = 0; i < 2; i++) {
+        free(w[i]);
+        mpt_model_free(net[i]);
+    }
+}
+
 int main(int argc, char **argv) {
     mpt_context *ctx;
     int level, accumulate;
@@ -489,6 +693,12 @@ int main(int argc, char **argv) {
     RUN_TEST(test_rates(ctx));
     RUN_TEST(test_frozen_batch_norm(ctx));
     RUN_TEST(test_frozen_errors(ctx));
+    for (level = 0; level < 3; level++) {
+        RUN_TEST(test_own_layer(ctx, mpt_policy_preset((mpt_level)level, MPT_F16)));
+        RUN_TEST(test_samples(ctx, mpt_policy_preset((mpt_level)level, MPT_BF16), 1 + (size_t)level * 8));
+    }
+    RUN_TEST(test_own_weights(ctx));
+    RUN_TEST(test_own_layer_errors(ctx));
     for (level = 0; level < 3; level++) {
         RUN_TEST(test_inference((mpt_level)level, MPT_F16));
         RUN_TEST(test_inference((mpt_level)level, MPT_BF16));
