@@ -3780,11 +3780,10 @@ MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *user) {
 
 /* ==== REFERENCE ====
 
-   Every operation as the plain loop that it means: shapes in a comment, then the loop. A context opened with
-   desc.reference = 1 computes with these, on one thread, whole models too; the name behind "fast:" is the same
-   operation in ENGINE. Tests hold ENGINE and CUDA against it, and who writes another backend begins here. Sums are in
-   double and are rounded once, so no order of them matters. Losses, the check and the update are not here: ENGINE's own
-   are plain.
+   Every operation as the plain loop that defines it: shapes in a comment, then the loop. A context opened with
+   desc.reference = 1 runs whole models with these loops, on one thread; "fast:" names the same operation in ENGINE.
+   Tests compare ENGINE and CUDA with them, and a new backend starts from them. Sums are taken in double and rounded
+   once, so their order does not matter. Losses, the check and the update are not here: ENGINE's are plain loops.
 
    Letters as everywhere: N batch, H W input, C channels, K filters, R S kernel, P Q output. */
 
@@ -3795,20 +3794,22 @@ static double mpt__ref_get(mpt_array a, size_t i) {
     return (double)mpt_widen(((const uint8_t *)a.data)[i], a.type);
 }
 
-/* The same with a factor; with 0 it is not read, for it may not be initialised. */
+/* beta times element i; with beta 0 it is not read, since it may not be initialised. */
 static double mpt__ref_old(mpt_array a, size_t i, float beta) {
-    return beta == 0 ? 0 : (double)beta * mpt__ref_get(a, i);
+    if (beta == 0) return 0;
+    return (double)beta * mpt__ref_get(a, i);
 }
 
-/* x rounded to fp32, then to the array's type. */
+/* x rounded to fp32, then to the array's type; rounding NULL: to nearest */
 static void mpt__ref_set(mpt_array a, size_t i, double x, const mpt_rounding *rounding) {
-    const mpt_rounding nearest = MPT_ZERO, r = rounding ? *rounding : nearest;
-    const uint32_t random = r.round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i) : 0;
-    uint32_t bits;
+    mpt_rounding r = MPT_ZERO;
+    uint32_t bits, random = 0;
     if (a.type == MPT_F32) {
         ((float *)a.data)[i] = (float)x;
         return;
     }
+    if (rounding) r = *rounding;
+    if (r.round == MPT_ROUND_STOCHASTIC) random = mpt_hash(r.seed, r.step, r.tensor, i);
     bits = mpt_narrow((float)x, a.type, r.round, r.overflow, random);
     if (mpt_dtype_size(a.type) == 2) ((uint16_t *)a.data)[i] = (uint16_t)bits;
     else ((uint8_t *)a.data)[i] = (uint8_t)bits;
@@ -3817,9 +3818,9 @@ static void mpt__ref_set(mpt_array a, size_t i, double x, const mpt_rounding *ro
 /* out[i] = act(sum + beta out[i] + bias[channel]) */
 static void mpt__ref_put(mpt_array out, size_t i, double sum, float beta, mpt_array bias, size_t channel,
                          mpt_activation act) {
-    const double b = bias.data ? mpt__ref_get(bias, channel) : 0;
-    const float x = (float)(sum + mpt__ref_old(out, i, beta) + b);
-    mpt__ref_set(out, i, (double)mpt__activate(act, x), NULL);
+    sum += mpt__ref_old(out, i, beta);
+    if (bias.data) sum += mpt__ref_get(bias, channel);
+    mpt__ref_set(out, i, (double)mpt__activate(act, (float)sum), NULL);
 }
 
 /* sums(C) = sums over the rows of x(rows,C) + beta sums. fast: mpt__column_sums */
@@ -3832,8 +3833,8 @@ static void mpt__ref_column_sums(size_t rows, size_t C, mpt_array x, float beta,
     }
 }
 
-/* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)); rows of a, b, c are lda, ldb, ldc apart. Before it
-   a_sums(m), from a(k,m). fast: mpt__cpu_gemm */
+/* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)); rows of a, b, c are lda, ldb, ldc apart. First
+   a_sums(m), the column sums of a(k,m), if asked for. fast: mpt__cpu_gemm */
 static mpt_result mpt__ref_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     size_t i, j, l;
     (void)ctx;
@@ -3851,22 +3852,23 @@ static mpt_result mpt__ref_gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     return MPT_OK;
 }
 
-/* Output `out` reads input *in by a tap: in = out stride + tap dilation - padding. 0: that lies in the padding. */
+/* The input that output `out` reads by a tap: in = out stride + tap - padding, where tap is r dilation or s dilation.
+   Returns 0 if it lies in the padding. */
 static int mpt__ref_input_of(size_t out, size_t stride, size_t tap, size_t padding, size_t inputs, size_t *in) {
     const ptrdiff_t at = (ptrdiff_t)(out * stride + tap) - (ptrdiff_t)padding;
     *in = (size_t)at;
     return at >= 0 && *in < inputs;
 }
 
-/* The same from the other side: which output *out reads input `in` by that tap? 0: none. */
+/* The reverse: the output that reads input `in` by that tap. Returns 0 if there is none. */
 static int mpt__ref_output_of(size_t in, size_t stride, size_t tap, size_t padding, size_t outputs, size_t *out) {
     const ptrdiff_t at = (ptrdiff_t)(in + padding) - (ptrdiff_t)tap;
     *out = (size_t)at / stride;
     return at >= 0 && (size_t)at % stride == 0 && *out < outputs;
 }
 
-/* y(n,p,q,k) = sum over r, s, c of x(n, h, w, c) w(k,r,s,c), with h and w as above and the C/groups channels c of the
-   group that k is in */
+/* y(n,p,q,k) = sum over r, s, c of x(n,h,w,c) w(k,r,s,c), where taps r and s read h and w, and c are the C/groups
+   channels of k's group */
 static double mpt__ref_conv2d_y(const mpt_conv2d_op *op, size_t n, size_t p, size_t q, size_t k) {
     const mpt_conv2d_shape *shape = &op->shape;
     const size_t C = shape->C / shape->groups, first = k / (shape->K / shape->groups) * C;
@@ -3917,31 +3919,48 @@ static double mpt__ref_conv2d_dw(const mpt_conv2d_op *op, size_t k, size_t r, si
     return sum;
 }
 
-/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C/groups)) + bias(K)), or its gradients dx, dw and db. fast:
-   mpt__cpu_conv2d */
-static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
+/* y(N,P,Q,K) = act(conv(x(N,H,W,C), w(K,R,S,C/groups)) + beta y + bias(K)) */
+static void mpt__ref_conv2d_forward(const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *shape = &op->shape;
-    const int forward = op->pass == MPT_FORWARD, data = op->pass == MPT_BACKWARD_DATA;
+    size_t n, p, q, k, i = 0;
+    for (n = 0; n < shape->N; n++)
+        for (p = 0; p < op->P; p++)
+            for (q = 0; q < op->Q; q++)
+                for (k = 0; k < shape->K; k++, i++)
+                    mpt__ref_put(op->y, i, mpt__ref_conv2d_y(op, n, p, q, k), op->beta, op->bias, k, op->act);
+}
+
+/* dx(N,H,W,C), + beta dx */
+static void mpt__ref_conv2d_backward_data(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *shape = &op->shape;
     const mpt_array none = MPT_ZERO;
-    const mpt_array out = forward ? op->y : data ? op->x : op->w;
-    const size_t size_y[4] = {shape->N, op->P, op->Q, shape->K}, size_x[4] = {shape->N, shape->H, shape->W, shape->C};
-    const size_t size_w[4] = {shape->K, shape->R, shape->S, shape->C / shape->groups};
-    const size_t *size = forward ? size_y : data ? size_x : size_w; /* of what is written */
-    size_t i, j, l, m;
+    size_t n, h, w, c, i = 0;
+    for (n = 0; n < shape->N; n++)
+        for (h = 0; h < shape->H; h++)
+            for (w = 0; w < shape->W; w++)
+                for (c = 0; c < shape->C; c++, i++)
+                    mpt__ref_put(op->x, i, mpt__ref_conv2d_dx(op, n, h, w, c), op->beta, none, 0, MPT_IDENTITY);
+}
+
+/* dw(K,R,S,C/groups), + beta dw, and db(K), the column sums of dy(NPQ,K) */
+static void mpt__ref_conv2d_backward_weight(const mpt_conv2d_op *op) {
+    const mpt_conv2d_shape *shape = &op->shape;
+    const mpt_array none = MPT_ZERO;
+    size_t k, r, s, c, i = 0;
+    if (op->bias.data) mpt__ref_column_sums(shape->N * op->P * op->Q, shape->K, op->y, op->beta, op->bias);
+    for (k = 0; k < shape->K; k++)
+        for (r = 0; r < shape->R; r++)
+            for (s = 0; s < shape->S; s++)
+                for (c = 0; c < shape->C / shape->groups; c++, i++)
+                    mpt__ref_put(op->w, i, mpt__ref_conv2d_dw(op, k, r, s, c), op->beta, none, 0, MPT_IDENTITY);
+}
+
+/* fast: mpt__cpu_conv2d */
+static mpt_result mpt__ref_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     (void)ctx;
-    if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data)
-        mpt__ref_column_sums(shape->N * op->P * op->Q, shape->K, op->y, op->beta, op->bias);
-    for (i = 0; i < size[0]; i++)
-        for (j = 0; j < size[1]; j++)
-            for (l = 0; l < size[2]; l++)
-                for (m = 0; m < size[3]; m++) {
-                    const size_t at = ((i * size[1] + j) * size[2] + l) * size[3] + m;
-                    if (forward)
-                        mpt__ref_put(out, at, mpt__ref_conv2d_y(op, i, j, l, m), op->beta, op->bias, m, op->act);
-                    else if (data)
-                        mpt__ref_put(out, at, mpt__ref_conv2d_dx(op, i, j, l, m), op->beta, none, 0, MPT_IDENTITY);
-                    else mpt__ref_put(out, at, mpt__ref_conv2d_dw(op, i, j, l, m), op->beta, none, 0, MPT_IDENTITY);
-                }
+    if (op->pass == MPT_FORWARD) mpt__ref_conv2d_forward(op);
+    else if (op->pass == MPT_BACKWARD_DATA) mpt__ref_conv2d_backward_data(op);
+    else mpt__ref_conv2d_backward_weight(op);
     return MPT_OK;
 }
 
@@ -3958,15 +3977,16 @@ static mpt_result mpt__ref_columns(mpt_context *ctx, const mpt_columns_op *op) {
     return MPT_OK;
 }
 
-/* out(n), each element from those of the same index: what mpt_map names. fast: mpt__cpu_map */
+/* out(n), each element from those of the same index: the function that op->map names. fast: mpt__cpu_map */
 static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
     const uint64_t step = op->mask.step ? *op->mask.step : 0;
     size_t i;
     (void)ctx;
     for (i = 0; i < op->n; i++) {
+        const mpt_rounding *rounding = NULL;
         float x = (float)mpt__ref_get(op->a, i);
         switch (op->map) {
-        case MPT_MAP_CAST: break;
+        case MPT_MAP_CAST: rounding = &op->rounding; break;
         case MPT_MAP_ACTIVATION: x = mpt__activate(op->act, x); break;
         case MPT_MAP_ACTIVATION_GRADIENT:
             x = mpt__activate_backward(op->act, x, (float)mpt__ref_get(op->b, i));
@@ -3978,13 +3998,13 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
             x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
             break;
         }
-        mpt__ref_set(op->out, i, (double)x, op->map == MPT_MAP_CAST ? &op->rounding : NULL);
+        mpt__ref_set(op->out, i, (double)x, rounding);
     }
     return MPT_OK;
 }
 
-/* y(n,p,q,c) of a window of x: the largest, whose place r S + s goes to index, or the sum / (R S). NaN is the
-   largest. */
+/* y(n,p,q,c) of a window of x: the largest element, whose tap r S + s goes to index, or the sum / (R S). NaN counts as
+   the largest. */
 static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_t q, size_t c) {
     const mpt_pool2d_shape *shape = &op->shape;
     const size_t at = ((n * op->P + p) * op->Q + q) * shape->C + c;
@@ -4004,11 +4024,11 @@ static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_
             largest = x;
             if (op->kind == MPT_POOL_MAX) op->index[at] = (uint16_t)(r * shape->S + s);
         }
-    mpt__ref_set(op->y, at, op->kind == MPT_POOL_MAX ? (double)largest : sum / (double)(shape->R * shape->S), NULL);
+    if (op->kind == MPT_POOL_MAX) mpt__ref_set(op->y, at, (double)largest, NULL);
+    else mpt__ref_set(op->y, at, sum / (double)(shape->R * shape->S), NULL);
 }
 
-/* dx(n,h,w,c) = sum over the windows that it is in: of a maximum all of dy if it was the largest, of a mean its
-   share */
+/* dx(n,h,w,c) = sum over the windows that it is in: of the maximum dy if it was the largest, of the mean dy / (R S) */
 static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c) {
     const mpt_pool2d_shape *shape = &op->shape;
     double sum = 0;
@@ -4028,31 +4048,32 @@ static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, si
 /* y(N,P,Q,C) from x(N,H,W,C), or dx from dy and index. fast: mpt__cpu_pool2d */
 static mpt_result mpt__ref_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     const mpt_pool2d_shape *shape = &op->shape;
-    const int forward = op->pass == MPT_FORWARD;
-    const size_t J = forward ? op->P : shape->H, L = forward ? op->Q : shape->W;
     const mpt_array none = MPT_ZERO;
-    size_t n, j, l, c;
+    size_t n, h, w, p, q, c, i = 0;
     (void)ctx;
+    if (op->pass == MPT_FORWARD) {
+        for (n = 0; n < shape->N; n++)
+            for (p = 0; p < op->P; p++)
+                for (q = 0; q < op->Q; q++)
+                    for (c = 0; c < shape->C; c++) mpt__ref_pool2d_y(op, n, p, q, c);
+        return MPT_OK;
+    }
     for (n = 0; n < shape->N; n++)
-        for (j = 0; j < J; j++)
-            for (l = 0; l < L; l++)
-                for (c = 0; c < shape->C; c++) {
-                    if (forward) mpt__ref_pool2d_y(op, n, j, l, c);
-                    else
-                        mpt__ref_put(op->x, ((n * J + j) * L + l) * shape->C + c, mpt__ref_pool2d_dx(op, n, j, l, c),
-                                     op->beta, none, 0, MPT_IDENTITY);
-                }
+        for (h = 0; h < shape->H; h++)
+            for (w = 0; w < shape->W; w++)
+                for (c = 0; c < shape->C; c++, i++)
+                    mpt__ref_put(op->x, i, mpt__ref_pool2d_dx(op, n, h, w, c), op->beta, none, 0, MPT_IDENTITY);
     return MPT_OK;
 }
 
-/* Element e of set (n,g) of a norm: where it lies in x(N,pixels,C), and its channel. A set has pixels C/groups. */
+/* Index in x(N,pixels,C) of element e of set (n,g), which has pixels C/groups elements, and its channel */
 static size_t mpt__ref_norm_at(const mpt_norm_shape *shape, size_t set, size_t e, size_t *channel) {
     const size_t each = shape->C / shape->groups, n = set / shape->groups, g = set % shape->groups;
     *channel = g * each + e % each;
     return (n * shape->pixels + e / each) * shape->C + *channel;
 }
 
-/* stats[set] = mean, stats[sets + set] = variance, divided by the count */
+/* stats[set] = mean, stats[sets + set] = variance, the biased one */
 static void mpt__ref_norm_stats(const mpt_norm_op *op, size_t sets, size_t count) {
     size_t set, e, c;
     for (set = 0; set < sets; set++) {
@@ -4086,13 +4107,14 @@ static void mpt__ref_norm_forward(const mpt_norm_op *op, size_t sets, size_t cou
         }
 }
 
-/* dy, behind the slope of the activation that follows where there is one. */
+/* dy, times the derivative of the activation that follows, if one does */
 static double mpt__ref_norm_dy(const mpt_norm_op *op, size_t at) {
-    const float dy = (float)mpt__ref_get(op->y, at);
-    return (double)(op->act ? mpt__activate_backward(op->act, (float)mpt__ref_get(op->saved, at), dy) : dy);
+    float dy = (float)mpt__ref_get(op->y, at);
+    if (op->act) dy = mpt__activate_backward(op->act, (float)mpt__ref_get(op->saved, at), dy);
+    return (double)dy;
 }
 
-/* dgamma(C) = sum of dy normal, dbeta(C) = sum of dy, each + scale times the old. */
+/* dgamma(C) = sum of dy normal, dbeta(C) = sum of dy, each + scale times its old value */
 static void mpt__ref_norm_parameters(const mpt_norm_op *op, size_t sets, size_t count) {
     size_t set, e, c, channel;
     for (c = 0; c < op->shape.C; c++) {
@@ -4109,19 +4131,20 @@ static void mpt__ref_norm_parameters(const mpt_norm_op *op, size_t sets, size_t 
     }
 }
 
-/* With v = dy gamma: dx = (v - mean of v - normal mean of (v normal)) / sqrt(variance + eps), means over the set.
-   frozen: statistics are constants, so both means are 0. */
+/* With v = dy gamma: dx = (v - mean of v - normal * mean of (v normal)) / sqrt(variance + eps), means over the set.
+   frozen: the statistics are constants, so both means count as 0. */
 static void mpt__ref_norm_dx(const mpt_norm_op *op, size_t sets, size_t count) {
     size_t set, e, c;
     for (set = 0; set < sets; set++) {
         const double inverse = 1 / sqrt((double)op->stats[sets + set] + (double)op->shape.eps);
         double mean = 0, mean_normal = 0;
-        for (e = 0; e < count && !op->frozen; e++) {
-            const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
-            const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
-            mean += v / (double)count;
-            mean_normal += v * mpt__ref_normal(op, sets, set, at) / (double)count;
-        }
+        if (!op->frozen)
+            for (e = 0; e < count; e++) {
+                const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
+                const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
+                mean += v / (double)count;
+                mean_normal += v * mpt__ref_normal(op, sets, set, at) / (double)count;
+            }
         for (e = 0; e < count; e++) {
             const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
             const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
@@ -4131,7 +4154,7 @@ static void mpt__ref_norm_dx(const mpt_norm_op *op, size_t sets, size_t count) {
     }
 }
 
-/* x(N,pixels,C) in N groups sets of pixels C/groups elements. fast: mpt__cpu_norm */
+/* x(N,pixels,C) as N groups sets of pixels C/groups elements. fast: mpt__cpu_norm */
 static mpt_result mpt__ref_norm(mpt_context *ctx, const mpt_norm_op *op) {
     const size_t sets = op->shape.N * op->shape.groups, count = op->shape.pixels * (op->shape.C / op->shape.groups);
     size_t i;
@@ -4140,7 +4163,7 @@ static mpt_result mpt__ref_norm(mpt_context *ctx, const mpt_norm_op *op) {
     case MPT_NORM_STATS: mpt__ref_norm_stats(op, sets, count); break;
     case MPT_NORM_FORWARD: mpt__ref_norm_forward(op, sets, count); break;
     case MPT_NORM_BACKWARD:
-        if (op->dgamma.data) mpt__ref_norm_parameters(op, sets, count); /* before dx, which may lie where dy does */
+        if (op->dgamma.data) mpt__ref_norm_parameters(op, sets, count); /* before dx, which may overwrite dy */
         if (op->dx.data) mpt__ref_norm_dx(op, sets, count);
         break;
     case MPT_NORM_RUNNING:
@@ -4150,7 +4173,7 @@ static mpt_result mpt__ref_norm(mpt_context *ctx, const mpt_norm_op *op) {
     return MPT_OK;
 }
 
-/* Puts the loops above into the table of the CPU. */
+/* Replaces the CPU backend's operations by the loops above. */
 static void mpt__ref_backend(mpt_backend *backend) {
     backend->gemm = mpt__ref_gemm;
     backend->conv2d = mpt__ref_conv2d;
@@ -6380,24 +6403,29 @@ struct mpt_optimizer {
     double lr;
     mpt_slice *slices; /* host copy of op.slices */
     mpt__phase phase;
-    uint64_t steps;             /* calls of mpt_step that were carried out */
+    uint64_t steps;             /* calls of mpt_step that succeeded */
     mpt_optimizer_state mirror; /* room for a copy of the state on the host */
 };
 
-/* By the bits: under -ffast-math NaN might pass for 0. */
+/* x, or `otherwise` where x is 0. Tests the bits: under -ffast-math NaN might pass for 0. */
 static double mpt__or(double x, double otherwise) {
     uint64_t u;
     memcpy(&u, &x, sizeof u);
-    return u << 1 ? x : otherwise;
+    if (u << 1) return x;
+    return otherwise;
 }
 
-static int mpt__or_int(int x, int otherwise) { return x ? x : otherwise; }
+static int mpt__or_int(int x, int otherwise) {
+    if (x) return x;
+    return otherwise;
+}
 
 MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc) {
     mpt_scaler_desc d = MPT_ZERO;
     if (desc) d = *desc;
     if (d.mode == MPT_SCALER_DEFAULT) d.mode = MPT_SCALER_DYNAMIC;
-    d.init_scale = d.mode == MPT_SCALER_OFF ? 1.0f : (float)mpt__or(d.init_scale, 65536);
+    d.init_scale = (float)mpt__or(d.init_scale, 65536);
+    if (d.mode == MPT_SCALER_OFF) d.init_scale = 1;
     d.growth_factor = mpt__or(d.growth_factor, 2);
     d.backoff_factor = mpt__or(d.backoff_factor, 0.5);
     d.min_scale = (float)mpt__or(d.min_scale, 1);
@@ -6413,14 +6441,14 @@ MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc) {
     s.version = MPT_SCALER_STATE_VERSION;
     s.desc = mpt_scaler_defaults(desc);
     s.scale = s.desc.init_scale;
-    s.growth_tracker = s.desc.late_growth ? -1 : 0;
+    s.growth_tracker = mpt__growth_start(&s.desc);
     s.hysteresis_left = s.desc.hysteresis;
     return s;
 }
 
 static int mpt__positive(float x) { return mpt__finite(x) && x > 0; }
 
-/* The one judge of a scaler's state, whichever way it comes in: can the rule go on from it? */
+/* Whether the rule can go on from a state, wherever it comes from */
 static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_state *s) {
     const mpt_scaler_desc *d = &s->desc;
     if (s->version != MPT_SCALER_STATE_VERSION)
@@ -6492,7 +6520,8 @@ MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_sta
 
 MPT_DEF float mpt_scaler_scale(mpt_scaler *scaler) {
     mpt_scaler_state s = MPT_ZERO;
-    return mpt_scaler_get_state(scaler, &s) == MPT_OK ? s.scale : 0.0f;
+    if (mpt_scaler_get_state(scaler, &s) != MPT_OK) return 0;
+    return s.scale;
 }
 
 MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
@@ -6502,13 +6531,13 @@ MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
         return mpt_fail(scaler->ctx, MPT_ERROR_ARGUMENT, "scaler_set_scale: %g is not a finite number above 0",
                         (double)scale);
     s.scale = scale;
-    s.growth_tracker = s.desc.late_growth ? -1 : 0;
+    s.growth_tracker = mpt__growth_start(&s.desc);
     s.hysteresis_left = s.desc.hysteresis;
     s.stuck = 0;
     return mpt_scaler_set_state(scaler, &s);
 }
 
-/* Says what keeps steps from being applied, of the optimizers that took part in this update. */
+/* Reports what keeps steps from being applied, if one of these optimizers skipped its last one. */
 static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *stepped, int count, int stuck) {
     int i;
     for (i = 0; i < count; i++) {
@@ -6526,7 +6555,7 @@ static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *steppe
                             s->found == MPT_SKIP_MOMENT ? "a moment of the optimizer could be inf"
                                                         : "a running statistic would be inf or NaN");
     }
-    return MPT_OK; /* a device that tells `stuck` late: this step was finite */
+    return MPT_OK; /* a device that reports `stuck` late: this step was finite */
 }
 
 MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
@@ -6555,7 +6584,8 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
         return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
                         "scaler_update: the scale is %g, and stays it; mpt_scaler_set_scale begins anew",
                         (double)s.scale);
-    return s.stuck >= s.desc.patience ? mpt__diverged(scaler, stepped, count, s.stuck) : MPT_OK; /* stuck may be late */
+    if (s.stuck < s.desc.patience) return MPT_OK; /* `stuck` may come late, s.stuck does not */
+    return mpt__diverged(scaler, stepped, count, s.stuck);
 }
 
 /* -- Parameter block -- */
@@ -6622,9 +6652,9 @@ MPT_DEF void mpt_params_free(mpt_params *params) {
     mpt__host_free(params->ctx, params);
 }
 
-/* Room for one more element of a table that doubles when it is full. NULL: out of memory, the table stays. */
+/* Makes room for one more element of a table, which doubles when it is full. NULL: out of memory; the table is kept. */
 static void *mpt__grow(mpt_context *ctx, void *table, int count, int *capacity, size_t size) {
-    const int wanted = *capacity ? *capacity * 2 : 16;
+    const int wanted = mpt__or_int(*capacity * 2, 16);
     void *bigger;
     if (count < *capacity) return table;
     bigger = mpt__host_alloc(ctx, (size_t)wanted * size);
@@ -6655,7 +6685,8 @@ static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size
     t = &table[params->count++];
     memcpy(t->name, name, strlen(name) + 1);
     t->count = count;
-    t->group = group ? group : (unsigned)MPT_GROUP_WEIGHT;
+    t->group = group;
+    if (!group) t->group = MPT_GROUP_WEIGHT;
     if (!(group & MPT_GROUP_FROZEN)) params->trained_count = params->count;
     return MPT_OK;
 }
@@ -6668,14 +6699,16 @@ MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, u
         params->failed = r;
         memcpy(params->why, params->ctx->why, sizeof params->why);
     }
-    return r == MPT_OK ? params->count : 0;
+    if (r != MPT_OK) return 0;
+    return params->count;
 }
 
 MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
-    const mpt_params_desc *d = params ? &params->desc : NULL;
+    const mpt_params_desc *d;
     size_t elements = 0, bytes;
     int t, masters, lows;
     if (!params) return MPT_ERROR_ARGUMENT;
+    d = &params->desc;
     if (params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_build: already built");
     if (params->failed != MPT_OK) return mpt_fail(params->ctx, params->failed, "%s", params->why);
     if (!params->count) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_build: there is no tensor");
@@ -6702,29 +6735,34 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
     return MPT_OK;
 }
 
-/* A built block and one of its tensors, or 0 for all. */
+/* Whether a block is built and has the tensor; 0 is all of it. */
 static int mpt__params_has(const mpt_params *params, int tensor) {
     return params && params->elements && tensor >= 0 && tensor <= params->count;
 }
 
 static size_t mpt__params_offset(const mpt_params *params, int tensor) {
-    return tensor ? params->tensors[tensor - 1].offset : 0;
+    if (!tensor) return 0;
+    return params->tensors[tensor - 1].offset;
 }
 
 static float *mpt__params_slice(const mpt_params *params, float *array, int tensor) {
-    return mpt__params_has(params, tensor) && array ? array + mpt__params_offset(params, tensor) : NULL;
+    if (!mpt__params_has(params, tensor) || !array) return NULL;
+    return array + mpt__params_offset(params, tensor);
 }
 
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor) {
-    return params ? mpt__params_slice(params, params->master, tensor) : NULL;
+    if (!params) return NULL;
+    return mpt__params_slice(params, params->master, tensor);
 }
 
 MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
-    return params && tensor <= params->trained_count ? mpt__params_slice(params, params->grad, tensor) : NULL;
+    if (!params || tensor > params->trained_count) return NULL;
+    return mpt__params_slice(params, params->grad, tensor);
 }
 
 MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor) {
-    return mpt__params_has(params, tensor) && params->low ? params->low + mpt__params_offset(params, tensor) : NULL;
+    if (!mpt__params_has(params, tensor) || !params->low) return NULL;
+    return params->low + mpt__params_offset(params, tensor);
 }
 
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor) {
@@ -6736,15 +6774,20 @@ MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor) {
     return a;
 }
 
-MPT_DEF int mpt_params_tensors(const mpt_params *params) { return params ? params->count : 0; }
+MPT_DEF int mpt_params_tensors(const mpt_params *params) {
+    if (!params) return 0;
+    return params->count;
+}
 
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor) {
     if (!params || tensor < 0 || tensor > params->count) return 0;
-    return tensor ? params->tensors[tensor - 1].count : params->elements;
+    if (!tensor) return params->elements;
+    return params->tensors[tensor - 1].count;
 }
 
 MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor) {
-    return params && tensor > 0 && tensor <= params->count ? params->tensors[tensor - 1].name : "";
+    if (!params || tensor <= 0 || tensor > params->count) return "";
+    return params->tensors[tensor - 1].name;
 }
 
 MPT_DEF int mpt_params_find(const mpt_params *params, const char *name) {
@@ -6760,29 +6803,40 @@ static mpt_result mpt__params_need(mpt_params *params, const char *call, int ten
     if (!params->elements) return mpt_fail(params->ctx, MPT_ERROR_ORDER, "%s: the parameter block is not built", call);
     if (tensor < 0 || tensor > params->count)
         return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: tensor %d is not in 0..%d", call, tensor, params->count);
-    return host ? MPT_OK : mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: host is NULL", call);
+    if (!host) return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "%s: host is NULL", call);
+    return MPT_OK;
 }
 
-/* Moves a tensor without masters between the host's fp32 and the device, through 16-bit parts made on the host. */
-static mpt_result mpt__params_move(mpt_params *params, int tensor, const float *from, float *to) {
+/* Sets a tensor that has no fp32 masters: its 16-bit parts, copy and low, are made on the host. */
+static mpt_result mpt__params_set_halves(mpt_params *params, int tensor, const float *host) {
     mpt_context *ctx = params->ctx;
-    const mpt_master mode = params->desc.master == MPT_MASTER_STOCHASTIC ? MPT_MASTER_NONE : params->desc.master;
     const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(uint16_t);
-    void *device = mpt_params_weight(params, tensor).data;
-    uint16_t *device_low = params->low ? params->low + mpt__params_offset(params, tensor) : NULL;
-    uint16_t *copy = (uint16_t *)mpt__host_alloc(ctx, 2 * bytes), *low = copy ? copy + count : NULL;
-    mpt_result r = copy ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    uint16_t *copy = (uint16_t *)mpt__host_alloc(ctx, 2 * bytes), *low;
+    mpt_master mode = params->desc.master;
+    mpt_result r;
     size_t i;
-    if (r == MPT_OK && from) {
-        for (i = 0; i < count; i++) mpt__weight_store(mode, params->desc.type, from[i], 0, &copy[i], &low[i]);
-        r = mpt_upload(ctx, device, copy, bytes);
-        if (r == MPT_OK && device_low) r = mpt_upload(ctx, device_low, low, bytes);
-    }
-    if (r == MPT_OK && to) {
-        r = mpt_download(ctx, copy, device, bytes);
-        if (r == MPT_OK && device_low) r = mpt_download(ctx, low, device_low, bytes);
-        for (i = 0; i < count && r == MPT_OK; i++) to[i] = mpt__weight_load(mode, params->desc.type, copy[i], low[i]);
-    }
+    if (!copy) return MPT_ERROR_NO_MEMORY;
+    low = copy + count;
+    if (mode == MPT_MASTER_STOCHASTIC) mode = MPT_MASTER_NONE; /* values from outside are rounded to nearest */
+    for (i = 0; i < count; i++) mpt__weight_store(mode, params->desc.type, host[i], 0, &copy[i], &low[i]);
+    r = mpt_upload(ctx, mpt_params_weight(params, tensor).data, copy, bytes);
+    if (r == MPT_OK && params->low) r = mpt_upload(ctx, mpt_params_low(params, tensor), low, bytes);
+    mpt__host_free(ctx, copy);
+    return r;
+}
+
+static mpt_result mpt__params_get_halves(mpt_params *params, int tensor, float *host) {
+    mpt_context *ctx = params->ctx;
+    const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(uint16_t);
+    uint16_t *copy = (uint16_t *)mpt__host_alloc(ctx, 2 * bytes), *low;
+    mpt_result r;
+    size_t i;
+    if (!copy) return MPT_ERROR_NO_MEMORY;
+    low = copy + count;
+    r = mpt_download(ctx, copy, mpt_params_weight(params, tensor).data, bytes);
+    if (r == MPT_OK && params->low) r = mpt_download(ctx, low, mpt_params_low(params, tensor), bytes);
+    if (r == MPT_OK)
+        for (i = 0; i < count; i++) host[i] = mpt__weight_load(params->desc.master, params->desc.type, copy[i], low[i]);
     mpt__host_free(ctx, copy);
     return r;
 }
@@ -6791,7 +6845,7 @@ MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *h
     float *master;
     MPT__TRY(mpt__params_need(params, "params_set", tensor, host));
     master = mpt_params_master(params, tensor);
-    if (!master) return mpt__params_move(params, tensor, host, NULL);
+    if (!master) return mpt__params_set_halves(params, tensor, host);
     MPT__TRY(mpt_upload(params->ctx, master, host, mpt_params_count(params, tensor) * sizeof *host));
     if (!params->copy.data) return MPT_OK;
     return mpt_cast(params->ctx, mpt_params_count(params, tensor), mpt_f32_array(master),
@@ -6802,7 +6856,7 @@ MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
     float *master;
     MPT__TRY(mpt__params_need(params, "params_get", tensor, host));
     master = mpt_params_master(params, tensor);
-    if (!master) return mpt__params_move(params, tensor, NULL, host);
+    if (!master) return mpt__params_get_halves(params, tensor, host);
     return mpt_download(params->ctx, host, master, mpt_params_count(params, tensor) * sizeof *host);
 }
 
@@ -6819,13 +6873,26 @@ static double mpt__normal(uint64_t seed, uint64_t tensor, uint64_t element) {
     return sqrt(-2 * log(u)) * cos(angle);
 }
 
+/* The bound of a uniform distribution, or the standard deviation of a normal one */
+static double mpt__init_bound(mpt_init init, int bias, double fan_in, double fan_out) {
+    if (init == MPT_INIT_DEFAULT) return 1 / sqrt(fan_in);
+    if (bias) return 0;
+    switch (init) {
+    case MPT_INIT_KAIMING_UNIFORM: return sqrt(6 / fan_in);
+    case MPT_INIT_KAIMING_NORMAL: return sqrt(2 / fan_in);
+    case MPT_INIT_XAVIER_UNIFORM: return sqrt(6 / (fan_in + fan_out));
+    case MPT_INIT_XAVIER_NORMAL: return sqrt(2 / (fan_in + fan_out));
+    default: return 0;
+    }
+}
+
 MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init, size_t fan_in, size_t fan_out,
                                    uint64_t seed) {
-    const double in = (double)fan_in, both = in + (double)fan_out;
-    const int bias = mpt__params_has(params, tensor) && tensor && params->tensors[tensor - 1].group == MPT_GROUP_BIAS;
-    double bound = 0;
+    const int normal = init == MPT_INIT_KAIMING_NORMAL || init == MPT_INIT_XAVIER_NORMAL;
+    double bound, x;
     float *host;
     size_t i, count;
+    int bias;
     mpt_result r;
     MPT__TRY(mpt__params_need(params, "params_init", tensor, params));
     if (tensor < 1 || (unsigned)init >= MPT_INIT_COUNT || !fan_in || !fan_out)
@@ -6834,16 +6901,14 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
     count = mpt_params_count(params, tensor);
     host = (float *)mpt__host_alloc(params->ctx, count * sizeof *host);
     if (!host) return MPT_ERROR_NO_MEMORY;
-    if (init == MPT_INIT_DEFAULT) bound = 1 / sqrt(in);
-    else if (bias || init == MPT_INIT_ZERO) bound = 0;
-    else if (init == MPT_INIT_KAIMING_UNIFORM) bound = sqrt(6 / in);
-    else if (init == MPT_INIT_KAIMING_NORMAL) bound = sqrt(2 / in);
-    else if (init == MPT_INIT_XAVIER_UNIFORM) bound = sqrt(6 / both);
-    else bound = sqrt(2 / both);
-    for (i = 0; i < count && bound > 0; i++)
-        host[i] = (float)(init == MPT_INIT_KAIMING_NORMAL || init == MPT_INIT_XAVIER_NORMAL
-                              ? bound * mpt__normal(seed, (uint64_t)tensor, i)
-                              : bound * (2 * (double)mpt_uniform(seed, 0, (uint64_t)tensor, i) - 1));
+    bias = (params->tensors[tensor - 1].group & MPT_GROUP_BIAS) != 0;
+    bound = mpt__init_bound(init, bias, (double)fan_in, (double)fan_out);
+    if (bound > 0) /* else all are 0, as allocated */
+        for (i = 0; i < count; i++) {
+            if (normal) x = mpt__normal(seed, (uint64_t)tensor, i);
+            else x = 2 * (double)mpt_uniform(seed, 0, (uint64_t)tensor, i) - 1;
+            host[i] = (float)(bound * x);
+        }
     r = mpt_params_set(params, tensor, host);
     mpt__host_free(params->ctx, host);
     return r;
@@ -6876,7 +6941,7 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
     return d;
 }
 
-/* Finite and at least 0, told in fp32: what a float cannot hold is no hyperparameter. */
+/* Finite and at least 0, in fp32, since hyperparameters are rounded to it */
 static int mpt__not_negative(double x) { return mpt__finite((float)x) && x >= 0; }
 
 static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
@@ -6888,7 +6953,7 @@ static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
                         "schedule: warmup_start %g, low %g, start %g must be finite and at least 0", s->warmup_start,
                         s->low, s->start);
     if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
-    if (one_cycle && !(mpt__mul_add(s->peak, (double)s->steps, -1) > 0 && s->peak < 1)) /* as the rule finds its top */
+    if (one_cycle && !(mpt__mul_add(s->peak, (double)s->steps, -1) > 0 && s->peak < 1)) /* see mpt_schedule_factor */
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %zu steps is not between the first and the last",
                         s->peak, (size_t)s->steps);
     return MPT_OK;
@@ -6918,7 +6983,7 @@ static mpt_result mpt__optimizer_check(mpt_context *ctx, const mpt_optimizer_des
     return MPT_OK;
 }
 
-/* The defaults filled in, for one that was not made by mpt_adam or its like. */
+/* Fills in the defaults of a descriptor that was not made by mpt_adam or mpt_adamw. */
 static mpt_optimizer_desc mpt__optimizer_defaults(const mpt_optimizer_desc *desc) {
     const mpt_optimizer_desc adam = mpt_adam(1e-3), adamw = mpt_adamw(1e-3);
     mpt_optimizer_desc d = adam;
@@ -6934,7 +6999,7 @@ static mpt_optimizer_desc mpt__optimizer_defaults(const mpt_optimizer_desc *desc
     return d;
 }
 
-/* Learning rates live on the device, so that a recorded step reads them anew. */
+/* Learning rates are on the device, so that a recorded step reads new ones. */
 static mpt_result mpt__slices_upload(mpt_optimizer *opt) {
     int t;
     if (!opt->op.tensors) return MPT_OK;
@@ -6943,13 +7008,18 @@ static mpt_result mpt__slices_upload(mpt_optimizer *opt) {
                       (size_t)opt->op.tensors * sizeof *opt->slices);
 }
 
-/* Allocates and fills what a new optimizer holds. */
+static int mpt__moment_count(const mpt_optimizer_desc *d) {
+    if (d->kind == MPT_SGD) return d->momentum != 0;
+    return 2 + (d->amsgrad != 0);
+}
+
+/* Allocates and fills the arrays of a new optimizer. */
 static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_context *ctx = opt->ctx;
     mpt_update_op *op = &opt->op;
     const mpt_params *params = opt->params;
     const size_t table = (size_t)params->trained_count * sizeof(mpt_slice), array = params->trained * sizeof(float);
-    const int moments = op->desc.kind == MPT_SGD ? op->desc.momentum != 0 : op->desc.amsgrad ? 3 : 2;
+    const int moments = mpt__moment_count(&op->desc);
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
     if (table) opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
@@ -7079,8 +7149,7 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
     return MPT_OK;
 }
 
-static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
-    const char *call = by_norm ? "clip_norm" : "clip_value", *argument = by_norm ? "max_norm" : "value";
+static mpt_result mpt__clip_check(mpt_optimizer *opt, const char *call, const char *argument, double limit) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     mpt__forget(opt->ctx);
     if (opt->phase != MPT__UNSCALED)
@@ -7090,12 +7159,20 @@ static mpt_result mpt__clip(mpt_optimizer *opt, double limit, int by_norm) {
     if (!mpt__not_negative(limit) || !((float)limit > 0))
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument,
                         limit);
-    *(by_norm ? &opt->op.max_norm : &opt->op.max_value) = limit;
     return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) { return mpt__clip(opt, max_norm, 1); }
-MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value) { return mpt__clip(opt, value, 0); }
+MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm) {
+    MPT__TRY(mpt__clip_check(opt, "clip_norm", "max_norm", max_norm));
+    opt->op.max_norm = max_norm;
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value) {
+    MPT__TRY(mpt__clip_check(opt, "clip_value", "value", value));
+    opt->op.max_value = value;
+    return MPT_OK;
+}
 
 MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
     if (!opt) return MPT_ERROR_ARGUMENT;
@@ -7113,7 +7190,7 @@ MPT_DEF mpt_result mpt_step(mpt_optimizer *opt) {
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     MPT__TRY(mpt_download(opt->ctx, out, opt->op.state, sizeof *out));
-    if (opt->phase == MPT__UNSCALED) { /* as the step will have it */
+    if (opt->phase == MPT__UNSCALED) { /* as the step will set them */
         mpt_update_op op = opt->op;
         op.state = out;
         out->found = mpt__step_found(&op);
@@ -7126,7 +7203,7 @@ MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_sta
 /* A power of a beta. */
 static int mpt__is_share(double x) { return mpt__not_negative(x) && x <= 1; }
 
-/* The one judge of an optimizer's state, whichever way it comes in. */
+/* Whether training can go on from a state, wherever it comes from */
 static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt_optimizer_state *s) {
     const int tensors = opt->params->count;
     int i;
@@ -7143,7 +7220,7 @@ static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: found %d, first tensor %zu", (int)s->found,
                         (size_t)s->scan.first);
     if (!s->found && !(mpt__not_negative(s->inv_scale) && mpt__not_negative(s->grad_norm) &&
-                       mpt__not_negative(s->schedule))) /* what a step that mpt_unscale has let through goes on with */
+                       mpt__not_negative(s->schedule))) /* what the step after an mpt_unscale reads */
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: inv_scale %g, grad_norm %g, schedule %g",
                         s->inv_scale, s->grad_norm, s->schedule);
     for (i = 0; i < MPT_JOURNAL; i++) {
@@ -7175,8 +7252,8 @@ MPT_DEF mpt_result mpt_optimizer_commit(mpt_optimizer *opt, size_t count, float 
 }
 
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) {
-    return opt && moment >= 1 && moment <= 3 ? mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor)
-                                             : NULL;
+    if (!opt || moment < 1 || moment > 3) return NULL;
+    return mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor);
 }
 
 /* ==== LAYERS ====
