@@ -483,7 +483,7 @@ typedef struct mpt_mask {
 typedef enum mpt_map {
     MPT_MAP_CAST = 0,            /* out = a, rounded as mpt_cast does; any type, fp8 too */
     MPT_MAP_ACTIVATION,          /* out = act(a) */
-    MPT_MAP_ACTIVATION_GRADIENT, /* out = b * act'(x) + beta * out; a: the saved value that the list above names, b: dy */
+    MPT_MAP_ACTIVATION_GRADIENT, /* out = b * act'(x) + beta * out; a: the saved value that the list names, b: dy */
     MPT_MAP_ADD,                 /* out = act(a + beta * b); with beta 0 b is not read */
     MPT_MAP_DROPOUT              /* out = a / (1 - p) where it is kept, 0 a where it is dropped, + beta * out; the
                                     gradient is the same of dy (Srivastava et al. 2014; torch.nn.functional.dropout) */
@@ -1010,8 +1010,8 @@ typedef struct mpt_layer_desc {
    context's stream. */
 MPT_DEF int mpt_layer(mpt_model *net, int node, const mpt_layer_desc *desc);
 
-/* Keeps the value of a node, and the gradient of it, from one pass to the next: see mpt_node_value, mpt_node_grad. Of an
-   input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
+/* Keeps the value of a node, and the gradient of it, from one pass to the next: see mpt_node_value, mpt_node_grad. Of
+   an input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
    passing where the value before it is kept. Returns the node. */
 MPT_DEF int mpt_keep(mpt_model *net, int node);
 /* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
@@ -1074,7 +1074,8 @@ MPT_DEF mpt_result mpt_node_value(mpt_model *net, int node, float *out);
 /* dloss/dvalue of a node of mpt_keep after mpt_backward and before mpt_scaler_update, without the loss scale: of the
    mean loss of the pass, if it was the first of its step or as large as that. */
 MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int node, float *out);
-/* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. torch: optimizer.zero_grad() */
+/* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. optimizer.zero_grad() in
+   torch */
 MPT_DEF mpt_result mpt_zero_grad(mpt_model *net);
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
@@ -7380,7 +7381,8 @@ typedef struct mpt__buffer {
 
 /* What a step of the model is in the middle of. Legal transitions, where mpt_step ends any of them:
 
-     BETWEEN -- mpt_forward --> BEGUN -- mpt_backward --> GATHERED -- mpt_forward --> RESUMED -- mpt_backward --> GATHERED
+     BETWEEN -- mpt_forward --> BEGUN -- mpt_backward --> GATHERED
+     GATHERED -- mpt_forward --> RESUMED -- mpt_backward --> GATHERED
 
    A forward pass in BEGUN or RESUMED takes the place of the one before. */
 typedef enum mpt__stage {
@@ -10039,7 +10041,8 @@ static size_t mpt__part_bytes(const mpt__part *part) { return part->count * mpt_
 /* -- Which tensors a model has -- */
 
 /* Where PyTorch, which flattens images in C, H, W order, has element i of a node's value. A value of one pixel has the
-   order of the input that its layer says it follows: a concatenation of the one that *i, which it changes, falls into. */
+   order of the input that its layer says it follows: a concatenation of the one that *i, which it changes, falls
+   into. */
 static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     size_t before = 0; /* elements of the inputs to the left */
     while (id) {
