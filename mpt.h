@@ -1203,10 +1203,25 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
    in C, H, W order, is added to what is in another order, or its channels fall into groups. */
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type);
 MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size, mpt_dtype type);
+
+typedef enum mpt_load_outcome {
+    MPT_LOADED = 0,    /* a tensor of the model, from the file */
+    MPT_LOAD_MISSING,  /* a tensor of the model that the file has not */
+    MPT_LOAD_UNFIT,    /* one that it has with another shape, or a type that is none of the three */
+    MPT_LOAD_LEFT_OVER /* a tensor of the file that the model has not */
+} mpt_load_outcome;
+
+typedef struct mpt_load_desc {
+    const char *prefix; /* that the file has before the names of the model, as in "module."; NULL: none */
+    int partly;         /* 1: what fits is loaded, the rest stays as it is; 0: all or nothing */
+    void (*tell)(const char *name, mpt_load_outcome outcome, void *user); /* each tensor, before any is read; or NULL */
+    void *user;
+} mpt_load_desc;
+
 /* From any of the three types, or from a checkpoint. Moments, scaler and counters stay as they are. num_batches_tracked
-   is passed over. */
-MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path);
-MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size);
+   is passed over. desc may be NULL. */
+MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path, const mpt_load_desc *desc);
+MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size, const mpt_load_desc *desc);
 
 /* The whole training state: weights as the policy keeps them (masters; or 16 bits and what goes with them), moments,
    running statistics, counters, journal and lr of the optimizer, lr_factor and weight_decay of its groups, the scaler.
@@ -9994,6 +10009,7 @@ typedef struct mpt__part { /* a tensor of a file, as the model has it */
     size_t columns, inner;   /* of a row; filters: channels inside, which PyTorch has outside */
     int reads;               /* node whose value the columns go with; 0: in the model's order */
     void *device;            /* RAW, RUNNING */
+    int half;                /* loading partly: of a pair of running statistics, the other is not there */
     const mpt__entry *entry; /* loading: where it comes from... */
     char *staging;           /* ...and what it becomes, ready to be uploaded */
 } mpt__part;
@@ -10007,6 +10023,7 @@ typedef struct mpt__state { /* what is no array */
 
 typedef struct mpt__job {
     mpt_model *net;
+    mpt_load_desc load; /* of weights; all zero: whole */
     mpt_context *ctx;
     const char *call, *path; /* path NULL: in memory */
     const mpt__disk *disk;
@@ -11024,12 +11041,17 @@ static mpt_result mpt__match_version(const mpt__job *job, const mpt__part *part)
                          (size_t)version, (int)versions[part->id]);
 }
 
+static int mpt__fits_shape(const mpt__part *part) {
+    const mpt__entry *entry = part->entry;
+    return entry->dims == part->dims &&
+           memcmp(entry->shape, part->shape, (size_t)part->dims * sizeof *part->shape) == 0;
+}
+
 static mpt_result mpt__match_shape(const mpt__job *job, const mpt__part *part) {
     const mpt__entry *entry = part->entry;
     char shapes[2][64];
     mpt__text t;
-    if (entry->dims == part->dims && memcmp(entry->shape, part->shape, (size_t)part->dims * sizeof *part->shape) == 0)
-        return MPT_OK;
+    if (mpt__fits_shape(part)) return MPT_OK;
     t.at = shapes[0];
     t.end = shapes[0] + sizeof shapes[0] - 1;
     mpt__put_shape(&t, entry->dims, entry->shape);
@@ -11039,24 +11061,74 @@ static mpt_result mpt__match_shape(const mpt__job *job, const mpt__part *part) {
     return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is %s, the model's is %s", part->name, shapes[0], shapes[1]);
 }
 
-/* The one tensor with the name of the part. */
+/* Has the file this tensor of the model by this name? */
+static int mpt__is_named(const mpt__job *job, const mpt__entry *entry, const char *name) {
+    const char *prefix = job->load.prefix ? job->load.prefix : "";
+    const size_t length = strlen(prefix);
+    return strncmp(entry->name, prefix, length) == 0 && strcmp(entry->name + length, name) == 0;
+}
+
+/* The one tensor with the name of the part; entry NULL: there is none. */
 static mpt_result mpt__match_name(const mpt__job *job, mpt__part *part) {
     int i;
     for (i = 0; i < job->entry_count; i++) {
-        if (strcmp(job->entries[i].name, part->name) != 0) continue;
+        if (!mpt__is_named(job, &job->entries[i], part->name)) continue;
         if (part->entry) return mpt__job_fail(job, MPT_ERROR_FILE, "two tensors are named '%s'", part->name);
         part->entry = &job->entries[i];
         job->entries[i].used = 1;
     }
-    return part->entry ? MPT_OK : mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is missing", part->name);
+    return MPT_OK;
 }
 
-/* With its type, or weights in any of the three. */
+/* The part's own type, or weights in any of the three. */
+static int mpt__fits_type(const mpt__job *job, const mpt__part *part) {
+    return part->entry->type == part->type || (!job->full && part->entry->type <= (int)MPT_BF16);
+}
+
 static mpt_result mpt__match(const mpt__job *job, mpt__part *part) {
     MPT__TRY(mpt__match_name(job, part));
-    if (part->entry->type != part->type && (job->full || part->entry->type > (int)MPT_BF16))
-        return mpt__job_fail(job, MPT_ERROR_TYPE, "'%s' is %s, not %s", part->name,
-                             mpt__file_types[part->entry->type].name, mpt__file_types[part->type].name);
+    if (!part->entry) return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is missing", part->name);
+    if (mpt__fits_type(job, part)) return MPT_OK;
+    return mpt__job_fail(job, MPT_ERROR_TYPE, "'%s' is %s, not %s", part->name, mpt__file_types[part->entry->type].name,
+                         mpt__file_types[part->type].name);
+}
+
+static void mpt__tell_outcome(const mpt__job *job, const char *name, mpt_load_outcome outcome) {
+    if (job->load.tell) job->load.tell(name, outcome, job->load.user);
+}
+
+/* A running mean without its variance, or the other way round: neither is loaded. */
+static int mpt__is_half(const mpt__job *job, int i) {
+    const mpt__part *part = &job->parts[i];
+    int other;
+    if (part->kind != MPT__RUNNING) return 0;
+    for (other = 0; other < job->count; other++)
+        if (other != i && job->parts[other].kind == MPT__RUNNING && job->parts[other].id == part->id)
+            return !job->parts[other].entry;
+    return 1;
+}
+
+/* Drops the parts that the file does not have as the model has them. */
+static mpt_result mpt__match_partly(mpt__job *job) {
+    int i, kept = 0;
+    for (i = 0; i < job->count; i++) {
+        mpt__part *part = &job->parts[i];
+        MPT__TRY(mpt__match_name(job, part));
+        if (!part->entry) mpt__tell_outcome(job, part->name, MPT_LOAD_MISSING);
+        if (!part->entry || (mpt__fits_type(job, part) && mpt__fits_shape(part))) continue;
+        mpt__tell_outcome(job, part->name, MPT_LOAD_UNFIT);
+        part->entry = NULL;
+    }
+    for (i = 0; i < job->entry_count; i++) job->entries[i].used = 0;
+    for (i = 0; i < job->count; i++)
+        if (job->parts[i].entry && mpt__is_half(job, i)) job->parts[i].half = 1;
+    for (i = 0; i < job->count; i++) {
+        if (!job->parts[i].entry || job->parts[i].half) continue;
+        mpt__tell_outcome(job, job->parts[i].name, MPT_LOADED);
+        job->entries[job->parts[i].entry - job->entries].used = 1;
+        job->parts[kept++] = job->parts[i];
+    }
+    job->count = kept;
     return MPT_OK;
 }
 
@@ -11088,14 +11160,19 @@ static int mpt__may_stay(const mpt__job *job, const mpt__entry *entry) {
 
 static mpt_result mpt__match_all(mpt__job *job) {
     int i;
-    for (i = 0; i < job->count; i++) {
+    if (job->load.partly) MPT__TRY(mpt__match_partly(job));
+    for (i = 0; i < job->count && !job->load.partly; i++) {
         MPT__TRY(mpt__match(job, &job->parts[i]));
         if (mpt__unlike(&job->parts[i])) return MPT_OK; /* see mpt__match_states */
         MPT__TRY(mpt__match_shape(job, &job->parts[i]));
+        mpt__tell_outcome(job, job->parts[i].name, MPT_LOADED);
     }
-    for (i = 0; i < job->entry_count; i++)
-        if (!mpt__may_stay(job, &job->entries[i]))
+    for (i = 0; i < job->entry_count; i++) {
+        if (mpt__may_stay(job, &job->entries[i])) continue;
+        mpt__tell_outcome(job, job->entries[i].name, MPT_LOAD_LEFT_OVER);
+        if (!job->load.partly)
             return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is not in the model", job->entries[i].name);
+    }
     return MPT_OK;
 }
 
@@ -11300,13 +11377,15 @@ static mpt_result mpt__save_memory(const char *call, mpt_model *net, void *to, s
     return r;
 }
 
-static mpt_result mpt__load_memory(const char *call, mpt_model *net, const void *bytes, size_t size, int full) {
+static mpt_result mpt__load_memory(const char *call, mpt_model *net, const void *bytes, size_t size, int full,
+                                   const mpt_load_desc *load) {
     mpt__memory_file buffer = MPT_ZERO;
     mpt__job job = MPT_ZERO;
     MPT__TRY(mpt__need_built(net, call));
     if (!bytes) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: bytes is NULL", call);
     buffer.from = (const unsigned char *)bytes;
     buffer.size = size;
+    if (load) job.load = *load;
     job.call = call;
     job.disk = &mpt__in_memory;
     job.file = &buffer;
@@ -11317,14 +11396,14 @@ MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t 
                                            mpt_dtype type) {
     return mpt__save_memory("weights_save_memory", net, buffer, capacity, size, 0, type);
 }
-MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size) {
-    return mpt__load_memory("weights_load_memory", net, bytes, size, 0);
+MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size, const mpt_load_desc *desc) {
+    return mpt__load_memory("weights_load_memory", net, bytes, size, 0, desc);
 }
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size) {
     return mpt__save_memory("checkpoint_save_memory", net, buffer, capacity, size, 1, MPT_F32);
 }
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size) {
-    return mpt__load_memory("checkpoint_load_memory", net, bytes, size, 1);
+    return mpt__load_memory("checkpoint_load_memory", net, bytes, size, 1, NULL);
 }
 
 #ifdef MPT_NO_STDIO
@@ -11338,8 +11417,9 @@ MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype 
     (void)type;
     return mpt__no_files(net, "weights_save");
 }
-MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path) {
+MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path, const mpt_load_desc *desc) {
     (void)path;
+    (void)desc;
     return mpt__no_files(net, "weights_load");
 }
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path) {
@@ -11352,10 +11432,11 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
 }
 #else
 static mpt_result mpt__path_run(const char *call, mpt_result (*run)(mpt__job *), mpt_model *net, const char *path,
-                                int full, mpt_dtype type, const mpt__disk *disk) {
+                                int full, mpt_dtype type, const mpt_load_desc *load, const mpt__disk *disk) {
     mpt__job job = MPT_ZERO;
     MPT__TRY(mpt__need_built(net, call));
     if (!path || !*path) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: path is NULL or empty", call);
+    if (load) job.load = *load;
     job.call = call;
     job.path = path;
     job.disk = disk;
@@ -11363,16 +11444,16 @@ static mpt_result mpt__path_run(const char *call, mpt_result (*run)(mpt__job *),
 }
 
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type) {
-    return mpt__path_run("weights_save", mpt__save_file, net, path, 0, type, &mpt__stdio);
+    return mpt__path_run("weights_save", mpt__save_file, net, path, 0, type, NULL, &mpt__stdio);
 }
-MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path) {
-    return mpt__path_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, &mpt__stdio);
+MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path, const mpt_load_desc *desc) {
+    return mpt__path_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, desc, &mpt__stdio);
 }
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path) {
-    return mpt__path_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, &mpt__stdio);
+    return mpt__path_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, NULL, &mpt__stdio);
 }
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
-    return mpt__path_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, &mpt__stdio);
+    return mpt__path_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, NULL, &mpt__stdio);
 }
 #endif
 

@@ -80,7 +80,7 @@ int main(int argc, char **argv) {
     need(mpt_weights_save(net, argv[2], MPT_F32) == MPT_OK, mpt_why(ctx));
     mpt_model_free(net);
     net = make_net(ctx); /* another day, another program */
-    need(mpt_weights_load(net, argv[2]) == MPT_OK, mpt_why(ctx));
+    need(mpt_weights_load(net, argv[2], NULL) == MPT_OK, mpt_why(ctx));
     need(mpt_predict(net, test.x[0], 1, logits) == MPT_OK, mpt_why(ctx));
     printf("logits %.2f %.2f %.2f, class %d\n", logits[0], logits[1], logits[2], (int)test.y[0]);
     mpt_model_free(net);

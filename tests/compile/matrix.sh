@@ -210,7 +210,7 @@ int main(void) {
     if (mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32) != MPT_OK) return 2;
     bytes = malloc(size);
     if (!bytes || mpt_weights_save_memory(net, bytes, size, &size, MPT_F32) != MPT_OK) return 3;
-    if (mpt_weights_load_memory(other, bytes, size) != MPT_OK) return 4;
+    if (mpt_weights_load_memory(other, bytes, size, NULL) != MPT_OK) return 4;
     if (mpt_predict(net, x, 4, a) != MPT_OK || mpt_predict(other, x, 4, b) != MPT_OK) return 5;
     if (memcmp(a, b, sizeof a) != 0) return 6;
     if (mpt_weights_save(net, "weights", MPT_F32) != MPT_ERROR_UNSUPPORTED || !*mpt_why(ctx)) return 7;

@@ -74,9 +74,9 @@ int main(int argc, char **argv) {
     mpt_context *ctx = test_open(NULL);
     mpt_model *net = build(ctx);
     char path[512];
-    CHECK_OK(ctx, mpt_weights_load(net, torch_f16));
+    CHECK_OK(ctx, mpt_weights_load(net, torch_f16, NULL));
     compare(ctx, net, &g, "f16");
-    CHECK_OK(ctx, mpt_weights_load(net, torch_f32));
+    CHECK_OK(ctx, mpt_weights_load(net, torch_f32, NULL));
     compare(ctx, net, &g, "f32");
     snprintf(path, sizeof path, "%s.safetensors", argc ? argv[0] : "checkpoint");
     CHECK_OK(ctx, mpt_weights_save(net, path, MPT_F32));

@@ -71,8 +71,9 @@ static int resnet(mpt_model *net, int h) {
 
 /* Roundings on the way through a net, by the mode that is compared with. */
 typedef struct roundings {
-    double terms;    /* of products, one after the other */
-    double policy;   /* arrays kept in bf16: copies of weights and biases, values; in the backward pass gradients of values */
+    double terms; /* of products, one after the other */
+    double
+        policy; /* arrays kept in bf16: copies of weights and biases, values; in the backward pass gradients of values */
     double autocast; /* and logits; in the backward pass also what rounds a weight's gradient */
 } roundings;
 

@@ -218,8 +218,8 @@ static run *run_open(const golden *g, const inputs *in) {
     CHECK_OK(r->ctx, mpt_params_build(r->params));
     r->scaler = mpt_scaler_new(r->ctx, &in->scaler);
     r->opt = mpt_optimizer_new(r->params, r->scaler, &g->desc);
-    CHECK_OK(r->ctx, mpt_optimizer_group(r->opt, MPT_GROUP_BIAS | MPT_GROUP_NORM, g->group_lr_factor,
-                                         g->group_weight_decay));
+    CHECK_OK(r->ctx,
+             mpt_optimizer_group(r->opt, MPT_GROUP_BIAS | MPT_GROUP_NORM, g->group_lr_factor, g->group_weight_decay));
     put(r, PARAM, in->param);
     return r;
 }
@@ -338,13 +338,30 @@ static void test_case(const golden *g, const inputs *in, int alone) {
 }
 
 static void test_optimizers(void) {
-    static const char *const names[] = {
-        "sgd", "sgd_weight_decay", "sgd_momentum", "sgd_dampening", "sgd_nesterov", "sgd_maximize", "sgd_clip_norm",
-        "sgd_clip_value", "sgd_groups",
-        "adam", "adam_weight_decay", "adam_betas", "adam_amsgrad", "adam_exact_root", "adam_maximize",
-        "adam_clip_norm", "adam_clip_value",
-        "adamw", "adamw_exact_root", "adamw_amsgrad", "adamw_maximize", "adamw_clip_norm", "adamw_groups",
-        "adamw_warmup"};
+    static const char *const names[] = {"sgd",
+                                        "sgd_weight_decay",
+                                        "sgd_momentum",
+                                        "sgd_dampening",
+                                        "sgd_nesterov",
+                                        "sgd_maximize",
+                                        "sgd_clip_norm",
+                                        "sgd_clip_value",
+                                        "sgd_groups",
+                                        "adam",
+                                        "adam_weight_decay",
+                                        "adam_betas",
+                                        "adam_amsgrad",
+                                        "adam_exact_root",
+                                        "adam_maximize",
+                                        "adam_clip_norm",
+                                        "adam_clip_value",
+                                        "adamw",
+                                        "adamw_exact_root",
+                                        "adamw_amsgrad",
+                                        "adamw_maximize",
+                                        "adamw_clip_norm",
+                                        "adamw_groups",
+                                        "adamw_warmup"};
     inputs *in = read_inputs();
     size_t i;
     for (i = 0; i < sizeof names / sizeof *names; i++) {

@@ -118,16 +118,16 @@ static void ram_clear(void) {
 }
 
 static mpt_result save(mpt_model *net, const char *path) {
-    return mpt__path_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, &ram_disk);
+    return mpt__path_run("checkpoint_save", mpt__save_file, net, path, 1, MPT_F32, NULL, &ram_disk);
 }
 static mpt_result load(mpt_model *net, const char *path) {
-    return mpt__path_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, &ram_disk);
+    return mpt__path_run("checkpoint_load", mpt__load_file, net, path, 1, MPT_F32, NULL, &ram_disk);
 }
 static mpt_result save_weights(mpt_model *net, const char *path, mpt_dtype type) {
-    return mpt__path_run("weights_save", mpt__save_file, net, path, 0, type, &ram_disk);
+    return mpt__path_run("weights_save", mpt__save_file, net, path, 0, type, NULL, &ram_disk);
 }
 static mpt_result load_weights(mpt_model *net, const char *path) {
-    return mpt__path_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, &ram_disk);
+    return mpt__path_run("weights_load", mpt__load_file, net, path, 0, MPT_F32, NULL, &ram_disk);
 }
 
 /* Is the model, to the last bit, what the file "kept" says? */
@@ -1142,7 +1142,7 @@ static unsigned char *saved(mpt_context *ctx, mpt_model *net, int full, mpt_dtyp
 }
 
 static mpt_result loaded(mpt_model *net, int full, const void *bytes, size_t size) {
-    return full ? mpt_checkpoint_load_memory(net, bytes, size) : mpt_weights_load_memory(net, bytes, size);
+    return full ? mpt_checkpoint_load_memory(net, bytes, size) : mpt_weights_load_memory(net, bytes, size, NULL);
 }
 
 /* The bytes of a path, and all of what was kept, in every type. */
@@ -1245,12 +1245,12 @@ static void test_memory_errors(mpt_context *ctx) {
     CHECK_ERROR(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_E5M2), MPT_ERROR_TYPE, "e5m2");
     CHECK_EQUAL(size, 0);
     CHECK_ERROR(ctx, mpt_checkpoint_save_memory(none, bytes, 8, &size), MPT_ERROR_ORDER, "built");
-    CHECK_ERROR(ctx, mpt_weights_load_memory(none, bytes, 8), MPT_ERROR_ORDER, "built");
-    CHECK(mpt_weights_load_memory(NULL, bytes, 8) == MPT_ERROR_ARGUMENT);
+    CHECK_ERROR(ctx, mpt_weights_load_memory(none, bytes, 8, NULL), MPT_ERROR_ORDER, "built");
+    CHECK(mpt_weights_load_memory(NULL, bytes, 8, NULL) == MPT_ERROR_ARGUMENT);
     CHECK_OK(ctx, mpt_forward(net, x, &y, 1));
     CHECK_OK(ctx, mpt_backward(net));
     CHECK_ERROR(ctx, mpt_checkpoint_save_memory(net, NULL, 0, &size), MPT_ERROR_ORDER, "mpt_step");
-    CHECK_ERROR(ctx, mpt_weights_load_memory(net, bytes, 8), MPT_ERROR_ORDER, "mpt_step");
+    CHECK_ERROR(ctx, mpt_weights_load_memory(net, bytes, 8, NULL), MPT_ERROR_ORDER, "mpt_step");
     mpt_model_free(net);
     net = build(ctx, tiny, mpt_policy_preset(MPT_O0, MPT_F32), &train);
     CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 1, large));
@@ -1285,7 +1285,7 @@ static void test_files(mpt_context *ctx, const char *program) {
     snprintf(temporary, sizeof temporary, "%s.tmp", path);
     step(ctx, net, 1, 0);
     CHECK_OK(ctx, mpt_weights_save(net, path, MPT_F16));
-    CHECK_OK(ctx, mpt_weights_load(other, path));
+    CHECK_OK(ctx, mpt_weights_load(other, path, NULL));
     CHECK_OK(ctx, mpt_checkpoint_save(net, path));
     CHECK_OK(ctx, mpt_checkpoint_load(other, path));
     CHECK(same_models(ctx, net, ctx, other));
@@ -1301,7 +1301,7 @@ static void test_files(mpt_context *ctx, const char *program) {
     CHECK(remove("tests.tmp") != 0);
     CHECK_ERROR(ctx, mpt_checkpoint_save(net, "no/such/folder"), MPT_ERROR_FILE, "opened");
     CHECK_ERROR(ctx, mpt_checkpoint_save(net, ""), MPT_ERROR_ARGUMENT, "path");
-    CHECK_ERROR(ctx, mpt_weights_load(net, NULL), MPT_ERROR_ARGUMENT, "path");
+    CHECK_ERROR(ctx, mpt_weights_load(net, NULL, NULL), MPT_ERROR_ARGUMENT, "path");
     CHECK_ERROR(ctx, mpt_weights_save(net, path, MPT_E5M2), MPT_ERROR_TYPE, "e5m2");
     CHECK_ERROR(ctx, mpt_weights_save(net, path, (mpt_dtype)test_number(99)), MPT_ERROR_TYPE, "type");
     CHECK_ERROR(ctx, mpt_checkpoint_save(none, path), MPT_ERROR_ORDER, "built");
@@ -1346,7 +1346,7 @@ static void test_shared_files(mpt_context *ctx, const char *program) {
     CHECK_OK(ctx, mpt_weights_save(net, link, MPT_F32));
     CHECK(mpt_test_readlink(link, target, sizeof target - 1) > 0);
     CHECK(stat(path, &s) == 0 && (s.st_mode & 0777) == 0640);
-    CHECK_OK(ctx, mpt_weights_load(net, path)); /* what was saved through the link */
+    CHECK_OK(ctx, mpt_weights_load(net, path, NULL)); /* what was saved through the link */
     CHECK_ERROR(ctx, mpt_checkpoint_load(net, path), MPT_ERROR_SHAPE, "missing");
     CHECK(remove(link) == 0 && remove(path) == 0);
     mpt_model_free(net);

@@ -429,7 +429,7 @@ static void test_inference(mpt_level level, mpt_dtype type) {
     lean = mpt_model_new(ctx, mpt_policy_preset(level, type));
     mpt_softmax_cross_entropy(lean, tower(lean, 0, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(lean, &inference));
-    CHECK_OK(ctx, mpt_weights_load_memory(lean, file, size));
+    CHECK_OK(ctx, mpt_weights_load_memory(lean, file, size, NULL));
     CHECK_OK(ctx, mpt_predict(net, p.x, BATCH, a));
     CHECK_OK(ctx, mpt_predict(lean, p.x, BATCH, b));
     for (i = 0; i < BATCH * OUTPUTS; i++) /* gamma and beta are rounded once */
@@ -672,6 +672,100 @@ static void test_samples(mpt_context *ctx, mpt_policy policy, size_t samples) {
     }
 }
 
+/* -- Loading by name -- */
+
+typedef struct told { /* what mpt_load_desc.tell was called with */
+    int count[4];
+    char names[512];
+} told;
+
+static void keep_told(const char *name, mpt_load_outcome outcome, void *user) {
+    told *t = (told *)user;
+    t->count[outcome]++;
+    if (outcome == MPT_LOADED) return;
+    strncat(t->names, name, sizeof t->names - strlen(t->names) - 1);
+    strncat(t->names, " ", sizeof t->names - strlen(t->names) - 1);
+}
+
+/* Convolution and batch norm of these names, and a classifier. */
+static mpt_model *named_net(mpt_context *ctx, const char *conv, const char *norm, const char *fc, int outputs) {
+    const mpt_train_desc train = training(1);
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
+    mpt_conv2d_desc c = MPT_ZERO;
+    mpt_norm_desc n = MPT_ZERO;
+    mpt_linear_desc l = MPT_ZERO;
+    int h;
+    c.name = conv;
+    n.name = norm;
+    l.name = fc;
+    h = mpt_conv2d(net, mpt_input(net, SIDE, SIDE, CHANNELS), 4, 3, &c);
+    h = mpt_relu(net, mpt_batch_norm(net, h, &n));
+    mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_global_avg_pool2d(net, h), outputs, &l), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    return net;
+}
+
+static int same_tensor(mpt_context *ctx, mpt_model *a, const char *name_a, mpt_model *b, const char *name_b) {
+    const int ta = mpt_params_find(mpt_model_params(a), name_a), tb = mpt_params_find(mpt_model_params(b), name_b);
+    const size_t count = mpt_params_count(mpt_model_params(a), ta);
+    float *x = (float *)test_memory(count * sizeof *x), *y = (float *)test_memory(count * sizeof *y);
+    int same;
+    CHECK_OK(ctx, mpt_params_get(mpt_model_params(a), ta, x));
+    CHECK_OK(ctx, mpt_params_get(mpt_model_params(b), tb, y));
+    same = memcmp(x, y, count * sizeof *x) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+static void test_load_partly(mpt_context *ctx) {
+    const problem p = problem_new();
+    mpt_model *from = named_net(ctx, "net.conv", "net.norm", "net.fc", OUTPUTS);
+    mpt_model *to = named_net(ctx, "conv", "norm2", "fc", OUTPUTS + 1);
+    mpt_model *whole = named_net(ctx, "conv", "norm", "fc", OUTPUTS);
+    mpt_load_desc load = MPT_ZERO;
+    float before[8], after[8];
+    told t;
+    size_t size = 0;
+    void *file;
+    CHECK_OK(ctx, mpt_train_step(from, p.x, p.label));
+    CHECK_OK(ctx, mpt_weights_save_memory(from, NULL, 0, &size, MPT_F32));
+    file = test_memory(size);
+    CHECK_OK(ctx, mpt_weights_save_memory(from, file, size, &size, MPT_F32));
+    CHECK_ERROR(ctx, mpt_weights_load_memory(whole, file, size, NULL), MPT_ERROR_SHAPE, "missing");
+    memset(&t, 0, sizeof t);
+    load.prefix = "net.";
+    load.tell = keep_told;
+    load.user = &t;
+    CHECK_OK(ctx, mpt_weights_load_memory(whole, file, size, &load));
+    CHECK_EQUAL(t.count[MPT_LOADED], 8);
+    CHECK(same_tensor(ctx, from, "net.fc.weight", whole, "fc.weight"));
+    CHECK_ERROR(ctx, mpt_weights_load_memory(to, file, size, &load), MPT_ERROR_SHAPE, "missing");
+    CHECK_OK(ctx, mpt_download(ctx, before, mpt_model_running(to, 3), sizeof before));
+    memset(&t, 0, sizeof t);
+    load.partly = 1;
+    CHECK_OK(ctx, mpt_weights_load_memory(to, file, size, &load));
+    CHECK_EQUAL(t.count[MPT_LOADED], 2); /* the convolution's */
+    CHECK_EQUAL(t.count[MPT_LOAD_MISSING], 4);
+    CHECK_EQUAL(t.count[MPT_LOAD_UNFIT], 2);
+    CHECK_EQUAL(t.count[MPT_LOAD_LEFT_OVER], 6);
+    CHECK(strstr(t.names, "norm2.running_var") && strstr(t.names, "fc.weight") && strstr(t.names, "net.norm.bias"));
+    CHECK(same_tensor(ctx, from, "net.conv.weight", to, "conv.weight"));
+    CHECK_OK(ctx, mpt_download(ctx, after, mpt_model_running(to, 3), sizeof after));
+    CHECK(memcmp(before, after, sizeof before) == 0);
+    CHECK_OK(ctx, mpt_train_step(to, p.x, p.label));
+    load.prefix = "other."; /* nothing fits: the model stays as it is */
+    CHECK_OK(ctx, mpt_weights_load_memory(whole, file, size, &load));
+    CHECK(same_tensor(ctx, from, "net.fc.weight", whole, "fc.weight"));
+    ((char *)file)[size - 1] ^= 1; /* damage is an error all the same: of the header's length */
+    ((char *)file)[0] ^= 1;
+    CHECK_ERROR(ctx, mpt_weights_load_memory(whole, file, size, &load), MPT_ERROR_FILE, "");
+    free(file);
+    mpt_model_free(from);
+    mpt_model_free(to);
+    mpt_model_free(whole);
+}
+
 int main(int argc, char **argv) {
     mpt_context *ctx;
     int level, accumulate;
@@ -699,6 +793,7 @@ int main(int argc, char **argv) {
     }
     RUN_TEST(test_own_weights(ctx));
     RUN_TEST(test_own_layer_errors(ctx));
+    RUN_TEST(test_load_partly(ctx));
     for (level = 0; level < 3; level++) {
         RUN_TEST(test_inference((mpt_level)level, MPT_F16));
         RUN_TEST(test_inference((mpt_level)level, MPT_BF16));
