@@ -621,14 +621,14 @@ static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n,
     mptc__store_words(p, n, words);
 }
 
-/* x(PACK) from a 16-bit type. The hardware's casts, unless there is a NaN among them, whose payload they would lose:
-   added to a NaN's magnitude, and to no other, `beyond` carries into the sign. */
+/* One comparison for both */
+static __device__ __forceinline__ bool mptc__any_nan(float a, float b) { return a != a || b != b; }
+
+/* x(PACK) from a 16-bit type. The hardware's casts, unless there is a NaN among them, whose payload they would lose. */
 static __device__ __forceinline__ void mptc__widen_words(const uint32_t *words, mpt_dtype type, float *x) {
-    const uint32_t beyond = type == MPT_F16 ? 0x03ff03ffu : 0x007f007fu;
-    uint32_t nan = 0;
+    bool nan = false;
 #pragma unroll
     for (unsigned w = 0; w < MPTC__WORDS; w++) {
-        nan |= (words[w] & 0x7fff7fffu) + beyond;
         if (type == MPT_F16) {
             __half2 pair;
             memcpy(&pair, &words[w], sizeof pair);
@@ -638,8 +638,9 @@ static __device__ __forceinline__ void mptc__widen_words(const uint32_t *words, 
             x[2 * w] = mpt__float(words[w] << 16);
             x[2 * w + 1] = mpt__float(words[w] & 0xffff0000u);
         }
+        nan |= mptc__any_nan(x[2 * w], x[2 * w + 1]);
     }
-    if (!(nan & 0x80008000u)) return;
+    if (!nan) return;
     MPTC__EACH(e) {
         const uint32_t bits = words[e / 2] >> e % 2 * 16 & 0xffffu, fraction = type == MPT_F16 ? 0x3ffu : 0x7fu;
         if ((bits & 0x7fffu) > (0x7fffu ^ fraction))
@@ -653,7 +654,7 @@ static __device__ __forceinline__ void mptc__narrow_words(const float *x, mpt_dt
 #pragma unroll
     for (unsigned w = 0; w < MPTC__WORDS; w++) {
         const float low = x[2 * w], high = x[2 * w + 1];
-        nan |= mpt__is_nan(low) || mpt__is_nan(high);
+        nan |= mptc__any_nan(low, high);
         if (type == MPT_F16) {
             const __half2 pair = __floats2half2_rn(low, high);
             memcpy(&words[w], &pair, sizeof pair);
@@ -780,6 +781,18 @@ static __device__ uint32_t mptc__cast_bits(mpt_rounding r, mpt_dtype type, size_
     return mpt_narrow(x, type, r.round, r.overflow, random);
 }
 
+/* As mpt__activate and mpt__activate_backward have them, ReLU by one comparison, which NaN fails: mpt.h asks the bits,
+   for -ffast-math, which nvcc does not have. */
+static __device__ __forceinline__ float mptc__relu_slope(float saved, float dy) { return saved <= 0 ? 0.0f : dy; }
+
+static __device__ __forceinline__ float mptc__activate(mpt_activation act, float x) {
+    return act == MPT_RELU ? mptc__relu_slope(x, x) : mpt__activate(act, x);
+}
+
+static __device__ __forceinline__ float mptc__activate_backward(mpt_activation act, float saved, float dy) {
+    return act == MPT_RELU ? mptc__relu_slope(saved, dy) : mpt__activate_backward(act, saved, dy);
+}
+
 /* out(n) from a(n), b(n): see mpt_map_op; and clear(words) = 0. A thread takes a pack at a time. Only of its own copies
    does the compiler see that what the hash makes of them is the same for all elements. */
 static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned words) {
@@ -796,13 +809,16 @@ static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned word
             continue;
         }
         if (op.map == MPT_MAP_ACTIVATION) {
-            MPTC__EACH(e) a[e] = mpt__activate(op.act, a[e]);
+            MPTC__EACH(e) a[e] = mptc__activate(op.act, a[e]);
         } else if (op.map == MPT_MAP_ADD) {
             if (op.beta != 0) mptc__load(op.b, i, n, b);
-            MPTC__EACH(e) a[e] = mpt__activate(op.act, op.beta != 0 ? mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e])) : a[e]);
+            MPTC__EACH(e) {
+                if (op.beta != 0) a[e] = mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e]));
+                a[e] = mptc__activate(op.act, a[e]);
+            }
         } else if (op.map == MPT_MAP_ACTIVATION_GRADIENT) {
             mptc__load(op.b, i, n, b);
-            MPTC__EACH(e) a[e] = mpt__activate_backward(op.act, a[e], b[e]);
+            MPTC__EACH(e) a[e] = mptc__activate_backward(op.act, a[e], b[e]);
             if (op.beta != 0) mptc__load(op.out, i, n, b);
             MPTC__EACH(e) if (op.beta != 0) a[e] = mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e]));
         } else if (op.map == MPT_MAP_DROPOUT) {
@@ -865,7 +881,7 @@ mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_
             mptc__load(bias, column, some, y);
             MPTC__EACH(e) x[e] += y[e];
         }
-        MPTC__EACH(e) x[e] = mpt__activate(act, x[e]);
+        MPTC__EACH(e) x[e] = mptc__activate(act, x[e]);
         mptc__store(out, row * ldc + column, some, x);
     }
 }
@@ -1300,7 +1316,7 @@ mptc__few_k(mpt_gemm_op op, mpt_array y, mptc__divider packs) {
         }
         if (y.data) {
             mptc__load(y, row * op.ldc + column, n, b);
-            MPTC__EACH(e) sum[e] = mpt__activate_backward(MPT_RELU, b[e], sum[e]);
+            MPTC__EACH(e) sum[e] = mptc__relu_slope(b[e], sum[e]);
         }
         mptc__store(op.c, row * op.ldc + column, n, sum);
     }
@@ -1915,7 +1931,7 @@ static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_
         MPTC__EACH(e) {
             if (op.beta != 0) sum[e] += op.beta * x[e];
             if (op.bias.data) sum[e] += w[e];
-            sum[e] = mpt__activate(op.act, sum[e]);
+            sum[e] = mptc__activate(op.act, sum[e]);
         }
         mptc__store(op.y, row * C + c, n, sum);
     }
@@ -2404,7 +2420,7 @@ template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, 
             if (forward) {
                 MPTC__EACH(e) {
                     const float y = mptc__normal_of(x[e], normal.mean[e], normal.scale[e], normal.shift[e]);
-                    v[e] = mpt__activate(op.act, y);
+                    v[e] = mptc__activate(op.act, y);
                 }
                 mptc__store(op.y, at, n, v);
                 continue;
@@ -2927,7 +2943,7 @@ static __global__ void mptc__pool_backward_k(mpt_pool2d_op op, mpt_array relu, m
                 if (relu_dy.data) {
                     float y[MPTC__PACK];
                     mptc__load(relu_dy, out, some, y);
-                    MPTC__EACH(e) dy[e] = mpt__activate_backward(MPT_RELU, y[e], dy[e]);
+                    MPTC__EACH(e) dy[e] = mptc__relu_slope(y[e], dy[e]);
                 }
                 if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
                 MPTC__EACH(e) {
@@ -2937,7 +2953,7 @@ static __global__ void mptc__pool_backward_k(mpt_pool2d_op op, mpt_array relu, m
             }
         if (relu.data) {
             mptc__load(relu, in, some, dy);
-            MPTC__EACH(e) sum[e] = mpt__activate_backward(MPT_RELU, dy[e], sum[e]);
+            MPTC__EACH(e) sum[e] = mptc__relu_slope(dy[e], sum[e]);
         }
         mptc__store(op.x, in, some, sum);
     }

@@ -1,6 +1,7 @@
 // runner.cpp - what the runner lacks. It has no driver, of which mpt_cuda.cuh asks one thing: is there a context on a
-// device? It knows how many were created; so the answer is yes for all devices as soon as there is one. And its cuBLASLt
-// fills the device with every product; with MPT_TEST_WAVES=1 those that have column sums as their epilogue fill little.
+// device? It knows how many were created; so the answer is yes for all devices as soon as there is one. And its
+// cuBLASLt fills the device with every product; with MPT_TEST_WAVES=1 those that have column sums as their epilogue
+// fill little.
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>

@@ -1,7 +1,8 @@
 #!/bin/sh
 # What the compiler made of the kernels. The elementwise ones load and store 128 bits at a time (their PTX says so); no
-# kernel spills on any architecture; none takes over 64 registers but those whose comment says why; and a turn of the
-# gather's loop, which is 16 bytes, takes at most 72 instructions (skipped where cuobjdump is missing).
+# kernel spills on any architecture; none takes over 64 registers but those whose comment says why; a turn of the
+# gather's loop, which is 16 bytes, takes at most 72 instructions, a ReLU of eight 16-bit elements under 100 (both
+# skipped where cuobjdump is missing).
 # Usage: [NVCC=nvcc] [ARCHS="75 80"] tests/cuda/static.sh
 NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
@@ -21,7 +22,25 @@ check() { # MESSAGE COMMAND...
 
 command -v "$NVCC" >/dev/null || { echo "0 passed, 0 failed, 1 skipped"; exit 0; }
 mkdir -p "$build" || exit 1
-printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include "mpt_cuda.cuh"\n' >"$build/all.cu"
+cat >"$build/all.cu" <<'END'
+#define MPT_IMPLEMENTATION
+#include "mpt.h"
+#include "mpt_cuda.cuh"
+
+/* What the loop of mptc__map_k does, where types and activation are known */
+template <mpt_dtype type> __global__ void relu(mpt_array x, mpt_array y, size_t n) {
+    float v[MPTC__PACK];
+    x.type = y.type = type;
+    for (size_t i = mptc__thread() * MPTC__PACK; i < n; i += mptc__stride() * MPTC__PACK) {
+        mptc__load(x, i, MPTC__PACK, v);
+#pragma unroll
+        for (int e = 0; e < MPTC__PACK; e++) v[e] = mptc__activate(MPT_RELU, v[e]);
+        mptc__store(y, i, MPTC__PACK, v);
+    }
+}
+template __global__ void relu<MPT_F16>(mpt_array x, mpt_array y, size_t n);
+template __global__ void relu<MPT_BF16>(mpt_array x, mpt_array y, size_t n);
+END
 "$NVCC" -O2 -std=c++17 -I. -arch=compute_75 -ptx "$build/all.cu" -o "$build/all.ptx" || exit 1
 
 # 1 where the kernel named mptc__$1, or a copy of its template, has such an instruction; all copies must
@@ -72,6 +91,35 @@ if command -v cuobjdump >/dev/null; then
         }
         END { tell() }' "$build/all.sass")
     check "there are three gathers, not: $turns" test "$(echo "$turns" | wc -l)" -eq 3
+    # Of a turn of relu<>: from the target of the branch back, along forward branches, which skip what is rare
+    relus=$(awk '
+        function tell(   i) {
+            if (!head) return
+            for (i = head; i <= last; steps++) i = i in to && to[i] > i ? to[i] : i + 1
+            print steps
+        }
+        /Function :/ {
+            tell()
+            delete number
+            delete to
+            delete wait
+            n = head = last = steps = 0
+            inside = /4reluI/
+        }
+        inside && match($0, /\/\*[0-9a-f]+\*\/ +[^ ]/) {
+            number[substr($0, RSTART + 2, 4)] = ++n
+            if (!/BRA/ || !match($0, /0x[0-9a-f]+/)) next
+            target = substr("0000" substr($0, RSTART + 2, RLENGTH - 2), RLENGTH - 1)
+            if (!(target in number)) wait[n] = target
+            if (!(target in number) || number[target] == n) next
+            head = number[target]
+            last = n
+            for (i in wait) to[i] = number[wait[i]]
+        }
+        END { tell() }' "$build/all.sass")
+    echo "static: instructions of a ReLU of eight elements:" $relus
+    check "there are two ReLUs, not: $relus" test "$(echo "$relus" | wc -l)" -eq 2
+    for relu in $relus; do check "a ReLU of eight elements takes $relu instructions" test "$relu" -lt 100; done
     for turn in $turns; do check "a turn of a gather takes $turn instructions" test "$turn" -le 72; done
 else
     skipped=1
