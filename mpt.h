@@ -2653,15 +2653,15 @@ static int mpt__squares_plain(const void *array, size_t n, double *lanes) {
     return bad != 0;
 }
 
-/* Element i of a moment; NULL if the optimizer does not have it */
-MPT__INLINE float *mpt__moment_at(float *moment, size_t i) { return moment ? moment + i : NULL; }
+/* Element i of an array that may be absent: NULL stays NULL. */
+MPT__INLINE float *mpt__floats_at(float *array, size_t i) { return array ? array + i : NULL; }
 
 static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
                               float *largest) {
     size_t i;
     for (i = 0; i < n; i++)
-        p[i] = mpt__update_element(rates, p[i], g[i], mpt__moment_at(m, i), mpt__moment_at(v, i),
-                                   mpt__moment_at(largest, i));
+        p[i] = mpt__update_element(rates, p[i], g[i], mpt__floats_at(m, i), mpt__floats_at(v, i),
+                                   mpt__floats_at(largest, i));
 }
 
 enum { MPT__PLAIN_M = 4, MPT__PLAIN_N = 8 };
@@ -2888,8 +2888,8 @@ mpt__update8(const mpt__rates *r, size_t n, float *p, const float *g, float *m, 
         if (r->clip != 1) x = mpt__mul8(x, _mm256_set1_ps(r->clip));
         if (r->clip_value > 0) x = _mm256_max_ps(_mm256_min_ps(x, limit), _mm256_sub_ps(zero, limit));
         if (r->maximize) x = _mm256_xor_ps(x, _mm256_set1_ps(-0.0f));
-        if (r->kind == MPT_SGD) w = mpt__sgd8(r, w, x, mpt__moment_at(m, i));
-        else w = mpt__adam8(r, w, x, m + i, v + i, mpt__moment_at(largest, i));
+        if (r->kind == MPT_SGD) w = mpt__sgd8(r, w, x, mpt__floats_at(m, i));
+        else w = mpt__adam8(r, w, x, m + i, v + i, mpt__floats_at(largest, i));
         _mm256_storeu_ps(p + i, w);
     }
     return i;
@@ -2913,8 +2913,8 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float 
             i = mpt__update8(&r, n, p, g, m, NULL, NULL);
         } else i = mpt__update8(&r, n, p, g, m, v, NULL);
     }
-    mpt__update_plain(rates, n - i, p + i, g + i, mpt__moment_at(m, i), mpt__moment_at(v, i),
-                      mpt__moment_at(largest, i));
+    mpt__update_plain(rates, n - i, p + i, g + i, mpt__floats_at(m, i), mpt__floats_at(v, i),
+                      mpt__floats_at(largest, i));
 }
 
 /* MPT__TILE generates a kernel of mpt__simd.tile: AVX2 6 rows by 16 columns, AVX-512 8 by 32, the same on pairs of bf16
@@ -4201,13 +4201,13 @@ static void mpt__ref_backend(mpt_backend *backend) {
 
 /* ==== ENGINE ====
 
-   The CPU backend. One driver computes every matrix product, convolutions included. It cuts the result into blocks and
-   the depth, the dimension that is summed, into parts. Of a part the right operand is packed into panels as wide as a
-   tile; the left one is read where it lies, in the caller's array or in a copy that has no element twice. A small
-   kernel keeps a tile of the result in registers; a group of rows is finished (scale, add, bias, activation, rounding)
-   while its sums are still in L1. No patch matrix is ever stored. In which order a sum is taken depends on the sizes
-   and the kernel alone, not on the number of threads or the CPU's caches: so do the bits.
-   REFERENCE has the same operations as plain loops: what they mean. */
+   The CPU backend; REFERENCE has the same operations as plain loops. One driver computes every matrix product,
+   convolutions included. It cuts the result into blocks and the depth, the dimension that is summed, into parts. Of
+   each part it packs the right operand into panels as wide as a tile; the left one is read where it lies, in the
+   caller's array or in a copy that holds each element once, never in a patch matrix. A kernel keeps a tile of the
+   result in registers; the epilogue (scale, add, bias, activation, rounding) is applied to a group of rows while their
+   sums are in L1. The order of a sum depends on the sizes and the kernel alone, not on the number of threads or the
+   CPU's caches: so do the bits. */
 
 enum {
 #ifdef MPT_SMALL
@@ -4219,20 +4219,20 @@ enum {
     MPT__RIGHT_WORDS = 32 * 128,
     MPT__LINE = 32,
 #else
-    MPT__BLOCK_M = 576, /* rows and columns at most of a block of the result */
-    MPT__BLOCK_N = 256,
-    MPT__DEEP = 576,              /* words of a part's depth if the left operand is copied, */
+    MPT__BLOCK_M = 576,           /* rows of a block of the result at most, */
+    MPT__BLOCK_N = 256,           /* and columns */
+    MPT__DEEP = 576,              /* words of a part's depth at most if the left operand is copied, */
     MPT__DEEPEST = 1536,          /* and if it is read in place */
-    MPT__LEFT_WORDS = 96 * 576,   /* of the left operand: 216 KiB, and */
-    MPT__RIGHT_WORDS = 128 * 768, /* panels, 384 KiB: both stay in L2 */
-    MPT__LINE = 256,              /* depth that is turned about at a time */
+    MPT__LEFT_WORDS = 96 * 576,   /* of the left operand's copy: 216 KiB, */
+    MPT__RIGHT_WORDS = 128 * 768, /* and of panels, 384 KiB: both stay in L2 */
+    MPT__LINE = 256,              /* depth that is transposed at a time */
 #endif
-    MPT__GROUP = 96,     /* rows at most that are finished at a time: a multiple of every tile_m, and of RUN */
-    MPT__FEW_TILES = 24, /* in deep and wide products: a multiple of every tile_m, too */
-    MPT__TILE_N = 32,    /* the widest tile */
+    MPT__GROUP = 96,     /* rows of an epilogue at most: a multiple of every tile_m, and of RUN */
+    MPT__FEW_TILES = 24, /* rows of one in deep and wide products: a multiple of every tile_m, too */
+    MPT__TILE_N = 32,    /* columns of the widest tile */
     MPT__LINE_WORDS = MPT__TILE_N * MPT__LINE,
     MPT__TABLE = MPT__DEEPEST + 2 * MPT__RUN, /* offsets; a block has fewer rows than DEEPEST */
-    MPT__ROOM = 32 * MPT__RUN,                /* for runs that would make a frame too large */
+    MPT__ROOM = 32 * MPT__RUN,                /* floats, for runs that would make a stack frame too large */
     MPT__WORKSPACE = MPT__RIGHT_WORDS + MPT__LEFT_WORDS + MPT__LINE_WORDS + MPT__BLOCK_M * MPT__BLOCK_N +
                      MPT__GROUP * MPT__BLOCK_N + 3 * MPT__TABLE * 2 + MPT__ROOM
 };
@@ -4267,14 +4267,18 @@ static mpt__workspace mpt__workspace_of(const mpt_context *ctx, int worker) {
 
 static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
     ctx->workspace = (float *)mpt__host_alloc(ctx, (size_t)ctx->threads * MPT__WORKSPACE * sizeof(float));
-    return ctx->workspace ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    if (!ctx->workspace) return MPT_ERROR_NO_MEMORY;
+    return MPT_OK;
 }
 
+/* Pieces of at most `most` that n makes: the quotient, rounded up */
 static size_t mpt__pieces(size_t n, size_t most) { return (n + most - 1) / most; }
 
-/* n in pieces that are nearly the same, multiples of `unit`: the size of one */
+static size_t mpt__round_up(size_t n, size_t unit) { return mpt__pieces(n, unit) * unit; }
+
+/* The size of one of the fewest nearly equal pieces of n, each at most `most`, rounded up to a multiple of `unit` */
 static size_t mpt__evenly(size_t n, size_t most, size_t unit) {
-    return mpt__pieces(mpt__pieces(n, mpt__pieces(n, most)), unit) * unit;
+    return mpt__round_up(mpt__pieces(n, mpt__pieces(n, most)), unit);
 }
 
 /* -- Operands --
@@ -4290,12 +4294,12 @@ typedef struct mpt__right {
 typedef struct mpt__matrix {
     mpt_array data;
     size_t stride; /* between rows */
-    int along;     /* a row runs along the depth, else along the rows or columns of the result */
+    int along;     /* rows run along the depth, else along the rows or columns of the result */
 } mpt__matrix;
 
-/* What a convolution multiplies. Its outputs are (N,P,Q) with taps (R,S) on an image (N,H,W,C), of whose channels it
-   takes some. In the gradient of x the image is dy, `up` apart with zeros between, padded so that every x is an output,
-   and the filters are turned about.
+/* The left operand of a convolution. Outputs (N,P,Q) read taps (R,S) of an image (N,H,W,C), or of some of its channels.
+   In the gradient of x the image is dy, spread to every `up`-th row and column with zeros between and padded so that
+   every x is an output, and the filters are flipped.
 
    A band of outputs under a slice of the kernel needs one rectangle of each image. It is copied once, with its padding,
    into the halo buffer: here three outputs of two rows under a 3x3 kernel with stride 1 (. padding, x pixels of the
@@ -4308,24 +4312,25 @@ typedef struct mpt__matrix {
                                                                                          dilation is 1; else each tap
    `pitch` is the bytes of a row, `pixel` of a pixel.                                    is a run of C words
 
-   The gradient of w reads the same buffer the other way round: rows[(r,s,c)] is the second half of the sum, a run is a
-   row of outputs, and its words are stride * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs, so the
-   buffer has at each pixel the pair of it and the one `stride` to its right, and the next word is two outputs on. A
-   row's last output is a band of its own if there is no other to pair it with: beside 0, for an inf there would make
+   The gradient of w reads the same buffer with the roles exchanged: rows[(r,s,c)] is the second half of the sum, a run
+   is a row of outputs, and its words are stride * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs, so
+   the buffer holds at each pixel the pair of it and the one `stride` to its right, and the next word is two outputs on.
+   A row's last output is a band of its own if none is left to pair it with: paired with 0, an inf there would give
    0 * inf. */
 typedef enum mpt__outputs { MPT__NO_OUTPUTS, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } mpt__outputs;
 
 typedef struct mpt__image {
+    mpt__outputs kind; /* MPT__NO_OUTPUTS: of a product of matrices */
     mpt_array data;
     size_t N, H, W, C, first, channels; /* channels first .. first+channels of C */
-    size_t up, pad_top, pad_left;       /* zeros above and left of the image; may wrap below 0 */
+    size_t up;                          /* rows and columns from one to the next */
+    ptrdiff_t pad_top, pad_left;        /* zeros above and left of the image; below 0: rows and columns left out */
     size_t P, Q, R, S, stride, dilation;
     size_t images, lines, columns;    /* of a band: whole images or some lines of one; outputs of a line */
     size_t alone;                     /* 1: the last output of a line is a band of its own */
     size_t slice_R, slice_S, slice_C; /* of a slice: tap rows, taps of one, channels */
     size_t widest;                    /* elements of a halo's row at most */
     int flipped;                      /* the filters are turned by 180 degrees */
-    mpt__outputs kind;                /* of no convolution: a product of matrices */
 } mpt__image;
 
 typedef struct mpt__band { /* outputs, rows counted over all images */
@@ -4345,10 +4350,11 @@ static mpt__band mpt__band_of(const mpt__image *image, size_t b) {
     const size_t down = mpt__pieces(image->P, image->lines), p = b / across % down * image->lines;
     mpt__band band;
     band.row = b / across / down * image->images * image->P + p;
-    band.rows = image->images > 1 ? mpt__min(image->images * image->P, image->N * image->P - band.row)
-                                  : mpt__min(image->lines, image->P - p);
+    band.rows = mpt__min(image->lines, image->P - p);
+    if (image->images > 1) band.rows = mpt__min(image->images * image->P, image->N * image->P - band.row);
     band.q = mpt__min(b % across * image->columns, last);
-    band.columns = band.q < last ? mpt__min(image->columns, last - band.q) : 1;
+    band.columns = 1;
+    if (band.q < last) band.columns = mpt__min(image->columns, last - band.q);
     return band;
 }
 
@@ -4391,21 +4397,22 @@ static size_t mpt__halo_width(const mpt__image *image, size_t columns, size_t S)
     return (columns - 1) * image->stride + (S - 1) * image->dilation + 1;
 }
 
-/* multiple: of the channels of a pixel. */
+/* Channels of a pixel are filled up to a multiple of `multiple`. */
 static mpt__halo mpt__halo_of(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice, int pairs,
                               size_t multiple) {
     mpt__halo h;
     h.rows = mpt__halo_rows(image, mpt__min(band->rows, image->lines), slice->R);
     h.width = mpt__halo_width(image, band->columns, slice->S);
     h.pairs = pairs && image->kind == MPT__OUTPUTS_ARE_DEPTH;
-    h.size = pairs && !h.pairs ? sizeof(uint16_t) : sizeof(float);
-    h.channels = mpt__pieces(slice->C, multiple) * multiple;
+    h.size = sizeof(float);
+    if (pairs && !h.pairs) h.size = sizeof(uint16_t);
+    h.channels = mpt__round_up(slice->C, multiple);
     h.pixel = h.channels * h.size;
     h.pitch = h.width * h.pixel;
     return h;
 }
 
-/* dst(n) = elements i .. i+n of an array, in 16 bits as they are or widened to fp32 */
+/* dst(n) = elements i .. i+n of an array; size 2: copied as they are, 4: as fp32 */
 static void mpt__fetch(const mpt_context *ctx, mpt_array data, size_t i, size_t n, size_t size, void *dst) {
     if (size == sizeof(uint16_t)) memcpy(dst, (const uint16_t *)data.data + i, n * size);
     else mpt__load(ctx, data, i, n, (float *)dst);
@@ -4424,42 +4431,50 @@ static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_
         for (; count; count--, i += stride, to += to_stride) mpt__fetch(ctx, data, i, n, size, to);
 }
 
-/* to(width,channels) = row y of image n with its padding, from column x on, counted from the first of the padding */
+/* to(width,channels) = a row of image n: row y of the padded one, from its column x on. Here width is 10, up is 3, and
+   the image's pixels w, w + 1 and w + 2 are in it:
+
+       |<-- h->width -->|
+       . . w . . x . . x .      column: where the row begins in the spread image; below 0 in the padding
+       |<->| skip               skip = w up - column                                                           */
 static void mpt__halo_row(const mpt_context *ctx, const mpt__image *image, const mpt__kernel_slice *slice,
                           const mpt__halo *h, size_t n, size_t y, size_t x, char *to) {
     const size_t up = image->up, size = h->pairs ? sizeof(uint16_t) : h->size, pixel = h->channels * size;
-    const size_t row = y - image->pad_top,
-                 column = x - image->pad_left; /* of the image; left of it they wrap below 0 */
-    const int left = column > (size_t)-1 / 2;
-    const size_t skip = left ? 0 - column : (up - column % up) % up, w = left ? 0 : (column + skip) / up;
-    const int inside = row <= (image->H - 1) * up && row % up == 0 && skip < h->width && w < image->W;
-    const size_t count = inside ? mpt__min(image->W - w, (h->width - skip - 1) / up + 1) : 0;
-    const size_t at = inside ? ((n * image->H + row / up) * image->W + w) * image->C + image->first + slice->c : 0;
-    const int whole = up == 1 && h->channels == image->C && slice->C == image->C;
-    if (inside && whole) {
+    const ptrdiff_t row = (ptrdiff_t)y - image->pad_top, column = (ptrdiff_t)x - image->pad_left;
+    const size_t w = column > 0 ? mpt__pieces((size_t)column, up) : 0;
+    const size_t skip = (size_t)((ptrdiff_t)(w * up) - column);
+    size_t count, at;
+    if (row < 0 || (size_t)row % up || (size_t)row / up >= image->H || w >= image->W || skip >= h->width) {
+        memset(to, 0, h->width * pixel);
+        return;
+    }
+    count = mpt__min(image->W - w, (h->width - skip - 1) / up + 1);
+    at = ((n * image->H + (size_t)row / up) * image->W + w) * image->C + image->first + slice->c;
+    if (up == 1 && h->channels == image->C && slice->C == image->C) { /* pixels are contiguous */
         memset(to, 0, skip * pixel);
         mpt__fetch(ctx, image->data, at, count * image->C, size, to + skip * pixel);
         memset(to + (skip + count) * pixel, 0, (h->width - skip - count) * pixel);
     } else {
         memset(to, 0, h->width * pixel);
-        if (inside) mpt__scatter(ctx, image->data, at, slice->C, image->C, count, size, up * pixel, to + skip * pixel);
+        mpt__scatter(ctx, image->data, at, slice->C, image->C, count, size, up * pixel, to + skip * pixel);
     }
 }
 
-/* to(width,channels) = pairs of a pixel and the one `next` elements on; line: n elements and as many zeros as follow */
+/* to(width,channels) = pairs of each of the n elements of line and the one `next` on, or 0 at the end */
 static void mpt__halo_pairs(const mpt_context *ctx, const uint16_t *line, size_t n, size_t next, char *to) {
-    const size_t both = next < n ? n - next : 0;
+    const size_t both = n - mpt__min(next, n);
     uint32_t *out = (uint32_t *)(void *)to;
     size_t e;
     ctx->simd.pair(line, line + next, both, out);
     for (e = both; e < n; e++) out[e] = line[e];
 }
 
-/* The buffer of a band, one image after the other */
+/* Fills the buffer of a band, one image after the other. */
 static void mpt__halo_fill(const mpt_context *ctx, const mpt__image *image, const mpt__band *band,
                            const mpt__kernel_slice *slice, const mpt__halo *h, const mpt__workspace *ws) {
     const size_t x = band->q * image->stride + slice->s * image->dilation;
-    const size_t next = band->columns > 1 ? image->stride * h->channels : h->width * h->channels;
+    const size_t line_size = h->width * h->channels;
+    const size_t next = band->columns > 1 ? image->stride * h->channels : line_size;
     char *to = (char *)ws->left;
     size_t row, t;
     for (row = band->row; row < band->row + band->rows; row += image->lines)
@@ -4467,7 +4482,7 @@ static void mpt__halo_fill(const mpt_context *ctx, const mpt__image *image, cons
             char *line = h->pairs ? (char *)ws->line : to;
             mpt__halo_row(ctx, image, slice, h, row / image->P,
                           row % image->P * image->stride + slice->r * image->dilation + t, x, line);
-            if (h->pairs) mpt__halo_pairs(ctx, (const uint16_t *)(const void *)line, h->width * h->channels, next, to);
+            if (h->pairs) mpt__halo_pairs(ctx, (const uint16_t *)(const void *)line, line_size, next, to);
         }
 }
 
@@ -4476,7 +4491,7 @@ static size_t mpt__halo_line(const mpt__image *image, const mpt__halo *h, size_t
     return (row / image->lines * h->rows + row % image->lines * image->stride) * h->pitch;
 }
 
-/* The band's outputs as rows, the slice's taps as depth */
+/* The left operand with the band's outputs as rows and the slice's taps as depth */
 static void mpt__image_rows(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice,
                             const mpt__halo *h, const mpt__workspace *ws, mpt__left *left) {
     const size_t across = image->dilation > 1 ? slice->S : 1; /* runs of a tap row */
@@ -4491,7 +4506,7 @@ static void mpt__image_rows(const mpt__image *image, const mpt__band *band, cons
     left->stride = sizeof(float);
 }
 
-/* The slice's taps as rows, the band's outputs as depth */
+/* The left operand with the slice's taps as rows and the band's outputs as depth */
 static void mpt__image_taps(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice,
                             const mpt__halo *h, const mpt__workspace *ws, mpt__left *left) {
     const size_t each = h->pairs ? 2 : 1;
@@ -4517,65 +4532,91 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     mpt_array c, bias;
     size_t ldc;
     mpt_activation act;
-    int transposed; /* the product is c's transpose */
-    int plain;      /* c is fp32 and what the tiles give, added to it if beta is 1: they write whole tiles there */
-    int pairs;      /* words are pairs of bf16, else floats */
-    size_t rows, columns, group; /* of a block of c, and what is finished at a time */
-    size_t parts, deepest;       /* of the depth; elements of one, if it is a matrix. The order of sums hangs on them */
+    int transposed;              /* the product is c's transpose */
+    int plain;                   /* c is fp32 and needs no epilogue but beta 1: the kernels write whole tiles to it */
+    int pairs;                   /* words are pairs of bf16, else floats */
+    size_t rows, columns, group; /* of a block of c; rows of an epilogue */
+    size_t parts, deepest;       /* of the depth; elements of one, if it is a matrix. They fix the order of sums */
 } mpt__product;
 
 static size_t mpt__each(const mpt__product *p) { return p->pairs ? 2 : 1; } /* elements of a word */
 
-/* Whether words of the left matrix are read where they lie. */
+/* Whether the left matrix is read in place */
 static int mpt__in_place(const mpt__product *p) {
     return p->a.along && mpt_dtype_size(p->a.data.type) * mpt__each(p) == sizeof(float) && p->k % mpt__each(p) == 0;
 }
 
-/* Part `part` of the right operand of a convolution */
-static mpt__right mpt__right_image(const mpt__product *p, size_t part, const mpt__workspace *ws) {
-    const mpt__image *image = &p->image;
+/* Of dw: dy(outputs,K); a strip is a row of the band's outputs. */
+static mpt__right mpt__right_outputs(const mpt__product *p, const mpt__band *band, const mpt__workspace *ws) {
+    mpt__right right;
+    size_t r;
+    for (r = 0; r < band->rows; r++) ws->strips[r] = ((band->row + r) * p->image.Q + band->q) * p->b.stride;
+    right.strips = ws->strips;
+    right.count = band->rows;
+    right.length = band->columns;
+    right.stride = p->b.stride;
+    right.column_stride = 1;
+    return right;
+}
+
+/* Of y: filters w(K,R,S,C); columns are filters. A strip is a tap, or all taps together if they are contiguous. */
+static mpt__right mpt__right_filters(const mpt__product *p, const mpt__kernel_slice *slice, const mpt__workspace *ws) {
+    const size_t S = p->image.S, C = p->image.channels;
     mpt__right right;
     size_t r, s;
+    for (r = 0; r < slice->R; r++)
+        for (s = 0; s < slice->S; s++)
+            ws->strips[r * slice->S + s] = ((slice->r + r) * S + slice->s + s) * C + slice->c;
     right.strips = ws->strips;
-    if (image->kind == MPT__OUTPUTS_ARE_DEPTH) { /* dy(outputs,K): a strip is a row of outputs */
-        const mpt__band band = mpt__band_of(image, part);
-        for (r = 0; r < band.rows; r++) ws->strips[r] = ((band.row + r) * image->Q + band.q) * p->b.stride;
-        right.count = band.rows;
-        right.length = band.columns;
-        right.stride = p->b.stride;
-        right.column_stride = 1;
-    } else { /* filters: a strip is a tap, or all of them together if they lie in one piece */
-        const mpt__kernel_slice slice = mpt__kernel_slice_of(image, part);
-        const size_t R = image->R, S = image->S, filter = p->b.stride;
-        const size_t tap = image->flipped ? p->n : image->channels; /* between taps: filters are (K,R,S,C) */
-        const int one = !image->flipped && slice.S == S && slice.C == image->channels && slice.C % mpt__each(p) == 0;
-        for (r = 0; r < slice.R; r++)
-            for (s = 0; s < slice.S; s++) {
-                const size_t at = (slice.r + r) * S + slice.s + s;
-                ws->strips[r * slice.S + s] =
-                    image->flipped ? slice.c * filter + (R * S - 1 - at) * tap : at * tap + slice.c;
-            }
-        right.count = one ? 1 : slice.R * slice.S;
-        right.length = one ? slice.R * S * slice.C : slice.C;
-        right.stride = image->flipped ? filter : 1;
-        right.column_stride = image->flipped ? 1 : filter;
+    right.count = slice->R * slice->S;
+    right.length = slice->C;
+    right.stride = 1;
+    right.column_stride = p->b.stride;
+    if (slice->S == S && slice->C == C && C % mpt__each(p) == 0) {
+        right.count = 1;
+        right.length = slice->R * S * C;
     }
+    return right;
+}
+
+/* Of dx: the same filters flipped; columns are w's channels, the depth its filters. */
+static mpt__right mpt__right_flipped(const mpt__product *p, const mpt__kernel_slice *slice, const mpt__workspace *ws) {
+    const size_t S = p->image.S, last = p->image.R * S - 1, filter = p->b.stride;
+    mpt__right right;
+    size_t r, s;
+    for (r = 0; r < slice->R; r++)
+        for (s = 0; s < slice->S; s++) {
+            const size_t tap = (slice->r + r) * S + slice->s + s;
+            ws->strips[r * slice->S + s] = slice->c * filter + (last - tap) * p->n;
+        }
+    right.strips = ws->strips;
+    right.count = slice->R * slice->S;
+    right.length = slice->C;
+    right.stride = filter;
+    right.column_stride = 1;
     return right;
 }
 
 /* Elements l .. l+depth of the right matrix: one strip */
 static mpt__right mpt__right_matrix(const mpt__product *p, size_t l, size_t depth, const mpt__workspace *ws) {
     mpt__right right;
-    ws->strips[0] = p->b.along ? l : l * p->b.stride;
     right.strips = ws->strips;
     right.count = 1;
     right.length = depth;
-    right.stride = p->b.along ? 1 : p->b.stride;
-    right.column_stride = p->b.along ? p->b.stride : 1;
+    if (p->b.along) {
+        ws->strips[0] = l;
+        right.stride = 1;
+        right.column_stride = p->b.stride;
+    } else {
+        ws->strips[0] = l * p->b.stride;
+        right.stride = p->b.stride;
+        right.column_stride = 1;
+    }
     return right;
 }
 
-/* `count` columns whose elements lie side by side, from element i on, `words` of them into a panel's rows */
+/* Packs `count` columns of `length` contiguous elements, the first at element i, `column` apart, into rows of a
+   panel. */
 static void mpt__pack_transposed(const mpt__product *p, size_t i, size_t length, size_t column, size_t count,
                                  float *panel, float *lines) {
     const mpt_context *ctx = p->ctx;
@@ -4595,51 +4636,90 @@ static void mpt__pack_transposed(const mpt__product *p, size_t i, size_t length,
     }
 }
 
-/* One row of a panel: n columns, from element `low` on and, if words are pairs, from `high` on; -1: zeros */
-static void mpt__pack_row(const mpt__product *p, size_t low, size_t high, size_t n, float *panel) {
-    static const uint16_t none[MPT__TILE_N] = {0};
-    const uint16_t *half = (const uint16_t *)p->b.data.data;
-    const float *whole = (const float *)p->b.data.data + low;
+/* Packs one row of a panel: n columns from element i on. If words are pairs, the second elements are `next` on; next 0:
+   they are zeros. */
+static void mpt__pack_row(const mpt__product *p, size_t i, size_t next, size_t n, float *panel) {
+    static const uint16_t zeros[MPT__TILE_N] = {0};
+    const uint16_t *low = (const uint16_t *)p->b.data.data + i;
+    const float *whole = (const float *)p->b.data.data + i;
     size_t c;
-    if (p->pairs) p->ctx->simd.pair(half + low, high == (size_t)-1 ? none : half + high, n, (uint32_t *)(void *)panel);
+    if (p->pairs) p->ctx->simd.pair(low, next ? low + next : zeros, n, (uint32_t *)(void *)panel);
     else if (p->b.data.type == MPT_F32 && n % 16 == 0)
         for (c = 0; c < n; c += 16) memcpy(panel + c, whole + c, 16 * sizeof *panel);
-    else mpt__load(p->ctx, p->b.data, low, n, panel);
+    else mpt__load(p->ctx, p->b.data, i, n, panel);
     if (n < p->ctx->simd.tile_n) memset(panel + n, 0, (p->ctx->simd.tile_n - n) * sizeof *panel);
 }
 
-/* Columns j .. j+columns of a part in panels (words,tile_n), zeros up to whole ones. Where they are rows of the
-   array, a few at a time: so neither these rows nor the panels, which lie far apart, are in too many pages. */
-static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
-                            const mpt__workspace *ws) {
-    const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each), few = 16;
-    size_t c, r, e, i;
-    if (right->stride == 1)
-        for (c = 0; c < columns; c += tile)
-            for (r = 0; r < right->count; r++)
-                mpt__pack_transposed(p, right->strips[r] + (j + c) * right->column_stride, right->length,
-                                     right->column_stride, mpt__min(tile, columns - c),
-                                     ws->panels + c * words + r * strip * tile, ws->line);
-    else
+/* Packs whole columns, each contiguous, a panel at a time. */
+static void mpt__pack_columns(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
+                              const mpt__workspace *ws) {
+    const size_t tile = p->ctx->simd.tile_n, strip = mpt__pieces(right->length, mpt__each(p));
+    size_t c, r;
+    for (c = 0; c < columns; c += tile)
         for (r = 0; r < right->count; r++)
-            for (i = 0; i < strip; i += few)
-                for (c = 0; c < columns; c += tile)
-                    for (e = i; e < mpt__min(i + few, strip); e++) {
-                        const size_t low = right->strips[r] + e * each * right->stride + j + c;
-                        const size_t high = e * each + 1 < right->length ? low + right->stride : (size_t)-1;
-                        mpt__pack_row(p, low, high, mpt__min(tile, columns - c),
-                                      ws->panels + c * words + (r * strip + e) * tile);
-                    }
+            mpt__pack_transposed(p, right->strips[r] + (j + c) * right->column_stride, right->length,
+                                 right->column_stride, mpt__min(tile, columns - c),
+                                 ws->panels + c * words + r * strip * tile, ws->line);
 }
 
-/* Rows of the left matrix from row i on, `rows` at most, elements l .. l+depth: where they lie, or copied. Returns how
-   many. */
+/* Packs whole rows, each contiguous, a few of them for all panels: neither the rows nor the panels' ends, which are far
+   apart, then touch too many pages. */
+static void mpt__pack_rows(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
+                           const mpt__workspace *ws) {
+    const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each), few = 16;
+    size_t c, r, e, i;
+    for (r = 0; r < right->count; r++)
+        for (i = 0; i < strip; i += few)
+            for (c = 0; c < columns; c += tile)
+                for (e = i; e < mpt__min(i + few, strip); e++) {
+                    const size_t at = right->strips[r] + e * each * right->stride + j + c;
+                    const size_t next = e * each + 1 < right->length ? right->stride : 0;
+                    float *row = ws->panels + c * words + (r * strip + e) * tile;
+                    mpt__pack_row(p, at, next, mpt__min(tile, columns - c), row);
+                }
+}
+
+/* Packs columns j .. j+columns of a part into panels (words,tile_n), filled up with zeros to whole ones. */
+static void mpt__pack_right(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
+                            const mpt__workspace *ws) {
+    if (right->stride == 1) mpt__pack_columns(p, right, j, columns, words, ws);
+    else mpt__pack_rows(p, right, j, columns, words, ws);
+}
+
+/* left(rows,words) = elements l .. l+depth of rows i .. of a left matrix whose rows run along the depth */
+static void mpt__copy_rows(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
+                           const mpt__workspace *ws) {
+    const size_t each = mpt__each(p), words = mpt__pieces(depth, each);
+    size_t r;
+    for (r = 0; r < rows; r++) {
+        float *row = ws->left + r * words;
+        if (depth % each) row[words - 1] = 0;
+        mpt__fetch(p->ctx, p->a.data, (i + r) * p->a.stride + l, depth, sizeof(float) / each, row);
+    }
+}
+
+/* left(words,rows) = the same of one whose rows run along the rows of the result */
+static void mpt__copy_columns(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
+                              const mpt__workspace *ws) {
+    static const uint16_t zeros[MPT__BLOCK_M] = {0};
+    const size_t each = mpt__each(p), words = mpt__pieces(depth, each);
+    size_t d;
+    for (d = 0; d < words; d++) {
+        const size_t at = (l + d * each) * p->a.stride + i;
+        const uint16_t *low = (const uint16_t *)p->a.data.data + at;
+        const uint16_t *high = 2 * d + 1 < depth ? low + p->a.stride : zeros;
+        float *column = ws->left + d * rows;
+        if (p->pairs) p->ctx->simd.pair(low, high, rows, (uint32_t *)(void *)column);
+        else mpt__load(p->ctx, p->a.data, at, rows, column);
+    }
+}
+
+/* The left operand of elements l .. l+depth of a matrix, rows i .. of which it takes `rows` at most: in place, or
+   copied. Returns how many. */
 static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
                                const mpt__workspace *ws, mpt__left *left) {
-    static const uint16_t none[MPT__BLOCK_M] = {0};
-    const mpt_context *ctx = p->ctx;
     const size_t each = mpt__each(p), size = sizeof(float) / each, words = mpt__pieces(depth, each);
-    size_t r, d, row = words * sizeof(float);
+    size_t r, row = words * sizeof(float); /* bytes between rows */
     left->count = 1;
     left->length = words;
     left->stride = sizeof(float);
@@ -4647,30 +4727,20 @@ static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, siz
     if (mpt__in_place(p)) {
         left->base = (const char *)p->a.data.data + (i * p->a.stride + l) * size;
         row = p->a.stride * size;
-    } else if (p->a.along) { /* (rows,words) */
+    } else {
         rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
-        for (r = 0; r < rows; r++) {
-            if (depth % each) ws->left[r * words + words - 1] = 0;
-            mpt__fetch(ctx, p->a.data, (i + r) * p->a.stride + l, depth, size, ws->left + r * words);
+        if (p->a.along) mpt__copy_rows(p, i, rows, l, depth, ws);
+        else {
+            mpt__copy_columns(p, i, rows, l, depth, ws);
+            row = sizeof(float);
+            left->stride = rows * sizeof(float);
         }
-    } else { /* (words,rows) */
-        rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
-        for (d = 0; d < words; d++) {
-            const size_t at = (l + d * each) * p->a.stride + i;
-            const uint16_t *low = (const uint16_t *)p->a.data.data + at;
-            if (p->pairs)
-                ctx->simd.pair(low, 2 * d + 1 < depth ? low + p->a.stride : none, rows,
-                               (uint32_t *)(void *)(ws->left + d * rows));
-            else mpt__load(ctx, p->a.data, at, rows, ws->left + d * rows);
-        }
-        row = sizeof(float);
-        left->stride = rows * sizeof(float);
     }
     for (r = 0; r < rows; r++) ws->rows[r] = r * row;
     return rows;
 }
 
-/* -- Finishing -- */
+/* -- Epilogue -- */
 
 typedef struct mpt__epilogue { /* of rows i .. of c, columns j .. j+columns, whose sums are `stride` apart */
     const mpt__product *p;
@@ -4679,7 +4749,7 @@ typedef struct mpt__epilogue { /* of rows i .. of c, columns j .. j+columns, who
     size_t stride, i, j, columns;
 } mpt__epilogue;
 
-/* out = x + bias, cut at zero for ReLU: most products need no more */
+/* x += bias, then ReLU if asked for: most products need no more */
 MPT__INLINE void mpt__bias_run(float *MPT__RESTRICT x, const float *MPT__RESTRICT bias, int relu) {
     size_t e;
     if (relu)
@@ -4688,7 +4758,7 @@ MPT__INLINE void mpt__bias_run(float *MPT__RESTRICT x, const float *MPT__RESTRIC
         for (e = 0; e < MPT__RUN; e++) x[e] += bias[e];
 }
 
-/* Scale, old content, bias and activation of a whole run of sums at (i,j), of which n columns are in c */
+/* Scale, old content, bias and activation of a whole run of sums at (i,j), of which the first n belong to c */
 MPT__INLINE void mpt__epilogue_run(const mpt__product *p, size_t i, size_t j, size_t n, float *x, const float *bias,
                                    float *room) {
     if (p->alpha != 1) {
@@ -4700,16 +4770,19 @@ MPT__INLINE void mpt__epilogue_run(const mpt__product *p, size_t i, size_t j, si
     if (!bias || p->act != MPT_RELU) mpt__activate_run(p->act, x);
 }
 
-/* Rows begin .. end, in place; then they are rounded and stored, all at once if they are one piece of c. */
+/* Computes rows begin .. end in place, then rounds and stores them, all at once if they are contiguous in c. */
 MPT__INLINE void mpt__epilogue_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__epilogue *f = (const mpt__epilogue *)arg;
     const mpt__product *p = f->p;
     const size_t columns = f->columns, stride = f->stride;
-    float *room = f->ws->room, *bias = p->bias.data ? room + 2 * MPT__RUN : NULL; /* bias: of BLOCK_N columns */
+    float *room = f->ws->room, *bias = NULL; /* of BLOCK_N columns at most */
     const int as_is = p->alpha == 1 && p->beta == 0 && p->act <= MPT_RELU, relu = p->act == MPT_RELU;
     size_t r, e;
     (void)worker;
-    if (bias) mpt__load(p->ctx, p->bias, f->j, columns, bias);
+    if (p->bias.data) {
+        bias = room + 2 * MPT__RUN;
+        mpt__load(p->ctx, p->bias, f->j, columns, bias);
+    }
     if (as_is && bias && columns % MPT__RUN == 0) /* the usual case */
         for (r = begin; r < end; r++)
             for (e = 0; e < columns; e += MPT__RUN) mpt__bias_run(f->sums + r * stride + e, bias + e, relu);
@@ -4718,8 +4791,8 @@ MPT__INLINE void mpt__epilogue_task_body(void *arg, size_t begin, size_t end, in
             for (e = 0; e < columns; e += MPT__RUN) {
                 const size_t n = mpt__min(columns - e, MPT__RUN);
                 float *x = f->sums + r * stride + e, *run = n == MPT__RUN ? x : room + MPT__RUN;
-                if (run != x) memcpy(run, x, n * sizeof *x); /* what follows is not ours */
-                mpt__epilogue_run(p, f->i + r, f->j + e, n, run, bias ? bias + e : NULL, room);
+                if (run != x) memcpy(run, x, n * sizeof *x); /* the next columns are not of this block */
+                mpt__epilogue_run(p, f->i + r, f->j + e, n, run, mpt__floats_at(bias, e), room);
                 if (run != x) memcpy(x, run, n * sizeof *x);
             }
     if (stride == columns && p->ldc == columns)
@@ -4743,20 +4816,23 @@ static void mpt__epilogue_rows(const mpt__product *p, size_t i, size_t rows, siz
     MPT__TASK(p->ctx, mpt__epilogue_task)(&f, 0, rows, 0);
 }
 
-/* Sums (rows,columns) whose transpose belongs into c: rows first .. of a slice's taps, which lie in a filter side by
-   side as far as the slice has all channels, or of a matrix. */
+/* The epilogue of sums (rows,columns) whose transpose belongs into c: rows first .. of a matrix, or of the taps of a
+   slice. A slice of all channels and tap columns is contiguous in a filter; of another, each tap is a piece. */
 static void mpt__epilogue_transposed(const mpt__product *p, const mpt__kernel_slice *slice, size_t first, size_t rows,
                                      size_t j, size_t columns, const float *sums, const mpt__workspace *ws) {
-    const size_t along = mpt__pieces(rows, MPT__RUN) * MPT__RUN, C = p->image.channels, S = p->image.S;
-    const int pieces = slice->C < C || slice->S < S;
+    const size_t along = mpt__round_up(rows, MPT__RUN), C = p->image.channels, S = p->image.S;
     size_t r, some;
     p->ctx->simd.transpose(sums, p->columns, columns, along, ws->transposed);
+    if (slice->C == C && slice->S == S) {
+        const size_t at = slice->r * S * C + first;
+        mpt__epilogue_rows(p, j, columns, at, rows, ws->transposed, along, ws);
+        return;
+    }
     for (r = 0; r < rows; r += some) {
-        const size_t u = first + r, tap = pieces ? u / slice->C : 0, c = pieces ? u % slice->C : 0;
-        const size_t at =
-            ((slice->r + (pieces ? tap / slice->S : 0)) * S + slice->s + (pieces ? tap % slice->S : 0)) * C;
-        some = pieces ? mpt__min(rows - r, slice->C - c) : rows;
-        mpt__epilogue_rows(p, j, columns, at + slice->c + (pieces ? c : u), some, ws->transposed + r, along, ws);
+        const size_t tap = (first + r) / slice->C, c = (first + r) % slice->C;
+        const size_t at = ((slice->r + tap / slice->S) * S + slice->s + tap % slice->S) * C + slice->c + c;
+        some = mpt__min(rows - r, slice->C - c);
+        mpt__epilogue_rows(p, j, columns, at, some, ws->transposed + r, along, ws);
     }
 }
 
@@ -4774,7 +4850,7 @@ static void mpt__epilogue_block(const mpt__product *p, const mpt__block *b, size
     else mpt__epilogue_rows(p, b->i + r, rows, b->j, b->columns, sums, p->columns, ws);
 }
 
-/* Rows r .. of a block, `rows` of them in left, times all panels; the last part's sums are finished. */
+/* Multiplies `rows` rows of left, rows r .. of a block, with all panels. After the last part comes the epilogue. */
 static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const mpt__left *left, size_t r, size_t rows,
                                size_t words, size_t part, const mpt__workspace *ws) {
     const mpt__simd *simd = &p->ctx->simd;
@@ -4782,7 +4858,8 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
     size_t g, c, t;
     for (g = 0; g < rows; g += p->group) {
         const size_t group = mpt__min(p->group, rows - g);
-        float *sums = ws->sums + (p->parts > 1 ? (r + g) * p->columns : 0);
+        float *sums = ws->sums;
+        if (p->parts > 1) sums += (r + g) * p->columns; /* sums are kept from part to part */
         for (c = 0; c < b->columns; c += simd->tile_n) {
             const size_t across = mpt__min(simd->tile_n, b->columns - c);
             const mpt__tile tile = simd->tile[p->pairs][across <= simd->tile_n / 2];
@@ -4794,7 +4871,7 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
                          (float *)p->c.data + (b->i + r + g + t) * p->ldc + b->j + c, p->ldc, part || p->beta != 0);
                 else {
                     tile(left, g + t, ws->panels + c * words, out, p->columns, part > 0);
-                    if (p->plain && last) /* the edges of a block that needs no more */
+                    if (p->plain && last) /* the edges of a block */
                         mpt__epilogue_rows(p, b->i + r + g + t, down, b->j + c, across, out, p->columns, ws);
                 }
             }
@@ -4803,16 +4880,21 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
     }
 }
 
-/* A part of a convolution's block; `packed`: the panels hold the part still, from the block before */
+/* Adds a part of a convolution's block. packed: the panels hold the part already, from the block before */
 static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int packed, const mpt__workspace *ws) {
     const mpt__image *image = &p->image;
     mpt__left left;
     mpt__right right;
     mpt__halo h;
     size_t words, r;
-    if (image->kind == MPT__OUTPUTS_ARE_DEPTH) b->band = mpt__band_of(image, part);
-    else b->slice = mpt__kernel_slice_of(image, part);
-    right = mpt__right_image(p, part, ws);
+    if (image->kind == MPT__OUTPUTS_ARE_DEPTH) {
+        b->band = mpt__band_of(image, part);
+        right = mpt__right_outputs(p, &b->band, ws);
+    } else {
+        b->slice = mpt__kernel_slice_of(image, part);
+        if (image->flipped) right = mpt__right_flipped(p, &b->slice, ws);
+        else right = mpt__right_filters(p, &b->slice, ws);
+    }
     words = right.count * mpt__pieces(right.length, mpt__each(p));
     if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, ws);
     h = mpt__halo_of(image, &b->band, &b->slice, p->pairs, image->kind == MPT__OUTPUTS_ARE_ROWS ? mpt__each(p) : 1);
@@ -4844,7 +4926,7 @@ static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t 
     }
 }
 
-/* Without depth all sums are 0. */
+/* A block of a product without depth: all sums are 0. */
 static void mpt__block_empty(const mpt__product *p, const mpt__block *b, const mpt__workspace *ws) {
     size_t r;
     for (r = 0; r < b->rows; r += p->group) {
@@ -4878,12 +4960,13 @@ static mpt__block mpt__block_of(const mpt__product *p, size_t index, size_t down
     return b;
 }
 
-/* Blocks begin .. end for which panels are packed once: of the same columns; but if the depth has parts only as many as
-   keep their sums apart: one, or those of whole tiles, whose sums are in c. */
+/* The end of the blocks from `begin` on that share packed panels: those of the same columns. If the depth has several
+   parts, blocks can only share if each has its sums to itself, that is if they are in c: whole tiles of a plain
+   matrix. */
 static size_t mpt__blocks_together(const mpt__product *p, size_t begin, size_t end, size_t down) {
-    const size_t last = mpt__min(end, (begin / down + 1) * down);
     const int tiled = p->plain && p->m % p->ctx->simd.tile_m == 0 && p->n % p->ctx->simd.tile_n == 0;
-    return p->parts <= 1 || (tiled && !p->image.kind) ? last : begin + 1;
+    if (p->parts > 1 && (!tiled || p->image.kind)) return begin + 1;
+    return mpt__min(end, (begin / down + 1) * down);
 }
 
 static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
@@ -4899,28 +4982,29 @@ static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
                 if (p->image.kind) mpt__image_part(p, &b, part, i > begin, &ws);
                 else mpt__matrix_part(p, &b, part, i > begin, &ws);
             }
-        for (i = begin; i < last && !p->parts; i++) {
-            const mpt__block b = mpt__block_of(p, i, down);
-            mpt__block_empty(p, &b, &ws);
-        }
+        if (!p->parts)
+            for (i = begin; i < last; i++) {
+                const mpt__block b = mpt__block_of(p, i, down);
+                mpt__block_empty(p, &b, &ws);
+            }
     }
 }
 
 /* -- Sizes of blocks and parts -- */
 
-/* Whether the halo of so many lines and columns of outputs fits under a slice, with `some` elements a pixel. */
+/* Whether the halo of a slice and so many lines and columns of outputs fits, with `some` elements a pixel */
 static int mpt__halo_fits(const mpt__image *image, size_t lines, size_t columns, size_t some) {
     const size_t width = mpt__halo_width(image, columns, image->slice_S);
     return width <= image->widest / some &&
            mpt__halo_rows(image, lines, image->slice_R) <= MPT__LEFT_WORDS / width / some;
 }
 
-/* A band of `most` outputs or as many as fit. If outputs are rows of the result they must be consecutive there: then a
-   part of a line is a band. */
+/* Sets a band of `most` outputs, or as many as fit. Outputs that are rows of the result must be consecutive there, so
+   that a part of a line is a band of its own. */
 static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
     size_t lines = 1, images = 1;
     while (image->columns > 1 && !mpt__halo_fits(image, 1, image->columns, some))
-        image->columns = image->columns > 3 ? image->columns / 4 * 2 : 1;
+        image->columns = mpt__max(image->columns / 4 * 2, 1);
     if (image->columns == image->Q || image->kind == MPT__OUTPUTS_ARE_DEPTH) {
         lines = mpt__min(most / image->columns, image->P);
         while (lines > 1 && !mpt__halo_fits(image, lines, image->columns, some)) lines--;
@@ -4929,14 +5013,14 @@ static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
             const size_t rows = mpt__halo_rows(image, lines, image->slice_R);
             const size_t width = mpt__halo_width(image, image->columns, image->slice_S);
             images = mpt__min(most / image->columns / lines, MPT__LEFT_WORDS / width / some / rows);
-            images = mpt__min(images > 1 ? images : 1, image->N);
+            images = mpt__min(mpt__max(images, 1), image->N);
         }
     }
     image->lines = lines;
     image->images = images;
 }
 
-/* A slice of at most `words` words of taps and channels, `each` channels in one */
+/* Sets a slice of at most `words` words of taps and channels, `each` channels in one. */
 static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
     const size_t taps = image->R * image->S, least = 8;
     size_t pixel;
@@ -4944,7 +5028,7 @@ static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
     image->slice_S = image->S;
     image->slice_C = image->channels;
     if (taps <= words / mpt__pieces(image->channels, each)) return;
-    image->slice_C = mpt__evenly(image->channels, taps <= words / least ? words / taps * each : least * each, each);
+    image->slice_C = mpt__evenly(image->channels, mpt__max(words / taps, least) * each, each);
     image->slice_C = mpt__min(image->slice_C, image->channels);
     pixel = mpt__pieces(image->slice_C, each);
     if (taps <= words / pixel) return;
@@ -4952,7 +5036,7 @@ static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
     image->slice_R = words / pixel / image->slice_S;
 }
 
-/* Fewer channels, tap rows or taps, until the halo of `columns` outputs fits */
+/* Takes fewer channels, tap rows or taps, until the halo of `columns` outputs fits. */
 static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
     while (!mpt__halo_fits(image, 1, columns, mpt__pieces(image->slice_C, each)))
         if (image->slice_C > 8 * each) image->slice_C = mpt__evenly(image->slice_C, (image->slice_C + 1) / 2, each);
@@ -4961,16 +5045,17 @@ static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
         else return; /* a single tap: bands will be short */
 }
 
-/* Rows that are finished at a time: so many that their sums stay in L1 (8 KiB); but if panels are deep and many, a few
-   tiles, which share the reading of each (more would scatter what they write); whole runs, if they are turned about. */
+/* Rows of an epilogue: as many as keep their sums in L1 (8 KiB); a few tiles if panels are deep and many, so that tiles
+   share the reading of a panel (more would scatter what they write); whole runs if they are transposed. */
 static size_t mpt__group(const mpt__product *p) {
     const size_t tile = p->ctx->simd.tile_m, fit = mpt__min(2048 / p->columns, MPT__GROUP) / tile * tile;
-    if (p->transposed) return MPT__RUN % tile ? (size_t)MPT__GROUP : (size_t)MPT__RUN;
+    if (p->transposed && MPT__RUN % tile == 0) return MPT__RUN;
+    if (p->transposed) return MPT__GROUP;
     if (!p->image.kind && p->k > 512 && p->columns > 64) return MPT__FEW_TILES;
-    return fit ? fit : tile;
+    return mpt__max(fit, tile);
 }
 
-/* Few blocks would keep the threads unequally busy. */
+/* Whether blocks are so few that some threads would have more work than others */
 static int mpt__few(size_t blocks, size_t threads) { return blocks < 4 * threads && blocks % threads; }
 
 /* Blocks are bands, parts of the depth are slices. */
@@ -4978,10 +5063,11 @@ static void mpt__partition_rows(mpt__product *p, size_t threads) {
     mpt__image *image = &p->image;
     const size_t each = mpt__each(p), taps = image->R * image->S;
     const size_t all = taps * mpt__pieces(image->channels, each);
-    size_t across, words, pixel;
+    size_t across, words = MPT__DEEP, pixel;
+    if (all <= MPT__DEEPEST) words = MPT__DEEPEST;
     image->widest = MPT__LEFT_WORDS;
     image->columns = mpt__evenly(image->Q, MPT__BLOCK_M, 1);
-    mpt__choose_slice(image, all <= MPT__DEEPEST ? MPT__DEEPEST : MPT__DEEP, each);
+    mpt__choose_slice(image, words, each);
     mpt__narrow_slice(image, mpt__min(image->columns, 16), each);
     pixel = mpt__pieces(image->slice_C, each);
     words = image->slice_R * image->slice_S * pixel;
@@ -5001,7 +5087,7 @@ static void mpt__partition_depth(mpt__product *p, size_t threads) {
     p->columns = mpt__evenly(p->n, MPT__BLOCK_N, MPT__RUN);
     most = mpt__min(MPT__BLOCK_M, MPT__RIGHT_WORDS / p->columns);
     image->widest = p->pairs ? 2 * MPT__LINE_WORDS : MPT__LEFT_WORDS;
-    image->alone = p->pairs && image->Q > 1 ? image->Q % 2 : 0;
+    if (p->pairs && image->Q > 1) image->alone = image->Q % 2;
     image->columns = mpt__evenly(image->Q - image->alone, most / 2 * 2, 2);
     image->columns = mpt__min(image->columns, image->Q - image->alone);
     mpt__choose_slice(image, MPT__BLOCK_M, 1);
@@ -5015,23 +5101,23 @@ static void mpt__partition_depth(mpt__product *p, size_t threads) {
     else if (p->columns > MPT__RUN) p->columns = mpt__evenly(p->columns, mpt__pieces(p->columns, threads), MPT__RUN);
 }
 
+/* Blocks are rectangles of c. If they are few, the longer side gets as many of them as the threads share equally. */
 static void mpt__partition_matrix(mpt__product *p, size_t threads) {
     const size_t each = mpt__each(p), down = mpt__pieces(p->m, MPT__BLOCK_M), across = mpt__pieces(p->n, MPT__BLOCK_N);
-    const int wide = across > down;
-    const size_t unit = wide ? (size_t)MPT__RUN : p->ctx->simd.tile_m, count = wide ? p->n : p->m;
-    size_t most;
+    size_t most = mpt__in_place(p) ? MPT__DEEPEST : MPT__DEEP;
     p->rows = MPT__BLOCK_M;
-    p->columns = mpt__evenly(p->n ? p->n : 1, MPT__BLOCK_N, MPT__RUN);
-    most = mpt__min(MPT__RIGHT_WORDS / p->columns, mpt__in_place(p) ? MPT__DEEPEST : MPT__DEEP);
-    if (p->k) p->deepest = mpt__evenly(p->k, most / 8 * 8 * each, 8); /* whole pairs and transposes */
-    p->parts = p->k ? mpt__pieces(p->k, p->deepest) : 0;
-    if (mpt__few(down * across, threads)) {
-        const size_t pieces = mpt__pieces(wide ? across : down, threads) * threads;
-        *(wide ? &p->columns : &p->rows) = mpt__pieces(mpt__pieces(count, pieces), unit) * unit;
+    p->columns = mpt__evenly(mpt__max(p->n, 1), MPT__BLOCK_N, MPT__RUN);
+    most = mpt__min(MPT__RIGHT_WORDS / p->columns, most);
+    if (p->k) {
+        p->deepest = mpt__evenly(p->k, most / 8 * 8 * each, 8); /* whole pairs and transposes */
+        p->parts = mpt__pieces(p->k, p->deepest);
     }
+    if (!mpt__few(down * across, threads)) return;
+    if (across > down) p->columns = mpt__round_up(mpt__pieces(p->n, mpt__round_up(across, threads)), MPT__RUN);
+    else p->rows = mpt__round_up(mpt__pieces(p->m, mpt__round_up(down, threads)), p->ctx->simd.tile_m);
 }
 
-/* Only the right operand is turned about for its panels: let that be the smaller one. */
+/* Exchanges the operands. Packing transposes the right one if it must, so that should be the smaller one. */
 static void mpt__product_transpose(mpt__product *p) {
     const mpt__matrix a = p->a;
     const size_t m = p->m;
@@ -5043,16 +5129,15 @@ static void mpt__product_transpose(mpt__product *p) {
 }
 
 static mpt_result mpt__product_do(mpt__product *p) {
-    const mpt__simd *simd = &p->ctx->simd;
     const mpt__outputs image = p->image.kind;
+    const mpt_dtype left = image ? p->image.data.type : p->a.data.type;
     size_t work, threads;
     if (!image && p->a.along && p->b.along &&
         p->n * mpt__pieces(p->m, MPT__BLOCK_M) > p->m * mpt__pieces(p->n, MPT__BLOCK_M))
         mpt__product_transpose(p);
     p->plain = !p->transposed && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
                !p->bias.data && p->act == MPT_IDENTITY;
-    p->pairs =
-        simd->tile[1][0] && (image ? p->image.data.type : p->a.data.type) == MPT_BF16 && p->b.data.type == MPT_BF16;
+    p->pairs = p->ctx->simd.tile[1][0] && left == MPT_BF16 && p->b.data.type == MPT_BF16;
     if (!mpt__size_mul(&work, p->m * p->n, p->k / 4 + 1)) work = (size_t)-1;
     threads = mpt__threads_for(p->ctx, work);
     if (image == MPT__OUTPUTS_ARE_ROWS) mpt__partition_rows(p, threads);
@@ -5104,29 +5189,41 @@ static mpt_array mpt__array_at(mpt_array a, size_t i) {
 
 /* -- Convolutions -- */
 
-/* What a pass reads through the kernel: x, or in the gradient of x dy. Channels of one group. */
+/* The image that a pass reads through the kernel: x, or for the gradient of x dy. Channels of one group. */
 static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
     const mpt_conv2d_shape *shape = &op->shape;
-    const int backward = op->pass == MPT_BACKWARD_DATA;
     mpt__image image = MPT_ZERO;
-    image.kind = op->pass == MPT_BACKWARD_WEIGHT ? MPT__OUTPUTS_ARE_DEPTH : MPT__OUTPUTS_ARE_ROWS;
-    image.flipped = backward;
-    image.data = backward ? op->y : op->x;
+    image.kind = MPT__OUTPUTS_ARE_ROWS;
+    if (op->pass == MPT_BACKWARD_WEIGHT) image.kind = MPT__OUTPUTS_ARE_DEPTH;
     image.N = shape->N;
-    image.H = backward ? op->P : shape->H;
-    image.W = backward ? op->Q : shape->W;
-    image.C = backward ? shape->K : shape->C;
-    image.channels = image.C / shape->groups;
-    image.first = group * image.channels;
     image.R = shape->R;
     image.S = shape->S;
     image.dilation = shape->dilation;
-    image.P = backward ? shape->H : op->P;
-    image.Q = backward ? shape->W : op->Q;
-    image.stride = backward ? 1 : shape->stride;
-    image.up = backward ? shape->stride : 1;
-    image.pad_top = backward ? (shape->R - 1) * shape->dilation - shape->padding : shape->padding;
-    image.pad_left = backward ? (shape->S - 1) * shape->dilation - shape->padding : shape->padding;
+    if (op->pass == MPT_BACKWARD_DATA) {
+        image.data = op->y;
+        image.H = op->P;
+        image.W = op->Q;
+        image.C = shape->K;
+        image.P = shape->H;
+        image.Q = shape->W;
+        image.stride = 1;
+        image.up = shape->stride;
+        image.pad_top = (ptrdiff_t)((shape->R - 1) * shape->dilation) - (ptrdiff_t)shape->padding;
+        image.pad_left = (ptrdiff_t)((shape->S - 1) * shape->dilation) - (ptrdiff_t)shape->padding;
+        image.flipped = 1;
+    } else {
+        image.data = op->x;
+        image.H = shape->H;
+        image.W = shape->W;
+        image.C = shape->C;
+        image.P = op->P;
+        image.Q = op->Q;
+        image.stride = shape->stride;
+        image.up = 1;
+        image.pad_top = image.pad_left = (ptrdiff_t)shape->padding;
+    }
+    image.channels = image.C / shape->groups;
+    image.first = group * image.channels;
     return image;
 }
 
