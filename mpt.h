@@ -3709,7 +3709,10 @@ MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
     if (!op.stats) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: stats is NULL");
     MPT__TRY(mpt__norm_shape_check(ctx, op.pass, &op.shape));
     switch (op.pass) {
-    case MPT_NORM_STATS: MPT__TRY(mpt__need(ctx, "norm", "x", op.x)); break;
+    case MPT_NORM_STATS:
+        MPT__TRY(mpt__need(ctx, "norm", "x", op.x));
+        op.gamma.data = op.dx.data = NULL; /* of other passes: no backend shall take them for this one's */
+        break;
     case MPT_NORM_FORWARD: MPT__TRY(mpt__norm_forward_check(ctx, &op)); break;
     case MPT_NORM_BACKWARD: MPT__TRY(mpt__norm_backward_check(ctx, &op)); break;
     case MPT_NORM_RUNNING:
