@@ -80,6 +80,7 @@ mutants:
 
 bench: detect $(BUILD)/tests/bench/bench
 	@$(BUILD)/tests/bench/bench
+	@sh tests/bench/compile.sh '$(CC)'
 
 bench-peers: detect $(BUILD)/tests/bench/bench $(if $(PEERS),$(BUILD)/tests/bench/peers)
 	@$(if $(PEERS),for t in 1 2; do OMP_NUM_THREADS=$$t OPENBLAS_NUM_THREADS=$$t $(BUILD)/tests/bench/peers $$t; done)

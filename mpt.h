@@ -5434,30 +5434,32 @@ static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const f
     uint16_t *half = (uint16_t *)op->out.data + i;
     size_t e;
     for (e = 0; e < n; e++) {
-        const uint32_t random = r.round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i + e) : 0;
-        const uint32_t bits = mpt_narrow(x[e], op->out.type, r.round, r.overflow, random);
+        uint32_t bits, random = 0;
+        if (r.round == MPT_ROUND_STOCHASTIC) random = mpt_hash(r.seed, r.step, r.tensor, i + e);
+        bits = mpt_narrow(x[e], op->out.type, r.round, r.overflow, random);
         if (op->out.type <= MPT_BF16) half[e] = (uint16_t)bits;
         else byte[e] = (uint8_t)bits;
     }
 }
 
-/* One side of nearly every cast is fp32: then the bulk loops work on the arrays themselves. */
+/* One side of nearly every cast is fp32: the bulk loops then work on the arrays themselves. Other casts go by fp32, a
+   run at a time. */
 static void mpt__cast_elements(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
-    float run[MPT__RUN];
-    const float *x = op->a.type == MPT_F32 ? (const float *)op->a.data + i : run;
     const int usual = op->rounding.round == MPT_ROUND_NEAREST && op->rounding.overflow == MPT_OVERFLOW_INF;
+    float run[MPT__RUN];
+    size_t some;
     if (op->out.type == MPT_F32) mpt__load(ctx, op->a, i, n, (float *)op->out.data + i);
-    else if (op->a.type == MPT_F32 && usual) mpt__store(ctx, op->out, i, n, x);
+    else if (op->a.type == MPT_F32 && usual) mpt__store(ctx, op->out, i, n, (const float *)op->a.data + i);
     else
-        for (; n; n -= mpt__min(n, MPT__RUN), i += MPT__RUN, x += op->a.type == MPT_F32 ? MPT__RUN : 0) {
-            const size_t some = mpt__min(n, MPT__RUN);
-            if (x == run) mpt__load(ctx, op->a, i, some, run);
-            if (usual) mpt__store(ctx, op->out, i, some, x);
-            else mpt__store_rounded(op, i, some, x);
+        for (; n; n -= some, i += some) {
+            some = mpt__min(n, MPT__RUN);
+            mpt__load(ctx, op->a, i, some, run);
+            if (usual) mpt__store(ctx, op->out, i, some, run);
+            else mpt__store_rounded(op, i, some, run);
         }
 }
 
-/* All but the cast. beta scales b where they are added, else the old content; an activation alone has no use for it. */
+/* Any map but a cast. beta scales b in an addition, else the old content; an activation ignores it. */
 MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     const mpt_array old = op->map == MPT_MAP_ADD ? op->b : op->out;
     const uint64_t step = op->mask.step ? *op->mask.step : 0;
@@ -5493,8 +5495,9 @@ MPT__TASKS(mpt__map_task)
 
 static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
     mpt__work w = {ctx, op};
-    mpt__parallel(ctx, op->n / MPT__RUN + (op->n % MPT__RUN != 0), op->n,
-                  op->map == MPT_MAP_CAST ? mpt__cast_task : MPT__TASK(ctx, mpt__map_task), &w);
+    const size_t runs = op->n / MPT__RUN + (op->n % MPT__RUN != 0);
+    if (op->map == MPT_MAP_CAST) mpt__parallel(ctx, runs, op->n, mpt__cast_task, &w);
+    else mpt__parallel(ctx, runs, op->n, MPT__TASK(ctx, mpt__map_task), &w);
     return MPT_OK;
 }
 
@@ -5522,10 +5525,10 @@ static mpt_result mpt__cpu_columns(mpt_context *ctx, const mpt_columns_op *op) {
 
 /* -- Normalisation --
 
-   Sums in double, in an order that does not depend on the threads: over the columns in a fixed number of blocks of
-   rows; over a group of one sample in one thread. A mean and a variance are made of the distances to the set's first
-   value, so that neither a large mean nor a constant set leaves an error of rounding. Every pass reads memory in one
-   stream, row after row; what it needs of a channel is prepared once a sample, in lines of COLUMNS channels. */
+   Sums are in double, in an order that does not depend on the threads: over columns in a fixed number of blocks of
+   rows; over a group of one sample in one thread. Mean and variance are computed from distances to the set's first
+   value, so that neither a large mean nor a constant set costs precision. Every pass reads memory row after row; what it
+   needs of each channel is computed once a sample, into lines of MPT__COLUMNS channels. */
 
 enum {
     MPT__COLUMN_BLOCKS = 16,
@@ -5550,16 +5553,16 @@ typedef struct mpt__norm_work {
     size_t rows, count;    /* rows: N pixels. count: values that a mean is taken of */
     size_t first, columns; /* channels of this turn */
     double *sums;          /* (MPT__COLUMN_BLOCKS, 2, MPT__COLUMNS) */
-    int32_t zero; /* bits of the largest y that is stored as 0: a ReLU behind the norm lets pass what is larger */
+    int32_t zero;          /* bits of the largest y that is stored as 0: a ReLU after the norm passes larger ones on */
 } mpt__norm_work;
 
-/* What channels first .. first+columns of a sample need: its statistics, gamma / deviation, and for dx two means. Whole
-   runs, with zeros at the end. */
+/* Of channels first .. first+columns of a sample: statistics, gamma / deviation, beta, and for dx two means. Whole
+   runs, filled up with zeros. */
 typedef struct mpt__norm_lines {
     float *mean, *inverse, *gamma, *beta, *means[2], *room;
 } mpt__norm_lines;
 
-/* They lie behind the sums, which are in the first worker's space. */
+/* The lines come after the sums, which are in the first worker's space. */
 static mpt__norm_lines mpt__norm_lines_of(const mpt_context *ctx, int worker) {
     mpt__norm_lines l;
     l.mean = mpt__worker_space(ctx, worker) + 2 * 2 * MPT__COLUMN_BLOCKS * MPT__COLUMNS;
@@ -5572,7 +5575,7 @@ static mpt__norm_lines mpt__norm_lines_of(const mpt_context *ctx, int worker) {
     return l;
 }
 
-/* Lines of n channels from c on, in a sample */
+/* Computes the lines of n channels from c on, in a sample. */
 static void mpt__norm_prepare(const mpt__norm_work *w, size_t sample, size_t c, size_t n, const mpt__norm_lines *l) {
     const mpt_norm_op *op = w->op;
     const size_t groups = op->shape.groups, each = op->shape.C / groups, sets = op->shape.N * groups;
@@ -5584,7 +5587,8 @@ static void mpt__norm_prepare(const mpt__norm_work *w, size_t sample, size_t c, 
         const size_t set = sample * groups + (c + e) / each;
         const int again = e && (c + e) % each;
         l->mean[e] = op->stats[set];
-        l->inverse[e] = again ? l->inverse[e - 1] : mpt__norm_inverse(op->stats[sets + set], op->shape.eps);
+        if (again) l->inverse[e] = l->inverse[e - 1];
+        else l->inverse[e] = mpt__norm_inverse(op->stats[sets + set], op->shape.eps);
         l->gamma[e] *= l->inverse[e];
         l->means[0][e] = through ? op->stats[2 * sets + set] : 0;
         l->means[1][e] = through ? op->stats[3 * sets + set] : 0;
@@ -5593,7 +5597,7 @@ static void mpt__norm_prepare(const mpt__norm_work *w, size_t sample, size_t c, 
         l->mean[e] = l->inverse[e] = l->gamma[e] = l->beta[e] = l->means[0][e] = l->means[1][e] = 0;
 }
 
-/* The sums of one row and of four, whose totals are read and written once: a += x, */
+/* Sums of a run of one row, and of four rows, which read and write the totals once. a += x */
 MPT__INLINE void mpt__sum_values(const float *MPT__RESTRICT x, double *MPT__RESTRICT a) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) a[e] += (double)x[e];
@@ -5606,7 +5610,7 @@ MPT__INLINE void mpt__sum_values_4(const float *MPT__RESTRICT x0, const float *M
     for (e = 0; e < MPT__RUN; e++) a[e] += ((double)x0[e] + (double)x1[e]) + ((double)x2[e] + (double)x3[e]);
 }
 
-/* a += x - shift, b += its square, */
+/* a += x - shift, b += its square */
 MPT__INLINE void mpt__sum_squares(const float *MPT__RESTRICT x, const float *MPT__RESTRICT shift,
                                   double *MPT__RESTRICT a, double *MPT__RESTRICT b) {
     size_t e;
@@ -5657,7 +5661,7 @@ MPT__INLINE void mpt__sum_gradients_4(const float *MPT__RESTRICT x0, const float
     }
 }
 
-/* y without its activation; */
+/* y without its activation */
 MPT__INLINE void mpt__norm_y(const mpt__norm_lines *l, size_t c, const float *MPT__RESTRICT x, float *MPT__RESTRICT y) {
     const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT gamma = l->gamma + c,
                                *MPT__RESTRICT beta = l->beta + c;
@@ -5665,7 +5669,7 @@ MPT__INLINE void mpt__norm_y(const mpt__norm_lines *l, size_t c, const float *MP
     for (e = 0; e < MPT__RUN; e++) y[e] = (x[e] - mean[e]) * gamma[e] + beta[e];
 }
 
-/* dy where a ReLU behind the norm passes it: y is made once more, so that it need not be read; */
+/* dy where a ReLU after the norm passes it, else 0: y is computed anew rather than read. */
 MPT__INLINE void mpt__norm_slope(const mpt__norm_lines *l, size_t c, int32_t zero, const float *MPT__RESTRICT x,
                                  const float *MPT__RESTRICT dy, float *MPT__RESTRICT out) {
     const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT gamma = l->gamma + c;
@@ -5690,20 +5694,21 @@ MPT__INLINE void mpt__norm_dx(const mpt__norm_lines *l, size_t c, const float *M
     }
 }
 
-/* Adds two quantities of `rows` rows, one or four, from row i on: channels c .. of the turn. Whole runs are added,
-   zeros where there are no channels. */
+/* Adds the two quantities of one or four rows from row i on, of n channels from w->first + c on. Whole runs are added,
+   with zeros beyond n. */
 MPT__INLINE void mpt__norm_sum(const mpt__norm_work *w, size_t i, size_t rows, size_t c, size_t n,
                                const mpt__norm_lines *l, double *a, double *b) {
     const size_t C = w->op->shape.C, at = i * C + w->first + c;
     const float *x[4], *dy[4];
     size_t r;
     for (r = 0; r < rows; r++) x[r] = mpt__read_run(w->ctx, w->op->x, at + r * C, n, l->room + r * MPT__RUN);
-    for (r = 0; r < rows && w->kind == MPT__SUM_GRADIENTS; r++) {
-        dy[r] = mpt__read_run(w->ctx, w->op->y, at + r * C, n, l->room + (4 + r) * MPT__RUN);
-        if (!w->op->act) continue;
-        mpt__norm_slope(l, c, w->zero, x[r], dy[r], l->room + (8 + r) * MPT__RUN);
-        dy[r] = l->room + (8 + r) * MPT__RUN;
-    }
+    if (w->kind == MPT__SUM_GRADIENTS)
+        for (r = 0; r < rows; r++) {
+            dy[r] = mpt__read_run(w->ctx, w->op->y, at + r * C, n, l->room + (4 + r) * MPT__RUN);
+            if (!w->op->act) continue;
+            mpt__norm_slope(l, c, w->zero, x[r], dy[r], l->room + (8 + r) * MPT__RUN);
+            dy[r] = l->room + (8 + r) * MPT__RUN;
+        }
     if (rows == 4 && w->kind == MPT__SUM_GRADIENTS)
         mpt__sum_gradients_4(x[0], x[1], x[2], x[3], dy[0], dy[1], dy[2], dy[3], l->mean + c, l->inverse + c, a, b);
     else if (rows == 4 && w->kind == MPT__SUM_SQUARES) mpt__sum_squares_4(x[0], x[1], x[2], x[3], l->mean + c, a, b);
@@ -5713,7 +5718,7 @@ MPT__INLINE void mpt__norm_sum(const mpt__norm_work *w, size_t i, size_t rows, s
     else mpt__sum_values(x[0], a);
 }
 
-/* Four rows at a time; of the last, and of those that end a sample, one. */
+/* Rows to sum at a time: four, or one near the end of the block or of a sample */
 static size_t mpt__norm_four(size_t i, size_t last, size_t pixels) {
     return i + 4 <= last && i % pixels + 4 <= pixels ? 4 : 1;
 }
@@ -5744,7 +5749,7 @@ MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end
 }
 MPT__TASKS(mpt__norm_columns_task)
 
-/* The two sums over all rows, of w->columns channels from w->first on: into the sums of block 0. */
+/* The two sums over all rows, of w->columns channels from w->first on: in the sums of block 0 */
 static void mpt__norm_columns(mpt__norm_work *w) {
     size_t b, c;
     mpt__parallel(w->ctx, MPT__COLUMN_BLOCKS, w->rows * w->columns, MPT__TASK(w->ctx, mpt__norm_columns_task), w);
@@ -5755,18 +5760,22 @@ static void mpt__norm_columns(mpt__norm_work *w) {
         }
 }
 
-/* What the two sums of a set make: its mean and variance, or the means that its dx needs. */
+/* Stores what follows from the two sums of a set: its mean and variance, or the two means that its dx needs. */
 static void mpt__norm_set_stats(const mpt__norm_work *w, size_t set, double a, double b, float shift) {
     const size_t sets = w->op->shape.N * w->op->shape.groups;
-    float *stats = w->op->stats + (w->op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
+    float *stats = w->op->stats + set;
     a /= (double)w->count;
     b /= (double)w->count;
-    if (w->op->pass == MPT_NORM_STATS) b = b < a * a ? 0 : b - a * a;
-    stats[0] = (float)(w->op->pass == MPT_NORM_STATS ? (double)shift + a : a);
+    if (w->op->pass == MPT_NORM_BACKWARD) stats += 2 * sets;
+    else {
+        b = b < a * a ? 0 : b - a * a;
+        a += (double)shift;
+    }
+    stats[0] = (float)a;
     stats[sets] = (float)b;
 }
 
-/* Sets of one sample each: their sums, which in the backward pass gamma weighs */
+/* The sums of sets of one sample each, in the backward pass weighted by gamma */
 MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *arg_work = (const mpt__norm_work *)arg;
     const mpt_norm_op *op = arg_work->op;
@@ -5784,10 +5793,14 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
             w.first = first + c;
             memset(a, 0, 2 * MPT__RUN * sizeof *a);
             if (w.kind == MPT__SUM_GRADIENTS) mpt__norm_prepare(&w, sample, w.first, n, &l);
-            for (e = 0; e < MPT__RUN && w.kind == MPT__SUM_SQUARES; e++) l.mean[e] = e < n ? shift : 0;
+            if (w.kind == MPT__SUM_SQUARES) {
+                memset(l.mean, 0, MPT__RUN * sizeof *l.mean);
+                for (e = 0; e < n; e++) l.mean[e] = shift;
+            }
             for (i = 0; i < pixels; i++) mpt__norm_sum(&w, sample * pixels + i, 1, 0, n, &l, a, b);
             for (e = 0; e < n; e++) {
-                const double gamma = w.kind == MPT__SUM_GRADIENTS ? (double)mpt__get(w.ctx, op->gamma, w.first + e) : 1;
+                double gamma = 1;
+                if (w.kind == MPT__SUM_GRADIENTS) gamma = (double)mpt__get(w.ctx, op->gamma, w.first + e);
                 sums[0] += gamma * a[e];
                 sums[1] += gamma * b[e];
             }
@@ -5813,12 +5826,14 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
     if (!batch && !op->frozen)
         mpt__parallel(w->ctx, op->shape.N * op->shape.groups, w->rows * op->shape.C,
                       MPT__TASK(w->ctx, mpt__norm_samples_task), w);
-    for (w->first = 0; w->first < op->shape.C && (batch || backward); w->first += MPT__COLUMNS) {
+    if (!batch && !backward) return;
+    for (w->first = 0; w->first < op->shape.C; w->first += MPT__COLUMNS) {
         w->columns = mpt__min(op->shape.C - w->first, MPT__COLUMNS);
         mpt__norm_columns(w);
         for (c = 0; c < w->columns; c++) {
             const double a = w->sums[c], b = w->sums[MPT__COLUMNS + c];
-            const double gamma = backward ? (double)mpt__get(w->ctx, op->gamma, w->first + c) : 1;
+            double gamma = 1;
+            if (backward) gamma = (double)mpt__get(w->ctx, op->gamma, w->first + c);
             if (batch && !op->frozen)
                 mpt__norm_set_stats(w, w->first + c, gamma * a, gamma * b, mpt__get(w->ctx, op->x, w->first + c));
             if (!backward) continue;
@@ -5828,7 +5843,7 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
     }
 }
 
-/* y or dx of row i: n channels from channel first + c on */
+/* y or dx of row i, of n channels from first + c on */
 MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t first, size_t c, size_t n,
                                const mpt__norm_lines *l) {
     const mpt_norm_op *op = w->op;
@@ -5842,8 +5857,11 @@ MPT__INLINE void mpt__norm_row(const mpt__norm_work *w, size_t i, size_t first, 
         return;
     }
     dy = mpt__read_run(w->ctx, op->y, at, n, l->room + MPT__RUN);
-    if (op->act) mpt__norm_slope(l, c, w->zero, x, dy, l->room + 2 * MPT__RUN);
-    mpt__norm_dx(l, c, x, op->act ? l->room + 2 * MPT__RUN : dy, out);
+    if (op->act) {
+        mpt__norm_slope(l, c, w->zero, x, dy, l->room + 2 * MPT__RUN);
+        dy = l->room + 2 * MPT__RUN;
+    }
+    mpt__norm_dx(l, c, x, dy, out);
     if (op->scale_x != 0) mpt__axpy_run(out, op->scale_x, mpt__read_run(w->ctx, op->dx, at, n, l->room));
     mpt__write_run(w->ctx, op->dx, at, n, out);
 }
@@ -5873,7 +5891,7 @@ static mpt__norm_work mpt__norm_work_of(mpt_context *ctx, const mpt_norm_op *op,
     w.rows = shape->N * shape->pixels;
     w.count = shape->pixels * (shape->C / shape->groups);
     w.sums = (double *)(void *)ctx->workspace;
-    w.zero = op->saved.data && op->saved.type <= MPT_BF16 ? zeros[op->saved.type] : 0;
+    if (op->saved.data && op->saved.type <= MPT_BF16) w.zero = zeros[op->saved.type];
     return w;
 }
 
@@ -5911,9 +5929,10 @@ static void mpt__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array 
     }
 }
 
-/* -- Pooling: every output, or in the gradient every input, gathers what it needs, a run of channels at a time -- */
+/* -- Pooling: each output, or in the gradient each input, gathers what it needs, a run of channels at a time -- */
 
-/* Takes over what is larger, and the first NaN: by masks, for a branch would keep it from becoming vectors. */
+/* best = x where x is larger, or the first NaN; tap then is `here`. Uses masks, since a branch would prevent
+   vectorisation. */
 MPT__INLINE void mpt__max_run(float *MPT__RESTRICT best, uint32_t *MPT__RESTRICT tap, const float *MPT__RESTRICT x,
                               uint32_t here) {
     size_t e;
@@ -5926,8 +5945,8 @@ MPT__INLINE void mpt__max_run(float *MPT__RESTRICT best, uint32_t *MPT__RESTRICT
     }
 }
 
-/* The same of 16-bit patterns as they are: keys are integers in the order of the values, with -0 and 0 the same and
-   NaN above all. inf: the type's. The first tap is taken in any case. */
+/* The same on the bits of 16-bit values: keys are integers in the order of the values, with equal keys for -0 and 0 and
+   NaN above all. inf: the type's bits. The first tap is always taken. */
 MPT__INLINE void mpt__max_halves(uint16_t *MPT__RESTRICT best, int16_t *MPT__RESTRICT key, uint16_t *MPT__RESTRICT tap,
                                  const uint16_t *MPT__RESTRICT x, uint16_t inf, uint16_t here, int first) {
     const uint16_t any = (uint16_t)(0 - first);
@@ -5958,7 +5977,7 @@ MPT__INLINE void mpt__taps_write(const uint32_t *MPT__RESTRICT tap, size_t n, ui
         for (e = 0; e < n; e++) index[e] = (uint16_t)tap[e];
 }
 
-/* sum += dy where it came from here */
+/* sum += dy where tap is `here` */
 MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__RESTRICT tap, uint32_t here,
                                  const float *MPT__RESTRICT dy) {
     size_t e;
@@ -5966,34 +5985,46 @@ MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__
 }
 
 typedef struct mpt__window { /* of one output, inside the image: rows r .. R of the window, columns s .. S */
-    size_t r, R, s, S, at;   /* at: element of the image under (0,0), may wrap below 0 */
+    size_t r, R, s, S;
+    ptrdiff_t at; /* element of the image under (0,0); below 0 if that is padding above the first image */
 } mpt__window;
 
 MPT__INLINE mpt__window mpt__window_of(const mpt_pool2d_op *op, size_t n, size_t p, size_t q) {
     const mpt_pool2d_shape *shape = &op->shape;
-    const size_t h = p * op->stride_h - shape->padding, w = q * op->stride_w - shape->padding; /* may wrap below 0 */
-    mpt__window at;
-    at.r = h < shape->H ? 0 : 0 - h;
-    at.R = mpt__min(shape->R, shape->H - h);
-    at.s = w < shape->W ? 0 : 0 - w;
-    at.S = mpt__min(shape->S, shape->W - w);
-    at.at = ((n * shape->H + h) * shape->W + w) * shape->C;
-    return at;
+    const ptrdiff_t H = (ptrdiff_t)shape->H, W = (ptrdiff_t)shape->W;
+    const ptrdiff_t h = (ptrdiff_t)(p * op->stride_h) - (ptrdiff_t)shape->padding; /* of the window's first row */
+    const ptrdiff_t w = (ptrdiff_t)(q * op->stride_w) - (ptrdiff_t)shape->padding;
+    mpt__window window;
+    window.r = h < 0 ? (size_t)-h : 0;
+    window.R = mpt__min(shape->R, (size_t)(H - h));
+    window.s = w < 0 ? (size_t)-w : 0;
+    window.S = mpt__min(shape->S, (size_t)(W - w));
+    window.at = (((ptrdiff_t)n * H + h) * W + w) * (ptrdiff_t)shape->C;
+    return window;
 }
 
-/* Maxima of 16-bit values. Whole runs are read and written where they are. */
+/* Element of the image under tap (r,s) of a window */
+MPT__INLINE size_t mpt__window_tap(const mpt__window *window, const mpt_pool2d_shape *shape, size_t r, size_t s) {
+    return (size_t)(window->at + (ptrdiff_t)((r * shape->W + s) * shape->C));
+}
+
+/* Maxima of 16-bit values. Whole runs are read and written in place. */
 MPT__INLINE void mpt__pool2d_max16_run(const mpt_pool2d_op *op, const mpt__window *window, size_t out, size_t c,
                                        size_t n, float *room) {
     const mpt_pool2d_shape *shape = &op->shape;
     const uint16_t *image = (const uint16_t *)op->x.data + c, inf = op->x.type == MPT_F16 ? 0x7c00 : 0x7f80;
     uint16_t *y = (uint16_t *)op->y.data + out, *index = op->index + out, *line = (uint16_t *)(void *)room;
-    uint16_t *best = n < MPT__RUN ? line + MPT__RUN : y, *tap = n < MPT__RUN ? line + 2 * MPT__RUN : index;
+    uint16_t *best = y, *tap = index;
     int16_t key[MPT__RUN] = {0};
     size_t r, s;
     int first = 1;
+    if (n < MPT__RUN) {
+        best = line + MPT__RUN;
+        tap = line + 2 * MPT__RUN;
+    }
     for (r = window->r; r < window->R; r++)
         for (s = window->s; s < window->S; s++) {
-            const uint16_t *x = image + (window->at + (r * shape->W + s) * shape->C);
+            const uint16_t *x = image + mpt__window_tap(window, shape, r, s);
             if (n < MPT__RUN) memcpy(line, x, n * sizeof *x);
             if (n < MPT__RUN) x = line;
             if (first) mpt__max_halves(best, key, tap, x, inf, (uint16_t)(r * shape->S + s), 1);
@@ -6018,17 +6049,31 @@ MPT__INLINE void mpt__pool2d_forward_run(const mpt_context *ctx, const mpt_pool2
     memset(sum, 0, MPT__RUN * sizeof *sum);
     for (r = window->r; r < window->R; r++)
         for (s = window->s; s < window->S; s++) {
-            const float *x = mpt__read_run(ctx, op->x, window->at + (r * shape->W + s) * shape->C + c, n, room);
+            const float *x = mpt__read_run(ctx, op->x, mpt__window_tap(window, shape, r, s) + c, n, room);
             const uint32_t here = (uint32_t)(r * shape->S + s);
-            for (e = 0; e < MPT__RUN && first && !mean; e++) tap[e] = here;
             if (mean) mpt__sum_values(x, sum);
-            else if (first) mpt__scale_run(best, 1, x);
-            else mpt__max_run(best, tap, x, here);
+            else if (first) {
+                for (e = 0; e < MPT__RUN; e++) tap[e] = here;
+                mpt__scale_run(best, 1, x);
+            } else mpt__max_run(best, tap, x, here);
             first = 0;
         }
-    for (e = 0; e < MPT__RUN && mean; e++) best[e] = (float)(sum[e] / (double)(shape->R * shape->S));
-    if (!mean) mpt__taps_write(tap, n, op->index + out);
+    if (mean)
+        for (e = 0; e < MPT__RUN; e++) best[e] = (float)(sum[e] / (double)(shape->R * shape->S));
+    else mpt__taps_write(tap, n, op->index + out);
     mpt__write_run(ctx, op->y, out, n, best);
+}
+
+typedef struct mpt__range {
+    size_t begin, end;
+} mpt__range;
+
+/* The outputs whose windows of `size` rows, `stride` apart, contain row y of the padded image; or so with columns */
+static mpt__range mpt__windows_over(size_t y, size_t size, size_t stride, size_t outputs) {
+    mpt__range range = {0, 0};
+    if (y >= size) range.begin = (y - size) / stride + 1;
+    range.end = mpt__min(y / stride + 1, outputs);
+    return range;
 }
 
 MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
@@ -6038,30 +6083,35 @@ MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool
     const float size = (float)(shape->R * shape->S);
     const size_t y = h + shape->padding, x = w + shape->padding;
     float sum[MPT__RUN];
+    const mpt__range rows = mpt__windows_over(y, shape->R, op->stride_h, op->P);
+    const mpt__range columns = mpt__windows_over(x, shape->S, op->stride_w, op->Q);
     size_t p, q, e;
     mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
-    for (p = mpt__min(y / op->stride_h + 1, op->P); p-- && y - p * op->stride_h < shape->R;)
-        for (q = mpt__min(x / op->stride_w + 1, op->Q); q-- && x - q * op->stride_w < shape->S;) {
+    for (p = rows.end; p-- > rows.begin;)
+        for (q = columns.end; q-- > columns.begin;) {
             const uint32_t here = (uint32_t)((y - p * op->stride_h) * shape->S + x - q * op->stride_w);
             const size_t out = ((n * op->P + p) * op->Q + q) * shape->C + c;
             const float *dy = mpt__read_run(ctx, op->y, out, run, room);
             uint32_t tap[MPT__RUN];
-            for (e = 0; e < MPT__RUN && op->kind == MPT_POOL_AVERAGE; e++) sum[e] += dy[e] / size;
-            if (op->kind == MPT_POOL_AVERAGE) continue;
-            mpt__taps_read(op->index + out, run, tap);
-            mpt__unpool_run(sum, tap, here, dy);
+            if (op->kind == MPT_POOL_AVERAGE)
+                for (e = 0; e < MPT__RUN; e++) sum[e] += dy[e] / size;
+            else {
+                mpt__taps_read(op->index + out, run, tap);
+                mpt__unpool_run(sum, tap, here, dy);
+            }
         }
     mpt__write_run(ctx, op->x, in, run, sum);
 }
 
-/* Windows that lie side by side: an input is in one of them at most, so its gradient is that output's or zero, bit by
-   bit. Then outputs scatter. */
+/* Whether windows do not overlap. An input's gradient is then that of one output or zero, in the same bits, so outputs
+   scatter theirs instead. */
 static int mpt__pool2d_scatters(const mpt_pool2d_op *op) {
     return op->pass != MPT_FORWARD && op->beta == 0 && !op->shape.padding && op->stride_h >= op->shape.R &&
            op->stride_w >= op->shape.S && op->x.type == op->y.type && op->x.type <= MPT_BF16;
 }
 
-/* to(n) = y where it came from here, else 0 */
+/* MPT__SELECT generates to(n) = y where index is `here`, else 0, for y of 16 and of 32 bits. Both are inlined into the
+   two copies of mpt__pool2d_task, about 0.3 KB each time. */
 #define MPT__SELECT(name, type)                                                                                     \
     MPT__INLINE void name(type *MPT__RESTRICT to, const type *MPT__RESTRICT y, const uint16_t *MPT__RESTRICT index, \
                           uint16_t here, size_t n) {                                                                \
@@ -6074,7 +6124,7 @@ static int mpt__pool2d_scatters(const mpt_pool2d_op *op) {
 MPT__SELECT(mpt__select_halves, uint16_t)
 MPT__SELECT(mpt__select_words, uint32_t)
 
-/* All inputs in the window of output `out`: n channels from c on */
+/* The gradients of all inputs in the window of output `out`, of n channels */
 MPT__INLINE void mpt__pool2d_scatter_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t at, size_t out,
                                          size_t n, float *room) {
     const mpt_pool2d_shape *shape = &op->shape;
@@ -6101,7 +6151,7 @@ MPT__INLINE void mpt__pool2d_scatter_run(const mpt_context *ctx, const mpt_pool2
         }
 }
 
-/* Row (n,p) of outputs; what follows the last window of an image or is between two has no gradient. */
+/* Zeroes the inputs of row (n,p) of outputs and those up to the next row: some may be in no window. */
 static void mpt__pool2d_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
     const mpt_pool2d_shape *shape = &op->shape;
     const size_t top = p * op->stride_h, bottom = p + 1 < op->P ? top + op->stride_h : shape->H;
@@ -6112,25 +6162,27 @@ static void mpt__pool2d_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
     memset((char *)op->x.data + (n * shape->H + top) * line, 0, (bottom - top) * line);
 }
 
-/* one row (n,p) of outputs, or (n,h) of inputs, after the other */
+/* Rows (n,p) of outputs, or (n,h) of inputs */
 MPT__INLINE void mpt__pool2d_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_pool2d_op *op = (const mpt_pool2d_op *)w->op;
     const int scatters = mpt__pool2d_scatters(op), outputs = op->pass == MPT_FORWARD || scatters;
     const int halves =
         op->kind == MPT_POOL_MAX && op->x.type == op->y.type && (op->x.type == MPT_F16 || op->x.type == MPT_BF16);
-    const size_t rows = outputs ? op->P : op->shape.H, columns = outputs ? op->Q : op->shape.W, C = op->shape.C;
+    const size_t rows = outputs ? op->P : op->shape.H;
+    const size_t columns = outputs ? op->Q : op->shape.W, C = op->shape.C;
     float *room = mpt__worker_room(w->ctx, worker);
     size_t i, c;
     for (; begin < end; begin++) {
         const size_t n = begin / rows, p = begin % rows;
         if (scatters) mpt__pool2d_clear(op, n, p);
         for (i = 0; i < columns; i++) {
-            const mpt__window none = MPT_ZERO, window = outputs ? mpt__window_of(op, n, p, i) : none;
             const size_t out = (begin * columns + i) * C;
+            mpt__window window = MPT_ZERO;
+            if (outputs) window = mpt__window_of(op, n, p, i);
             for (c = 0; c < C; c += MPT__RUN) {
                 const size_t run = mpt__min(C - c, MPT__RUN);
-                if (scatters) mpt__pool2d_scatter_run(w->ctx, op, window.at + c, out + c, run, room);
+                if (scatters) mpt__pool2d_scatter_run(w->ctx, op, (size_t)window.at + c, out + c, run, room);
                 else if (!outputs) mpt__pool2d_backward_run(w->ctx, op, n, p, i, c, run, room);
                 else if (halves) mpt__pool2d_max16_run(op, &window, out + c, c, run, room);
                 else mpt__pool2d_forward_run(w->ctx, op, &window, out + c, c, run, room);
@@ -6157,7 +6209,7 @@ static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
     float largest = mpt__get(ctx, op->x, row * op->C);
-    double sum = 0, aimed = 0, targets = d->class_weights ? 0 : 1; /* there may be a million classes */
+    double sum = 0, aimed = 0, targets = d->class_weights ? 0 : 1; /* targets: their sum */
     size_t c, best = 0;
     for (c = 1; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
@@ -6169,17 +6221,19 @@ static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *
     for (c = 0; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c) - largest, t = mpt__class_target(d, op->C, label, c);
         sum += (double)expf(x);
-        if (t > 0) aimed += (double)(t * x); /* an x of -inf has no part in a target of 0 */
+        if (t > 0) aimed += (double)(t * x); /* 0 * -inf would be NaN */
         if (d->class_weights) targets += (double)t;
     }
-    for (c = 0; c < op->C && op->dx.data; c++) {
-        const float p = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / (float)sum;
-        float dx = (p * (float)targets - mpt__class_target(d, op->C, label, c)) * scale;
-        if (!valid) dx = mpt__float(0x7fc00000u);
-        mpt__store(ctx, op->dx, row * op->C + c, 1, &dx);
-    }
-    *correct += valid && best == (size_t)label && !mpt__is_nan((float)sum); /* of NaN none is the largest */
-    return valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
+    if (op->dx.data)
+        for (c = 0; c < op->C; c++) {
+            const float p = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / (float)sum;
+            float dx = (p * (float)targets - mpt__class_target(d, op->C, label, c)) * scale;
+            if (!valid) dx = mpt__float(0x7fc00000u);
+            mpt__store(ctx, op->dx, row * op->C + c, 1, &dx);
+        }
+    *correct += valid && best == (size_t)label && !mpt__is_nan((float)sum); /* with NaN no logit is the largest */
+    if (!valid) return (double)mpt__float(0x7fc00000u);
+    return targets * log(sum) - aimed;
 }
 
 static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale) {
@@ -6199,19 +6253,22 @@ static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op
 static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
     const int32_t *labels = op->kind == MPT_LOSS_CROSS_ENTROPY ? (const int32_t *)op->target : NULL;
     const float zero = 0;
-    double weight = labels ? 0 : (double)op->N;
+    double weight = (double)op->N;
     float scale;
     size_t row, c;
-    for (row = 0; row < op->N && labels; row++)
-        weight += (double)mpt__row_weight(&op->cross_entropy, op->C, labels[row]);
+    if (labels) {
+        weight = 0;
+        for (row = 0; row < op->N; row++) weight += (double)mpt__row_weight(&op->cross_entropy, op->C, labels[row]);
+    }
     scale = mpt__loss_factor(op, weight);
     for (row = 0; row < op->N; row++) {
         if (labels && mpt__row_ignored(&op->cross_entropy, labels[row])) {
-            for (c = 0; c < op->C && op->dx.data; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
+            if (op->dx.data)
+                for (c = 0; c < op->C; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
             continue;
         }
-        op->sum->loss += labels ? mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct)
-                                : mpt__elementwise_row(ctx, op, row, scale);
+        if (labels) op->sum->loss += mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct);
+        else op->sum->loss += mpt__elementwise_row(ctx, op, row, scale);
         op->sum->rows++;
     }
     op->sum->unit = mpt__loss_unit(op, weight);
@@ -6221,8 +6278,8 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
 
 /* -- Scan and histogram --
 
-   The sum of squares has one order, whatever the machine: 32 sums in double over a chunk of 4096 elements, added
-   pairwise; the chunks of a block one after the other; 64 blocks one after the other. A warp of 32 can do the same. */
+   The sum of squares has one order on every machine: 32 interleaved sums in double over a chunk of 4096 elements, added
+   pairwise; then the chunks of a block in order; then the 64 blocks in order. A warp of 32 threads can do the same. */
 
 enum { MPT__CHUNK = 4096 };
 
@@ -6234,15 +6291,16 @@ typedef struct mpt__scan_work {
     const mpt_update_op *update; /* NULL, or whose gradients these are */
 } mpt__scan_work;
 
-/* Elements i .. i+n of the gradients that lie between tensors count as 0: whoever writes the gradients as one array
-   writes there, too. Returns whether there are any, and sets them to 0 in `run` unless that is NULL. */
+/* Whether some of elements i .. i+n of the gradients lie between tensors. They count as 0, since a sum over ranks may
+   write there, too; if run(n) is not NULL, it is set to 0 there. */
 static int mpt__scan_padding(const mpt_update_op *op, size_t i, size_t n, float *run) {
     int any = 0, t = mpt__slice_at(op->slices, op->tensors, i);
-    for (; t < op->tensors && op->slices[t].offset < i + n; t++) {
+    for (; t < op->tensors; t++) {
         const size_t from = op->slices[t].offset + op->slices[t].count;
         const size_t to = t + 1 < op->tensors ? op->slices[t + 1].offset : op->count;
         size_t e;
-        for (e = from > i ? from : i; e < mpt__min(to, i + n); e++) {
+        if (op->slices[t].offset >= i + n) break;
+        for (e = mpt__max(from, i); e < mpt__min(to, i + n); e++) {
             any = 1;
             if (run) run[e - i] = 0;
         }
@@ -6250,7 +6308,7 @@ static int mpt__scan_padding(const mpt_update_op *op, size_t i, size_t n, float 
     return any;
 }
 
-/* Counts what is inf or NaN in x(n), whose first element has index i, and sets it to 0. */
+/* Counts inf and NaN in x(n), whose first element has index i, and sets them to 0. */
 static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
     size_t e;
     for (e = 0; e < n; e++) {
@@ -6262,14 +6320,13 @@ static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
     }
 }
 
-/* Elements i .. i+n of one chunk. What is not fp32, not whole, or to be scaled is scanned in `run`, and so is what
-   turns out to have a bad element. */
+/* Scans elements i .. i+n, one chunk: in place, or in a copy in `run` if they are scaled, padded, not of whole lanes,
+   of a type without a kernel, or found to have a bad element. */
 static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, float *run, mpt_scan *out) {
-    int (*squares)(const void *x, size_t n, double *lanes) =
-        w->x.type <= MPT_BF16 ? w->ctx->simd.squares[w->x.type] : NULL;
     const int padded = w->update && mpt__scan_padding(w->update, i, n, NULL);
-    const int direct = squares && w->factor == 1 && n % MPT__LANES == 0 && !padded;
-    const void *x = direct ? mpt__array_at(w->x, i).data : run;
+    const int simple = w->factor == 1 && n % MPT__LANES == 0 && !padded;
+    const int direct = simple && w->x.type <= MPT_BF16 && w->ctx->simd.squares[w->x.type];
+    const mpt_array x = direct ? mpt__array_at(w->x, i) : mpt_f32_array(run);
     double lanes[MPT__LANES] = {0};
     size_t e, whole = n, width;
     if (!direct) mpt__load(w->ctx, w->x, i, n, run);
@@ -6280,8 +6337,7 @@ static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, float *
         mpt__load(w->ctx, w->x, i, n, run);
     }
     for (; whole % MPT__LANES; whole++) run[whole] = 0;
-    if (!direct) squares = w->ctx->simd.squares[MPT_F32];
-    if (squares(x, whole, lanes)) {
+    if (w->ctx->simd.squares[x.type](x.data, whole, lanes)) {
         if (direct) mpt__load(w->ctx, w->x, i, n, run);
         mpt__scan_bad(run, n, i, out);
         memset(lanes, 0, sizeof lanes);
@@ -6354,7 +6410,7 @@ typedef struct mpt__update_work {
     mpt__rates rates;
 } mpt__update_work;
 
-/* The fp32 values of n weights from element i of the flat arrays */
+/* p(n) = the fp32 values of weights from element i of the flat arrays on */
 static void mpt__weights_read(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, float *p) {
     const uint16_t *copy = (const uint16_t *)op->copy.data;
     size_t e;
@@ -6364,7 +6420,7 @@ static void mpt__weights_read(const mpt_context *ctx, const mpt_update_op *op, s
         for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low[i + e]);
 }
 
-/* first: index of element i within its tensor, which names its random number */
+/* The reverse. first: index of element i within its tensor, which selects its random number */
 static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p,
                                int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
@@ -6375,22 +6431,22 @@ static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, 
         return;
     }
     for (e = 0; e < n; e++) {
-        const uint32_t random = op->mode == MPT_MASTER_STOCHASTIC
-                                    ? mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e)
-                                    : 0;
+        uint32_t random = 0;
+        if (op->mode == MPT_MASTER_STOCHASTIC)
+            random = mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e);
         mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[i + e], op->low ? &op->low[i + e] : &none);
     }
 }
 
-/* Masters are updated where they lie, a piece at a time, so that the copy is made of what is still in cache. */
+/* Updates masters in place, a piece at a time, so that the copy is made from values that are still in cache. */
 static void mpt__update_masters(const mpt__update_work *w, size_t i, size_t n) {
     const mpt_update_op *op = w->op;
     float *const *moment = op->moment;
     size_t some;
     for (; n; n -= some, i += some) {
         some = mpt__min(n, 1024);
-        w->ctx->simd.update(&w->rates, some, op->master + i, op->grad + i, moment[0] ? moment[0] + i : NULL,
-                            moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
+        w->ctx->simd.update(&w->rates, some, op->master + i, op->grad + i, mpt__floats_at(moment[0], i),
+                            mpt__floats_at(moment[1], i), mpt__floats_at(moment[2], i));
         if (op->copy.data) mpt__store(w->ctx, op->copy, i, some, op->master + i);
     }
 }
@@ -6401,7 +6457,7 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt_slice *slice = &op->slices[w->tensor];
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
     mpt__meter *meter = &w->ctx->meters[worker];
-    float pad_left[MPT__RUN], p[MPT__RUN];
+    float before[MPT__RUN], p[MPT__RUN];
     if (op->master && !op->desc.meter) {
         const size_t first = begin * MPT__RUN, last = mpt__min(end * MPT__RUN, slice->count);
         mpt__update_masters(w, slice->offset + first, last - first);
@@ -6412,14 +6468,15 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
         float *const *moment = op->moment;
         size_t e;
         mpt__weights_read(w->ctx, op, i, n, p);
-        memcpy(pad_left, p, n * sizeof *p);
-        w->ctx->simd.update(&w->rates, n, p, op->grad + i, moment[0] ? moment[0] + i : NULL,
-                            moment[1] ? moment[1] + i : NULL, moment[2] ? moment[2] + i : NULL);
+        memcpy(before, p, n * sizeof *p);
+        w->ctx->simd.update(&w->rates, n, p, op->grad + i, mpt__floats_at(moment[0], i), mpt__floats_at(moment[1], i),
+                            mpt__floats_at(moment[2], i));
         mpt__weights_write(w->ctx, op, i, n, p, w->tensor, first);
-        for (e = 0; e < n && op->desc.meter; e++) {
-            if (p[e] == pad_left[e]) continue;
+        if (!op->desc.meter) continue;
+        for (e = 0; e < n; e++) {
+            if (p[e] == before[e]) continue;
             meter->moved++;
-            meter->lost += mpt__update_lost(type, pad_left[e], p[e]) != 0;
+            meter->lost += mpt__update_lost(type, before[e], p[e]) != 0;
         }
     }
 }
@@ -6445,9 +6502,8 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
             state->lost += ctx->meters[t].lost;
         }
     }
-    if (op->commits)
-        memcpy(found ? op->pending : op->committed, found ? op->committed : op->pending,
-               op->commits * sizeof *op->pending);
+    if (op->commits && found) memcpy(op->pending, op->committed, op->commits * sizeof *op->pending);
+    else if (op->commits) memcpy(op->committed, op->pending, op->commits * sizeof *op->pending);
     mpt__state_stepped(op);
     return MPT_OK;
 }
@@ -6908,7 +6964,8 @@ MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor) {
 
 MPT_DEF int mpt_params_find(const mpt_params *params, const char *name) {
     int t;
-    for (t = 1; name && t <= mpt_params_tensors(params); t++)
+    if (!name) return 0;
+    for (t = 1; t <= mpt_params_tensors(params); t++)
         if (strcmp(mpt_params_name(params, t), name) == 0) return t;
     return 0;
 }
@@ -7135,13 +7192,13 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_update_op *op = &opt->op;
     const mpt_params *params = opt->params;
     const size_t table = (size_t)params->trained_count * sizeof(mpt_slice), array = params->trained * sizeof(float);
-    const int moments = mpt__moment_count(&op->desc);
+    const int moments = array ? mpt__moment_count(&op->desc) : 0;
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
     if (table) opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
     op->slices = (mpt_slice *)mpt_alloc(ctx, table);
     if (!op->state || (table && (!opt->slices || !op->slices))) return MPT_ERROR_NO_MEMORY;
-    for (t = 0; t < moments && array; t++) {
+    for (t = 0; t < moments; t++) {
         op->moment[t] = (float *)mpt_alloc(ctx, array);
         if (!op->moment[t]) return MPT_ERROR_NO_MEMORY;
     }
