@@ -475,6 +475,72 @@ static void test_all_mixed_gradients(mpt_context *ctx) {
                                  &recipes[i]);
 }
 
+/* -- Training -- */
+
+/* Steps of the same model, in the same types, on both. A step of one side errs by the share d of its gradient g: d is 2
+   sqrt(n) roundings, as n independent ones add up (Higham and Mary 2019): of fp32 for each term on the way, of 16 bits
+   for each of three arrays a node and way. So after some steps of SGD the weights lie at most lr times the sum of d |g|
+   apart, and that far times |g| the losses, besides d of their own. fp32 weights round at every step. */
+static void test_trained(mpt_context *ctx, mpt_policy policy, const arch *kind) {
+    enum { STEPS = 12 };
+    const recipe r = {kind, MPT_LOSS_CROSS_ENTROPY, NULL};
+    const double lr = 0.05, u = test_unit(MPT_F32);
+    mpt_train_desc train = MPT_ZERO;
+    samples s = samples_new(kind, 8 * STEPS, 3);
+    mpt_optimizer_state state;
+    mpt_model *model, *twin;
+    mpt_node_info info;
+    double *w, *expected, *tolerance, n, d, drift = 0;
+    size_t i, count;
+    int step, nodes = 0, ok = 1;
+    train.batch = 8;
+    train.seed = 4;
+    train.optimizer = mpt_sgd(lr, 0);
+    train.scaler.init_scale = 256;
+    model = build_recipe(ctx, policy, &r, &train);
+    twin = build_recipe(reference, policy, &r, &train);
+    while (mpt_model_node(model, nodes + 1, &info) == MPT_OK) nodes++;
+    n = policy.compute == MPT_F32 ? roundings(ctx, model, 8) : 6 * (double)nodes;
+    d = 2 * sqrt(n) * test_unit(policy.compute);
+    for (step = 0; step < STEPS; step++) {
+        const samples some = samples_from(&s, 8 * (size_t)step);
+        CHECK_OK(ctx, mpt_train_step(model, some.x, some.label));
+        CHECK_OK(reference, mpt_train_step(twin, some.x, some.label));
+        CHECK_OK(reference, mpt_optimizer_get_state(mpt_model_optimizer(twin), &state));
+        ok &= CHECK_NEAR(mpt_loss(model), mpt_loss(twin), d * (1 + mpt_loss(twin)) + drift * state.grad_norm);
+        drift += lr * d * state.grad_norm;
+    }
+    CHECK_EQUAL(mpt_steps_applied(model), STEPS);
+    CHECK_EQUAL(mpt_steps_applied(twin), STEPS);
+    count = mpt_params_count(mpt_model_params(model), 0);
+    w = doubles_of(model, 0);
+    expected = doubles_of(twin, 0);
+    tolerance = test_doubles(count);
+    for (i = 0; i < count; i++) tolerance[i] = drift + STEPS * 4 * u * fabs(expected[i]);
+    ok &= CHECK_ALL(w, count, expected, tolerance);
+    CHECK(drift < 0.2); /* or nothing would be tested */
+    if (!ok) printf("    in %s, drift %g\n", mpt_dtype_name(policy.compute), drift);
+    free(w);
+    free(expected);
+    free(tolerance);
+    samples_free(&s);
+    mpt_model_free(model);
+    mpt_model_free(twin);
+}
+
+/* fp32, then autocast and 16-bit weights, in fp16 and bf16, on every instruction set of this machine */
+static void test_all_trained(void) {
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed};
+    size_t i;
+    int isa, j;
+    for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT; isa++) {
+        mpt_context *ctx = test_open_isa((mpt_isa)isa, 2);
+        for (i = 0; ctx && i < sizeof kinds / sizeof *kinds; i++)
+            for (j = 0; j < 5; j++) test_trained(ctx, policy_of(j), kinds[i]);
+        mpt_close(ctx);
+    }
+}
+
 /* -- The reference's gradients are slopes -- */
 
 /* The loss of the reference model where element i of a tensor, which has the values w, is moved by `step`. */
@@ -1135,7 +1201,8 @@ static void finish_step(mpt_context *ctx, mpt_model *model) {
 }
 
 /* A step from letters, each with the next 5 samples: F a forward pass and its backward pass, f a forward pass alone, e
-   an evaluation, which a forward pass alone refuses, z mpt_zero_grad, . nothing; s, at the end, a whole training step. */
+   an evaluation, which a forward pass alone refuses, z mpt_zero_grad, . nothing; s, at the end, a whole training
+   step. */
 static void play(mpt_context *ctx, mpt_model *model, const samples *s, const char *passes) {
     size_t i;
     for (i = 0; passes[i]; i++) {
@@ -2363,6 +2430,7 @@ int main(int argc, char **argv) {
     reference = mpt_open(&desc);
     RUN_TEST(test_all_gradients(ctx));
     RUN_TEST(test_all_slopes());
+    RUN_TEST(test_all_trained());
     for (i = 0; i < MPT_LOSS_GRADIENT; i++) RUN_TEST(test_losses(ctx, (mpt_loss_kind)i));
     for (i = 0; i < POLICIES; i++) {
         RUN_TEST(test_parts(ctx, mixed, policy_of(i), MPT_LOSS_CROSS_ENTROPY));
