@@ -556,7 +556,6 @@ typedef struct mpt_loss_sum {
     double weight;    /* sum of the weights of their labels; without class weights the number of rows */
     uint64_t rows;    /* rows seen, but for ignored ones */
     uint64_t correct; /* of them: those whose largest logit is the label's (the first largest; cross-entropy only) */
-    double unit;      /* of a model's step: what its gradients are divided by so far, see mpt_loss_op; else 0 */
 } mpt_loss_sum;
 
 typedef struct mpt_cross_entropy_desc {
@@ -592,8 +591,7 @@ typedef struct mpt_loss_op {
     float grad_scale;                     /* 0: 1 */
     const float *loss_scale;              /* device; NULL: 1 */
     mpt_loss_sum *sum;                    /* device */
-    int part; /* 1: dx is not of the mean, but of the sum, / sum->unit. Where that is 0, it is set to the weight of this
-                 call's rows first, or to their number if they weigh nothing */
+    double unit;                          /* 0: dx is of the mean; else of the sum of the rows' losses / unit */
 } mpt_loss_op;
 
 MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *op);
@@ -1029,6 +1027,21 @@ MPT_DEF int mpt_huber(mpt_model *net, int node);
 MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy);
 MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
 
+/* One of several ranks that train one model together, each on its own samples: processes on one machine or on many, joined
+   by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one rank with
+   accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of the two whose
+   `accumulate` is a power of two. Every rank makes the same calls. mpt opens no connection: examples/mpi.h is `sum`
+   over MPI. */
+typedef struct mpt_ranks {
+    int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
+    /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,
+       ((0 + 1) + (2 + 3)) + ..., where a subtree has the largest power of two of ranks to its left. n floats in the
+       memory of the context's device. What is not MPT_OK ends the step with MPT_ERROR_DEVICE. */
+    mpt_result (*sum)(void *user, float *x, size_t n);
+    void *user;
+    int local_statistics; /* 1: running statistics stay those of the rank's own samples, as in PyTorch's DDP; 0: mean */
+} mpt_ranks;
+
 typedef struct mpt_train_desc {
     int batch;                    /* most samples in one forward pass; 0: 32 */
     int accumulate;               /* micro-batches whose gradients make one step; 0: 1 */
@@ -1036,8 +1049,9 @@ typedef struct mpt_train_desc {
     mpt_scaler_desc scaler;       /* all zero: dynamic where the policy computes in fp16, else off */
     double clip_norm;             /* 0: no clipping */
     uint64_t seed;                /* of the initial weights */
-    int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
+    int inference;   /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
                                      masters: gamma and beta of norms are of that type, too */
+    mpt_ranks ranks; /* all zero: one rank */
 } mpt_train_desc;
 
 /* Checks the graph, plans and allocates everything, initialises the weights. train may be NULL. After an error nothing
@@ -1253,7 +1267,7 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     size_t count; /* elements of the flat arrays, padding included */
     const float *grad;
     const mpt_loss_sum *loss;   /* of a model's step; NULL: grad is 1 / S of what it should be */
-    double parts;               /* grad is of the sum of losses / (parts * loss->unit) */
+    double unit;                /* with loss: grad is of the sum of losses / unit */
     double max_norm, max_value; /* clip limits of this step; 0: none */
     mpt_master mode;
     uint64_t seed;    /* STOCHASTIC */
@@ -1702,20 +1716,13 @@ MPT_HD float mpt__class_target(const mpt_cross_entropy_desc *d, size_t C, int32_
     return mpt__class_weight(d, c) * target;
 }
 
-/* The value of sum->unit after a call whose rows have the total weight `weight` */
-MPT_HD double mpt__loss_unit(const mpt_loss_op *op, double weight) {
-    if (op->kind == MPT_LOSS_GRADIENT || !op->part || op->sum->unit > 0) return op->sum->unit;
-    if (weight > 0) return weight;
-    return (double)op->N;
-}
-
 /* The factor of every row's gradient, in a call whose rows have the total weight `weight` */
 MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
     const float scale = op->loss_scale ? *op->loss_scale : 1.0f;
     double divisor = weight;
     if (!(weight > 0)) return 0;
+    if (op->unit > 0) divisor = op->unit;
     if (op->kind == MPT_LOSS_GRADIENT) divisor = 1;
-    else if (op->part) divisor = mpt__loss_unit(op, weight);
     return (float)((double)op->grad_scale / divisor) * scale;
 }
 
@@ -2001,7 +2008,7 @@ MPT_HD void mpt__state_checked(const mpt_update_op *op, const mpt_scan *scan, in
     double weight = 1, share = 1;
     int t = 0;
     if (op->loss) weight = op->loss->weight;
-    if (op->loss && weight > 0) share = op->parts * op->loss->unit / weight;
+    if (op->loss && weight > 0) share = op->unit / weight;
     s->scan = *scan;
     s->inv_scale = (float)(share / op->scaler->scale);
     s->schedule = mpt_schedule_factor(&op->desc.schedule, s->applied);
@@ -6271,7 +6278,6 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
         else op->sum->loss += mpt__elementwise_row(ctx, op, row, scale);
         op->sum->rows++;
     }
-    op->sum->unit = mpt__loss_unit(op, weight);
     op->sum->weight += weight;
     return MPT_OK;
 }
@@ -6575,8 +6581,10 @@ struct mpt_optimizer {
     double lr;
     mpt_slice *slices; /* host copy of op.slices */
     mpt__phase phase;
-    uint64_t steps;             /* calls of mpt_step that succeeded */
-    mpt_optimizer_state mirror; /* room for a copy of the state on the host */
+    uint64_t steps;                   /* calls of mpt_step that succeeded */
+    mpt_optimizer_state mirror;       /* room for a copy of the state on the host */
+    mpt_result (*gather)(void *user); /* completes the gradients, before they are checked; NULL: they are complete */
+    void *gather_user;
 };
 
 /* x, or `otherwise` where x is 0. Tests the bits: under -ffast-math NaN might pass for 0. */
@@ -7317,6 +7325,7 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: already %s since the last scaler_update",
                         opt->phase == MPT__UNSCALED ? "unscaled" : "stepped");
     if (!opt->op.tensors) return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "unscale: every tensor is frozen");
+    if (opt->gather) MPT__TRY(opt->gather(opt->gather_user));
     MPT__TRY(opt->ctx->backend.check(opt->ctx, &opt->op));
     opt->phase = MPT__UNSCALED;
     return MPT_OK;
@@ -7564,7 +7573,8 @@ typedef enum mpt__stage {
     MPT__RESUMED      /* a further forward pass waits */
 } mpt__stage;
 
-enum { MPT__POLICIES = 8, MPT__BUFFERS = 5 /* of a node */, MPT__SUMS = 3 };
+enum { MPT__POLICIES = 8, MPT__BUFFERS = 5 /* of a node */, MPT__SUMS = 3, MPT__SUM_DEPTH = 32 };
+enum { MPT__SLOT_WORDS = 4, MPT__SLOT = 4 * MPT__SLOT_WORDS };
 
 struct mpt_model {
     mpt_context *ctx;
@@ -7594,9 +7604,15 @@ struct mpt_model {
     float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
     mpt__stage stage;         /* as of the step number `stage_step`: see mpt__stage_of */
     uint64_t stage_step;
-    int micro;        /* backward passes in this step */
-    int rows;         /* samples of the last forward pass of any kind */
-    int forward_rows; /* samples of the forward pass that waits for its backward pass; 0: none does */
+    int micro; /* backward passes in this step */
+    /* Their gradients are added as a balanced tree: sums of powers of two passes, the first in the gradients of params,
+       the others behind each other in `sums_apart`; see mpt__gather_gradients. */
+    float *sums_apart;                /* device */
+    int sums_apart_count, sums_count; /* how many there is room for; how many sums there are */
+    int sums_of[MPT__SUM_DEPTH];      /* passes in each */
+    float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host */
+    int rows;                         /* samples of the last forward pass of any kind */
+    int forward_rows;                 /* samples of the forward pass that waits for its backward pass; 0: none does */
 };
 
 static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
@@ -7616,6 +7632,11 @@ static int mpt__last_value(const mpt_model *net) { return mpt__loss_of(net) ? ne
 static int mpt__is_output(const mpt_model *net, int id) {
     const mpt__node *loss = mpt__loss_of(net);
     return loss ? id == loss->in[0] : !mpt__node_of(net, id)->consumers;
+}
+
+/* Passes whose gradients make one step, of all ranks. */
+static double mpt__passes(const mpt_model *net) {
+    return (double)net->train.accumulate * (double)net->train.ranks.ranks;
 }
 
 /* What mpt_predict tells: the only output, or the last. */
@@ -8671,7 +8692,11 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->class_weights);
     mpt_free(ctx, net->running);
     mpt_free(ctx, net->pending);
-    net->class_weights = net->running = net->pending = NULL;
+    mpt_free(ctx, net->sums_apart);
+    mpt_free(ctx, net->slots);
+    mpt__host_free(ctx, net->slots_host);
+    net->class_weights = net->running = net->pending = net->sums_apart = NULL;
+    net->slots = net->slots_host = NULL;
     net->opt = NULL;
     net->scaler = NULL;
     net->params = NULL;
@@ -8743,6 +8768,13 @@ static mpt_result mpt__outputs_check(mpt_model *net) {
     return MPT_OK;
 }
 
+static mpt_result mpt__ranks_check(mpt_context *ctx, mpt_ranks *r) {
+    r->ranks = mpt__or_int(r->ranks, 1);
+    if (r->ranks < 1 || r->ranks > 1 << 20 || r->rank < 0 || r->rank >= r->ranks || (r->ranks > 1 && !r->sum))
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "model_build: rank %d of %d, or sum is NULL", r->rank, r->ranks);
+    return MPT_OK;
+}
+
 static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) {
     mpt_train_desc *t = &net->train;
     int i, losses = 0;
@@ -8755,6 +8787,7 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     if (t->batch < 1 || t->accumulate < 1 || !mpt__not_negative(t->clip_norm))
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: batch %d, accumulate %d, clip_norm %g", t->batch,
                         t->accumulate, t->clip_norm);
+    MPT__TRY(mpt__ranks_check(net->ctx, &t->ranks));
     MPT__TRY(
         mpt__need_size(net->ctx, "model_build", "batch x accumulate", (size_t)t->batch, (size_t)t->accumulate, 1, 1));
     net->half = MPT_F32;
@@ -9071,6 +9104,16 @@ static size_t mpt__staging_width(const mpt_model *net) {
     return needed ? widest : 0;
 }
 
+static mpt_result mpt__gather_gradients(void *user);
+
+/* Pass i (from 0) finds as many sums as i has ones in binary. */
+static size_t mpt__sums_apart_bytes(mpt_model *net) {
+    int passes;
+    net->sums_apart_count = 0;
+    for (passes = net->train.accumulate; passes > 1; passes /= 2) net->sums_apart_count++;
+    return (size_t)net->sums_apart_count * net->params->trained * sizeof(float);
+}
+
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     const size_t batch = (size_t)net->train.batch, outputs = mpt__node_count(mpt__node_of(net, mpt__output_of(net)));
@@ -9092,13 +9135,16 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->class_weights = (float *)mpt__build_alloc(net, weights ? outputs * sizeof *weights : 0, &failed);
     net->running = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
+    net->sums_apart = (float *)mpt__build_alloc(net, mpt__sums_apart_bytes(net), &failed);
     if (failed) return MPT_ERROR_NO_MEMORY;
     if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
     net->weights_sum = weights != NULL;
     for (i = 0; (size_t)i < outputs && weights; i++)
         net->weights_sum = mpt_hash(net->weights_sum, 0, (uint64_t)i, mpt__bits(weights[i])) | 1;
     if (loss) net->opt->op.loss = &net->sums[0];
-    net->opt->op.parts = net->train.accumulate;
+    net->opt->op.unit = mpt__passes(net) * (double)net->train.batch;
+    net->opt->gather = mpt__gather_gradients;
+    net->opt->gather_user = net;
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
 }
 
@@ -9123,8 +9169,19 @@ static mpt_result mpt__build_training(mpt_model *net) {
     return MPT_OK;
 }
 
+static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built);
+
+static mpt_result mpt__build_slots(mpt_model *net) {
+    const size_t bytes = (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
+    if (net->train.ranks.ranks < 2) return MPT_OK;
+    net->slots = (float *)mpt_alloc(net->ctx, bytes);
+    net->slots_host = (float *)mpt__host_alloc(net->ctx, bytes);
+    return net->slots && net->slots_host ? MPT_OK : MPT_ERROR_NO_MEMORY;
+}
+
 static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *train) {
     MPT__TRY(mpt__build_check(net, train));
+    MPT__TRY(mpt__build_slots(net));
     mpt__build_types(net);
     MPT__TRY(mpt__build_params(net));
     MPT__TRY(mpt__build_training(net));
@@ -9139,6 +9196,7 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) 
     if (!net) return MPT_ERROR_ARGUMENT;
     mpt__forget(net->ctx);
     r = mpt__model_try_build(net, train);
+    if (!net->built && net->slots_host) r = mpt__ranks_compare(net, r);
     if (r == MPT_OK) net->built = 1;
     else if (!net->built) mpt__model_clear(net);
     return r;
@@ -9169,8 +9227,12 @@ static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, 
     return master ? mpt_f32_array(master) : mpt_params_weight(net->params, tensor);
 }
 
-static mpt_array mpt__tensor_grad(const mpt_model *net, int tensor) { /* data NULL: it is frozen */
-    return mpt_f32_array(tensor ? mpt_params_grad(net->params, tensor) : NULL);
+/* Where the gradient of a tensor goes in this pass: into the last of the sums. data NULL: it is frozen. */
+static mpt_array mpt__tensor_grad(const mpt_model *net, int tensor) {
+    float *grad = tensor ? mpt_params_grad(net->params, tensor) : NULL;
+    if (!grad || net->sums_count < 2) return mpt_f32_array(grad);
+    grad = net->sums_apart + (size_t)(net->sums_count - 2) * net->params->trained;
+    return mpt_f32_array(grad + mpt__params_offset(net->params, tensor));
 }
 
 static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
@@ -9178,6 +9240,11 @@ static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
     p->node = node;
     p->pass = pass;
     p->output = output;
+}
+
+/* Number of this pass among those of all ranks that make the step. */
+static uint64_t mpt__pass_number(const mpt_model *net) {
+    return (uint64_t)net->train.ranks.rank * (uint64_t)net->train.accumulate + (uint64_t)net->micro;
 }
 
 /* What node `id` reads and writes in a pass over N samples, but for gradients of its inputs. */
@@ -9201,12 +9268,12 @@ static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int trai
     }
     v.mask.p = node->p; /* named by step, micro-batch and node */
     v.mask.seed = net->train.seed;
-    v.mask.tensor = (uint64_t)net->micro << 32 | (uint64_t)id;
+    v.mask.tensor = mpt__pass_number(net) << 32 | (uint64_t)id;
     v.mask.step = &net->opt->op.state->applied;
     v.dy = mpt__grad(net, id);
     v.dweight = mpt__tensor_grad(net, node->weight);
     v.dbias = mpt__tensor_grad(net, node->bias);
-    v.beta = net->micro ? 1.0f : 0.0f;
+    if (net->sums_count) v.beta = net->sums_of[net->sums_count - 1] ? 1.0f : 0.0f;
     return v;
 }
 
@@ -9298,10 +9365,10 @@ static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows,
     op.cross_entropy = loss->cross_entropy;
     op.cross_entropy.class_weights = net->class_weights;
     if (train) op.dx = mpt__grad(net, loss->in[0]);
-    op.grad_scale = (float)(1.0 / net->train.accumulate);
+    op.grad_scale = (float)(1 / mpt__passes(net));
     op.loss_scale = &net->scaler->state->scale;
     op.sum = &net->sums[train ? 0 : 1];
-    op.part = train;
+    if (train) op.unit = (double)net->train.batch;
     return mpt_op_loss(net->ctx, &op);
 }
 
@@ -9397,6 +9464,39 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *targe
 /* Does a forward pass of the step under way wait for its backward pass? */
 static int mpt__waits(const mpt_model *net) { return net->forward_rows && mpt__stage_of(net) != MPT__BETWEEN; }
 
+/* A pass writes a sum of its own, or, where more passes came than `accumulate` says, adds to the last. */
+static void mpt__sums_begin(mpt_model *net) {
+    if (!net->micro) net->sums_count = 0;
+    if (net->sums_count > net->sums_apart_count) return;
+    net->sums_of[net->sums_count++] = 0;
+}
+
+/* Adds the last sum to the one before it. */
+static mpt_result mpt__sums_join(mpt_model *net) {
+    const size_t n = net->params->trained;
+    float *sum = net->sums_apart + (size_t)(net->sums_count - 2) * n;
+    mpt_map_op op = MPT_ZERO;
+    op.map = MPT_MAP_ADD;
+    op.n = n;
+    op.b = mpt_f32_array(sum);
+    op.a = op.out = mpt_f32_array(net->sums_count > 2 ? sum - n : mpt_params_grad(net->params, 0));
+    op.beta = 1;
+    net->sums_count--;
+    net->sums_of[net->sums_count - 1] += net->sums_of[net->sums_count];
+    return mpt_op_map(net->ctx, &op);
+}
+
+/* Sums of as many passes are joined at once, all of them when the step has its passes. */
+static mpt_result mpt__sums_end(mpt_model *net) {
+    int last;
+    net->sums_of[net->sums_count - 1]++;
+    for (last = net->sums_count - 1; last > 0; last = net->sums_count - 1) {
+        if (net->micro < net->train.accumulate && net->sums_of[last] < net->sums_of[last - 1]) break;
+        MPT__TRY(mpt__sums_join(net));
+    }
+    return MPT_OK;
+}
+
 /* Without a loss node all heads need a gradient. */
 static mpt_result mpt__need_given(const mpt_model *net) {
     int id;
@@ -9428,10 +9528,9 @@ MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int id, const float *grad) {
     op.x = mpt__value(net, id);
     op.target = net->target;
     op.dx = mpt__grad(net, id);
-    op.grad_scale = (float)(1.0 / net->train.accumulate);
+    op.grad_scale = (float)(1 / mpt__passes(net));
     op.loss_scale = &net->scaler->state->scale;
     op.sum = &net->sums[0];
-    op.part = 1;
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
     MPT__TRY(mpt_op_loss(net->ctx, &op));
     mpt__enter(net, 0, MPT_FORWARD, 0);
@@ -9449,13 +9548,14 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
                         "backward: the gradients are unscaled; step and update the scaler first");
     MPT__TRY(mpt__need_given(net));
     mpt__stage_set(net, MPT__GATHERED);
+    mpt__sums_begin(net);
     if (mpt__loss_of(net)) net->opt->op.loss = &net->sums[0];
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
     for (id = mpt__last_value(net); id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
     mpt__enter(net, 0, MPT_FORWARD, 0);
     net->forward_rows = 0;
     net->micro++;
-    return MPT_OK;
+    return mpt__sums_end(net);
 }
 
 MPT_DEF mpt_result mpt_zero_grad(mpt_model *net) {
@@ -9492,6 +9592,7 @@ static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *
 static int mpt__step_known(const mpt_model *net) {
     int i;
     if (!net->ctx->backend.begin || net->opt->phase != MPT__READY || mpt__has_gradients(net)) return 0;
+    if (net->train.ranks.ranks > 1) return 0; /* they tell each other of their losses by way of the host */
     for (i = 1; i <= net->count; i++)
         if (mpt__node_of(net, i)->kind == MPT__OWN) return 0;
     for (i = 0; i < MPT_OPTIMIZERS; i++)
@@ -9530,25 +9631,177 @@ static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *t
     return r;
 }
 
-static mpt_result mpt__train(mpt_model *net, const char *call, const float *x, const void *target, size_t samples) {
+/* -- Ranks -- */
+
+static mpt_result mpt__ranks_sum(mpt_model *net, float *x, size_t n) {
+    const mpt_ranks *r = &net->train.ranks;
+    if (!n || r->sum(r->user, x, n) == MPT_OK) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_DEVICE, "rank %d of %d: the sum over all ranks failed: %s", r->rank, r->ranks,
+                    net->ctx->why);
+}
+
+/* What each rank says to all, in MPT__SLOT_WORDS words of 64 bits: as floats of 16 bits each, which the others' zeros
+   are added to without rounding. The answer is in slots_host; see mpt__slot_word. */
+static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *mine) {
+    const size_t n = (size_t)net->train.ranks.ranks * MPT__SLOT;
+    float *slot = net->slots_host + (size_t)net->train.ranks.rank * MPT__SLOT;
+    int i;
+    memset(net->slots_host, 0, n * sizeof(float));
+    for (i = 0; i < MPT__SLOT; i++) slot[i] = (float)(mine[i / 4] >> i % 4 * 16 & 0xffff);
+    MPT__TRY(mpt_upload(net->ctx, net->slots, net->slots_host, n * sizeof(float)));
+    MPT__TRY(mpt__ranks_sum(net, net->slots, n));
+    return mpt_download(net->ctx, net->slots_host, net->slots, n * sizeof(float));
+}
+
+/* Word i of what a rank has said */
+static uint64_t mpt__slot_word(const mpt_model *net, int rank, int i) {
+    const float *slot = net->slots_host + (size_t)rank * MPT__SLOT + (size_t)i * 4;
+    uint64_t word = 0;
+    int part;
+    for (part = 3; part >= 0; part--) word = word << 16 | (uint64_t)slot[part];
+    return word;
+}
+
+/* A hash of what must be the same on all ranks: layers, settings, initial weights. 0: no memory. */
+static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
+    const size_t count = mpt_params_count(net->params, 0);
+    const mpt_train_desc *t = &net->train;
+    const double settings[] = {t->batch,       t->accumulate,     t->clip_norm,          t->optimizer.lr,
+                               t->scaler.mode, t->optimizer.kind, t->optimizer.momentum, t->optimizer.weight_decay,
+                               t->ranks.ranks};
+    float *weights = (float *)mpt__host_alloc(net->ctx, count * sizeof *weights);
+    uint64_t hash = mpt_hash(t->seed, (uint64_t)net->count, 0, 0);
+    size_t i;
+    int id;
+    *failed = !weights || mpt_params_get(net->params, 0, weights) != MPT_OK;
+    for (i = 0; i < sizeof settings / sizeof *settings; i++)
+        hash = hash << 24 ^ mpt_hash(hash, i, mpt__bits((float)settings[i]), 0);
+    for (id = 1; id <= net->count; id++) {
+        const mpt__node *node = mpt__node_of(net, id);
+        hash = hash << 24 ^ mpt_hash(hash, (uint64_t)node->kind, (uint64_t)node->in[0] << 32 | (uint64_t)node->in[1],
+                                     mpt__node_count(node));
+    }
+    for (i = 0; i < count && !*failed; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
+    mpt__host_free(net->ctx, weights);
+    return hash;
+}
+
+/* Have all ranks built the same model? `built`: how it went here; a rank that failed tells the others. */
+static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
+    const int ranks = net->train.ranks.ranks, rank = net->train.ranks.rank;
+    uint64_t mine[MPT__SLOT_WORDS] = {0};
+    char why[sizeof net->ctx->why];
+    uint64_t hash = 0;
+    mpt_result r;
+    int failed = built != MPT_OK, i;
+    memcpy(why, net->ctx->why, sizeof why);
+    if (!failed) hash = mpt__model_hash(net, &failed);
+    mine[0] = !failed;
+    mine[1] = hash;
+    r = mpt__ranks_tell(net, mine);
+    if (built != MPT_OK) {
+        memcpy(net->ctx->why, why, sizeof why);
+        net->ctx->failed = built;
+        return built;
+    }
+    MPT__TRY(r);
+    if (failed) return MPT_ERROR_NO_MEMORY;
+    for (i = 0; i < ranks; i++) {
+        if (!mpt__slot_word(net, i, 0))
+            return mpt_fail(net->ctx, MPT_ERROR_DEVICE, "model_build: rank %d could not build its model", i);
+        if (mpt__slot_word(net, i, 1) != mpt__slot_word(net, 0, 1))
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT,
+                            "model_build: rank %d has another model, seed or setting than rank 0 (this is rank %d)", i,
+                            rank);
+    }
+    return MPT_OK;
+}
+
+/* The sums of the losses of all ranks take the place of this one's. */
+static mpt_result mpt__ranks_losses(mpt_model *net) {
+    mpt_loss_sum sum = MPT_ZERO, all = MPT_ZERO;
+    mpt_loss_sum *at = &net->sums[net->opt->op.loss == &net->sums[2] ? 2 : 0];
+    uint64_t mine[MPT__SLOT_WORDS];
+    int i;
+    MPT__TRY(mpt_download(net->ctx, &sum, at, sizeof sum));
+    memcpy(&mine[0], &sum.loss, sizeof sum.loss);
+    memcpy(&mine[1], &sum.weight, sizeof sum.weight);
+    mine[2] = sum.rows;
+    mine[3] = sum.correct;
+    MPT__TRY(mpt__ranks_tell(net, mine));
+    for (i = 0; i < net->train.ranks.ranks; i++) {
+        const uint64_t loss = mpt__slot_word(net, i, 0), weight = mpt__slot_word(net, i, 1);
+        memcpy(&sum.loss, &loss, sizeof sum.loss);
+        memcpy(&sum.weight, &weight, sizeof sum.weight);
+        all.loss += sum.loss;
+        all.weight += sum.weight;
+        all.rows += mpt__slot_word(net, i, 2);
+        all.correct += mpt__slot_word(net, i, 3);
+    }
+    return mpt_upload(net->ctx, at, &all, sizeof all);
+}
+
+/* Before the gradients are checked: the sums of the passes become one, and with other ranks that of all ranks. */
+static mpt_result mpt__gather_gradients(void *user) {
+    mpt_model *net = (mpt_model *)user;
+    const mpt_ranks *r = &net->train.ranks;
+    mpt_scan scan;
+    while (net->micro && net->sums_count > 1) MPT__TRY(mpt__sums_join(net));
+    if (r->ranks < 2) return MPT_OK;
+    MPT__TRY(mpt__ranks_losses(net));
+    MPT__TRY(mpt__ranks_sum(net, mpt_params_grad(net->params, 0), net->params->trained));
+    if (!net->statistics || r->local_statistics) return MPT_OK;
+    MPT__TRY(mpt__ranks_sum(net, net->pending, net->statistics));
+    return mpt_scale_array(net->ctx, net->statistics, 1.0f / (float)r->ranks, mpt_f32_array(net->pending), &scan);
+}
+
+/* A rank that cannot make its passes joins the others with a gradient that is none: all skip the step, and nobody
+   waits. */
+static void mpt__join_failed(mpt_model *net) {
+    const float nan = mpt__float(0x7fc00000u);
+    char why[sizeof net->ctx->why];
+    const mpt_result failed = net->ctx->failed;
+    mpt_result r;
+    memcpy(why, net->ctx->why, sizeof why);
+    r = mpt__forget_passes(net);
+    net->opt->op.loss = &net->sums[0];
+    if (r == MPT_OK) r = net->ctx->backend.zero(net->ctx, &net->sums[0], sizeof *net->sums);
+    if (r == MPT_OK) r = mpt_params_zero_grad(net->params);
+    if (r == MPT_OK) r = mpt_upload(net->ctx, mpt_params_grad(net->params, 0), &nan, sizeof nan);
+    if (r == MPT_OK) r = mpt_unscale(net->opt);
+    if (r == MPT_OK) r = mpt_step(net->opt);
+    if (r == MPT_OK) mpt_scaler_update(net->scaler);
+    memcpy(net->ctx->why, why, sizeof why);
+    net->ctx->failed = failed;
+}
+
+/* What is wrong with these samples, before anything is done with them */
+static mpt_result mpt__check_samples(mpt_model *net, const char *call, const float *x, const void *target,
+                                     size_t samples) {
     const size_t batch = (size_t)net->train.batch, whole = batch * (size_t)net->train.accumulate;
+    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: target is NULL", call);
+    if (!samples || samples > whole)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: samples %zu, not in 1..%zu (accumulate * batch)", call,
+                        samples, whole);
+    MPT__TRY(mpt__check_batch(net, call, x, target, samples));
+    return samples % batch ? mpt__check_norms(net, samples % batch) : MPT_OK;
+}
+
+static mpt_result mpt__train(mpt_model *net, const char *call, const float *x, const void *target, size_t samples) {
+    const size_t whole = (size_t)net->train.batch * (size_t)net->train.accumulate;
     mpt_result r;
     int known, tries, again = 1;
     MPT__TRY(mpt__need_training(net, call));
     if (!net->params->trained) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: every layer is frozen", call);
     MPT__TRY(mpt__need_loss(net, call));
     MPT__TRY(mpt__need_between(net, call));
-    if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: target is NULL", call);
-    if (!samples || samples > whole)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: samples %zu, not in 1..%zu (accumulate * batch)", call,
-                        samples, whole);
-    MPT__TRY(mpt__check_batch(net, call, x, target, samples));
-    if (samples % batch) MPT__TRY(mpt__check_norms(net, samples % batch));
+    r = mpt__check_samples(net, call, x, target, samples);
     known = samples == whole && mpt__step_known(net);
     net->opt->op.loss = &net->sums[0];
-    r = mpt__train_once(net, x, (const float *)target, samples, known, &again);
-    for (tries = 1; again; tries++) /* a recording that fails twice is given up */
+    for (tries = 0; r == MPT_OK && again; tries++) /* a recording that fails twice is given up */
         r = mpt__train_once(net, x, (const float *)target, samples, known && tries < 3, &again);
+    if (r != MPT_OK && net->train.ranks.ranks > 1 && net->opt->phase == MPT__READY && r != MPT_ERROR_DIVERGED)
+        mpt__join_failed(net);
     return r;
 }
 
@@ -9674,7 +9927,7 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
         return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_grad: no backward pass is the last thing that was done");
     n = (size_t)net->rows * mpt__node_count(mpt__node_of(net, id));
     MPT__TRY(mpt__read_array(net, n, mpt__grad(net, id), out));
-    factor = net->train.accumulate / (double)mpt_scaler_scale(net->scaler);
+    factor = mpt__passes(net) / (double)mpt_scaler_scale(net->scaler);
     for (i = 0; i < n; i++) out[i] = (float)((double)out[i] * factor);
     return MPT_OK;
 }
@@ -9808,6 +10061,8 @@ static size_t mpt__device_arrays(const mpt_model *net) {
     size_t count = 5; /* block, targets, sums; states of scaler and optimizer */
     int i;
     if (p->trained) count += 2; /* gradients, slices */
+    if (net->sums_apart) count++;
+    if (net->slots) count++;
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) count++;
     if (p->copy.data) count++;
@@ -9831,7 +10086,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     if (!net->built) return m;
     p = net->params;
     slices = (size_t)p->trained_count * sizeof(mpt_slice);
-    m.gradients = p->trained * 4;
+    m.gradients = p->trained * 4 * (size_t)(1 + net->sums_apart_count);
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) m.moments += p->trained * 4;
     if (net->policy.param == MPT_F32) {
@@ -9847,6 +10102,10 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace += sizeof *net->scaler->state + sizeof *net->opt->op.state + slices;
     m.workspace += 2 * net->statistics * sizeof(float);
     if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
+    if (net->slots) {
+        m.workspace += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
+        m.bookkeeping += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float) + host;
+    }
     m.bookkeeping += mpt__device_arrays(net) * net->ctx->backend.overhead;
     m.bookkeeping += (p->trained ? 6 : 5) * host + sizeof *net->scaler + sizeof *p + sizeof *net->opt + slices;
     m.bookkeeping += (size_t)p->capacity * sizeof *p->tensors;

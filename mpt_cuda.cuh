@@ -2844,7 +2844,6 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *ro
     loss = mptc__team_sum(loss), weights = mptc__team_sum(weights);
     counts = mptc__team_sum(counts), correct = mptc__team_sum(correct);
     if (threadIdx.x) return;
-    op.sum->unit = mpt__loss_unit(&op, weight ? *weight : (double)op.N);
     op.sum->loss += loss;
     op.sum->weight += weights;
     op.sum->rows += (uint64_t)counts;
@@ -2864,7 +2863,8 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     mptc__device *device = mptc__of(ctx);
     mpt_loss_op op = *user;
     const mpt_cross_entropy_desc *d = &op.cross_entropy;
-    const int weighted = op.kind == MPT_LOSS_CROSS_ENTROPY && op.dx.data && (d->class_weights || d->ignore);
+    const int mean = op.dx.data && !(op.unit > 0); /* dx needs the weight of all rows */
+    const int weighted = mean && op.kind == MPT_LOSS_CROSS_ENTROPY && (d->class_weights || d->ignore);
     const size_t chunks = mptc__divide_up(op.N, MPTC__CHUNK);
     if (!op.N) return MPT_OK;
     const mpt_array bias = mptc__held_bias(device, &op);

@@ -137,7 +137,7 @@ typedef enum lens_role {
    take another kernel for an fp32 result, with sums in another order. What an operation reads has been rounded: of
    gradients far from the loss an fp32 model, or one whose scale is right, tells more.
    Gradients are counted without the loss scale (shifted by log2 of it, rounded to an integer; accumulate's 1/n stays in
-   them), and once a pass, when all parts have been added; those of weights once a step. A node without memory of its
+   them), once a pass, when all parts have been added. A node without memory of its
    own (fused activation, flatten; for its gradient an input of a "sum, dy shared") may have none: the node that it
    shares with has them. */
 MPT_DEF mpt_result lens_watch(lens_view *lens, mpt_model *net);

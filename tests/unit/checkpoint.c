@@ -997,7 +997,8 @@ static void test_known_members(void) {
         mpt_scaler_desc d;
         double e;
         uint64_t f;
-        int g; /* inference: has no checkpoint */
+        int g;       /* inference: has no checkpoint */
+        mpt_ranks h; /* a checkpoint goes on with any number of ranks */
     } train;
     typedef struct {
         mpt_optimizer_kind a;

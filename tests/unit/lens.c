@@ -219,12 +219,13 @@ static void test_counting_values(mpt_context *ctx, int accumulate) {
         CHECK(histogram_total(&h) == n);
         h = histogram_of(ctx, lens, 2, LENS_ACTIVATION_GRADIENT);
         CHECK(h.exponent[127 - 15 - (accumulate > 1)] + h.exponent[127 - 16 - (accumulate > 1)] == n);
-        /* once a step, when all is added: dw = sum over 2 x accumulate samples of x dy, x = 1 */
+        /* once a pass: dw = sum over 2 samples of x dy / accumulate, x = 1 */
         h = histogram_of(ctx, lens, 2, LENS_WEIGHT_GRADIENT);
-        CHECK_EQUAL(histogram_total(&h), WIDTH * WIDTH * step);
-        CHECK_EQUAL(h.exponent[127 - 14] + h.exponent[127 - 15], WIDTH * WIDTH * step);
+        CHECK_EQUAL(histogram_total(&h), WIDTH * WIDTH * step * accumulate);
+        CHECK_EQUAL(h.exponent[127 - 14 - (accumulate > 1)] + h.exponent[127 - 15 - (accumulate > 1)],
+                    WIDTH * WIDTH * step * accumulate);
         h = histogram_of(ctx, lens, 0, LENS_WEIGHT_GRADIENT);
-        CHECK_EQUAL(histogram_total(&h), 2 * WIDTH * WIDTH * step);
+        CHECK_EQUAL(histogram_total(&h), 2 * WIDTH * WIDTH * step * accumulate);
     }
     h = histogram_of(ctx, lens, 2, LENS_WEIGHT);
     CHECK(h.exponent[127 - 14] == WIDTH && h.zero == WIDTH * (WIDTH - 1));
@@ -271,7 +272,7 @@ static void test_counts_of_all(mpt_context *ctx, int policy) {
         CHECK_EQUAL(histogram_total(&value), passes);
         if (grad.zero + grad.inf + grad.nan < histogram_total(&grad))
             CHECK_EQUAL(histogram_total(&grad), n.H * n.W * n.C * SAMPLES * 2);
-        CHECK_EQUAL(histogram_total(&weight), 2 * tensor);
+        CHECK_EQUAL(histogram_total(&weight), MICRO * 2 * tensor);
         if (n.weight && !in_shared_sum(ctx, net, id)) CHECK(histogram_total(&grad) > 0);
         all[LENS_ACTIVATION] += histogram_total(&value), all[LENS_ACTIVATION_GRADIENT] += histogram_total(&grad);
         all[LENS_WEIGHT] += tensor, all[LENS_WEIGHT_GRADIENT] += histogram_total(&weight);

@@ -587,11 +587,24 @@ static void check_tensor_slopes(mpt_model *twin, const samples *s, mpt_loss_kind
     free(w);
 }
 
+/* The weights of these samples: a gradient is of the sum of their losses / batch, a loss that sum / the weights. */
+static double weight_of(const recipe *r, const samples *s, int n) {
+    double weight = 0;
+    int row;
+    if (r->loss != MPT_LOSS_CROSS_ENTROPY || !r->desc) return n;
+    for (row = 0; row < n; row++) {
+        if (r->desc->ignore && s->label[row] == r->desc->ignore_index) continue;
+        weight += r->desc->class_weights ? (double)r->desc->class_weights[s->label[row]] : 1;
+    }
+    return weight;
+}
+
 static void test_slopes(const recipe *r, int n) {
     mpt_train_desc train = MPT_ZERO;
     samples s = samples_new(r->kind, (size_t)n, 3);
     double *gradient[MOST_TENSORS];
     mpt_model *twin;
+    size_t i;
     int tensor, tensors;
     train.batch = n;
     train.seed = 5;
@@ -599,7 +612,11 @@ static void test_slopes(const recipe *r, int n) {
     tensors = mpt_params_tensors(mpt_model_params(twin));
     CHECK_OK(reference, mpt_forward(twin, s.x, target_of(&s, r->loss), n));
     CHECK_OK(reference, mpt_backward(twin));
-    for (tensor = 1; tensor <= tensors; tensor++) gradient[tensor] = gradient_of(reference, twin, tensor);
+    for (tensor = 1; tensor <= tensors; tensor++) {
+        const size_t count = mpt_params_count(mpt_model_params(twin), tensor);
+        gradient[tensor] = gradient_of(reference, twin, tensor);
+        for (i = 0; i < count; i++) gradient[tensor][i] *= n / weight_of(r, &s, n);
+    }
     CHECK_OK(reference, mpt_zero_grad(twin)); /* the first pass of the step again: a dropout has the same mask */
     for (tensor = 1; tensor <= tensors; tensor++) {
         check_tensor_slopes(twin, &s, r->loss, n, tensor, gradient[tensor]);
