@@ -9666,9 +9666,9 @@ static uint64_t mpt__slot_word(const mpt_model *net, int rank, int i) {
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
     const mpt_train_desc *t = &net->train;
-    const double settings[] = {t->batch,       t->accumulate,     t->clip_norm,          t->optimizer.lr,
-                               t->scaler.mode, t->optimizer.kind, t->optimizer.momentum, t->optimizer.weight_decay,
-                               t->ranks.ranks};
+    const double settings[] = {(double)t->batch,          (double)t->accumulate,  (double)t->ranks.ranks,
+                               (double)t->optimizer.kind, (double)t->scaler.mode, t->clip_norm,
+                               t->optimizer.lr,           t->optimizer.momentum,  t->optimizer.weight_decay};
     float *weights = (float *)mpt__host_alloc(net->ctx, count * sizeof *weights);
     uint64_t hash = mpt_hash(t->seed, (uint64_t)net->count, 0, 0);
     size_t i;
