@@ -137,6 +137,19 @@ static int sums_layers(mpt_model *net, int h) {
 }
 static const arch sums[] = {{5, 5, 4, sums_layers, 0}};
 
+/* Values that a norm reads, and another layer, too: the norm adds to a gradient that is there. */
+static int shared_layers(mpt_model *net, int h) {
+    int a;
+    h = mpt_conv2d(net, h, 6, 3, NULL);
+    a = mpt_tanh(net, mpt_layer_norm(net, h, NULL));
+    h = mpt_add(net, h, a);
+    a = mpt_group_norm(net, h, 2, NULL);
+    h = mpt_add(net, a, h);
+    a = mpt_relu(net, mpt_batch_norm(net, h, NULL));
+    return mpt_linear(net, mpt_global_avg_pool2d(net, mpt_concat(net, h, a)), 5, NULL);
+}
+static const arch shared[] = {{4, 5, 3, shared_layers, 0}};
+
 /* Norms, dropout, groups and values side by side at once. */
 static int mixed_head(mpt_model *net, int h) { return mpt_batch_norm(net, bare_conv(net, h, 8, 3, 2), NULL); }
 static int mixed_middle(mpt_model *net, int h) {
@@ -530,7 +543,7 @@ static void test_trained(mpt_context *ctx, mpt_policy policy, const arch *kind) 
 
 /* fp32, then autocast and 16-bit weights, in fp16 and bf16, on every instruction set of this machine */
 static void test_all_trained(void) {
-    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed};
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed, shared};
     size_t i;
     int isa, j;
     for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT; isa++) {
@@ -627,10 +640,10 @@ static void test_slopes(const recipe *r, int n) {
 }
 
 static void test_all_slopes(void) {
-    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed};
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed, shared};
     recipe r = MPT_ZERO;
     int i, loss;
-    for (i = 0; i < 8; i++) {
+    for (i = 0; i < (int)(sizeof kinds / sizeof *kinds); i++) {
         r.kind = kinds[i];
         test_slopes(&r, 8);
     }
@@ -2404,8 +2417,8 @@ static void test_toy(mpt_context *ctx, mpt_policy policy, const arch *kind, mpt_
 }
 
 static void test_all_gradients(mpt_context *ctx) {
-    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums};
-    static const size_t samples_of[] = {9, 5, 4, 5, 5, 6, 6};
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, shared};
+    static const size_t samples_of[] = {9, 5, 4, 5, 5, 6, 6, 7};
     static const recipe some[] = {{mlp, MPT_LOSS_CROSS_ENTROPY, NULL},
                                   {mlp, MPT_LOSS_SQUARED_ERROR, NULL},
                                   {normed, MPT_LOSS_CROSS_ENTROPY, NULL},
@@ -2413,7 +2426,7 @@ static void test_all_gradients(mpt_context *ctx) {
     recipe r = MPT_ZERO;
     int i, loss;
     for (loss = 0; loss < MPT_LOSS_GRADIENT; loss++)
-        for (i = 0; i < 7; i++) {
+        for (i = 0; i < 8; i++) {
             r.kind = kinds[i];
             r.loss = (mpt_loss_kind)loss;
             test_gradients(ctx, &r, samples_of[i]);
