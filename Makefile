@@ -61,8 +61,8 @@ test-long: detect $(LONG)
 	@$(RUN_TESTS) $(LONG)
 
 test-cuda: detect
-	@BUILD=$(BUILD) sh tests/cuda/run.sh
-	@BUILD=$(BUILD) sh tests/cuda/ways.sh
+	@BUILD=$(BUILD) JOBS=$(JOBS) sh tests/cuda/run.sh
+	@BUILD=$(BUILD) JOBS=$(JOBS) sh tests/cuda/ways.sh
 	@BUILD=$(BUILD) sh tests/cuda/library.sh
 	@BUILD=$(BUILD) sh tests/cuda/static.sh
 

@@ -2238,7 +2238,7 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
         const bool set = i < sets;
         const size_t part = set ? i / op.shape.groups * w.slices : 0, count = set ? w.slices : w.samples * w.slices;
         const size_t c = set ? i % op.shape.groups * each : i - sets, width = set ? each : 1;
-        const mpt_array weight = set ? op.gamma : none;
+        const mpt_array weight = set && op.pass == MPT_NORM_BACKWARD ? op.gamma : none;
         const double a = mptc__fold(&w, 0, part, count, c, width, weight);
         const double b = mptc__fold(&w, 1, part, count, c, width, weight);
         if (threadIdx.x % MPTC__WARP) continue;

@@ -67,7 +67,7 @@ builds() {
 }
 
 suites() {
-    if [ -n "$gpu" ]; then sh tests/cuda/run.sh; else sh tests/cuda/run.sh tests/cuda/{counters,graph}.c; fi
+    if [ -n "$gpu" ]; then JOBS=$jobs sh tests/cuda/run.sh; else sh tests/cuda/run.sh tests/cuda/{counters,graph}.c; fi
 }
 
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 1 "$build/bench" --tiny; }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: [CUDACPU=FOLDER] [NVCC=nvcc] [ALL=1] tests/cuda/run.sh [TEST.c...]
+# Usage: [CUDACPU=FOLDER] [NVCC=nvcc] [JOBS=2] [ALL=1] tests/cuda/run.sh [TEST.c...]
 # Builds the tests with nvcc and runs them with device = cuda: on a GPU if there is one, else on the runner whose
 # sources are in CUDACPU. With neither it compiles and links for all architectures and says that nothing was run. With
 # no TEST.c a GPU runs all of them and the runner the short ones, or all with ALL=1.
@@ -76,21 +76,33 @@ fi
 [ -z "${compiling:-}" ] || wait "$compiling" || exit 1
 
 declared="-DMPT__IMPLEMENTED -include cuda_runtime.h"
-programs=
-for source; do
-    program=$build/$(echo "$source" | tr / - | sed 's/\.c$//')
-    programs="$programs $program"
-    newer "$program" $headers "$source" tests/*.h tests/*/*.h examples/*.h examples/*.c && continue
-    if grep -qE 'mptc__|define cuda' "$source"; then
+
+# test_program PROGRAM SOURCE: compiles and links it
+test_program() {
+    if grep -qE 'mptc__|define cuda' "$2"; then
         flags="-x cu -lineinfo" objects=
-    elif grep -q 'mpt__' "$source"; then
+    elif grep -q 'mpt__' "$2"; then
         flags="-x c++ -include cuda_runtime.h" objects=$cuda
     else
         flags="-x c++ $declared" objects="$cpu $cuda"
     fi
     # shellcheck disable=SC2086
-    compile "$program.o" "$source" $flags && "$NVCC" $target "$program.o" $objects -o "$program" $libraries || exit 1
+    compile "$1.o" "$2" $flags && "$NVCC" $target "$1.o" $objects -o "$1" $libraries
+}
+
+# JOBS of them at a time
+programs='' started=0
+for source; do
+    program=$build/$(echo "$source" | tr / - | sed 's/\.c$//')
+    programs="$programs $program"
+    newer "$program" $headers "$source" tests/*.h tests/*/*.h examples/*.h examples/*.c && continue
+    rm -f "$program"
+    test_program "$program" "$source" &
+    started=$((started + 1))
+    [ $((started % ${JOBS:-1})) -ne 0 ] || wait
 done
+wait
+for program in $programs; do [ -e "$program" ] || exit 1; done
 echo "$made" >"$build/made"
 # shellcheck disable=SC2086
 BUILD=$build sh tests/run.sh $programs
