@@ -1,4 +1,4 @@
-/* mpt.h - mixed-precision training in one C header.                                  version 0.1.0, MIT licence
+/* mpt.h - mixed-precision training in one C header.                                  version 0.2.0, MIT licence
 
    Do this in ONE source file, and a plain #include "mpt.h" in all others:
 
@@ -30,6 +30,7 @@
      LAYERS            one block for each kind of layer
      MODEL PARTS       graph, plan, forward, backward, step
      FILE PARTS        the plan and its bytes as tables; safetensors read and written
+     REVISIONS         what changed for users
      LICENCE
 
    ==== MANUAL ====
@@ -120,7 +121,27 @@
    inf and NaN pass through them (but for ReLU's, told by bits) holds without it alone. Optimizers follow PyTorch's
    formulas operation by operation; moments below 2^-126 become 0.
 
-   9. Not here: recurrent nets and attention, training on several machines, inference engines.                        */
+   9. Open ends. A model without a loss node ends in heads, the nodes that nothing reads; compute a loss of your own
+   from their values:
+
+       mpt_forward(net, images, NULL, n);
+       mpt_node_value(net, head, y);                            n x elements floats
+       ...                                                      grad = dloss/dy
+       mpt_output_grad(net, head, grad);                        for each head
+       mpt_backward(net);                                       then mpt_unscale, ... as in 2
+
+   A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
+   readable, the input's too.
+
+   10. Fine-tuning and inference. desc.tuning freezes a layer, or gives it a rate of its own; mpt_optimizer_tensor
+   changes rates later, by mpt_params_find(params, "conv1.weight"). mpt_weights_load takes a prefix, and loads what
+   fits and tells what did not if asked to. train.inference = 1 builds a model that predicts only: no masters,
+   gradients or moments, and activations live from one layer to the next.
+
+   11. Several ranks. Processes on one machine or on many train one model together: train.ranks names the rank and a
+   call that sums an array over all of them. The steps are those of one process, to the bit; see mpt_ranks.
+
+   12. Not here: recurrent nets and attention.                                                                        */
 
 #ifndef MPT_H
 #define MPT_H
@@ -146,8 +167,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MPT_VERSION 100 /* major * 10000 + minor * 100 + patch */
-#define MPT_VERSION_STRING "0.1.0"
+#define MPT_VERSION 200 /* major * 10000 + minor * 100 + patch */
+#define MPT_VERSION_STRING "0.2.0"
 
 #if defined(__GNUC__) || defined(__clang__)
 #define MPT__UNUSED __attribute__((unused))
@@ -921,7 +942,7 @@ typedef struct mpt_linear_desc {
 typedef struct mpt_conv2d_desc {
     const char *name; /* NULL: "conv1", ... */
     int stride;       /* 0: 1 */
-    int padding;      /* zeros on each side; 0: (kernel - 1) / 2 * dilation, which keeps the size at stride 1 */
+    int padding;      /* zeros on each side; 0: (kernel - 1) / 2 * dilation: odd kernels keep the size at stride 1 */
     int no_padding;   /* 1: none */
     int dilation;     /* 0: 1 */
     int groups;       /* 0: 1; the number of channels: depthwise */
@@ -1027,11 +1048,11 @@ MPT_DEF int mpt_huber(mpt_model *net, int node);
 MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy);
 MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
 
-/* One of several ranks that train one model together, each on its own samples: processes on one machine or on many, joined
-   by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one rank with
-   accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of the two whose
-   `accumulate` is a power of two. Every rank makes the same calls. mpt opens no connection: examples/mpi.h is `sum`
-   over MPI. */
+/* One of several ranks that train one model together, each on its own samples: processes on one machine or on many,
+   joined by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one
+   rank with accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of
+   the two whose `accumulate` is a power of two. Every rank makes the same calls. mpt opens no connection:
+   examples/mpi.h is `sum` over MPI. */
 typedef struct mpt_ranks {
     int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
     /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,
@@ -1091,12 +1112,14 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int node, float *out);
 /* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. optimizer.zero_grad() in
    torch */
 MPT_DEF mpt_result mpt_zero_grad(mpt_model *net);
+/* The model's own; they are freed with it. NULL: not built. */
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
 MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
 
-/* Mean loss over the samples of the last step, or of the last mpt_forward; 0 without a loss node. These four wait for
-   the device. */
+/* Mean loss over the samples of the last step, or of the last mpt_forward: 0 if they weigh nothing or there is no loss
+   node, NaN if it cannot be had. The loss scale, above 0, and 0 if it cannot be had. Steps; UINT64_MAX if they cannot be
+   had. All of them wait for the device. */
 MPT_DEF double mpt_loss(mpt_model *net);
 MPT_DEF float mpt_loss_scale(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
@@ -1125,7 +1148,7 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target
 MPT_DEF mpt_context *mpt_model_context(const mpt_model *net);
 /* Number of nodes, and the descriptor that the model was built with, its defaults filled in. */
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
-MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net);
+MPT_DEF mpt_train_desc mpt_model_train_desc(const mpt_model *net);
 /* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. Set them
    by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is not finite, or a variance below 0. */
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
@@ -9811,9 +9834,10 @@ MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net) { return net ? net->scaler 
 MPT_DEF double mpt_loss(mpt_model *net) {
     mpt_loss_sum sum = MPT_ZERO;
     int left_out;
-    if (!net || !net->built) return 0;
+    if (!net || !net->built) return (double)mpt__float(0x7fc00000u);
     left_out = net->stage == MPT__RESUMED && mpt__stage_of(net) == MPT__BETWEEN; /* its last pass, by the step */
-    if (mpt_download(net->ctx, &sum, &net->sums[left_out ? 2 : 0], sizeof sum) != MPT_OK) return 0;
+    if (mpt_download(net->ctx, &sum, &net->sums[left_out ? 2 : 0], sizeof sum) != MPT_OK)
+        return (double)mpt__float(0x7fc00000u);
     return sum.weight > 0 ? sum.loss / sum.weight : 0;
 }
 
@@ -9821,7 +9845,7 @@ MPT_DEF float mpt_loss_scale(mpt_model *net) { return net && net->built ? mpt_sc
 
 static uint64_t mpt__steps(mpt_model *net, int skipped) {
     mpt_optimizer_state *s = net && net->built ? &net->opt->mirror : NULL;
-    if (!s || mpt_optimizer_get_state(net->opt, s) != MPT_OK) return 0;
+    if (!s || mpt_optimizer_get_state(net->opt, s) != MPT_OK) return UINT64_MAX;
     return skipped ? s->skipped : s->applied;
 }
 
@@ -9925,7 +9949,7 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
 
 MPT_DEF int mpt_model_nodes(const mpt_model *net) { return net ? net->count : 0; }
 
-MPT_DEF mpt_train_desc mpt_model_train(const mpt_model *net) {
+MPT_DEF mpt_train_desc mpt_model_train_desc(const mpt_model *net) {
     const mpt_train_desc none = MPT_ZERO;
     return net && net->built ? net->train : none;
 }
@@ -10746,7 +10770,7 @@ static void mpt__walk_node(mpt__walk *w, mpt__node *s) { MPT__NODE_MEMBERS(MPT__
 
 /* What is not restored, but must be the same: walked in copies. */
 static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
-    mpt_train_desc train = mpt_model_train(net);
+    mpt_train_desc train = mpt_model_train_desc(net);
     int id;
     train.optimizer = mpt_optimizer_get_desc(net->opt);
     mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
@@ -11863,6 +11887,22 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
 #endif
 
 #endif /* MPT_IMPLEMENTATION */
+
+/* ==== REVISIONS ====
+
+   0.2.0  Files moved in from mpt_tools.h, which is gone, and work on memory as well; its instruments are examples/lens.h.
+          Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments are
+          gone, and a bias gradient is made by the operation of the weights' gradient.
+          desc.reference = 1 opens a context that computes by plain loops.
+          New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
+          builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
+          Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes that
+          make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
+          mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.
+          mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
+          mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
+          Checkpoints of 0.1.0 are refused; files of weights are taken.
+   0.1.0  The first one.                                                                                              */
 
 /* ==== LICENCE ====
 

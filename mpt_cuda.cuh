@@ -1,4 +1,4 @@
-/* mpt_cuda.cuh - the CUDA backend of mpt.h: the same training on Tensor Cores.            version 0.1.0, MIT licence
+/* mpt_cuda.cuh - the CUDA backend of mpt.h: the same training on Tensor Cores.            version 0.2.0, MIT licence
 
    One .cu file holds the implementation. It may hold that of mpt.h as well,
 

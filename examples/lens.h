@@ -552,7 +552,7 @@ MPT_DEF mpt_result lens_model_product(const mpt_model *net, int id, mpt_pass pas
     out->pass = pass;
     out->count = 1;
     lens__product_types(out, &in, &node);
-    batch = (size_t)mpt_model_train(net).batch;
+    batch = (size_t)mpt_model_train_desc(net).batch;
     if (node.window) lens__filters_product(out, batch, &in, &node);
     else lens__linear_product(out, batch, (size_t)in.H * (size_t)in.W * (size_t)in.C, (size_t)node.C);
     out->multiply_adds = out->m * out->n * out->k * out->count;

@@ -655,7 +655,8 @@ static void test_samples(mpt_context *ctx, mpt_policy policy, size_t samples) {
     }
     CHECK_OK(ctx, mpt_train_samples(net[0], p.x, p.label, samples));
     for (done = 0; done < samples; done += some) {
-        some = samples - done < BATCH ? samples - done : BATCH;
+        some = samples - done;
+        if (some > BATCH) some = BATCH;
         CHECK_OK(ctx, mpt_forward(net[1], p.x + done * PIXELS, p.label + done, (int)some));
         CHECK_OK(ctx, mpt_backward(net[1]));
     }
