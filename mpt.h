@@ -1117,9 +1117,9 @@ MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
 MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
 
-/* Mean loss over the samples of the last step, or of the last mpt_forward: 0 if they weigh nothing or there is no loss
-   node, NaN if it cannot be had. The loss scale, above 0, and 0 if it cannot be had. Steps; UINT64_MAX if they cannot be
-   had. All of them wait for the device. */
+/* Mean loss over the samples of the last step, or of the last mpt_forward: 0 if they weigh nothing or there is no
+   loss node, NaN if it cannot be had. The loss scale, above 0, and 0 if it cannot be had. Steps; UINT64_MAX if
+   they cannot be had. All of them wait for the device. */
 MPT_DEF double mpt_loss(mpt_model *net);
 MPT_DEF float mpt_loss_scale(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
@@ -11890,14 +11890,15 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
 
 /* ==== REVISIONS ====
 
-   0.2.0  Files moved in from mpt_tools.h, which is gone, and work on memory as well; its instruments are examples/lens.h.
-          Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments are
-          gone, and a bias gradient is made by the operation of the weights' gradient.
+   0.2.0  Files moved in from mpt_tools.h, which is gone, and work on memory as well; its instruments are
+          examples/lens.h.
+          Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments
+          are gone, and a bias gradient is made by the operation of the weights' gradient.
           desc.reference = 1 opens a context that computes by plain loops.
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
           builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
-          Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes that
-          make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
+          Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
+          that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.
           mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
           mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
