@@ -33,8 +33,8 @@ PARTS = [
     (r"mpt_schedule_factor|mpt__anneal|mpt__cos_pi|mpt__weight_\w+|mpt__update_\w+|mpt__rates_of|mpt__sgd_element|"
      r"mpt__adam_element|mpt__state_\w+|mpt_unscale|mpt_clip_\w+|mpt_step", TRAINING),
     (r"mpt__activate\w*|mpt__gelu_\w+|mpt__sigmoid|mpt__mask_factor|mpt__norm_(?!node|shape)\w+|mpt__row_\w+|"
-     r"mpt__class_\w+|mpt__loss_(?:factor|element)|mpt__sign|mpt__tap\w*|mpt__rows_run|mpt__view_run|"
-     r"mpt__finish_row|mpt__columns_\w+|mpt__unpool_run|mpt__max_run|mpt__pool_(?!start|stop|run|main|share|node)\w+|"
+     r"mpt__class_\w+|mpt__loss_(?:factor|element)|mpt__sign|mpt__taps_\w+|"
+     r"mpt__epilogue_run|mpt__columns_\w+|mpt__unpool_run|mpt__max_run|mpt__pool2d_\w+|"
      r"mpt__depthwise_\w+|mpt__map_run|mpt__\w+_backward\w*", OPERATIONS),
 ]
 
