@@ -117,3 +117,8 @@ set title 'Speed by device'
 unset xlabel; set ylabel 'samples/s'; set style data histograms; set style histogram clustered; set yrange [0:*]
 unset key
 plot file('10_gpu') using 2:xtic(1) lt 5 dt 1
+
+set output picture('11_own_loss')
+set title 'A pole on a cart: REINFORCE, mean of 5 seeds'
+set xlabel 'iteration of 16 games'; set ylabel 'steps a game'; set style data lines; set key
+plot file('11_own_loss') using 1:2 lt 1 title 'fp32', file('11_own_loss') using 1:3 lt 2 title 'O2 fp16'
