@@ -41,12 +41,15 @@ $(PACKED): private DEFINES = $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/train.c
 
+# MPI is optional: with it there is a trainer for several ranks.
+MPICC  := $(shell command -v mpicc 2>/dev/null)
+
 # What peers.cpp measures beside mpt, where it is installed.
 PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
 .PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean help detect FORCE
 
-all: detect $(EXAMPLES)
+all: detect $(EXAMPLES) $(if $(MPICC),$(BUILD)/examples/train_mpi)
 
 run: detect $(BUILD)/examples/train
 	$(BUILD)/examples/train --csv $(BUILD)/digits.csv
@@ -54,7 +57,7 @@ run: detect $(BUILD)/examples/train
 course: detect $(EXAMPLES)
 	@BUILD=$(BUILD) JOBS=$(JOBS) sh examples/course.sh
 
-test: detect $(EXAMPLES) $(TESTS)
+test: detect $(EXAMPLES) $(if $(MPICC),$(BUILD)/examples/train_mpi) $(TESTS)
 	@$(RUN_TESTS) $(SCRIPTS) $(TESTS)
 
 test-long: detect $(LONG)
@@ -85,6 +88,11 @@ bench: detect $(BUILD)/tests/bench/bench
 bench-peers: detect $(BUILD)/tests/bench/bench $(if $(PEERS),$(BUILD)/tests/bench/peers)
 	@$(if $(PEERS),for t in 1 2; do OMP_NUM_THREADS=$$t OPENBLAS_NUM_THREADS=$$t $(BUILD)/tests/bench/peers $$t; done)
 	@$(PYTHON) tests/bench/peers.py $(BUILD)/tests/bench/bench
+
+# mpicc -show: the compiler and the flags that it adds, which are all but the first word
+$(BUILD)/examples/train_mpi: examples/train.c $(HEADERS) $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(COMPILE) -DMPT_TRAINER_MPI -I. $< -o $@ $(wordlist 2,99,$(shell mpicc -show)) $(LIBS)
 
 $(BUILD)/tests/bench/peers: tests/bench/peers.cpp $(HEADERS)
 	@mkdir -p $(@D)

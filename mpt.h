@@ -1266,8 +1266,8 @@ MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, si
    never stopped. */
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
-/* Into a model built with the same nodes, policy, batch, accumulate, clip_norm, seed and optimizer: what is not
-   restored must be the same, to every member of every layer's descriptor. */
+/* Into a model built with the same nodes, policy, batch, accumulate x ranks, clip_norm, seed and optimizer: what is not
+   restored must be the same, to every member of every layer's descriptor. Of several ranks one saves, and all load. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
@@ -9647,9 +9647,11 @@ static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *t
 
 static mpt_result mpt__ranks_sum(mpt_model *net, float *x, size_t n) {
     const mpt_ranks *r = &net->train.ranks;
+    char why[sizeof net->ctx->why];
     if (!n || r->sum(r->user, x, n) == MPT_OK) return MPT_OK;
+    memcpy(why, net->ctx->why, sizeof why);
     return mpt_fail(net->ctx, MPT_ERROR_DEVICE, "rank %d of %d: the sum over all ranks failed: %s", r->rank, r->ranks,
-                    net->ctx->why);
+                    why);
 }
 
 /* What each rank says to all, in MPT__SLOT_WORDS words of 64 bits: as floats of 16 bits each, which the others' zeros
@@ -10739,7 +10741,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(uint64_t, uint64_t, step) X(float, float, scale) X(int32_t, int, tensor) X(uint64_t, uint64_t, inf) \
     X(uint64_t, uint64_t, nan) X(int32_t, int, reason)
 #define MPT__TRAIN_MEMBERS(X) \
-    X(int, int, batch) X(int, int, accumulate) X(double, double, clip_norm) X(uint64_t, uint64_t, seed) \
+    X(double, double, clip_norm) X(uint64_t, uint64_t, seed) \
     X(mpt_optimizer_kind, int, optimizer.kind) X(int, int, optimizer.nesterov) X(int, int, optimizer.amsgrad) \
     X(int, int, optimizer.maximize) X(int, int, optimizer.meter) X(double, double, optimizer.momentum) \
     X(double, double, optimizer.dampening) X(double, double, optimizer.beta1) X(double, double, optimizer.beta2) \
@@ -10774,6 +10776,8 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
     int id;
     train.optimizer = mpt_optimizer_get_desc(net->opt);
     mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
+    mpt__walk_int(w, "batch", train.batch);
+    mpt__walk_uint64_t(w, "accumulate x ranks", (uint64_t)train.accumulate * (uint64_t)train.ranks.ranks);
     mpt__walk_train(w, &train);
     mpt__walk_int(w, "kind of masters", (int)net->params->desc.master);
     for (id = 1; id <= net->count; id++) {

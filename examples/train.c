@@ -7,7 +7,14 @@
    takes folders of MNIST, Fashion-MNIST and CIFAR-10, see readers.h.
 
    Exit status: 0 done; 1 a run failed (out of memory, diverged); 2 wrong options, bad files, output not written;
-   130 ended by Ctrl-C. Every failure is one line on stderr. Needs POSIX.                                            */
+   130 ended by Ctrl-C. Every failure is one line on stderr. Needs POSIX.
+
+   On several processors or machines, by MPI: `make build/examples/train_mpi`, then
+   `mpirun -np 4 build/examples/train_mpi --mpi --threads 1`. Each rank trains on its share of every step, rank 0 prints
+   and saves. A step has ranks x accumulate x batch samples: the same weights, to the bit, come of 4 ranks, of 2 ranks
+   with --accumulate 2 and of one with --accumulate 4, and a run goes on from a checkpoint at another number of ranks if
+   batch and ranks x accumulate are the same. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
+   saved. (mpirun hands it on; Ctrl-C it takes for itself.)                                                            */
 
 #define _POSIX_C_SOURCE 200809L
 #define MPT_IMPLEMENTATION
@@ -19,6 +26,9 @@
 #define LENS_IMPLEMENTATION
 #include "lens.h"
 #include "readers.h"
+#ifdef MPT_TRAINER_MPI
+#include "mpi.h"
+#endif
 
 #include <signal.h>
 #include <sys/ioctl.h>
@@ -113,11 +123,16 @@ typedef struct options {
     int model, level, type;                 /* index in the task's nets, mpt_level, index in TYPES; or ALL */
     int epochs, batch;                      /* 0: the task's */
     double lr;                              /* 0: the net's */
-    int seeds, shift, flip, threads, cuda;
+    int seeds, shift, flip, threads, cuda, mpi, accumulate;
     uint64_t seed;
+    mpt_ranks ranks;
 } options;
 
-typedef enum option_kind { TEXT, CHOICE, INTEGER, SEED, RATE } option_kind; /* of char *, int, int, uint64_t, double */
+/* What a rank takes of a step, and the whole of it */
+static size_t rank_samples(const options *o) { return (size_t)o->accumulate * (size_t)o->batch; }
+static size_t step_samples(const options *o) { return (size_t)o->ranks.ranks * rank_samples(o); }
+
+typedef enum option_kind { TEXT, CHOICE, INTEGER, SEED, RATE, FLAG } option_kind; /* char *, int, int, uint64_t, double, int */
 
 typedef struct option {
     const char *name, *values, *help; /* values of a CHOICE: those there are, in their order; "all" is ALL */
@@ -167,6 +182,7 @@ static void option_set(const option *opt, const char *text) {
     case INTEGER: *(int *)opt->to = (int)parse_integer(opt, text); break;
     case SEED: *(uint64_t *)opt->to = parse_integer(opt, text); break;
     case RATE: *(double *)opt->to = parse_rate(opt, text); break;
+    case FLAG: *(int *)opt->to = 1; break;
     }
 }
 
@@ -191,7 +207,7 @@ static void print_help(const option *table, size_t count) {
 }
 
 static options parse_options(int argc, char **argv) {
-    options o = {NULL, NULL, NULL, NULL, ALL, ALL, ALL, 0, 0, 0, 1, 0, 0, 0, 0, 1};
+    options o = {NULL, NULL, NULL, NULL, ALL, ALL, ALL, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, {0, 1, NULL, NULL, 0}};
     const option table[] = {
         {"--data", "DIR", "folder of the images; default " DIGITS, TEXT, &o.data, 0, 0},
         {"--model", "mlp|cnn|resnet|all", "resnet: not for the digits", CHOICE, &o.model, 0, 0},
@@ -199,7 +215,8 @@ static options parse_options(int argc, char **argv) {
          CHOICE, &o.level, 0, 0},
         {"--type", "f32|bf16|f16|all", "f32 goes with O0, bf16 and f16 with O1 to O3", CHOICE, &o.type, 0, 0},
         {"--epochs", "N", "passes over the training data; default the net's, below", INTEGER, &o.epochs, 1, 1000000},
-        {"--batch", "N", "samples in one step; default below", INTEGER, &o.batch, 1, 1000000},
+        {"--batch", "N", "samples in one pass; default below", INTEGER, &o.batch, 1, 1000000},
+        {"--accumulate", "N", "passes in one step; default 1", INTEGER, &o.accumulate, 1, 1000},
         {"--lr", "X", "largest learning rate of Adam; default the net's, below", RATE, &o.lr, 0, 0},
         {"--seed", "N", "of initial weights, shuffling and augmentation; default 1", SEED, &o.seed, 0, UINT64_MAX},
         {"--seeds", "N", "runs each with N seeds, from --seed on, and compares the means; default 1", INTEGER, &o.seeds,
@@ -208,6 +225,8 @@ static options parse_options(int argc, char **argv) {
         {"--flip", "no|yes", "mirrors half of the training images, left to right; default no", CHOICE, &o.flip, 0, 0},
         {"--threads", "N", "at most 64; 0, the default: one per processor", INTEGER, &o.threads, 0, 64},
         {"--device", "cpu|cuda", "default cpu", CHOICE, &o.cuda, 0, 0},
+        {"--mpi", "", "this is one of several ranks, started by mpirun: a step has the passes of all", FLAG, &o.mpi, 0,
+         0},
         {"--csv", "FILE", "writes one row per run", TEXT, &o.csv, 0, 0},
         {"--save", "FILE", "writes a checkpoint of the one run selected, at its end or after Ctrl-C", TEXT, &o.save, 0,
          0},
@@ -226,6 +245,10 @@ static options parse_options(int argc, char **argv) {
         if (strncmp(argv[i], "--", 2) != 0) FAIL(BAD_USE, "'%s' is no option; see --help", argv[i]);
         while (at < count && (strlen(table[at].name) != length || strncmp(table[at].name, argv[i], length) != 0)) at++;
         if (at == count) FAIL(BAD_USE, "unknown option '%.*s'; see --help", (int)length, argv[i]);
+        if (table[at].kind == FLAG) {
+            if (value) FAIL(BAD_USE, "%s takes no value; see --help", table[at].name);
+            value = "";
+        }
         if (!value && i + 1 < argc) value = argv[++i];
         if (!value || (!*value && table[at].kind == TEXT))
             FAIL(BAD_USE, "%s wants a value; see --help", table[at].name);
@@ -336,10 +359,34 @@ static mpt_context *open_context(const options *o) {
         FAIL(BAD_USE, "--device cuda: this build has no CUDA");
 #endif
     }
+#ifndef MPT_TRAINER_MPI
+    if (o->mpi) FAIL(BAD_USE, "--mpi: this build has no MPI: `make build/examples/train_mpi`");
+#endif
     ctx = mpt_open(&desc);
     if (!ctx) FAIL(BAD_RUN, "no memory or no threads");
     return ctx;
 }
+
+/* ---- Ranks ---- */
+
+#ifdef MPT_TRAINER_MPI
+/* A rank that fails ends with a status other than 0 and leaves the others to mpirun, which ends them. */
+static void join_ranks(mpi_adapter *mpi, mpt_context *ctx, options *o) {
+    int threads;
+    if (o->cuda) FAIL(BAD_USE, "--mpi: on the CPU alone, not with --device cuda");
+    if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &threads) != MPI_SUCCESS || threads < MPI_THREAD_FUNNELED)
+        FAIL(BAD_RUN, "--mpi: MPI_Init_thread fails, or this MPI knows no threads");
+    if (mpi_ranks(mpi, ctx, MPI_COMM_WORLD, &o->ranks) != MPT_OK) FAIL(BAD_RUN, "--mpi: %s", mpt_why(ctx));
+    if (o->ranks.rank == 0) return;
+    o->csv = o->save = NULL;
+    if (!freopen("/dev/null", "w", stdout)) FAIL(BAD_RUN, "/dev/null: %s", strerror(errno));
+}
+
+static void leave_ranks(mpi_adapter *mpi) {
+    mpi_ranks_free(mpi);
+    MPI_Finalize();
+}
+#endif
 
 static double seconds(void) {
     struct timespec t;
@@ -349,20 +396,35 @@ static double seconds(void) {
 
 /* ---- Ctrl-C ---- */
 
-static volatile sig_atomic_t interrupted;
+static volatile sig_atomic_t interrupted, asked; /* asked: one of several ranks, and the others do not know yet */
 
 static void interrupt(int number) {
     (void)number;
     interrupted = 1;
 }
 
+static void ask(int number) {
+    (void)number;
+    asked = 1;
+}
+
 /* The first Ctrl-C ends the training after its step; a second one ends the program at once. */
-static void catch_interrupts(void) {
+static void catch_interrupts(const options *o) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
-    action.sa_handler = interrupt;
+    action.sa_handler = o->mpi ? ask : interrupt;
     action.sa_flags = (int)(SA_RESTART | SA_RESETHAND);
-    sigaction(SIGINT, &action, NULL);
+    sigaction(o->mpi ? SIGUSR1 : SIGINT, &action, NULL);
+}
+
+/* Before each step: was a rank asked to end? Then all do. */
+static mpt_result agree_to_end(const options *o) {
+    float ranks_asked = (float)asked;
+    mpt_result result;
+    if (!o->mpi) return MPT_OK;
+    result = o->ranks.sum(o->ranks.user, &ranks_asked, 1);
+    if (ranks_asked > 0) interrupted = 1;
+    return result;
 }
 
 /* ---- Training ---- */
@@ -392,7 +454,7 @@ static void fail_run(const loop *t) {
 }
 
 /* Steps in one epoch: an incomplete last batch is left out. */
-static size_t steps_per_epoch(const loop *t) { return t->data->train.count / (size_t)t->o->batch; }
+static size_t steps_per_epoch(const loop *t) { return t->data->train.count / step_samples(t->o); }
 
 static double samples_per_second(const loop *t) { return t->spent > 0 ? t->samples / t->spent : 0; }
 
@@ -421,7 +483,7 @@ static void show_progress(loop *t, int epoch_done) {
     const int terminal = isatty(STDOUT_FILENO);
     const int columns = terminal ? terminal_columns() : COLUMNS - 1;
     const double rate = samples_per_second(t), now = seconds();
-    const double all = (double)r->epochs * (double)steps_per_epoch(t) * t->o->batch;
+    const double all = (double)r->epochs * (double)steps_per_epoch(t) * (double)step_samples(t->o);
     const long eta = (long)((all - t->before - t->samples) / rate + 0.5);
     const int tenth = t->epoch == 1 || t->epoch * 10LL / r->epochs > (t->epoch - 1) * 10LL / r->epochs;
     char field[FIELDS][ROOM], line[COLUMNS] = "";
@@ -494,6 +556,8 @@ static mpt_model *build_model(const loop *t) {
     if (!net) fail_run(t);
     t->r->net->layers(net, mpt_input(net, (int)data->height, (int)data->width, (int)data->channels));
     train.batch = t->o->batch;
+    train.accumulate = t->o->accumulate;
+    train.ranks = t->o->ranks;
     train.optimizer = optimizer_desc(t);
     train.scaler.mode = t->r->scaler;
     train.seed = t->r->seed;
@@ -508,21 +572,24 @@ static mpt_result count_gradients(loop *t) {
                              t->r->gradients);
 }
 
-/* One pass over the training samples in a new order, or what is left of it. */
+/* One pass over the training samples in a new order, or what is left of it. Each rank has its share of a step. */
 static mpt_result train_epoch(loop *t) {
-    const size_t batch = (size_t)t->o->batch, sample = sample_bytes(t->data), steps = steps_per_epoch(t);
+    const size_t share = rank_samples(t->o), whole = step_samples(t->o), sample = sample_bytes(t->data);
+    const size_t skipped = (size_t)t->o->ranks.rank * share, steps = steps_per_epoch(t);
     const double before = t->spent, start = seconds();
     mpt_result result = MPT_OK;
     shuffle(t->order, t->data->train.count, t->r->seed, t->epoch);
-    for (size_t step = t->first; result == MPT_OK && step < steps && !interrupted; step++) {
-        for (size_t i = 0; i < batch; i++) {
-            const size_t from = t->order[step * batch + i];
+    for (size_t step = t->first; result == MPT_OK && step < steps; step++) {
+        result = agree_to_end(t->o);
+        if (result != MPT_OK || interrupted) break;
+        for (size_t i = 0; i < share; i++) {
+            const size_t from = t->order[step * whole + skipped + i];
             augment_sample(t, from, t->x + i * sample);
             t->y[i] = t->data->train.y[from];
         }
         result = mpt_train_step(t->net, t->x, t->y);
         if (result == MPT_OK && t->r->gradients && t->epoch == t->r->epochs) result = count_gradients(t);
-        t->samples += (double)batch;
+        t->samples += (double)whole;
         t->spent = before + seconds() - start;
         show_progress(t, 0);
     }
@@ -580,7 +647,7 @@ static void resume_run(loop *t) {
              t->r->epochs, steps * (uint64_t)t->r->epochs);
     t->epoch = (int)(done / steps);
     t->first = (size_t)(done % steps);
-    t->before = (double)done * t->o->batch;
+    t->before = (double)done * (double)step_samples(t->o);
 }
 
 /* ---- A run ---- */
@@ -592,8 +659,8 @@ static loop begin_run(mpt_context *ctx, const options *o, const image_data *data
     t.data = data;
     t.r = r;
     t.order = (size_t *)allocate(data->train.count, sizeof *t.order);
-    t.x = (float *)allocate((size_t)o->batch * sample_bytes(data), sizeof *t.x);
-    t.y = (int32_t *)allocate((size_t)o->batch, sizeof *t.y);
+    t.x = (float *)allocate(rank_samples(o) * sample_bytes(data), sizeof *t.x);
+    t.y = (int32_t *)allocate(rank_samples(o), sizeof *t.y);
     t.net = build_model(&t);
     if (r->resume) resume_run(&t);
     return t;
@@ -715,11 +782,12 @@ static void compare_seeds(const run *runs, int count, int seeds, double within) 
 static int train_all(mpt_context *ctx, const options *o, const image_data *data, double within, run *runs, int count) {
     FILE *csv = NULL;
     int status = 0, done = 0;
-    if ((size_t)o->batch > data->train.count)
-        FAIL(BAD_USE, "--batch %d: there are %zu training samples", o->batch, data->train.count);
+    if (step_samples(o) > data->train.count)
+        FAIL(BAD_USE, "--batch %d, for a step %zu: there are %zu training samples", o->batch, step_samples(o),
+             data->train.count);
     if (o->csv) csv = csv_open(o->csv);
     if (o->save) check_save(o->save);
-    catch_interrupts();
+    catch_interrupts(o);
     while (done < count) {
         train_run(ctx, o, data, &runs[done]);
         if (interrupted) break;
@@ -825,12 +893,16 @@ static int compare_scaling(mpt_context *ctx, const options *o, const image_data 
 
 int main(int argc, char **argv) {
     options o = parse_options(argc, argv);
+    mpt_context *ctx = open_context(&o);
+#ifdef MPT_TRAINER_MPI
+    mpi_adapter mpi;
+    if (o.mpi) join_ranks(&mpi, ctx, &o);
+#endif
     char *folder = o.data ? join(o.data, "", "") : find_digits(argv[0]);
     image_data data = image_data_load(folder);
     const task *work = data.small ? &digits_task : &images_task;
     int count, status, half = 0;
     run *runs = select_runs(&o, work, &count);
-    mpt_context *ctx = open_context(&o);
     if (!o.batch) o.batch = work->batch;
     status = train_all(ctx, &o, &data, work->within, runs, count);
     for (int i = 0; i < count; i++) half |= runs[i].type == MPT_F16;
@@ -838,6 +910,9 @@ int main(int argc, char **argv) {
     free(runs);
     free(folder);
     image_data_free(&data);
+#ifdef MPT_TRAINER_MPI
+    if (o.mpi) leave_ranks(&mpi);
+#endif
     mpt_close(ctx);
     if (fflush(stdout) == 0 && !ferror(stdout)) return interrupted ? INTERRUPTED : status;
     complain("standard output: %s", strerror(errno));

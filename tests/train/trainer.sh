@@ -38,7 +38,7 @@ refused 2 "unknown option '--epochs3'" --epochs3
 refused 2 "unknown option '--'" --=3
 refused 2 "want a whole number from 1 to 1000000" --epochs=
 refused 2 "want a whole number from 1 to 1000000" --epochs=3=4
-for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save resume; do
+for option in data model policy type epochs batch accumulate lr seed seeds shift flip threads device csv save resume; do
     refused 2 "--$option" --$option
 done
 refused 2 "not for images of 8x8 pixels, want mlp, cnn or all" --model resnet
@@ -50,11 +50,14 @@ refused 2 "want no|yes" --flip 1
 refused 2 "want a whole number from 0 to 64" --shift 65
 refused 2 "want a whole number from 1 to 1000" --seeds 0
 refused 2 "no CUDA" --device cuda
+refused 2 "no MPI: .make build/examples/train_mpi" --mpi
+refused 2 "--mpi takes no value" --mpi=4
 refused 2 "f32 goes with O0" --policy O0 --type f16
 refused 2 "f32 goes with O0" --policy O2 --type f32
 for n in 0 -1 3x '' ' 3' 99999999999999999999 nan; do refused 2 "want a whole number" --epochs "$n"; done
 for n in 0 -1 3x nan inf 1e999 1e-999; do refused 2 "want a number above 0" --lr "$n"; done
 refused 2 "1438 training samples" --batch 1439
+refused 2 "--batch 720, for a step 1440: .* 1438 training samples" --batch 720 --accumulate 2
 refused 2 "neither images.idx3-ubyte, nor" --data "$t/none"
 refused 2 "/none/out.csv: No such file" --csv "$t/none/out.csv"
 refused 2 "/none/weights.tmp: No such file" --model mlp --policy O0 --save "$t/none/weights"
@@ -92,7 +95,8 @@ damaged "1797 images of 16x4, want 5 or more of 8x8"
 
 "$train" --help >"$t/out" 2>"$t/err"
 check $? "--help fails"
-for option in data model policy type epochs batch lr seed seeds shift flip threads device csv save resume help; do
+for option in data model policy type epochs batch accumulate lr seed seeds shift flip threads device mpi csv save \
+    resume help; do
     grep -q -- "--$option" "$t/out"
     check $? "--help does not tell --$option"
 done

@@ -1,0 +1,170 @@
+/* sum.c - examples/mpi.h from within, for tests/train/mpi.sh: sum | bytes | label | error | killed. Run by mpirun. What
+   rank 0 finds it prints; exit status 1 where a check fails on any rank. */
+#define _POSIX_C_SOURCE 200809L
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../../examples/mpi.h"
+#include <signal.h>
+#include <stdio.h>
+
+enum { STEPS = 4, BATCH = 4, FEATURES = 64, HIDDEN = 250, CLASSES = 10 };
+
+/* ---- What is sent: MPI has a second name for each of its calls, for those who count ---- */
+
+static size_t sent, calls;
+
+int MPI_Sendrecv(const void *out, int count, MPI_Datatype type, int to, int tag, void *in, int room, MPI_Datatype in_type,
+                 int from, int in_tag, MPI_Comm comm, MPI_Status *status) {
+    sent += (size_t)count * sizeof(float);
+    calls++;
+    return PMPI_Sendrecv(out, count, type, to, tag, in, room, in_type, from, in_tag, comm, status);
+}
+
+int MPI_Allgather(const void *out, int count, MPI_Datatype type, void *in, int room, MPI_Datatype in_type, MPI_Comm comm) {
+    int ranks;
+    MPI_Comm_size(comm, &ranks);
+    sent += (size_t)(ranks - 1) * (size_t)room * sizeof(float); /* a part to each of the others, or handed on by each */
+    calls++;
+    return PMPI_Allgather(out, count, type, in, room, in_type, comm);
+}
+
+/* ---- The checks ---- */
+
+typedef struct rank {
+    mpi_adapter mpi;
+    mpt_ranks ranks;
+    mpt_context *ctx;
+    int failed;
+} rank;
+
+static void check(rank *me, int good, const char *what) {
+    if (good) return;
+    me->failed++;
+    printf("sum.c: rank %d of %d: %s: %s\n", me->ranks.rank, me->ranks.ranks, what, mpt_why(me->ctx));
+}
+
+static float drawn(int r, size_t i) { return (float)mpt_hash(1, 2, (uint64_t)r, i) * 1e-9f - 2; }
+
+static float tree(int first, int count, size_t i) {
+    int left = 1;
+    if (count == 1) return drawn(first, i);
+    while (2 * left < count) left *= 2;
+    return tree(first, left, i) + tree(first + left, count - left, i);
+}
+
+/* Fewer floats than ranks, as many, parts of unlike sizes, several pieces. */
+static void check_sum(rank *me) {
+    const size_t counts[] = {1, 2, 3, 4, 5, 7, 64, 1009, MPI_RANKS_FLOATS - 1, MPI_RANKS_FLOATS, 2 * MPI_RANKS_FLOATS + 3};
+    float *x = (float *)malloc((2 * MPI_RANKS_FLOATS + 4) * sizeof *x);
+    size_t c, i, wrong;
+    if (!x) exit(1);
+    for (c = 0; c < sizeof counts / sizeof *counts; c++) {
+        const size_t n = counts[c];
+        for (i = 0; i <= n; i++) x[i] = drawn(me->ranks.rank, i);
+        check(me, me->ranks.sum(me->ranks.user, x, n) == MPT_OK, "sum");
+        for (i = wrong = 0; i < n; i++) wrong += x[i] != tree(0, me->ranks.ranks, i);
+        check(me, wrong == 0, "the sum is another than the tree's");
+        check(me, x[n] == drawn(me->ranks.rank, n), "written beyond the array");
+    }
+    free(x);
+}
+
+static mpt_model *perceptron(rank *me) {
+    mpt_model *net = mpt_model_new(me->ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    const int h = mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, FEATURES), HIDDEN, NULL));
+    mpt_train_desc train = MPT_ZERO;
+    mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
+    train.batch = BATCH;
+    train.ranks = me->ranks;
+    check(me, mpt_model_build(net, &train) == MPT_OK, "build");
+    return net;
+}
+
+static mpt_result step(rank *me, mpt_model *net, int label) {
+    float x[BATCH * FEATURES];
+    int32_t y[BATCH] = {0, 1, 2, 3};
+    size_t i;
+    for (i = 0; i < BATCH * FEATURES; i++) x[i] = drawn(me->ranks.rank, i);
+    y[1] = label;
+    return mpt_train_step(net, x, y);
+}
+
+/* A step sends the sum of the gradients, and what the ranks tell of their losses. */
+static void check_bytes(rank *me) {
+    mpt_model *net = perceptron(me);
+    const size_t ranks = (size_t)me->ranks.ranks, floats = mpt_params_count(mpt_model_params(net), 0);
+    const size_t least = 2 * (ranks - 1) * floats * sizeof(float) / ranks;
+    sent = calls = 0;
+    check(me, step(me, net, 1) == MPT_OK, "step");
+    if (me->ranks.rank == 0)
+        printf("%zu ranks: a step sends %zu bytes in %zu calls, least %zu\n", ranks, sent, calls, least);
+    /* parts are rounded up to whole floats; a rank tells 16 floats to each */
+    check(me, sent >= least && sent <= least + 2 * ranks * (1 + 16) * sizeof(float), "a step sends more than it must");
+    mpt_model_free(net);
+}
+
+/* The rank with the bad label is told, all skip the step and go on alike. */
+static void check_label(rank *me) {
+    mpt_model *net = perceptron(me);
+    const int bad = me->ranks.rank == 1;
+    float *weights = (float *)malloc(mpt_params_count(mpt_model_params(net), 0) * sizeof *weights);
+    float low, high;
+    int s;
+    for (s = 0; s < STEPS; s++) {
+        const mpt_result r = step(me, net, bad && s == 1 ? 99 : 1);
+        check(me, r == (bad && s == 1 ? MPT_ERROR_VALUE : MPT_OK), "a step with a bad label on rank 1");
+        if (r != MPT_OK) check(me, strstr(mpt_why(me->ctx), "label 99") != NULL, "the reason");
+    }
+    check(me, mpt_steps_applied(net) == STEPS - 1 && mpt_steps_skipped(net) == 1, "steps");
+    if (!weights || mpt_params_get(mpt_model_params(net), 0, weights) != MPT_OK) exit(1);
+    MPI_Allreduce(&weights[7], &low, 1, MPI_FLOAT, MPI_MIN, MPI_COMM_WORLD);
+    MPI_Allreduce(&weights[7], &high, 1, MPI_FLOAT, MPI_MAX, MPI_COMM_WORLD);
+    check(me, low == high, "ranks have different weights");
+    free(weights);
+    mpt_model_free(net);
+}
+
+/* MPI refuses the communicator: the step ends with MPI's words. */
+static void check_error(rank *me) {
+    mpt_model *net = perceptron(me);
+    MPI_Comm kept = me->mpi.comm;
+    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    MPI_Comm_set_errhandler(MPI_COMM_SELF, MPI_ERRORS_RETURN);
+    me->mpi.comm = MPI_COMM_NULL;
+    check(me, step(me, net, 1) == MPT_ERROR_DEVICE, "a step without a communicator");
+    check(me, strstr(mpt_why(me->ctx), "failed: MPI_Sendrecv: ") && strstr(mpt_why(me->ctx), "communicator"), "why");
+    if (me->ranks.rank == 0) printf("%s\n", mpt_why(me->ctx));
+    me->mpi.comm = kept;
+    mpt_model_free(net);
+}
+
+/* The last rank dies in the midst of training, for which the others wait. */
+static void die(rank *me) {
+    mpt_model *net = perceptron(me);
+    check(me, step(me, net, 1) == MPT_OK, "step");
+    if (me->ranks.rank == me->ranks.ranks - 1) raise(SIGKILL);
+    step(me, net, 1);
+    printf("rank %d goes on without the dead one\n", me->ranks.rank);
+}
+
+int main(int argc, char **argv) {
+    static const struct {
+        const char *name;
+        void (*run)(rank *me);
+    } parts[] = {
+        {"sum", check_sum}, {"bytes", check_bytes}, {"label", check_label}, {"error", check_error}, {"killed", die}};
+    mpt_context_desc desc = MPT_ZERO;
+    rank me = MPT_ZERO;
+    size_t i;
+    int level;
+    desc.threads = 1;
+    MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &level);
+    me.ctx = mpt_open(&desc);
+    if (!me.ctx || mpi_ranks(&me.mpi, me.ctx, MPI_COMM_WORLD, &me.ranks) != MPT_OK) return 1;
+    for (i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (argc > 1 && strcmp(argv[1], parts[i].name) == 0) parts[i].run(&me);
+    mpi_ranks_free(&me.mpi);
+    mpt_close(me.ctx);
+    MPI_Finalize();
+    return me.failed > 0;
+}
