@@ -109,6 +109,7 @@ clean:
 
 help: detect
 	@echo 'make            builds the examples in build/examples'
+	@echo 'make build/examples/train_mpi  the trainer for several ranks, where mpicc is; make builds it, too'
 	@echo 'make run        trains on the digits and writes build/digits.csv'
 	@echo 'make course     runs the lessons of examples/README.md, and draws build/figures where gnuplot is'
 	@echo 'make test       runs all tests; the last line is their sum'

@@ -14,7 +14,7 @@
    and saves. A step has ranks x accumulate x batch samples: the same weights, to the bit, come of 4 ranks, of 2 ranks
    with --accumulate 2 and of one with --accumulate 4, and a run goes on from a checkpoint at another number of ranks if
    batch and ranks x accumulate are the same. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
-   saved. (mpirun hands it on; Ctrl-C it takes for itself.)                                                            */
+   saved. (mpirun hands it on; Ctrl-C it takes for itself.)                                                           */
 
 #define _POSIX_C_SOURCE 200809L
 #define MPT_IMPLEMENTATION
@@ -132,7 +132,8 @@ typedef struct options {
 static size_t rank_samples(const options *o) { return (size_t)o->accumulate * (size_t)o->batch; }
 static size_t step_samples(const options *o) { return (size_t)o->ranks.ranks * rank_samples(o); }
 
-typedef enum option_kind { TEXT, CHOICE, INTEGER, SEED, RATE, FLAG } option_kind; /* char *, int, int, uint64_t, double, int */
+/* of char *, int, int, uint64_t, double, int; a FLAG has no value */
+typedef enum option_kind { TEXT, CHOICE, INTEGER, SEED, RATE, FLAG } option_kind;
 
 typedef struct option {
     const char *name, *values, *help; /* values of a CHOICE: those there are, in their order; "all" is ALL */
@@ -686,14 +687,14 @@ static void train_run(mpt_context *ctx, const options *o, const image_data *data
     }
     r->rate = samples_per_second(&t);
     r->diverged = result == MPT_ERROR_DIVERGED;
-    if (r->diverged)
+    if (r->diverged && o->ranks.rank == 0)
         complain("%s %s %s: %s", r->net->name, level_name(r->level), mpt_dtype_name(r->type), mpt_why(ctx));
-    else if (result != MPT_OK) fail_run(&t);
+    if (result != MPT_OK && !r->diverged) fail_run(&t);
     r->scale = mpt_loss_scale(t.net);
     r->skipped = mpt_steps_skipped(t.net);
     r->memory = mpt_model_memory(t.net);
     if (r->save) save_run(&t);
-    if (interrupted)
+    if (interrupted && o->ranks.rank == 0)
         complain("%s %s %s: interrupted in epoch %d of %d, %s%s", r->net->name, level_name(r->level),
                  mpt_dtype_name(r->type), t.epoch, r->epochs, r->save ? "saved to " : "not saved",
                  r->save ? r->save : "");

@@ -13,14 +13,15 @@ enum { STEPS = 4, BATCH = 4, FEATURES = 64, HIDDEN = 250, CLASSES = 10 };
 
 static size_t sent, calls;
 
-int MPI_Sendrecv(const void *out, int count, MPI_Datatype type, int to, int tag, void *in, int room, MPI_Datatype in_type,
-                 int from, int in_tag, MPI_Comm comm, MPI_Status *status) {
+int MPI_Sendrecv(const void *out, int count, MPI_Datatype type, int to, int tag, void *in, int room,
+                 MPI_Datatype in_type, int from, int in_tag, MPI_Comm comm, MPI_Status *status) {
     sent += (size_t)count * sizeof(float);
     calls++;
     return PMPI_Sendrecv(out, count, type, to, tag, in, room, in_type, from, in_tag, comm, status);
 }
 
-int MPI_Allgather(const void *out, int count, MPI_Datatype type, void *in, int room, MPI_Datatype in_type, MPI_Comm comm) {
+int MPI_Allgather(const void *out, int count, MPI_Datatype type, void *in, int room, MPI_Datatype in_type,
+                  MPI_Comm comm) {
     int ranks;
     MPI_Comm_size(comm, &ranks);
     sent += (size_t)(ranks - 1) * (size_t)room * sizeof(float); /* a part to each of the others, or handed on by each */
@@ -54,8 +55,9 @@ static float tree(int first, int count, size_t i) {
 
 /* Fewer floats than ranks, as many, parts of unlike sizes, several pieces. */
 static void check_sum(rank *me) {
-    const size_t counts[] = {1, 2, 3, 4, 5, 7, 64, 1009, MPI_RANKS_FLOATS - 1, MPI_RANKS_FLOATS, 2 * MPI_RANKS_FLOATS + 3};
-    float *x = (float *)malloc((2 * MPI_RANKS_FLOATS + 4) * sizeof *x);
+    const size_t most = 2 * MPI_RANKS_FLOATS + 3;
+    const size_t counts[] = {1, 2, 3, 4, 5, 7, 64, 1009, MPI_RANKS_FLOATS - 1, MPI_RANKS_FLOATS, most};
+    float *x = (float *)malloc((most + 1) * sizeof *x);
     size_t c, i, wrong;
     if (!x) exit(1);
     for (c = 0; c < sizeof counts / sizeof *counts; c++) {

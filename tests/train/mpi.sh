@@ -39,7 +39,7 @@ for part in label error; do
     check $? "$part: $(cat "$t/out")"
 done
 
-# ended SECONDS STATUS PATTERN WHAT: not with status 0, in time, with the reason in $t/err, by mpirun and not by timeout.
+# ended SECONDS STATUS PATTERN WHAT: with a status that is neither 0 nor timeout's, in time, with the reason in $t/err.
 ended() {
     [ "$2" -ne 0 ] && [ "$2" -ne 124 ] && [ "$1" -lt 30 ] && grep -q "$3" "$t/err"
     check $? "$4: status $2 after $1 s: $(cat "$t/err")"
@@ -47,7 +47,8 @@ ended() {
 
 began=$(date +%s)
 $run -np 3 "$build/tests/mpi/sum" killed >"$t/out" 2>"$t/err"
-ended $(($(date +%s) - began)) $? 'signal 9\|SIGNAL 9\|Killed' "a killed rank"
+status=$?
+ended $(($(date +%s) - began)) $status 'signal 9\|SIGNAL 9\|Killed' "a killed rank"
 ! grep -q 'goes on' "$t/out"
 check $? "ranks go on without the killed one"
 
@@ -80,17 +81,18 @@ check $? "3 ranks: one CSV file, one table, one checkpoint: $(cat "$t/three.csv"
 
 # ---- Stopped by SIGUSR1 at 2 ranks, resumed at 1 and 4: as the run that never stopped ----
 
-options="--model mlp --policy O2 --type f16 --epochs 60"
-# without timeout, which a signal would end
-${run#timeout 120 } -np 2 "$train" --mpi --threads 1 --accumulate 2 $options --save "$t/half" >"$t/out" 2>"$t/err" &
+options="--model mlp --policy O2 --type bf16 --epochs 200"
+: >"$t/long"
+# without timeout, which the signal would end
+${run#timeout 120 } -np 2 "$train" --mpi --threads 1 --accumulate 2 $options --save "$t/half" >"$t/long" 2>"$t/err" &
 job=$!
 for wait in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-    grep -q 'epoch' "$t/out" && break
+    grep -q 'epoch' "$t/long" && break
     sleep 0.1
 done
 kill -USR1 $job
 wait $job
-[ -s "$t/half" ] && grep -q 'interrupted in epoch .*saved to' "$t/err"
+[ -s "$t/half" ] && [ "$(grep -c 'interrupted in epoch .*, saved to' "$t/err")" -eq 1 ]
 check $? "SIGUSR1: $(cat "$t/err")"
 "$train" --threads 1 --accumulate 4 $options --save "$t/whole" >"$t/out" 2>"$t/err"
 for np in 1 4; do
@@ -103,18 +105,31 @@ $run -np 2 "$train" --mpi --threads 1 --accumulate 1 $options --resume "$t/half"
 [ $? -ne 0 ] && grep -q 'accumulate x ranks is 4 there and 2' "$t/err"
 check $? "resumed with a smaller step: $(cat "$t/err")"
 
+# ---- README's two commands, as a user gives them where that is allowed ----
+
+sed -n 's/^    \(make build.*train_mpi\|mpirun .*\)$/\1/p' README.md >"$t/commands"
+[ "$(wc -l <"$t/commands")" -eq 2 ]
+check $? "README has not two commands for several ranks: $(cat "$t/commands")"
+grep -q "^mpirun -np 4 build/examples/train_mpi --mpi" "$t/commands" &&
+    $(sed -n "s|^mpirun|$run|; s|build/examples|$build/examples|p" "$t/commands" | tail -n 1) >"$t/out" 2>"$t/err"
+check $? "README's mpirun: $(cat "$t/err")"
+grep -q '^cnn' "$t/out"
+check $? "README's mpirun prints no table: $(cat "$t/out")"
+
 # ---- Ranks that are not alike, data damaged on one ----
 
 alike="--mpi --threads 1 --model mlp --policy O0 --epochs 3"
 began=$(date +%s)
 $run -np 2 "$train" $alike : -np 1 "$train" $alike --seed 2 >"$t/out" 2>"$t/err"
-ended $(($(date +%s) - began)) $? 'rank 2 has another model, seed or setting than rank 0' "another seed on rank 2"
+status=$?
+ended $(($(date +%s) - began)) $status 'rank 2 has another model, seed or setting than rank 0' "another seed on rank 2"
 mkdir "$t/data"
 cp examples/data/digits/*-ubyte "$t/data"
 { head -c 1804 examples/data/digits/labels.idx1-ubyte; printf '\12'; } >"$t/data/labels.idx1-ubyte"
 began=$(date +%s)
 $run -np 2 "$train" $alike : -np 1 "$train" $alike --data "$t/data" >"$t/out" 2>"$t/err"
-ended $(($(date +%s) - began)) $? 'label 1796 is 10, want 0 to 9' "a bad label in the data of rank 2"
+status=$?
+ended $(($(date +%s) - began)) $status 'label 1796 is 10, want 0 to 9' "a bad label in the data of rank 2"
 
 echo "mpi.sh: $passed passed, $failed failed"
 [ "$failed" -eq 0 ]
