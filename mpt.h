@@ -1093,7 +1093,7 @@ MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const float *x, const void 
 
 /* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
    their losses, times scale / (accumulate * W), to the parameter gradients; the first call after a step overwrites
-   them. W is the weight of the samples of that first pass. mpt_unscale divides by the weight of all passes instead:
+   them. W is `batch`. mpt_unscale divides by the weight of all passes instead:
    passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);

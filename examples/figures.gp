@@ -122,3 +122,8 @@ set output picture('11_own_loss')
 set title 'A pole on a cart: REINFORCE, mean of 5 seeds'
 set xlabel 'iteration of 16 games'; set ylabel 'steps a game'; set style data lines; set key
 plot file('11_own_loss') using 1:2 lt 1 title 'fp32', file('11_own_loss') using 1:3 lt 2 title 'O2 fp16'
+
+set output picture('12_own_layer')
+set title 'A CNN with PReLU on the digits'
+unset xlabel; set ylabel 'test digits right, %'; set style data histograms; set yrange [0:100]; unset key
+plot file('12_own_layer') using 2:xtic(1) lt 5 dt 1

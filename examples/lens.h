@@ -12,12 +12,14 @@
      TABLES            lost updates, skipped steps, which products Tensor Cores take
      PRESETS           loss scalers as other systems have them
      HISTOGRAMS        what would a type, or a loss scale, do to these values?
+     GRADIENTS         is backward the derivative of forward?
      THE LENS          stands before a device: histograms of a net, what-if precision, the first bad operation
      - stop here if you only want the API -
      BASICS            memory, bits, tables
      TABLE PARTS
      PRESET PARTS
      HISTOGRAM PARTS
+     GRADIENT PARTS
      PRECISIONS        rounding as any format does
      PASSING THROUGH   outputs on their way: counted, rounded, delivered
      PLAIN PRODUCTS    sums that are rounded as they grow
@@ -105,6 +107,31 @@ MPT_DEF mpt_result lens_histogram_print(const mpt_histogram *h, mpt_style style,
 /* A line for each scale 2^first .. 2^last: what is flushed, subnormal and overflowed of fp16, bf16, e4m3, e5m2. */
 MPT_DEF mpt_result lens_sweep_print(const mpt_histogram *h, int first, int last, mpt_style style, mpt_write write,
                                     void *user);
+
+/* ==== GRADIENTS ==== */
+
+enum { LENS_CHECKED = 64 };       /* most elements that are looked at in a tensor, spread over all of it */
+#define LENS_GRADIENT_BOUND 0.03125 /* a relative error up to this may be the differences' own */
+
+/* Compares the parameter gradients of n <= batch samples with differences of their mean loss, as training computes it
+   (dropout, statistics of the batch), for checking a layer of your own. fp32 models that end in a loss. A line for each
+   tensor that trains: elements, how many are checked, the largest derivative, the element (from 0) that is furthest
+   off, its gradient and difference, and the relative error: how far it is off over the largest derivative.
+   *worst, which may be NULL, is the largest relative error of all tensors: over LENS_GRADIENT_BOUND the gradient, or
+   the layer's value, is wrong.
+
+   The step is h = 2^-9. The loss is known to about 2^-23 (1 + loss), so its central difference to noise = 2^-23
+   (1 + loss) / h = 2^-14 (1 + loss); curvature adds h^2 / 6 of the third derivative, which is less. Where a step
+   crosses the kink of a ReLU or a maximum on one side, the difference of the other side alone holds, to h / 2 of the
+   second derivative; where it crosses them on both, a quarter of the step may not. The nearest of these counts.
+   noise / LENS_GRADIENT_BOUND is added to the largest derivative, for tensors whose gradient is 0, as of a bias before
+   a batch norm. What is off by less than 3 % passes.
+
+   The samples must weigh 1 each: no ignored labels, no class weights. The weights are put back, after an error, too.
+   Passes since the last step are forgotten, as by mpt_zero_grad. MPT_ERROR_TYPE: a node is not fp32; else as
+   mpt_forward. */
+MPT_DEF mpt_result lens_gradients(mpt_model *net, const float *x, const void *target, int n, mpt_style style,
+                                  mpt_write write, void *user, double *worst);
 
 /* ==== THE LENS ====
 
@@ -744,6 +771,163 @@ MPT_DEF mpt_result lens_sweep_print(const mpt_histogram *h, int first, int last,
         for (i = 0; i < 4; i++) lens__fit_cells(&t, h, lens__narrow_types[i], s);
         lens__row_end(&t);
     }
+    return MPT_OK;
+}
+
+/* ==== GRADIENT PARTS ==== */
+
+typedef struct lens__derivative { /* of one tensor */
+    size_t count, checked, element;
+    double largest, off, gradient, difference; /* off, gradient, difference: of `element` */
+} lens__derivative;
+
+typedef struct lens__samples {
+    const float *x;
+    const void *target;
+    int n;
+} lens__samples;
+
+static mpt_result lens__loss_of(mpt_model *net, const lens__samples *s, double *loss) {
+    LENS__TRY(mpt_forward(net, s->x, s->target, s->n));
+    *loss = mpt_loss(net);
+    return mpt_zero_grad(net);
+}
+
+/* The loss with one weight set to `to`. */
+static mpt_result lens__loss_at(mpt_model *net, const lens__samples *s, int tensor, float *w, size_t element, float to,
+                                double *loss) {
+    const float from = w[element];
+    mpt_result r;
+    w[element] = to;
+    r = mpt_params_set(mpt_model_params(net), tensor, w);
+    w[element] = from;
+    return r == MPT_OK ? lens__loss_of(net, s, loss) : r;
+}
+
+/* The differences of the loss to both sides, up and down by h: what is nearer to `gradient` than *nearest goes there. */
+static mpt_result lens__differences(mpt_model *net, const lens__samples *s, int tensor, float *w, size_t element,
+                                    double loss, float h, double gradient, double *nearest) {
+    const float up = w[element] + h, down = w[element] - h;
+    double above, below, d[3];
+    int i;
+    LENS__TRY(lens__loss_at(net, s, tensor, w, element, up, &above));
+    LENS__TRY(lens__loss_at(net, s, tensor, w, element, down, &below));
+    d[0] = (above - below) / ((double)up - (double)down);
+    d[1] = (above - loss) / ((double)up - (double)w[element]);
+    d[2] = (loss - below) / ((double)w[element] - (double)down);
+    for (i = 0; i < 3; i++)
+        if (fabs(gradient - d[i]) < fabs(gradient - *nearest)) *nearest = d[i];
+    return MPT_OK;
+}
+
+/* At the step, and where that is off by more than 2^-8 at a quarter of it. */
+static mpt_result lens__difference(mpt_model *net, const lens__samples *s, int tensor, float *w, size_t element,
+                                   double loss, double gradient, double *difference) {
+    *difference = HUGE_VAL;
+    LENS__TRY(lens__differences(net, s, tensor, w, element, loss, 1.0f / 512, gradient, difference));
+    if (fabs(gradient - *difference) <= fabs(gradient) / 256) return MPT_OK;
+    return lens__differences(net, s, tensor, w, element, loss, 1.0f / 2048, gradient, difference);
+}
+
+/* w, grad: a tensor's weights and gradients; `unit`: what the gradients are multiplied by. */
+static mpt_result lens__check_tensor(mpt_model *net, const lens__samples *s, int tensor, float *w, const float *grad,
+                                     double unit, lens__derivative *out) {
+    double loss, gradient, difference = 0;
+    size_t i;
+    memset(out, 0, sizeof *out);
+    out->count = mpt_params_count(mpt_model_params(net), tensor);
+    out->checked = lens__min(out->count, LENS_CHECKED);
+    LENS__TRY(lens__loss_of(net, s, &loss));
+    for (i = 0; i < out->checked; i++) {
+        const size_t element = i * out->count / out->checked;
+        gradient = (double)grad[element] / unit;
+        LENS__TRY(lens__difference(net, s, tensor, w, element, loss, gradient, &difference));
+        out->largest = fmax(out->largest, fmax(fabs(gradient), fabs(difference)));
+        if (i && fabs(gradient - difference) <= out->off) continue;
+        out->off = fabs(gradient - difference);
+        out->element = element;
+        out->gradient = gradient;
+        out->difference = difference;
+    }
+    return MPT_OK;
+}
+
+/* Everything of one tensor; its weights are put back. */
+static mpt_result lens__try_tensor(mpt_model *net, const lens__samples *s, int tensor, lens__derivative *out) {
+    mpt_context *ctx = mpt_model_context(net);
+    mpt_params *params = mpt_model_params(net);
+    const size_t count = mpt_params_count(params, tensor), bytes = 2 * count * sizeof(float);
+    const mpt_train_desc train = mpt_model_train_desc(net);
+    const double passes = (double)train.accumulate * train.ranks.ranks;
+    const double unit = (double)mpt_loss_scale(net) * s->n / (passes * train.batch);
+    float *w = (float *)lens__alloc(ctx, bytes);
+    mpt_result r, back;
+    if (!w) return MPT_ERROR_NO_MEMORY;
+    r = mpt_params_get(params, tensor, w);
+    if (r == MPT_OK) r = mpt_forward(net, s->x, s->target, s->n);
+    if (r == MPT_OK) r = mpt_backward(net);
+    if (r == MPT_OK) r = mpt_download(ctx, w + count, mpt_params_grad(params, tensor), count * sizeof *w);
+    if (r == MPT_OK) r = mpt_zero_grad(net);
+    if (r == MPT_OK) {
+        r = lens__check_tensor(net, s, tensor, w, w + count, unit, out);
+        back = mpt_params_set(params, tensor, w);
+        if (r == MPT_OK) r = back;
+    }
+    lens__free(ctx, w, bytes);
+    return r;
+}
+
+static void lens__print_derivative(lens__table *t, const char *name, const lens__derivative *d, double relative) {
+    lens__cell(t, name);
+    lens__count_cell(t, d->count);
+    lens__count_cell(t, d->checked);
+    lens__number_cell(t, d->largest);
+    lens__count_cell(t, d->element);
+    lens__number_cell(t, d->gradient);
+    lens__number_cell(t, d->difference);
+    lens__number_cell(t, relative);
+    lens__row_end(t);
+}
+
+static mpt_result lens__need_f32(const mpt_model *net) {
+    mpt_node_info node;
+    int id;
+    for (id = 1; id <= mpt_model_nodes(net); id++) {
+        LENS__TRY(mpt_model_node(net, id, &node));
+        if (node.type != MPT_F32 || (node.weight_type != MPT_DTYPE_COUNT && node.weight_type != MPT_F32))
+            return mpt_fail(mpt_model_context(net), MPT_ERROR_TYPE,
+                            "lens_gradients: '%s' is not fp32: build the model in O0", node.name);
+    }
+    return MPT_OK;
+}
+
+MPT_DEF mpt_result lens_gradients(mpt_model *net, const float *x, const void *target, int n, mpt_style style,
+                                  mpt_write write, void *user, double *worst) {
+    static const lens__column columns[] = {{"tensor", 24},  {"elements", 34}, {"checked", 43},    {"largest", 56},
+                                           {"element", 65}, {"gradient", 78}, {"difference", 91},
+                                           {"relative error", 0}};
+    mpt_context *ctx = mpt_model_context(net);
+    const lens__samples samples = {x, target, n};
+    double loss, noise, relative, all = 0;
+    lens__derivative d;
+    lens__table t;
+    int tensor;
+    if (!ctx) return MPT_ERROR_ARGUMENT;
+    LENS__TRY(lens__need_write(ctx, "lens_gradients", style, write));
+    if (!mpt_model_optimizer(net)) return mpt_fail(ctx, MPT_ERROR_ORDER, "lens_gradients: the model is not built");
+    if (!target) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "lens_gradients: target is NULL");
+    LENS__TRY(lens__need_f32(net));
+    LENS__TRY(lens__loss_of(net, &samples, &loss));
+    noise = 512 * (1 + fabs(loss)) / (1 << 23);
+    lens__table_start(&t, columns, style, write, user);
+    for (tensor = 1; tensor <= mpt_params_tensors(mpt_model_params(net)); tensor++) {
+        if (!mpt_params_grad(mpt_model_params(net), tensor)) continue; /* frozen */
+        LENS__TRY(lens__try_tensor(net, &samples, tensor, &d));
+        relative = d.off / (d.largest + noise / LENS_GRADIENT_BOUND);
+        if (!(relative <= all)) all = relative;
+        lens__print_derivative(&t, mpt_params_name(mpt_model_params(net), tensor), &d, relative);
+    }
+    if (worst) *worst = all;
     return MPT_OK;
 }
 

@@ -1050,6 +1050,91 @@ static void test_tables(mpt_context *ctx) {
     test_product_tables(ctx, MPT_O2);
 }
 
+/* ==== GRADIENTS ==== */
+
+/* y = x^2, whose derivative is 2 x; factor 1 is the mistake. */
+static mpt_result square_forward(const mpt_layer_pass *p) {
+    const float *x = (const float *)p->x.data;
+    float *y = (float *)p->y.data;
+    size_t i;
+    for (i = 0; i < p->N * FEATURES; i++) y[i] = x[i] * x[i];
+    return MPT_OK;
+}
+
+static mpt_result square_backward(const mpt_layer_pass *p) {
+    const float factor = *(const float *)p->user;
+    const float *x = (const float *)p->x.data, *dy = (const float *)p->dy.data;
+    float *dx = (float *)p->dx.data;
+    size_t i;
+    for (i = 0; i < p->N * FEATURES; i++) dx[i] = factor * x[i] * dy[i] + (p->beta_x == 0 ? 0 : p->beta_x * dx[i]);
+    return MPT_OK;
+}
+
+/* A convolution under the square, a linear layer above it. */
+static double square_worst(mpt_context *ctx, float factor, table *t) {
+    const data d = data_new(3);
+    mpt_model *net = mpt_model_new(ctx, policy_of(0));
+    mpt_layer_desc square = MPT_ZERO;
+    double worst = -1;
+    square.forward = square_forward;
+    square.backward = square_backward;
+    square.user = &factor;
+    mpt_softmax_cross_entropy(
+        net,
+        mpt_linear(net, mpt_layer(net, mpt_conv2d(net, mpt_input(net, SIDE, SIDE, CHANNELS), 3, 3, NULL), &square),
+                   CLASSES, NULL),
+        NULL);
+    CHECK_OK(ctx, mpt_model_build(net, NULL));
+    CHECK_OK(ctx, lens_gradients(net, d.x, d.label, BATCH, MPT_CSV, keep_row, t, &worst));
+    mpt_model_free(net);
+    return worst;
+}
+
+static void test_gradients(mpt_context *ctx, int accumulate) {
+    const data d = data_new(2);
+    mpt_model *net = net_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16), MPT_SCALER_STATIC, accumulate);
+    mpt_params *params = mpt_model_params(net);
+    const size_t bytes = mpt_params_count(params, 0) * sizeof(float);
+    float *before = (float *)test_memory(bytes), *after = (float *)test_memory(bytes);
+    mpt_model *half;
+    table *t = table_new();
+    double worst = -1;
+    int i, n;
+    train_steps(ctx, net, 2);
+    CHECK_OK(ctx, mpt_params_get(params, 0, before));
+    for (n = 1; n <= BATCH; n += BATCH - 1) {
+        t->rows = 0;
+        CHECK_OK(ctx, lens_gradients(net, d.x, d.label, n, MPT_CSV, keep_row, t, &worst));
+        CHECK(worst > 0 && worst <= LENS_GRADIENT_BOUND);
+        CHECK_EQUAL(t->rows, 1 + mpt_params_tensors(params));
+        for (i = 1; i < t->rows; i++) {
+            CHECK(strcmp(cell(t, i, "tensor"), mpt_params_name(params, i)) == 0);
+            CHECK(number(t, i, "relative error") <= worst * (1 + 1e-5)); /* six digits */
+        }
+    }
+    CHECK_OK(ctx, mpt_params_get(params, 0, after));
+    CHECK(memcmp(before, after, bytes) == 0);
+    train_steps(ctx, net, 1);
+    CHECK_ERROR(ctx, lens_gradients(net, d.x, NULL, 1, MPT_CSV, keep_row, t, NULL), MPT_ERROR_ARGUMENT, "target");
+    CHECK_ERROR(ctx, lens_gradients(net, d.x, d.label, 1, MPT_CSV, NULL, t, NULL), MPT_ERROR_ARGUMENT, "write");
+    CHECK_ERROR(ctx, lens_gradients(net, d.x, d.label, 6, MPT_CSV, keep_row, t, NULL), MPT_ERROR_ARGUMENT, "6");
+    CHECK(lens_gradients(NULL, d.x, d.label, 1, MPT_CSV, keep_row, t, NULL) == MPT_ERROR_ARGUMENT);
+    half = net_new(ctx, mpt_policy_preset(MPT_O1, MPT_F16), MPT_SCALER_DEFAULT, 1);
+    CHECK_ERROR(ctx, lens_gradients(half, d.x, d.label, 1, MPT_CSV, keep_row, t, NULL), MPT_ERROR_TYPE, "O0");
+    if (ON_CPU) { /* the layer's loops are the host's */
+        CHECK(square_worst(ctx, 2, t) <= LENS_GRADIENT_BOUND);
+        t->rows = 0;
+        CHECK(square_worst(ctx, 1, t) > 0.25);
+        CHECK(number(t, 1, "relative error") > 0.25); /* the convolution's is wrong, that above is not */
+        CHECK(number(t, 3, "relative error") <= LENS_GRADIENT_BOUND);
+    }
+    free(before);
+    free(after);
+    free(t);
+    mpt_model_free(net);
+    mpt_model_free(half);
+}
+
 /* ==== ERRORS ==== */
 
 static void test_errors(mpt_context *ctx) {
@@ -1160,6 +1245,7 @@ static void test_context(mpt_context *ctx, int policies) {
     }
     test_explain(ctx);
     test_tables(ctx);
+    test_gradients(ctx, 1), test_gradients(ctx, MICRO);
     test_errors(ctx);
     mpt_close(ctx);
 }
