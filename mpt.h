@@ -9126,6 +9126,14 @@ static size_t mpt__sums_apart_bytes(mpt_model *net) {
     return (size_t)net->sums_apart_count * net->params->trained * sizeof(float);
 }
 
+/* Above 0 */
+static uint32_t mpt__weights_hash(const float *weights, size_t count) {
+    uint32_t hash = 1;
+    size_t i;
+    for (i = 0; i < count; i++) hash = mpt_hash(hash, 0, i, mpt__bits(weights[i])) | 1;
+    return hash;
+}
+
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     const size_t batch = (size_t)net->train.batch, outputs = mpt__node_count(mpt__node_of(net, mpt__output_of(net)));
@@ -9150,9 +9158,8 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->sums_apart = (float *)mpt__build_alloc(net, mpt__sums_apart_bytes(net), &failed);
     if (failed) return MPT_ERROR_NO_MEMORY;
     if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
-    net->weights_sum = weights != NULL;
-    for (i = 0; (size_t)i < outputs && weights; i++)
-        net->weights_sum = mpt_hash(net->weights_sum, 0, (uint64_t)i, mpt__bits(weights[i])) | 1;
+    net->weights_sum = 0;
+    if (weights) net->weights_sum = mpt__weights_hash(weights, outputs);
     if (loss) net->opt->op.loss = &net->sums[0];
     net->opt->op.unit = mpt__passes(net) * (double)net->train.batch;
     net->opt->gather = mpt__gather_gradients;
@@ -10056,8 +10063,8 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     out->needs_gradient = node->needs_gradient;
     out->weight_type = kind.product ? node->policy.compute : MPT_DTYPE_COUNT;
     out->fused_into = node->fused ? node->in[0] : 0;
-    out->parameters = mpt_params_count(net->params, node->weight ? node->weight : -1) +
-                      mpt_params_count(net->params, node->bias ? node->bias : -1);
+    if (node->weight) out->parameters += mpt_params_count(net->params, node->weight);
+    if (node->bias) out->parameters += mpt_params_count(net->params, node->bias);
     if (kind.product)
         out->multiply_adds = mpt_params_count(net->params, node->weight) * (size_t)node->H * (size_t)node->W;
     if (node->kind == MPT__LOSS) return MPT_OK;
@@ -11593,12 +11600,15 @@ static int mpt__may_stay(const mpt__job *job, const mpt__entry *entry) {
 
 static mpt_result mpt__match_all(mpt__job *job) {
     int i;
-    if (job->load.partly) MPT__TRY(mpt__match_partly(job));
-    for (i = 0; i < job->count && !job->load.partly; i++) {
-        MPT__TRY(mpt__match(job, &job->parts[i]));
-        if (mpt__unlike(&job->parts[i])) return MPT_OK; /* see mpt__match_states */
-        MPT__TRY(mpt__match_shape(job, &job->parts[i]));
-        mpt__tell_outcome(job, job->parts[i].name, MPT_LOADED);
+    if (job->load.partly) {
+        MPT__TRY(mpt__match_partly(job));
+    } else {
+        for (i = 0; i < job->count; i++) {
+            MPT__TRY(mpt__match(job, &job->parts[i]));
+            if (mpt__unlike(&job->parts[i])) return MPT_OK; /* see mpt__match_states */
+            MPT__TRY(mpt__match_shape(job, &job->parts[i]));
+            mpt__tell_outcome(job, job->parts[i].name, MPT_LOADED);
+        }
     }
     for (i = 0; i < job->entry_count; i++) {
         if (mpt__may_stay(job, &job->entries[i])) continue;
