@@ -1107,7 +1107,7 @@ MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int node, const float *grad);
    batch. Of a head until mpt_backward, of a node of mpt_keep at any time. Waits for the device. */
 MPT_DEF mpt_result mpt_node_value(mpt_model *net, int node, float *out);
 /* dloss/dvalue of a node of mpt_keep after mpt_backward and before mpt_scaler_update, without the loss scale: of the
-   mean loss of the pass, if it was the first of its step or as large as that. */
+   sum of the losses of the pass, divided by `batch`; of a loss of your own, of that. */
 MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int node, float *out);
 /* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. optimizer.zero_grad() in
    torch */

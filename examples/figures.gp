@@ -127,3 +127,7 @@ set output picture('12_own_layer')
 set title 'A CNN with PReLU on the digits'
 unset xlabel; set ylabel 'test digits right, %'; set style data histograms; set yrange [0:100]; unset key
 plot file('12_own_layer') using 2:xtic(1) lt 5 dt 1
+
+set output picture('13_fine_tune')
+set title 'Digits of another scanner, 5 samples of each'
+plot file('13_fine_tune') using 2:xtic(1) lt 5 dt 1
