@@ -454,6 +454,26 @@ static void test_inference(mpt_level level, mpt_dtype type) {
     CHECK(test_counter_clean(&counter));
 }
 
+/* Frozen tensors start from the same values: weights by their fan, biases by theirs. */
+static void test_frozen_start(mpt_context *ctx) {
+    const mpt_train_desc train = training(1);
+    mpt_model *net[2];
+    float *w[2];
+    size_t count = 0;
+    int i;
+    for (i = 0; i < 2; i++) {
+        net[i] = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        mpt_mse(net[i], tower(net[i], i * LAYERS, NULL));
+        CHECK_OK(ctx, mpt_model_build(net[i], &train));
+        w[i] = weights_of(ctx, net[i], &count);
+    }
+    CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
+    for (i = 0; i < 2; i++) {
+        free(w[i]);
+        mpt_model_free(net[i]);
+    }
+}
+
 static void test_frozen_errors(mpt_context *ctx) {
     const problem p = problem_new();
     mpt_params *params = mpt_params_new(ctx, NULL);
@@ -787,6 +807,7 @@ int main(int argc, char **argv) {
     }
     RUN_TEST(test_rates(ctx));
     RUN_TEST(test_frozen_batch_norm(ctx));
+    RUN_TEST(test_frozen_start(ctx));
     RUN_TEST(test_frozen_errors(ctx));
     for (level = 0; level < 3; level++) {
         RUN_TEST(test_own_layer(ctx, mpt_policy_preset((mpt_level)level, MPT_F16)));
