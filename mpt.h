@@ -1068,7 +1068,7 @@ typedef struct mpt_train_desc {
     int accumulate;               /* micro-batches whose gradients make one step; 0: 1 */
     mpt_optimizer_desc optimizer; /* all zero: mpt_adam(1e-3) */
     mpt_scaler_desc scaler;       /* all zero: dynamic where the policy computes in fp16, else off */
-    double clip_norm;             /* 0: no clipping */
+    double clip_norm;             /* of mpt_train_step; 0: no clipping. In the parts, mpt_clip_norm does it */
     uint64_t seed;                /* of the initial weights */
     int inference;   /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
                                      masters: gamma and beta of norms are of that type, too */
