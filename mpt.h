@@ -1049,10 +1049,11 @@ MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy);
 MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
 
 /* One of several ranks that train one model together, each on its own samples: processes on one machine or on many,
-   joined by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one
-   rank with accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of
-   the two whose `accumulate` is a power of two. Every rank makes the same calls. mpt opens no connection:
-   examples/mpi.h is `sum` over MPI. */
+   joined by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one rank
+   with accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of the two
+   whose `accumulate` is a power of two. Only running statistics of batch norm are others: the passes of one rank move
+   them one after the other, and ranks take the mean of where theirs have moved. Every rank makes the same calls. mpt
+   opens no connection: examples/mpi.h is `sum` over MPI. */
 typedef struct mpt_ranks {
     int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
     /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,

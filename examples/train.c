@@ -12,8 +12,9 @@
    On several processors or machines, by MPI: `make build/examples/train_mpi`, then
    `mpirun -np 4 build/examples/train_mpi --mpi --threads 1`. Each rank trains on its share of every step, rank 0 prints
    and saves. A step has ranks x accumulate x batch samples: the same weights, to the bit, come of 4 ranks, of 2 ranks
-   with --accumulate 2 and of one with --accumulate 4, and a run goes on from a checkpoint at another number of ranks if
-   batch and ranks x accumulate are the same. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
+   with --accumulate 2 and of one with --accumulate 4 (not the running statistics of batch norm: see mpt_ranks), and a
+   run goes on from a checkpoint at another number of ranks if batch and ranks x accumulate are the same; every rank
+   reads the data and that file. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
    saved. (mpirun hands it on; Ctrl-C it takes for itself.)                                                           */
 
 #define _POSIX_C_SOURCE 200809L

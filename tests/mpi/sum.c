@@ -1,5 +1,5 @@
-/* sum.c - examples/mpi.h from within, for tests/train/mpi.sh: sum | bytes | label | error | killed. Run by mpirun. What
-   rank 0 finds it prints; exit status 1 where a check fails on any rank. */
+/* sum.c - examples/mpi.h from within, for tests/train/mpi.sh: sum | bytes | label | error | killed, and for
+   people `time`. Run by mpirun. What rank 0 finds it prints; exit status 1 where a check fails on any rank. */
 #define _POSIX_C_SOURCE 200809L
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
@@ -105,6 +105,28 @@ static void check_bytes(rank *me) {
     mpt_model_free(net);
 }
 
+/* Seconds of a sum, the least of many. */
+static void print_times(rank *me) {
+    const size_t counts[] = {1, 1000, 10000, 100000, 1000000};
+    float *x = (float *)calloc(1000000, sizeof *x);
+    size_t c;
+    if (!x) exit(1);
+    for (c = 0; c < sizeof counts / sizeof *counts; c++) {
+        double least = 1;
+        int repeat;
+        for (repeat = 0; repeat < 100; repeat++) {
+            double began;
+            MPI_Barrier(MPI_COMM_WORLD);
+            began = MPI_Wtime();
+            check(me, me->ranks.sum(me->ranks.user, x, counts[c]) == MPT_OK, "sum");
+            if (MPI_Wtime() - began < least) least = MPI_Wtime() - began;
+        }
+        if (me->ranks.rank == 0)
+            printf("%d ranks: the sum of %7zu floats %8.1f us\n", me->ranks.ranks, counts[c], 1e6 * least);
+    }
+    free(x);
+}
+
 /* The rank with the bad label is told, all skip the step and go on alike. */
 static void check_label(rank *me) {
     mpt_model *net = perceptron(me);
@@ -154,7 +176,8 @@ int main(int argc, char **argv) {
         const char *name;
         void (*run)(rank *me);
     } parts[] = {
-        {"sum", check_sum}, {"bytes", check_bytes}, {"label", check_label}, {"error", check_error}, {"killed", die}};
+        {"sum", check_sum},     {"bytes", check_bytes}, {"time", print_times},
+        {"label", check_label}, {"error", check_error}, {"killed", die}};
     mpt_context_desc desc = MPT_ZERO;
     rank me = MPT_ZERO;
     size_t i;

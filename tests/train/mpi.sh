@@ -75,6 +75,21 @@ for model in mlp cnn; do
         done
     done
 done
+
+# With dropout: the larger CNN, on the digits as if they were another set of images.
+mkdir "$t/images"
+for set in train t10k; do
+    cp examples/data/digits/images.idx3-ubyte "$t/images/$set-images-idx3-ubyte"
+    cp examples/data/digits/labels.idx1-ubyte "$t/images/$set-labels-idx1-ubyte"
+done
+options="--data $t/images --model cnn --policy O2 --type f16 --epochs 1 --batch 16"
+trained alone 1 $options --accumulate 4
+for np in 2 4; do
+    trained ranks $np $options --accumulate $((4 / np))
+    cmp -s "$t/alone" "$t/ranks"
+    check $? "with dropout $np ranks differ from one"
+done
+
 trained three 3 --model cnn --policy O2 --type f16 --epochs 1 --csv "$t/three.csv"
 [ "$(wc -l <"$t/three.csv")" -eq 2 ] && [ "$(grep -c '^model' "$t/out")" -ge 1 ] && [ -s "$t/three" ]
 check $? "3 ranks: one CSV file, one table, one checkpoint: $(cat "$t/three.csv" "$t/out")"
