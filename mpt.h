@@ -261,7 +261,7 @@ typedef struct mpt_context_desc {
     void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent */
     void *user;                                                     /* handed to the three calls above */
 
-    int threads;   /* 0: one per processor that the process may run on; 1: none but the caller's */
+    int threads;   /* 0: one per processor that the process, or its container, may use; 1: none but the caller's */
     int reference; /* 1: operations are the plain loops of REFERENCE, slow and easy to read; to compare with */
     mpt_isa isa;   /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
 } mpt_context_desc;
@@ -2565,7 +2565,11 @@ static void mpt__threads_stop(mpt_context *ctx) {
     ctx->pool = NULL;
 }
 
-/* Processors that this process may run on, which its affinity or a container may limit */
+#if defined(__linux__) && !defined(MPT_NO_STDIO)
+#include <stdio.h>
+#endif
+
+/* Processors that this process may run on, which its affinity may limit */
 #if defined(__linux__) && defined(MPT__POSIX)
 MPT__SYSTEM(int, sched_getaffinity, (int process, size_t bytes, void *mask))
 static long mpt__processors(void) {
@@ -2582,10 +2586,36 @@ static long mpt__processors(void) { return pthread_num_processors_np(); } /* whi
 static long mpt__processors(void) { return sysconf(_SC_NPROCESSORS_ONLN); }
 #endif
 
+/* Processors' worth of time that a control group grants, rounded up, from its cpu.max: "150000 100000" are 2, "max
+   100000" is no limit, 0. */
+static long mpt__quota_of(const char *text) {
+    long number[2] = {0, 0};
+    int i;
+    for (i = 0; i < 2; i++) {
+        while (*text == ' ') text++;
+        for (; *text >= '0' && *text <= '9' && number[i] < 0x7fffffff / 10; text++)
+            number[i] = 10 * number[i] + (*text - '0');
+    }
+    if (number[0] <= 0 || number[1] <= 0) return 0;
+    return (number[0] + number[1] - 1) / number[1];
+}
+
+/* The limit of a container, which sees its own group there; 0: none, or none that can be read. */
+static long mpt__quota(void) {
+    char text[64] = {0};
+#if defined(__linux__) && !defined(MPT_NO_STDIO)
+    FILE *file = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (file && !fgets(text, sizeof text, file)) text[0] = 0;
+    if (file) fclose(file);
+#endif
+    return mpt__quota_of(text);
+}
+
 static mpt_result mpt__threads_start(mpt_context *ctx) {
     mpt__threads *pool;
     if (ctx->threads == 0) {
-        const long online = mpt__processors();
+        const long quota = mpt__quota(), processors = mpt__processors();
+        const long online = quota > 0 && quota < processors ? quota : processors;
         ctx->threads = 1;
         if (online > 1) ctx->threads = (int)mpt__min((size_t)online, MPT__MAX_THREADS);
     }

@@ -386,8 +386,23 @@ static void test_watched(void) {
     free(alone);
 }
 
+/* What a container's cpu.max grants. No call outside tells what was read there. */
+static void test_quota(void) {
+#ifndef MPT_NO_THREADS
+    CHECK_EQUAL(mpt__quota_of("max 100000\n"), 0);
+    CHECK_EQUAL(mpt__quota_of("200000 100000\n"), 2);
+    CHECK_EQUAL(mpt__quota_of("150000 100000\n"), 2);
+    CHECK_EQUAL(mpt__quota_of("50000 100000\n"), 1);
+    CHECK_EQUAL(mpt__quota_of(""), 0);
+    CHECK_EQUAL(mpt__quota_of("100000"), 0);
+    CHECK_EQUAL(mpt__quota_of("-1 100000"), 0);
+    CHECK(mpt__quota_of("99999999999999999999 1") > 0);
+#endif
+}
+
 int main(int argc, char **argv) {
     test_begin(argc, argv);
+    RUN_TEST(test_quota());
 #if defined(MPT_TEST_RUNNER) /* which, unlike CUDA, lets no thread allocate while another captures a step */
     test_counts.skipped++;
 #elif !defined(MPT_NO_THREADS)
