@@ -34,22 +34,25 @@ RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh
 hash   := \#
 has     = $(shell echo '$(hash)include <$(3)>' | $(1) -E -x $(2) - >/dev/null 2>&1 && echo yes)
 
-# zlib is optional: with it examples/train reads .gz files as they are.
+# zlib is optional: with it the trainer reads .gz files as they are.
 ZLIB   := $(call has,$(CC),c,zlib.h)
-PACKED := $(BUILD)/examples/train $(BUILD)/tests/train/readers
+PACKED := $(BUILD)/examples/train $(BUILD)/examples/train_mpi $(BUILD)/tests/train/readers
 $(PACKED): private DEFINES = $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/train.c
 
-# MPI is optional: with it there is a trainer for several ranks.
-MPICC  := $(shell command -v mpicc 2>/dev/null)
+# MPI is optional: where mpicc is, and CC links with the flags that it adds (`mpicc -show` is a compiler and them), there
+# is a trainer for several ranks.
+MPI    := $(shell flags=$$(mpicc -show 2>/dev/null | cut -d' ' -f2-) && \
+	echo 'int main(void) { return 0; }' | $(CC) -x c - $$flags -o /dev/null 2>/dev/null && echo "$$flags")
+RANKS  := $(if $(MPI),$(BUILD)/examples/train_mpi)
 
 # What peers.cpp measures beside mpt, where it is installed.
 PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
 .PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean help detect FORCE
 
-all: detect $(EXAMPLES) $(if $(MPICC),$(BUILD)/examples/train_mpi)
+all: detect $(EXAMPLES) $(RANKS)
 
 run: detect $(BUILD)/examples/train
 	$(BUILD)/examples/train --csv $(BUILD)/digits.csv
@@ -57,7 +60,7 @@ run: detect $(BUILD)/examples/train
 course: detect $(EXAMPLES)
 	@BUILD=$(BUILD) JOBS=$(JOBS) sh examples/course.sh
 
-test: detect $(EXAMPLES) $(if $(MPICC),$(BUILD)/examples/train_mpi) $(TESTS)
+test: detect $(EXAMPLES) $(RANKS) $(TESTS)
 	@$(RUN_TESTS) $(SCRIPTS) $(TESTS)
 
 test-long: detect $(LONG)
@@ -89,10 +92,9 @@ bench-peers: detect $(BUILD)/tests/bench/bench $(if $(PEERS),$(BUILD)/tests/benc
 	@$(if $(PEERS),for t in 1 2; do OMP_NUM_THREADS=$$t OPENBLAS_NUM_THREADS=$$t $(BUILD)/tests/bench/peers $$t; done)
 	@$(PYTHON) tests/bench/peers.py $(BUILD)/tests/bench/bench
 
-# mpicc -show: the compiler and the flags that it adds, which are all but the first word
 $(BUILD)/examples/train_mpi: examples/train.c $(HEADERS) $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(COMPILE) -DMPT_TRAINER_MPI -I. $< -o $@ $(wordlist 2,99,$(shell mpicc -show)) $(LIBS)
+	$(COMPILE) $(DEFINES) -DMPT_TRAINER_MPI -I. $< -o $@ $(MPI) $(LIBS)
 
 $(BUILD)/tests/bench/peers: tests/bench/peers.cpp $(HEADERS)
 	@mkdir -p $(@D)
