@@ -143,6 +143,7 @@ else
     bars 11_own_loss 0 1 3 10 "Steps that the pole stands by iteration, O2 fp16"
     bars 12_own_layer 0 1 2 1 "Digits right with PReLU, %"
     bars 13_fine_tune 0 1 2 1 "Digits of another scanner right, 5 samples of each, %"
+    bars 14_distill 0 1 3 1 "Digits right of an MLP with a teacher, %"
 fi
 if [ -n "$left_out" ]; then printf '\nLeft out, and the package of Debian that brings it:\n%s' "$left_out"; fi
 echo "course: $passed passed, $failed failed"

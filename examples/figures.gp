@@ -131,3 +131,7 @@ plot file('12_own_layer') using 2:xtic(1) lt 5 dt 1
 set output picture('13_fine_tune')
 set title 'Digits of another scanner, 5 samples of each'
 plot file('13_fine_tune') using 2:xtic(1) lt 5 dt 1
+
+set output picture('14_distill')
+set title 'A small MLP with 100 labels, and with a teacher'; set key
+plot file('14_distill') using 2:xtic(1) lt 5 dt 1 title '100 labels', '' using 3 lt 1 title 'and the teacher'
