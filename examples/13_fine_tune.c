@@ -40,7 +40,8 @@ static mpt_model *new_net(const course *c, mpt_context *ctx, kind k, uint64_t se
 }
 
 /* Steps on batches drawn from the first n of `from`, a list of samples. */
-static void learn(const course *c, mpt_model *net, const course_digits *d, const int *from, int n, int steps, uint64_t seed) {
+static void learn(const course *c, mpt_model *net, const course_digits *d, const int *from, int n, int steps,
+                  uint64_t seed) {
     static float x[BATCH * PIXELS];
     static int32_t y[BATCH];
     for (int step = 0; step < steps; step++) {

@@ -804,7 +804,7 @@ static mpt_result lens__loss_at(mpt_model *net, const lens__samples *s, int tens
     return r == MPT_OK ? lens__loss_of(net, s, loss) : r;
 }
 
-/* The differences of the loss to both sides, up and down by h: what is nearer to `gradient` than *nearest goes there. */
+/* The differences of the loss to both sides, up and down by h: what is nearer to `gradient` than *nearest goes in. */
 static mpt_result lens__differences(mpt_model *net, const lens__samples *s, int tensor, float *w, size_t element,
                                     double loss, float h, double gradient, double *nearest) {
     const float up = w[element] + h, down = w[element] - h;
