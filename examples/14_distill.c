@@ -4,7 +4,7 @@
 
    Distillation (Hinton et al. 2015): a CNN that has learnt the digits is the teacher of a small MLP. The MLP ends in
    its logits; the loss is a program's: cross-entropy with the label, and T^2 times that with what the teacher says,
-   both softened by a temperature T. Only 100 digits have labels; the teacher has seen those of all, and answers for any.
+   both softened by a temperature T. Only 100 digits have labels; the teacher saw those of all, and answers for any.
    You will see: in fp32 and in fp16 alike the MLP that listens has more test digits right.    Takes about 5 s.       */
 
 #define MPT_IMPLEMENTATION
