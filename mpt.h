@@ -1223,8 +1223,8 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
 
    Loading reads and checks everything before it changes the model, so that a file is loaded whole or not at all; what
    does not fit the model is told from the header, before any data is read. Taken and refused is what the safetensors
-   library takes and refuses, but for a name with a 0 in it, which is refused. The model is a built one, between steps:
-   MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
+   library takes and refuses, but for a name with a 0 in it and two tensors of one name, which are refused. The model
+   is a built one, between steps: MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
 
    What ends in _memory reads or writes the same bytes in the caller's memory. Saving there: *size is how many they are;
    buffer NULL: they are only counted; MPT_ERROR_ARGUMENT, and nothing written, if capacity is less. After another error
