@@ -124,11 +124,11 @@
    9. Open ends. A model without a loss node ends in heads, the nodes that nothing reads; compute a loss of your own
    from their values:
 
-       mpt_forward(net, images, NULL, n);
-       mpt_node_value(net, head, y);                            n x elements floats
-       ...                                                      grad = dloss/dy
-       mpt_output_grad(net, head, grad);                        for each head
-       mpt_backward(net);                                       then mpt_unscale, ... as in 2
+         mpt_forward(net, images, NULL, n);
+         mpt_node_value(net, head, y);                            n x elements floats
+         ...                                                      grad = dloss/dy
+         mpt_output_grad(net, head, grad);                        for each head
+         mpt_backward(net);                                       then mpt_unscale, ... as in 2
 
    A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
    readable, the input's too.
