@@ -386,7 +386,7 @@ static void test_watched(void) {
     free(alone);
 }
 
-/* What a container's cpu.max grants. No call outside tells what was read there. */
+/* What a container's cpu.max grants: by mpt's private names, for no call tells what was read there. */
 static void test_quota(void) {
 #ifndef MPT_NO_THREADS
     CHECK_EQUAL(mpt__quota_of("max 100000\n"), 0);
