@@ -50,7 +50,8 @@ RANKS  := $(if $(MPI),$(BUILD)/examples/train_mpi)
 # What peers.cpp measures beside mpt, where it is installed.
 PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
-.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean help detect FORCE
+.PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean \
+	help detect FORCE
 
 all: detect $(EXAMPLES) $(RANKS)
 
@@ -60,7 +61,7 @@ run: detect $(BUILD)/examples/train
 course: detect $(EXAMPLES)
 	@BUILD=$(BUILD) JOBS=$(JOBS) sh examples/course.sh
 
-test: detect $(EXAMPLES) $(RANKS) $(TESTS)
+test: detect $(filter %/train %/csv,$(EXAMPLES)) $(TESTS)
 	@$(RUN_TESTS) $(SCRIPTS) $(TESTS)
 
 test-long: detect $(LONG)
