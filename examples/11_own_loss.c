@@ -77,7 +77,7 @@ static void advantages(const record *r, int baseline, double *advantage) {
     for (int n = 1; n <= STEPS; n++) earns[n] = 1 + 0.99 * earns[n - 1];
     memset(mean, 0, sizeof mean);
     for (int i = 0; i < r->rows && baseline; i++)
-        mean[r->time[i]] += earns[r->length[r->game[i]] - r->time[i]] / GAMES;
+        mean[r->time[i]] += earns[r->length[r->game[i]] - r->time[i]] / (double)GAMES;
     for (int i = 0; i < r->rows; i++) {
         advantage[i] = earns[r->length[r->game[i]] - r->time[i]] - mean[r->time[i]];
         square += advantage[i] * advantage[i] / r->rows;
@@ -100,7 +100,7 @@ static double learn(const course *c, mpt_context *ctx, mpt_level level, uint64_t
     train.optimizer.schedule.steps = ITERATIONS;
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
     for (uint64_t i = 0; i < ITERATIONS; i++) {
-        curve[i] += play(c, net, seed, i, GAMES, r) / SEEDS;
+        curve[i] += play(c, net, seed, i, GAMES, r) / (double)SEEDS;
         advantages(r, c->number > 0, advantage);
         course_need(c, mpt_forward(net, r->state[0], NULL, r->rows) == MPT_OK, mpt_why(ctx));
         course_need(c, mpt_node_value(net, head, r->logits[0]) == MPT_OK, mpt_why(ctx));

@@ -81,7 +81,7 @@ static mpt_model *new_net(const course *c, mpt_context *ctx, mpt_policy policy, 
     mpt_train_desc train = MPT_ZERO;
     mpt_model *net = mpt_model_new(ctx, policy);
     int h = mpt_conv2d(net, mpt_input(net, SIDE, SIDE, 1), CHANNELS, 3, NULL);
-    h = mpt_avg_pool2d(net, prelu_layer(net, h, me, CHANNELS, PIXELS * CHANNELS), 2, NULL);
+    h = mpt_avg_pool2d(net, prelu_layer(net, h, me, CHANNELS, (int)PIXELS * (int)CHANNELS), 2, NULL);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     train.batch = BATCH;
     train.optimizer = mpt_adam(1e-2);
@@ -97,7 +97,7 @@ static void print_line(const char *line, void *user) {
 int main(int argc, char **argv) {
     course c = course_begin(argc, argv, "12_own_layer", "forgets", 0);
     static const char *const names[] = {"fp32", "O2 bf16", "O2 fp16"};
-    static float x[BATCH * PIXELS];
+    static float x[(int)BATCH * (int)PIXELS];
     static int32_t y[BATCH];
     mpt_context *ctx = mpt_open(NULL);
     prelu me = {0, 0, 0};
@@ -121,7 +121,7 @@ int main(int argc, char **argv) {
         mpt_metrics test;
         mpt_model *net = new_net(&c, ctx, mpt_policy_preset(w ? MPT_O2 : MPT_O0, w == 1 ? MPT_BF16 : MPT_F16), &me);
         mpt_params *params = mpt_model_params(net);
-        for (uint64_t step = 0; step < EPOCHS * TRAINING / BATCH; step++) {
+        for (uint64_t step = 0; step < (int)EPOCHS * (int)TRAINING / BATCH; step++) {
             course_batch(d, 1, step, BATCH, x, y);
             course_need(&c, mpt_train_step(net, x, y) == MPT_OK, mpt_why(ctx));
         }

@@ -42,7 +42,7 @@ static mpt_model *new_net(const course *c, mpt_context *ctx, kind k, uint64_t se
 /* Steps on batches drawn from the first n of `from`, a list of samples. */
 static void learn(const course *c, mpt_model *net, const course_digits *d, const int *from, int n, int steps,
                   uint64_t seed) {
-    static float x[BATCH * PIXELS];
+    static float x[(int)BATCH * (int)PIXELS];
     static int32_t y[BATCH];
     for (int step = 0; step < steps; step++) {
         for (int i = 0; i < BATCH; i++) {
@@ -115,7 +115,7 @@ int main(int argc, char **argv) {
             if (w) course_need(&c, mpt_weights_load_memory(net, file, size, &load) == MPT_OK, mpt_why(ctx));
             learn(&c, net, shifted, list, n, STEPS, seed);
             last = right(&c, net, shifted);
-            mean[w] += last / SEEDS;
+            mean[w] += last / (double)SEEDS;
             all[w] = bytes(net, &training[w]);
             if (w && seed == SEEDS) tuned = save(&c, net, &size);
             mpt_model_free(net);
@@ -124,7 +124,7 @@ int main(int argc, char **argv) {
     net = new_net(&c, ctx, kinds[2], 1);
     course_need(&c, mpt_weights_load_memory(net, tuned, size, NULL) == MPT_OK, mpt_why(ctx));
     all[2] = bytes(net, &training[2]);
-    course_claim(&c, fabs(right(&c, net, shifted) - last) < 0.5 / TEST, "the inference net predicts the same");
+    course_claim(&c, fabs(right(&c, net, shifted) - last) < 0.5 / (double)TEST, "the inference net predicts the same");
     mpt_model_free(net);
     printf("%-14s%18s%18s%10s\n", "", "right, 5 seeds", "for training", "all bytes");
     for (int w = 0; w < 2; w++) {

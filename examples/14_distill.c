@@ -24,7 +24,7 @@ static mpt_train_desc training(uint64_t seed, uint64_t steps) {
 }
 
 static mpt_model *new_teacher(const course *c, mpt_context *ctx, const course_digits *d) {
-    static float x[BATCH * PIXELS];
+    static float x[(int)BATCH * (int)PIXELS];
     static int32_t y[BATCH];
     const mpt_train_desc train = training(1, TEACHER_STEPS);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
@@ -60,7 +60,7 @@ static void gradient(float (*logits)[CLASSES], float (*teacher)[CLASSES], const 
         for (int k = 0; k < CLASSES; k++) {
             double g = y[i] < 0 ? 0 : p[k] - (k == y[i]);
             if (T > 0) g += T * (soft[k] - told[k]);
-            grad[i][k] = (float)(g / BATCH);
+            grad[i][k] = (float)(g / (double)BATCH);
         }
     }
 }
@@ -76,7 +76,7 @@ static double right(const course *c, mpt_model *net, const course_digits *d) {
             if (logits[i][k] > logits[i][best]) best = k;
         good += best == d->y[TRAINING + i];
     }
-    return (double)good / TEST;
+    return (double)good / (double)TEST;
 }
 
 /* Returns the accuracy of an MLP that has learnt from the labels, and with T above 0 from the teacher, too. */
@@ -125,7 +125,7 @@ int main(int argc, char **argv) {
         for (uint64_t seed = 1; seed <= SEEDS; seed++)
             for (int listens = 0; listens < 2; listens++)
                 mean[listens] +=
-                    learn(&c, ctx, w ? MPT_O2 : MPT_O0, teacher, d, listens ? c.number : 0, seed) / SEEDS;
+                    learn(&c, ctx, w ? MPT_O2 : MPT_O0, teacher, d, listens ? c.number : 0, seed) / (double)SEEDS;
         printf("%-16s%10.2f %%%16.2f %%\n", w ? "O2 fp16" : "fp32", 100 * mean[0], 100 * mean[1]);
         course_data(&c, "\"%s\" %.3f %.3f\n", w ? "O2 fp16" : "fp32", 100 * mean[0], 100 * mean[1]);
         course_claim(&c, mean[1] > mean[0] + 0.03, "the teacher is worth more than 3 % of the digits");

@@ -661,7 +661,7 @@ static double weighted_loss(const float *out, const samples *s, int n, const mpt
     int row, j;
     for (row = 0; row < n; row++) {
         const float *x = out + row * CLASSES;
-        const double smooth_share = (double)desc->label_smoothing / CLASSES;
+        const double smooth_share = (double)desc->label_smoothing / (double)CLASSES;
         double total = 0;
         if (s->label[row] == desc->ignore_index) continue;
         for (j = 0; j < CLASSES; j++) total += exp((double)x[j]);

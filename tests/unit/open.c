@@ -105,7 +105,7 @@ static void test_own_loss(mpt_context *ctx, mpt_policy policy, int accumulate) {
         off = fmax(off, fabs((double)a[i] - (double)b[i]));
     }
     CHECK(moved > 0.01);
-    CHECK_NEAR(off, 0, moved * unit * STEPS * 10);
+    CHECK_NEAR(off, 0, moved * unit * 10 * (double)STEPS);
     free(start);
     free(a);
     free(b);
