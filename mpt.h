@@ -10859,7 +10859,7 @@ static mpt_result mpt__state_new(mpt__job *job) {
     job->state = state;
     state->slices = (mpt_slice *)(state + 1);
     state->lr = mpt_optimizer_get_desc(opt).lr;
-    memcpy(state->slices, opt->slices, table);
+    if (table) memcpy(state->slices, opt->slices, table);
     MPT__TRY(mpt_optimizer_get_state(job->net->opt, &state->optimizer));
     return mpt_scaler_get_state(job->net->scaler, &state->scaler);
 }
@@ -11768,9 +11768,8 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     mpt__stage_set(job->net, MPT__BETWEEN); /* no backward pass can follow */
     for (i = 0; i < job->count; i++) MPT__TRY(mpt__upload_part(job, &job->parts[i]));
     if (!job->full) return MPT_OK;
-    memcpy(opt->slices, state->slices, table);
-    MPT__TRY(mpt_upload(job->ctx, mpt_typed_array(opt->op.slices, MPT_F32).data, opt->slices, table));
-    MPT__TRY(mpt_optimizer_set_lr(opt, state->lr));
+    if (table) memcpy(opt->slices, state->slices, table);
+    MPT__TRY(mpt_optimizer_set_lr(opt, state->lr)); /* uploads them */
     MPT__TRY(mpt_optimizer_set_state(opt, &state->optimizer));
     return mpt_scaler_set_state(job->net->scaler, &state->scaler);
 }

@@ -478,6 +478,8 @@ static void test_frozen_errors(mpt_context *ctx) {
     const problem p = problem_new();
     mpt_params *params = mpt_params_new(ctx, NULL);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    size_t size = 0;
+    void *file;
     CHECK_EQUAL(mpt_params_add(params, "a", 3, MPT_GROUP_FROZEN | MPT_GROUP_WEIGHT), 1);
     CHECK_EQUAL(mpt_params_add(params, "b", 3, MPT_GROUP_WEIGHT), 0);
     test_check_reason(ctx, "frozen", __FILE__, __LINE__);
@@ -485,6 +487,11 @@ static void test_frozen_errors(mpt_context *ctx) {
     mpt_softmax_cross_entropy(net, tower(net, LAYERS, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_ERROR(ctx, mpt_train_step(net, p.x, p.label), MPT_ERROR_ORDER, "frozen");
+    CHECK_OK(ctx, mpt_checkpoint_save_memory(net, NULL, 0, &size)); /* it has no moments, and goes both ways */
+    file = test_memory(size);
+    CHECK_OK(ctx, mpt_checkpoint_save_memory(net, file, size, &size));
+    CHECK_OK(ctx, mpt_checkpoint_load_memory(net, file, size));
+    free(file);
     mpt_model_free(net);
 }
 
