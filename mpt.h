@@ -1093,9 +1093,9 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *ta
 MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const float *x, const void *target, size_t samples);
 
 /* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
-   their losses, times scale / (accumulate * W), to the parameter gradients; the first call after a step overwrites
-   them. W is `batch`. mpt_unscale divides by the weight of all passes instead:
-   passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
+   their losses, times scale / (accumulate * batch), to the parameter gradients; the first call after a step overwrites
+   them. mpt_unscale divides by the weight of all passes instead: passes may have different numbers of samples, and
+   there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 
@@ -9714,7 +9714,7 @@ static uint64_t mpt__slot_word(const mpt_model *net, int rank, int i) {
     return word;
 }
 
-/* A hash of what must be the same on all ranks: layers, settings, initial weights. 0: no memory. */
+/* A hash of what must be the same on all ranks: layers, settings, initial weights. *failed: there was no memory for them. */
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
     const mpt_train_desc *t = &net->train;

@@ -191,17 +191,24 @@ static problem *problem_new(void) {
     return p;
 }
 
-/* 1 x 4, 2 x 2 and 4 x 1, and 1 x 3 and 3 x 1: the same weights on every rank. */
-static void test_same_bits(int net, mpt_policy policy, int passes) {
-    problem *p = problem_new();
-    rank like, one[MOST], some[MOST];
-    int ranks, r, step;
+/* What all ranks of a test are told alike. */
+static rank like_of(int net, mpt_policy policy, const problem *p) {
+    rank like;
     memset(&like, 0, sizeof like);
     like.net = net;
     like.policy = policy;
     like.seed = 11;
     like.bad = -1;
     like.p = p;
+    return like;
+}
+
+/* 1 x 4, 2 x 2 and 4 x 1, and 1 x 3 and 3 x 1: the same weights on every rank. */
+static void test_same_bits(int net, mpt_policy policy, int passes) {
+    problem *p = problem_new();
+    const rank like = like_of(net, policy, p);
+    rank one[MOST], some[MOST];
+    int ranks, r, step;
     reset(one, MOST);
     reset(some, MOST);
     run(one, &like, 1, passes);
@@ -228,13 +235,9 @@ static void test_same_bits(int net, mpt_policy policy, int passes) {
 /* A rank with a bad label returns its reason; all skip that step, and go on together. */
 static void test_bad_label(void) {
     problem *p = problem_new();
-    rank like, some[MOST];
+    const rank like = like_of(1, mpt_policy_preset(MPT_O2, MPT_F16), p);
+    rank some[MOST];
     int r;
-    memset(&like, 0, sizeof like);
-    like.net = 1;
-    like.policy = mpt_policy_preset(MPT_O2, MPT_F16);
-    like.seed = 11;
-    like.p = p;
     reset(some, MOST);
     some[1].bad = 2;
     run(some, &like, 3, 1);
@@ -253,12 +256,9 @@ static void test_bad_label(void) {
 /* Ranks that are not alike find out when they build. */
 static void test_other_models(void) {
     problem *p = problem_new();
-    rank like, some[MOST];
+    const rank like = like_of(0, mpt_policy_preset(MPT_O0, MPT_F16), p);
+    rank some[MOST];
     int r;
-    memset(&like, 0, sizeof like);
-    like.policy = mpt_policy_preset(MPT_O0, MPT_F16);
-    like.seed = 11;
-    like.p = p;
     reset(some, MOST);
     some[2].seed = 12;
     run(some, &like, 3, 1);
