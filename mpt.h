@@ -9714,7 +9714,8 @@ static uint64_t mpt__slot_word(const mpt_model *net, int rank, int i) {
     return word;
 }
 
-/* A hash of what must be the same on all ranks: layers, settings, initial weights. *failed: there was no memory for them. */
+/* A hash of what must be the same on all ranks: layers, settings, initial weights. *failed: there was no memory for
+   it. */
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
     const mpt_train_desc *t = &net->train;

@@ -28,6 +28,7 @@ for program; do
         echo "$program: exit status $status, closing line ${counts:-missing}"
         failed=$((failed + 1))
     fi
+    [ "$2" -eq 0 ] || echo "$program: $2 failed, see $log"
     passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + ${3:-0}))
 done
 [ "$skipped" -eq 0 ] && tail= || tail=", $skipped skipped"
