@@ -1089,6 +1089,14 @@ static void mptc__sums_wait(mpt_context *ctx, size_t rows, size_t C, mpt_array d
     mptc__of(ctx)->held.sums = sums;
 }
 
+/* The end of that operation: sums that no product took along are made now. Those of one that failed are not wanted. */
+static mpt_result mptc__sums_end(mpt_context *ctx, mpt_result result) {
+    int *bias = &mptc__of(ctx)->held.bias;
+    if (*bias && result == MPT_OK) return mptc__held_do(ctx);
+    *bias = 0;
+    return result;
+}
+
 /* ==== PRODUCTS ====
 
    cuBLAS multiplies matrices stored by columns. A row-major matrix is its transpose stored by columns, so
@@ -1381,7 +1389,7 @@ static size_t mptc__slice_rows(const mptc__device *device, size_t rows, size_t e
     return mptc__min(rows, fit ? fit : 1);
 }
 
-static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
+static mpt_result mptc__gemm_run(mpt_context *ctx, const mpt_gemm_op *user) {
     mptc__device *device = mptc__of(ctx);
     mpt_gemm_op op = *user;
     const size_t a_count = op.trans_a ? mptc__span(op.k, op.m, op.lda) : mptc__span(op.m, op.k, op.lda);
@@ -1404,7 +1412,11 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *user) {
         op.c = mptc__at(all.c, row * all.ldc);
         MPTC__TRY(mptc__product(ctx, &op));
     }
-    return device->held.bias ? mptc__held_do(ctx) : MPT_OK;
+    return MPT_OK;
+}
+
+static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *op) {
+    return mptc__sums_end(ctx, mptc__gemm_run(ctx, op));
 }
 
 /* -- Convolution --
@@ -1685,8 +1697,7 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
         MPTC__TRY(mptc__gather_rows(ctx, op, all->b, row, g.k, ld, at));
         MPTC__TRY(mptc__product(ctx, &g));
     }
-    if (sums) MPTC__TRY(mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta));
-    return mptc__held_do(ctx);
+    return sums ? mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta) : MPT_OK;
 }
 
 /* dx(rows,C) = the sums of those of columns(outputs, R S C) that the taps made for these rows, + beta dx. A thread
@@ -2006,7 +2017,7 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
         MPTC__TRY(mptc__sums_run(ctx, &sums));
     }
     if (z->groups > 1 && C == 1 && K == 1) return mptc__depthwise(ctx, op);
-    if (z->groups == 1) return mptc__conv2d_one(ctx, op);
+    if (z->groups == 1) return mptc__sums_end(ctx, mptc__conv2d_one(ctx, op));
     one.shape.C = C;
     one.shape.K = K;
     return mptc__conv2d_groups(ctx, &one);

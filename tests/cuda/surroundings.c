@@ -384,6 +384,47 @@ static void test_huge_array(void) {
     free(t);
 }
 
+/* The sums of a bias's gradient wait for the product of the weights': where that product fails for want of memory, no
+   later call makes them. */
+static void test_waiting_sums(void) {
+    enum { ROWS = 40, C = 16, N = 24, TAPS = 9 };
+    const float kept = 7;
+    mpt_context *ctx = mpt_cuda_open(NULL);
+    float *dy = (float *)mpt_alloc(ctx, ROWS * C * sizeof(float));
+    uint16_t *x = (uint16_t *)mpt_alloc(ctx, ROWS * N * sizeof(uint16_t));
+    float *dw = (float *)mpt_alloc(ctx, C * N * TAPS * sizeof(float)), *db = (float *)mpt_alloc(ctx, C * sizeof(float));
+    int convolution;
+    for (convolution = 0; convolution < 2; convolution++) {
+        mpt_gemm_op gemm = MPT_ZERO;
+        mpt_conv2d_op conv = MPT_ZERO;
+        float found = 0;
+        gemm.trans_a = 1;
+        gemm.m = gemm.lda = C, gemm.n = gemm.ldb = gemm.ldc = N, gemm.k = ROWS;
+        gemm.a = mpt_f32_array(dy), gemm.b = mpt_f16_array((mpt_f16 *)x);
+        gemm.c = mpt_f32_array(dw), gemm.a_sums = mpt_f32_array(db);
+        conv.pass = MPT_BACKWARD_WEIGHT;
+        conv.shape.N = 1, conv.shape.H = 5, conv.shape.W = 8;
+        conv.shape.C = N, conv.shape.K = C, conv.shape.R = conv.shape.S = 3;
+        conv.shape.padding = 1;
+        conv.x = gemm.b, conv.y = gemm.a, conv.w = gemm.c, conv.bias = gemm.a_sums;
+        CHECK_OK(ctx, mpt_upload(ctx, db, &kept, sizeof kept));
+        driver.calls = 0, driver.fail_at = 1;
+        CHECK((convolution ? mpt_op_conv2d(ctx, &conv) : mpt_op_gemm(ctx, &gemm)) == MPT_ERROR_NO_MEMORY);
+        driver.fail_at = 0;
+        CHECK_OK(ctx, mpt_download(ctx, &found, db, sizeof found));
+        CHECK_EQUAL(found, kept);
+        CHECK_OK(ctx, convolution ? mpt_op_conv2d(ctx, &conv) : mpt_op_gemm(ctx, &gemm));
+        CHECK_OK(ctx, mpt_download(ctx, &found, db, sizeof found));
+        CHECK_EQUAL(found, 0);
+    }
+    mpt_free(ctx, dy);
+    mpt_free(ctx, x);
+    mpt_free(ctx, dw);
+    mpt_free(ctx, db);
+    mpt_close(ctx);
+    CHECK(driver_clean());
+}
+
 /* ==== ERRORS OF OTHERS ==== */
 
 /* "Not ready", which the caller's query was told, fails no call of ours; an error does, once, and is told as theirs. */
@@ -569,6 +610,7 @@ int main(int count, char **arguments) {
     test_no_device(devices);
     test_handle(expected);
     test_huge_array();
+    test_waiting_sums();
     test_left_errors();
     test_recordings(expected);
     test_small_device(expected);
