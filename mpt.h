@@ -130,6 +130,15 @@
          mpt_output_grad(net, head, grad);                        for each head
          mpt_backward(net);                                       then mpt_unscale, ... as in 2
 
+   Several inputs. A sample is one array, the inputs behind each other; slices take it apart, and bring each into its
+   shape. With several heads and a loss of your own, this is any model of several inputs and outputs:
+
+       int both = mpt_input(net, 1, 1, 8 * 8 * 1 + 5);          an image, then 5 numbers
+       int image = mpt_reshape(net, mpt_slice(net, both, 0, 64), 8, 8, 1);
+       int extra = mpt_linear(net, mpt_slice(net, both, 64, 5), 16, NULL);
+       image = mpt_linear(net, mpt_conv2d(net, image, 4, 3, NULL), 16, NULL);
+       int h = mpt_relu(net, mpt_concat(net, image, extra));
+
    A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
    readable, the input's too.
 
@@ -991,6 +1000,10 @@ MPT_DEF int mpt_max_pool2d(mpt_model *net, int node, int window, const mpt_pool2
 MPT_DEF int mpt_avg_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
 MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int node);
 MPT_DEF int mpt_flatten(mpt_model *net, int node);
+/* The same elements in the same order (H, W, C) as H x W x C. */
+MPT_DEF int mpt_reshape(mpt_model *net, int node, int H, int W, int C);
+/* Channels first .. first + count - 1. torch.narrow */
+MPT_DEF int mpt_slice(mpt_model *net, int node, int first, int count);
 /* a + b, same shape: the skip connection. */
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
 /* a's channels, then b's, of the same height and width. */
@@ -1238,7 +1251,8 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
 /* The weights alone, as type F32, F16 or BF16, nearest even; running statistics as F32. MPT_ERROR_VALUE, naming tensor,
    element and value, if the type does not hold one. MPT_ERROR_UNSUPPORTED, here and in mpt_weights_load, naming the
    layer, for a model that PyTorch would compute otherwise with the same weights: where a flattened image, which it has
-   in C, H, W order, is added to what is in another order, or its channels fall into groups. */
+   in C, H, W order, is added to what is in another order, sliced or given another shape, or its channels fall into
+   groups. */
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type);
 MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size, mpt_dtype type);
 
@@ -1277,16 +1291,16 @@ MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes,
    A device is one table of operations; floors 3 to 5 call nothing else. The public functions above have checked every
    argument before the table sees it. Operations may be asynchronous; download waits. mpt_cuda.cuh is another table. */
 
-typedef struct mpt_slice { /* a tensor in the flat arrays, and how its group is updated */
+typedef struct mpt_tensor_slice { /* a tensor in the flat arrays, and how its group is updated */
     size_t offset, count;
     double lr, lr_factor, weight_decay; /* lr: the optimizer's times the factor */
-} mpt_slice;
+} mpt_tensor_slice;
 
 typedef struct mpt_update_op { /* everything a step reads and writes; all pointers are device memory */
     mpt_optimizer_desc desc;
     mpt_optimizer_state *state;
     const mpt_scaler_state *scaler;
-    const mpt_slice *slices; /* (tensors) */
+    const mpt_tensor_slice *slices; /* (tensors) */
     int tensors;
     size_t count; /* elements of the flat arrays, padding included */
     const float *grad;
@@ -1932,7 +1946,7 @@ MPT_HD double mpt__clip_factor(const mpt_optimizer_state *s, double max_norm) {
     return 1;
 }
 
-MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_slice *slice) {
+MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_tensor_slice *slice) {
     const mpt_optimizer_desc *d = &op->desc;
     const mpt_optimizer_state *s = op->state;
     const double lr = slice->lr * s->schedule;
@@ -2014,7 +2028,7 @@ MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m
 /* -- Optimizers: one step -- */
 
 /* Number of the last slice that starts at or before `element`. */
-MPT_HD int mpt__slice_at(const mpt_slice *slices, int tensors, size_t element) {
+MPT_HD int mpt__slice_at(const mpt_tensor_slice *slices, int tensors, size_t element) {
     int low = 0, high = tensors - 1;
     while (low < high) {
         const int middle = (low + high + 1) / 2;
@@ -6503,7 +6517,7 @@ static void mpt__update_masters(const mpt__update_work *w, size_t i, size_t n) {
 static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__update_work *w = (const mpt__update_work *)arg;
     const mpt_update_op *op = w->op;
-    const mpt_slice *slice = &op->slices[w->tensor];
+    const mpt_tensor_slice *slice = &op->slices[w->tensor];
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
     mpt__meter *meter = &w->ctx->meters[worker];
     float before[MPT__RUN], p[MPT__RUN];
@@ -6622,7 +6636,7 @@ struct mpt_optimizer {
     mpt_scaler *scaler;
     mpt_update_op op; /* what the backend is given, pointers into device memory */
     double lr;
-    mpt_slice *slices; /* host copy of op.slices */
+    mpt_tensor_slice *slices; /* host copy of op.slices */
     mpt__phase phase;
     uint64_t steps;                   /* calls of mpt_step that succeeded */
     mpt_optimizer_state mirror;       /* room for a copy of the state on the host */
@@ -7242,12 +7256,13 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_context *ctx = opt->ctx;
     mpt_update_op *op = &opt->op;
     const mpt_params *params = opt->params;
-    const size_t table = (size_t)params->trained_count * sizeof(mpt_slice), array = params->trained * sizeof(float);
+    const size_t table = (size_t)params->trained_count * sizeof(mpt_tensor_slice),
+                 array = params->trained * sizeof(float);
     const int moments = array ? mpt__moment_count(&op->desc) : 0;
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
-    if (table) opt->slices = (mpt_slice *)mpt__host_alloc(ctx, table);
-    op->slices = (mpt_slice *)mpt_alloc(ctx, table);
+    if (table) opt->slices = (mpt_tensor_slice *)mpt__host_alloc(ctx, table);
+    op->slices = (mpt_tensor_slice *)mpt_alloc(ctx, table);
     if (!op->state || (table && (!opt->slices || !op->slices))) return MPT_ERROR_NO_MEMORY;
     for (t = 0; t < moments; t++) {
         op->moment[t] = (float *)mpt_alloc(ctx, array);
@@ -7493,13 +7508,14 @@ typedef enum mpt__node_kind {
     MPT__CONV2D,
     MPT__ACTIVATION,
     MPT__POOL,
-    MPT__FLATTEN,
+    MPT__RESHAPE,
     MPT__ADD,
     MPT__CONCAT,
     MPT__NORM,
     MPT__DROPOUT,
     MPT__LOSS,
     MPT__OWN,
+    MPT__SLICE,
     MPT__KINDS
 } mpt__node_kind;
 
@@ -7523,6 +7539,7 @@ typedef struct mpt__node {
     float p;                   /* dropout */
     mpt_pool_kind pool_kind;
     mpt_pool2d_shape pool;
+    int first;          /* channel of a slice */
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     mpt_cross_entropy_desc cross_entropy;
@@ -7535,7 +7552,7 @@ typedef struct mpt__node {
     int consumers;        /* nodes that read this one */
     int kept;             /* its value outlives the pass: told so by mpt_keep, or a head */
     int logits;           /* what the loss, or the user, reads is computed here... */
-    int behind_logits;    /* ...or has its value from there by activations and flattens */
+    int behind_logits;    /* ...or has its value from there by activations, reshapes and slices */
     int given;            /* a head whose gradient has been handed over */
     int fused;            /* an activation that its input node computes */
     mpt_activation slope; /* whose derivative the backward pass takes here: act, or a ReLU's before a max pool */
@@ -7590,6 +7607,7 @@ typedef struct mpt__kind {
     int (*delays_slope)(const mpt__node *node); /* may a ReLU before it take its slope behind it? */
     size_t (*groups)(const mpt__node *node);    /* of channels, each treated by itself */
     int (*follows)(const mpt_model *net, const mpt__node *node, size_t *i); /* see mpt__torch_index */
+    int (*is_torchs)(const mpt_model *net, const mpt__node *node);          /* see mpt__check_orders; NULL: it is */
     mpt_result (*forward)(const mpt__visit *v);                             /* y from x */
     mpt_result (*weights)(const mpt__visit *v);        /* dweight and dbias from dy; without `data`, dx[0], too */
     mpt_result (*data)(const mpt__visit *v, int side); /* dx[side] from dy */
@@ -8202,22 +8220,120 @@ static mpt__kind mpt__kind_pool(void) {
     return k;
 }
 
-/* -- Flatten -- shares its input's memory; the gradient only where nobody else reads the input */
+/* -- Reshape -- shares its input's memory; the gradient only where nobody else reads the input */
 
-MPT_DEF int mpt_flatten(mpt_model *net, int in) {
-    mpt__node *node = mpt__node_new(net, MPT__FLATTEN, "flatten", NULL, in);
+static int mpt__reshape_layer(mpt_model *net, int in, const char *word, int H, int W, int C) {
+    mpt__node *node = mpt__node_new(net, MPT__RESHAPE, word, NULL, in);
+    const mpt__node *input;
+    mpt_result r;
     if (!node) return 0;
-    node->C *= node->H * node->W;
-    node->H = node->W = 1;
-    return mpt__layer_done(net, MPT_OK);
+    r = mpt__layer_positive(net, node, "H", H, 1);
+    if (r == MPT_OK) r = mpt__layer_positive(net, node, "W", W, 1);
+    if (r == MPT_OK) r = mpt__layer_positive(net, node, "C", C, 1);
+    if (r == MPT_OK) r = mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C);
+    input = mpt__node_of(net, in);
+    if (r == MPT_OK && mpt__node_count(node) != node->inputs)
+        r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %dx%dx%d of '%s', which is %dx%dx%d", node->name, H, W, C,
+                     input->name, input->H, input->W, input->C);
+    return mpt__layer_done(net, r);
 }
 
-static mpt__kind mpt__kind_flatten(void) {
+MPT_DEF int mpt_reshape(mpt_model *net, int in, int H, int W, int C) {
+    return mpt__reshape_layer(net, in, "reshape", H, W, C);
+}
+MPT_DEF int mpt_flatten(mpt_model *net, int in) {
+    const int known = net && in > 0 && in <= net->count;
+    return mpt__reshape_layer(net, in, "flatten", 1, 1, known ? (int)mpt__node_count(mpt__node_of(net, in)) : 1);
+}
+
+static int mpt__same_order(const mpt_model *net, int id, int other);
+
+/* An input that is a vector has the order that its user gives it. */
+static int mpt__reshape_is_torchs(const mpt_model *net, const mpt__node *node) {
+    const mpt__node *from = node;
+    while (from->kind == MPT__RESHAPE || from->kind == MPT__SLICE) from = mpt__node_of(net, from->in[0]);
+    if (from->kind == MPT__INPUT && from->H * from->W == 1) return 1;
+    return mpt__same_order(net, (int)(node - net->nodes) + 1, node->in[0]);
+}
+
+static mpt__kind mpt__kind_reshape(void) {
     mpt__kind k = MPT_ZERO;
     k.as_input = 1;
     k.how = "shared memory";
     k.follows = mpt__follows_input;
+    k.is_torchs = mpt__reshape_is_torchs;
     k.data = mpt__pass_on;
+    return k;
+}
+
+/* -- Slice -- y = channels of x, pixel by pixel; its gradient is one of all channels, 0 but for these */
+
+MPT_DEF int mpt_slice(mpt_model *net, int in, int first, int count) {
+    mpt__node *node = mpt__node_new(net, MPT__SLICE, "slice", NULL, in);
+    if (!node) return 0;
+    if (first < 0 || count < 1 || first >= node->C || count > node->C - first)
+        return mpt__layer_done(net,
+                               mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %d channels from %d on of '%s', which has %d",
+                                        node->name, count, first, mpt__node_of(net, in)->name, node->C));
+    node->first = first;
+    node->C = count;
+    return mpt__layer_done(net, MPT_OK);
+}
+
+/* Channels of its input */
+static size_t mpt__slice_width(const mpt__node *node) { return node->inputs / ((size_t)node->H * (size_t)node->W); }
+
+static mpt_columns_op mpt__slice_op(const mpt__visit *v) {
+    mpt_columns_op op = MPT_ZERO;
+    op.rows = v->N * (size_t)v->node->H * (size_t)v->node->W;
+    op.C = (size_t)v->node->C;
+    return op;
+}
+
+static mpt_result mpt__slice_forward(const mpt__visit *v) {
+    mpt_columns_op op = mpt__slice_op(v);
+    op.x = mpt__array_at(v->x[0], (size_t)v->node->first);
+    op.x_stride = mpt__slice_width(v->node);
+    op.y = v->y;
+    return mpt_op_columns(v->ctx, &op);
+}
+
+static mpt_result mpt__slice_data(const mpt__visit *v, int side) {
+    const mpt_array dx = v->dx[side];
+    const size_t bytes = v->N * v->node->inputs * mpt_dtype_size(dx.type);
+    mpt_columns_op op = mpt__slice_op(v);
+    if (!(v->beta_x[side] > 0)) MPT__TRY(v->ctx->backend.zero(v->ctx, dx.data, bytes));
+    op.x = v->dy;
+    op.y = mpt__array_at(dx, (size_t)v->node->first);
+    op.y_stride = mpt__slice_width(v->node);
+    op.beta = v->beta_x[side];
+    return mpt_op_columns(v->ctx, &op);
+}
+
+static int mpt__slice_follows(MPT__UNUSED const mpt_model *net, const mpt__node *node, size_t *i) {
+    *i += (size_t)node->first;
+    return node->in[0];
+}
+
+static size_t mpt__torch_index(const mpt_model *net, int id, size_t i);
+
+/* Are its elements a slice in PyTorch's order, too? */
+static int mpt__slice_is_torchs(const mpt_model *net, const mpt__node *node) {
+    const size_t count = mpt__node_count(node);
+    size_t i;
+    for (i = 0; i < count; i++)
+        if (mpt__torch_index(net, (int)(node - net->nodes) + 1, i) >= count) return 0;
+    return 1;
+}
+
+static mpt__kind mpt__kind_slice(void) {
+    mpt__kind k = MPT_ZERO;
+    k.as_input = 1;
+    k.how = "copy";
+    k.follows = mpt__slice_follows;
+    k.is_torchs = mpt__slice_is_torchs;
+    k.forward = mpt__slice_forward;
+    k.data = mpt__slice_data;
     return k;
 }
 
@@ -8255,6 +8371,10 @@ static mpt_result mpt__sum_forward(const mpt__visit *v) {
     return mpt_op_map(v->ctx, &op);
 }
 
+static int mpt__sum_is_torchs(const mpt_model *net, const mpt__node *node) {
+    return node->H * node->W > 1 || mpt__same_order(net, node->in[0], node->in[1]);
+}
+
 static int mpt__shared_side(const mpt_model *net, int id);
 
 static const char *mpt__sum_told(const mpt_model *net, const mpt__node *node) {
@@ -8267,6 +8387,7 @@ static mpt__kind mpt__kind_sum(void) {
     k.shares_dy = 1;
     k.told = mpt__sum_told;
     k.follows = mpt__follows_input;
+    k.is_torchs = mpt__sum_is_torchs;
     k.forward = mpt__sum_forward;
     k.data = mpt__pass_on;
     return k;
@@ -8695,8 +8816,9 @@ static mpt__kind mpt__kind_own(void) {
 
 static mpt__kind mpt__kind_of(const mpt__node *node) {
     static mpt__kind (*const kinds[MPT__KINDS])(void) = {
-        mpt__kind_input, mpt__kind_linear, mpt__kind_conv2d, mpt__kind_activation, mpt__kind_pool, mpt__kind_flatten,
-        mpt__kind_sum,   mpt__kind_concat, mpt__kind_norm,   mpt__kind_dropout,    mpt__kind_loss, mpt__kind_own};
+        mpt__kind_input,   mpt__kind_linear, mpt__kind_conv2d, mpt__kind_activation, mpt__kind_pool,
+        mpt__kind_reshape, mpt__kind_sum,    mpt__kind_concat, mpt__kind_norm,       mpt__kind_dropout,
+        mpt__kind_loss,    mpt__kind_own,    mpt__kind_slice};
     return kinds[node->kind]();
 }
 
@@ -8853,7 +8975,7 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     return mpt__outputs_check(net);
 }
 
-/* Do products alone read a node's value, if only through a flatten? Then it may as well be stored as they read it. */
+/* Do products alone read a node's value, if only through a reshape? Then it may as well be stored as they read it. */
 static int mpt__only_products(const mpt_model *net, int id) {
     int i;
     for (i = id; i < net->count; i++) {
@@ -8909,7 +9031,7 @@ static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
     in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
 }
 
-/* Marks the node that computes output `id`, and those between it and the output: activations and flattens. */
+/* Marks the node that computes output `id`, and those between it and the output: activations, reshapes, slices. */
 static void mpt__mark_logits(mpt_model *net, int id) {
     mpt__node *node = mpt__node_of(net, id);
     const int output = id;
@@ -10139,7 +10261,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     if (net->capacity) m.bookkeeping += (size_t)net->capacity * sizeof *net->nodes + host;
     if (!net->built) return m;
     p = net->params;
-    slices = (size_t)p->trained_count * sizeof(mpt_slice);
+    slices = (size_t)p->trained_count * sizeof(mpt_tensor_slice);
     m.gradients = p->trained * 4 * (size_t)(1 + net->sums_apart_count);
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) m.moments += p->trained * 4;
@@ -10488,7 +10610,7 @@ typedef struct mpt__state { /* what is no array */
     mpt_optimizer_state optimizer;
     mpt_scaler_state scaler;
     double lr;
-    mpt_slice *slices; /* of each tensor; behind this struct */
+    mpt_tensor_slice *slices; /* of each tensor; behind this struct */
 } mpt__state;
 
 typedef struct mpt__job {
@@ -10543,9 +10665,9 @@ static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     return before + i;
 }
 
-/* Has PyTorch the elements of two values, of one pixel each, in the same order? `other` 0: and in the model's. */
+/* Has PyTorch the elements of two values in the same order? `other` 0: and in the model's. */
 static int mpt__same_order(const mpt_model *net, int id, int other) {
-    const size_t count = (size_t)mpt__node_of(net, id)->C;
+    const size_t count = mpt__node_count(mpt__node_of(net, id));
     size_t i;
     for (i = 0; i < count; i++)
         if (mpt__torch_index(net, id, i) != (other ? mpt__torch_index(net, other, i) : i)) return 0;
@@ -10553,17 +10675,16 @@ static int mpt__same_order(const mpt_model *net, int id, int other) {
 }
 
 /* Layers that compute something else on a flattened image than PyTorch, which has its elements in C, H, W order, so
-   that no order of their weights makes up for it: sums with what is in another order, and groups of channels. */
+   that no order of their weights makes up for it: sums with what is in another order, groups of channels, slices of
+   it, and what it becomes in another shape. */
 static mpt_result mpt__check_orders(const mpt__job *job) {
     const mpt_model *net = job->net;
     int id;
     for (id = 2; id <= net->count; id++) {
         const mpt__node *node = mpt__node_of(net, id), *in = mpt__node_of(net, node->in[0]);
         const mpt__kind kind = mpt__kind_of(node);
-        const int groups = kind.groups && kind.groups(node) > 1, sum = kind.shares_dy;
-        if (in->H * in->W > 1) continue;
-        if ((sum && !mpt__same_order(net, node->in[0], node->in[1])) ||
-            (groups && !mpt__same_order(net, node->in[0], 0)))
+        const int groups = kind.groups && kind.groups(node) > 1 && in->H * in->W == 1;
+        if ((kind.is_torchs && !kind.is_torchs(net, node)) || (groups && !mpt__same_order(net, node->in[0], 0)))
             return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED,
                                  "'%s' reads a flattened image, which PyTorch has in C, H, W order: it would compute "
                                  "something else there",
@@ -10795,7 +10916,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(size_t, uint64_t, conv.padding) X(size_t, uint64_t, conv.dilation) X(size_t, uint64_t, conv.groups) \
     X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
     X(float, float, momentum) X(mpt_pool_kind, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
-    X(size_t, uint64_t, pool.stride) X(size_t, uint64_t, pool.padding) X(mpt_loss_kind, int, loss) \
+    X(size_t, uint64_t, pool.stride) X(size_t, uint64_t, pool.padding) X(int, int, first) X(mpt_loss_kind, int, loss) \
     X(float, float, cross_entropy.label_smoothing) X(int, int, cross_entropy.ignore) \
     X(int32_t, int, cross_entropy.ignore_index) X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
     X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
@@ -10854,11 +10975,11 @@ static size_t mpt__state_words(const mpt__job *job, int which) { return mpt__wal
 /* Room for the state, with what the model has. */
 static mpt_result mpt__state_new(mpt__job *job) {
     const mpt_optimizer *opt = job->net->opt;
-    const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_slice);
+    const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_tensor_slice);
     mpt__state *state = (mpt__state *)mpt__host_alloc(job->ctx, sizeof *state + table);
     if (!state) return MPT_ERROR_NO_MEMORY;
     job->state = state;
-    state->slices = (mpt_slice *)(state + 1);
+    state->slices = (mpt_tensor_slice *)(state + 1);
     state->lr = mpt_optimizer_get_desc(opt).lr;
     if (table) memcpy(state->slices, opt->slices, table);
     MPT__TRY(mpt_optimizer_get_state(job->net->opt, &state->optimizer));
@@ -11764,7 +11885,7 @@ static mpt_result mpt__upload_part(mpt__job *job, const mpt__part *part) {
 static mpt_result mpt__upload_all(mpt__job *job) {
     mpt_optimizer *opt = job->net->opt;
     const mpt__state *state = job->state;
-    const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_slice);
+    const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_tensor_slice);
     int i;
     mpt__stage_set(job->net, MPT__BETWEEN); /* no backward pass can follow */
     for (i = 0; i < job->count; i++) MPT__TRY(mpt__upload_part(job, &job->parts[i]));
@@ -11941,7 +12062,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           are gone, and a bias gradient is made by the operation of the weights' gradient.
           desc.reference = 1 opens a context that computes by plain loops.
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
-          builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
+          builds, mpt_slice, mpt_reshape, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

@@ -1,4 +1,4 @@
-/* newcomer.c - ten programs that somebody writes from the manual alone, each a function that returns 1 if it worked. */
+/* newcomer.c - programs that somebody writes from the manual alone, each a function that returns 1 if it worked. */
 #define MPT_IMPLEMENTATION
 #include "mpt.h"
 #include <stdio.h>
@@ -170,6 +170,30 @@ static int two_heads(mpt_context *ctx) {
     return worked;
 }
 
+static int two_inputs(mpt_context *ctx) { /* the class is told by the second input alone */
+    const table t = table_new();
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
+    const int both = mpt_input(net, 1, 1, 3 * 3 * 1 + FEATURES);
+    const int image = mpt_reshape(net, mpt_slice(net, both, 0, 9), 3, 3, 1);
+    const int features = mpt_relu(net, mpt_linear(net, mpt_slice(net, both, 9, FEATURES), 16, NULL));
+    const int seen = mpt_linear(net, mpt_conv2d(net, image, 2, 3, NULL), 4, NULL);
+    float x[SAMPLES * (9 + FEATURES)];
+    mpt_train_desc train = MPT_ZERO;
+    mpt_metrics m = MPT_ZERO;
+    mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_concat(net, seen, features), CLASSES, NULL), NULL);
+    train.batch = SAMPLES;
+    train.optimizer = mpt_adam(0.02);
+    mpt_model_build(net, &train);
+    for (size_t i = 0; i < SAMPLES; i++) {
+        for (size_t j = 0; j < 9; j++) x[i * (9 + FEATURES) + j] = mpt_uniform(2, 0, i, j);
+        for (size_t j = 0; j < FEATURES; j++) x[i * (9 + FEATURES) + 9 + j] = t.x[i * FEATURES + j];
+    }
+    for (int step = 0; step < 120; step++) mpt_train_step(net, x, t.y);
+    mpt_evaluate(net, x, t.y, SAMPLES, &m);
+    mpt_model_free(net);
+    return m.accuracy > 0.95;
+}
+
 static int several_optimizers(mpt_context *ctx) { /* two blocks of parameters that share one loss scale */
     mpt_params *params[2];
     mpt_optimizer *opt[2];
@@ -236,6 +260,7 @@ int main(void) {
         int (*run)(mpt_context *ctx);
     } programs[] = {{"own data", own_data},
                     {"two heads", two_heads},
+                    {"two inputs", two_inputs},
                     {"own loss", own_loss},
                     {"inference only", inference_only},
                     {"saving", saving},

@@ -41,7 +41,10 @@ awk '/==== MANUAL ====/ { manual = 1 } /^#ifndef MPT_H/ { exit }
     manual && /^           / && /;/ { sub(/;  +.*$/, ";"); print }' mpt.h >"$folder/manual.txt"
 {
     printf '#define MPT_IMPLEMENTATION\n#include "mpt.h"\n#include <stdio.h>\n'
-    printf 'static float images[32 * 64];\nstatic int32_t labels[32];\nint main(void) {\n'
+    printf 'static float images[32 * 64];\nstatic int32_t labels[32];\nint inputs(mpt_model *net);\n'
+    printf 'int inputs(mpt_model *net) {\n'
+    awk '/int both/, /mpt_concat/' "$folder/manual.txt"
+    printf 'return h;\n}\nint main(void) {\n'
     awk '/mpt_context \*ctx/, /printf\(/' "$folder/manual.txt"
     echo 'mpt_optimizer *opt = mpt_model_optimizer(net);'
     echo 'mpt_scaler *scaler = mpt_model_scaler(net);'

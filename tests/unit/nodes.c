@@ -1,0 +1,258 @@
+/* nodes.c - kinds of nodes without parameters: slices and other shapes, and what models of several inputs are made of.
+   Gradients are held against central differences. */
+#define MPT_IMPLEMENTATION
+#include "../../mpt.h"
+#include "../check.h"
+
+enum { BATCH = 4, HEADS = 2, WIDEST = 512 };
+
+/* -- A gradient checker -- the loss is the mean over the samples of sum r y + y^2 / 4 over the heads' elements y */
+
+typedef struct graph {
+    mpt_context *ctx;
+    mpt_model *net;
+    int head[HEADS]; /* 0: none */
+    size_t features;
+    float x[BATCH * WIDEST];
+} graph;
+
+static double head_factor(int head, size_t i) { return test_uniform(-1, 1, 91, (size_t)head * 4096 + i); }
+
+static size_t elements_of(const mpt_model *net, int id) {
+    mpt_node_info info;
+    CHECK_OK(NULL, mpt_model_node(net, id, &info));
+    return (size_t)info.H * (size_t)info.W * (size_t)info.C;
+}
+
+/* The loss of g->x; grad: hands its gradient over, too. */
+static double graph_loss(graph *g, int grad) {
+    double loss = 0;
+    int k;
+    CHECK_OK(g->ctx, mpt_forward(g->net, g->x, NULL, BATCH));
+    for (k = 0; k < HEADS && g->head[k]; k++) {
+        const size_t count = BATCH * elements_of(g->net, g->head[k]);
+        float *y = (float *)test_memory(count * sizeof *y);
+        size_t i;
+        CHECK_OK(g->ctx, mpt_node_value(g->net, g->head[k], y));
+        for (i = 0; i < count; i++) {
+            const double v = (double)y[i], r = head_factor(g->head[k], i);
+            loss += (r * v + v * v / 4) / BATCH;
+            y[i] = (float)((r + v / 2) / BATCH);
+        }
+        if (grad) CHECK_OK(g->ctx, mpt_output_grad(g->net, g->head[k], y));
+        free(y);
+    }
+    return loss;
+}
+
+/* The derivative by *at, where `set` says that it has changed. Extrapolated, its error is of the order of h^4. */
+static double difference(graph *g, float *at, const float *tensor, int id) {
+    const float start = *at;
+    double slope[2];
+    int fine;
+    for (fine = 0; fine < 2; fine++) {
+        const float h = fine ? 1.0f / 32 : 1.0f / 16;
+        double loss[2];
+        int side;
+        for (side = 0; side < 2; side++) {
+            *at = side ? start - h : start + h;
+            if (id) CHECK_OK(g->ctx, mpt_params_set(mpt_model_params(g->net), id, tensor));
+            loss[side] = graph_loss(g, 0);
+        }
+        slope[fine] = (loss[0] - loss[1]) / (2 * (double)h);
+    }
+    *at = start;
+    if (id) CHECK_OK(g->ctx, mpt_params_set(mpt_model_params(g->net), id, tensor));
+    return (4 * slope[1] - slope[0]) / 3;
+}
+
+/* Builds the model in fp32 and checks some derivatives by the input and by each tensor. The losses are of the order of
+   4, and known to 2^-22 of that. */
+static void check_gradients(graph *g) {
+    const double bound = ldexp(1, -16) + ldexp(4, -22) * 32;
+    mpt_train_desc train = MPT_ZERO;
+    float *grads[16], *dx;
+    size_t count = 0, i;
+    int id, tensors;
+    train.batch = BATCH;
+    train.optimizer = mpt_sgd(0.1, 0);
+    train.seed = 3;
+    CHECK_EQUAL(mpt_keep(g->net, 1), 1);
+    if (!CHECK_OK(g->ctx, mpt_model_build(g->net, &train))) return;
+    g->features = elements_of(g->net, 1);
+    test_floats(g->x, BATCH * g->features, -1, 1, 17);
+    graph_loss(g, 1);
+    CHECK_OK(g->ctx, mpt_backward(g->net));
+    dx = (float *)test_memory(BATCH * g->features * sizeof *dx);
+    CHECK_OK(g->ctx, mpt_node_grad(g->net, 1, dx));
+    tensors = mpt_params_tensors(mpt_model_params(g->net));
+    for (id = 1; id <= tensors; id++) {
+        count = mpt_params_count(mpt_model_params(g->net), id);
+        grads[id - 1] = (float *)test_memory(count * sizeof(float));
+        CHECK_OK(g->ctx, mpt_download(g->ctx, grads[id - 1], mpt_params_grad(mpt_model_params(g->net), id),
+                                      count * sizeof(float)));
+    }
+    CHECK_OK(g->ctx, mpt_zero_grad(g->net));
+    for (i = 0; i < BATCH * g->features; i += 1 + g->features / 13)
+        CHECK_NEAR((double)dx[i], difference(g, &g->x[i], NULL, 0), bound);
+    for (id = 1; id <= tensors; id++) {
+        float *w;
+        count = mpt_params_count(mpt_model_params(g->net), id);
+        w = (float *)test_memory(count * sizeof *w);
+        CHECK_OK(g->ctx, mpt_params_get(mpt_model_params(g->net), id, w));
+        for (i = 0; i < count; i += 1 + count / 5)
+            CHECK_NEAR((double)grads[id - 1][i], difference(g, &w[i], w, id), bound);
+        free(w);
+        free(grads[id - 1]);
+    }
+    free(dx);
+}
+
+static graph graph_new(mpt_context *ctx) {
+    graph g = MPT_ZERO;
+    g.ctx = ctx;
+    g.net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    return g;
+}
+
+static void graph_free(graph *g) { mpt_model_free(g->net); }
+
+/* -- Several inputs -- one input, an image and a vector behind each other, is taken apart */
+
+enum { SIDE = 4, COLOURS = 3, IMAGE = SIDE * SIDE * COLOURS, VECTOR = 5, ALL = IMAGE + VECTOR };
+
+/* Two heads on what an image and a vector are joined to. */
+static void two_inputs(mpt_model *net, int *head) {
+    const int both = mpt_input(net, 1, 1, ALL);
+    int image = mpt_reshape(net, mpt_slice(net, both, 0, IMAGE), SIDE, SIDE, COLOURS);
+    int vector = mpt_slice(net, both, IMAGE, VECTOR), h;
+    image = mpt_global_avg_pool2d(net, mpt_tanh(net, mpt_conv2d(net, image, 4, 3, NULL)));
+    vector = mpt_tanh(net, mpt_linear(net, vector, 6, NULL));
+    h = mpt_tanh(net, mpt_linear(net, mpt_concat(net, image, vector), 7, NULL));
+    head[0] = mpt_linear(net, h, 3, NULL);
+    head[1] = mpt_linear(net, h, 1, NULL);
+}
+
+static void test_two_inputs(mpt_context *ctx) {
+    graph g = graph_new(ctx);
+    two_inputs(g.net, g.head);
+    check_gradients(&g);
+    graph_free(&g);
+}
+
+/* Slices of a value that overlap, and leave a channel out, whose gradient is 0. The value is read by another, too. */
+static void test_slices(mpt_context *ctx, int other) {
+    graph g = graph_new(ctx);
+    const int in = mpt_input(g.net, 3, 2, 4);
+    const int h = mpt_keep(g.net, mpt_tanh(g.net, mpt_conv2d(g.net, in, 9, 1, NULL)));
+    const int a = mpt_slice(g.net, h, 5, 3), b = mpt_slice(g.net, h, 3, 5), c = mpt_slice(g.net, h, 1, 3);
+    float dh[BATCH * 6 * 9];
+    size_t i;
+    g.head[0] = mpt_tanh(g.net, mpt_concat(g.net, mpt_add(g.net, a, c), b));
+    if (other) g.head[1] = mpt_linear(g.net, mpt_reshape(g.net, h, 2, 9, 3), 2, NULL);
+    check_gradients(&g);
+    graph_loss(&g, 1);
+    CHECK_OK(ctx, mpt_backward(g.net));
+    CHECK_OK(ctx, mpt_node_grad(g.net, h, dh));
+    for (i = 0; i < BATCH * 6 * 9; i++) CHECK(other || (dh[i] == 0) == (i % 9 == 0 || i % 9 == 8));
+    graph_free(&g);
+}
+
+/* A model that takes its image from a slice of its input is the model that reads the image, to the bit, and so are
+   other shapes of an image of as many pixels. */
+static void test_same_bits(mpt_context *ctx, mpt_policy policy, int inference) {
+    mpt_model *net[2];
+    float x[BATCH * IMAGE], wide[BATCH * ALL], y[2][BATCH * 3];
+    mpt_train_desc train = MPT_ZERO;
+    int32_t label[BATCH];
+    int i, j, step;
+    train.batch = BATCH;
+    train.optimizer = mpt_adam(1e-2);
+    train.inference = inference;
+    test_floats(wide, BATCH * ALL, -1, 1, 5);
+    for (i = 0; i < BATCH; i++) {
+        memcpy(x + i * IMAGE, wide + i * ALL + 2, IMAGE * sizeof *x);
+        label[i] = i % 3;
+    }
+    for (i = 0; i < 2; i++) {
+        mpt_model *m = net[i] = mpt_model_new(ctx, policy);
+        int h = i ? mpt_slice(m, mpt_input(m, 1, 1, ALL), 2, IMAGE) : mpt_input(m, SIDE, SIDE, COLOURS);
+        if (i) h = mpt_reshape(m, h, SIDE, SIDE, COLOURS);
+        h = mpt_max_pool2d(m, mpt_relu(m, mpt_conv2d(m, h, 5, 3, NULL)), 2, NULL);
+        if (i) h = mpt_reshape(m, mpt_reshape(m, h, 1, 4, 5), 2, 2, 5);
+        h = mpt_linear(m, mpt_relu(m, mpt_batch_norm(m, mpt_conv2d(m, h, 6, 3, NULL), NULL)), 3, NULL);
+        mpt_softmax_cross_entropy(m, h, NULL);
+        CHECK_OK(ctx, mpt_model_build(m, &train));
+        for (step = 0; step < 3 && !inference; step++) CHECK_OK(ctx, mpt_train_step(m, i ? wide : x, label));
+        CHECK_OK(ctx, mpt_predict(m, i ? wide : x, BATCH, y[i]));
+    }
+    CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
+    for (j = 0; j < BATCH * 3; j++) CHECK(test_is_finite((double)y[0][j]));
+    for (i = 0; i < 2; i++) mpt_model_free(net[i]);
+}
+
+static void test_slice_errors(mpt_context *ctx) {
+    static const int wrong[][2] = {{-1, 2}, {0, 0}, {0, 5}, {4, 1}, {3, 2}, {2, 0x7fffffff}};
+    mpt_model *net;
+    size_t i;
+    for (i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        CHECK_EQUAL(mpt_slice(net, mpt_input(net, 3, 3, 4), wrong[i][0], wrong[i][1]), 0);
+        CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_SHAPE, "slice1");
+        mpt_model_free(net);
+    }
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    CHECK_EQUAL(mpt_reshape(net, mpt_input(net, 3, 3, 4), 6, 2, 4), 0);
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_SHAPE, "6x2x4");
+    mpt_model_free(net);
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    CHECK_EQUAL(mpt_reshape(net, mpt_input(net, 3, 3, 4), -6, -6, 1), 0);
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "-6");
+    mpt_model_free(net);
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    CHECK_EQUAL(mpt_flatten(net, 7) + mpt_slice(net, 0, 0, 1) + mpt_reshape(net, 0, 1, 1, 1) + mpt_flatten(NULL, 1), 0);
+    CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "7");
+    mpt_model_free(net);
+}
+
+/* Files of weights: where PyTorch would slice or shape a flattened image in another order they are refused. */
+static void test_orders(mpt_context *ctx) {
+    int kind;
+    for (kind = 0; kind < 6; kind++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        int h = mpt_input(net, 1, 1, 2 * 2 * 6);
+        size_t size = 0;
+        if (kind < 4) h = mpt_conv2d(net, mpt_reshape(net, h, 2, 2, 6), 6, 1, NULL);
+        if (kind == 0) h = mpt_slice(net, h, 2, 3);                   /* channels of an image */
+        if (kind == 1) h = mpt_reshape(net, h, 1, 4, 6);              /* as many channels */
+        if (kind == 2) h = mpt_slice(net, mpt_flatten(net, h), 0, 6); /* in C, H, W order not these */
+        if (kind == 3) h = mpt_reshape(net, h, 4, 3, 2);
+        if (kind == 4) h = mpt_slice(net, mpt_linear(net, h, 9, NULL), 3, 4);
+        if (kind == 5) h = mpt_slice(net, mpt_reshape(net, mpt_linear(net, h, 9, NULL), 3, 3, 1), 0, 1);
+        mpt_softmax_cross_entropy(net, mpt_linear(net, h, 2, NULL), NULL);
+        CHECK_OK(ctx, mpt_model_build(net, NULL));
+        if (kind == 2 || kind == 3)
+            CHECK_ERROR(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32), MPT_ERROR_UNSUPPORTED,
+                        kind == 2 ? "slice1" : "reshape2");
+        else CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32));
+        mpt_model_free(net);
+    }
+}
+
+int main(int argc, char **argv) {
+    mpt_context *ctx;
+    int level;
+    test_begin(argc, argv);
+    ctx = test_open(NULL);
+    RUN_TEST(test_two_inputs(ctx));
+    RUN_TEST(test_slices(ctx, 0));
+    RUN_TEST(test_slices(ctx, 1));
+    for (level = 0; level < 3; level++) {
+        RUN_TEST(test_same_bits(ctx, mpt_policy_preset((mpt_level)level, MPT_F16), 0));
+        RUN_TEST(test_same_bits(ctx, mpt_policy_preset((mpt_level)level, MPT_BF16), 1));
+    }
+    RUN_TEST(test_slice_errors(ctx));
+    RUN_TEST(test_orders(ctx));
+    mpt_close(ctx);
+    return test_finish("nodes");
+}
