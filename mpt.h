@@ -140,7 +140,7 @@
        int h = mpt_relu(net, mpt_concat(net, image, extra));
 
    A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
-   readable, the input's too.
+   readable, the input's too; mpt_name gives it a name, mpt_find finds it by that.
 
    10. Fine-tuning and inference. desc.tuning freezes a layer, or gives it a rate of its own; mpt_optimizer_tensor
    changes rates later, by mpt_params_find(params, "conv1.weight"). mpt_weights_load takes a prefix, and loads what
@@ -1046,6 +1046,11 @@ MPT_DEF int mpt_layer(mpt_model *net, int node, const mpt_layer_desc *desc);
    an input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
    passing where the value before it is kept. Returns the node. */
 MPT_DEF int mpt_keep(mpt_model *net, int node);
+/* Names a node, of any kind. What it was made with, if only a number behind its kind ("relu1"), is no name any more.
+   Returns the node. */
+MPT_DEF int mpt_name(mpt_model *net, int node, const char *name);
+/* The node of this name, as in mpt_node_grad(net, mpt_find(net, "features"), grad); 0: there is none. */
+MPT_DEF int mpt_find(const mpt_model *net, const char *name);
 /* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
    nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample... */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_cross_entropy_desc *desc);
@@ -7717,15 +7722,17 @@ static int mpt__layer_failed(mpt_model *net, mpt_result result) {
     return 0;
 }
 
-static int mpt__named(const mpt_model *net, const char *name) {
-    int i;
-    for (i = 0; i < net->count; i++)
-        if (strcmp(net->nodes[i].name, name) == 0) return 1;
+MPT_DEF int mpt_find(const mpt_model *net, const char *name) {
+    int id;
+    for (id = 1; net && name && id <= net->count; id++)
+        if (strcmp(mpt__node_of(net, id)->name, name) == 0) return id;
     return 0;
 }
 
-/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own. */
-static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name) {
+/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own. id: the
+   node that is to have it; 0: a new one */
+static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name, int id) {
+    const int taken = mpt_find(net, name);
     const char *c;
     if (!*name || strlen(name) >= sizeof net->nodes->name)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' is empty or over 31 characters", word, name);
@@ -7736,7 +7743,7 @@ static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *
     if (strncmp(name, "mpt.", 4) == 0)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: the name '%s' begins with mpt., as only mpt's own do", word,
                         name);
-    if (mpt__named(net, name))
+    if (taken && taken != id)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: another layer is named '%s'", word, name);
     return MPT_OK;
 }
@@ -7744,7 +7751,7 @@ static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *
 /* May a node of this name that reads node `in` be added? Makes room for it. */
 static mpt_result mpt__layer_check(mpt_model *net, const char *word, const char *name, int in) {
     mpt__node *table;
-    if (name) MPT__TRY(mpt__name_check(net, word, name));
+    if (name) MPT__TRY(mpt__name_check(net, word, name, 0));
     if (net->built) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is built already", word);
     if (in < 0 || in > net->count) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", word, in);
     if (in && mpt__node_of(net, in)->kind == MPT__LOSS)
@@ -7778,7 +7785,7 @@ static mpt__node *mpt__node_new(mpt_model *net, mpt__node_kind kind, const char 
     } else {
         for (i = 0; i < net->count; i++) number += !strncmp(net->nodes[i].name, word, strlen(word));
         do mpt__print(node->name, sizeof node->name, "%s%d", word, number++);
-        while (mpt__named(net, node->name));
+        while (mpt_find(net, node->name));
     }
     if (!in) return node;
     input = mpt__node_of(net, in);
@@ -7857,6 +7864,22 @@ MPT_DEF int mpt_keep(mpt_model *net, int id) {
                                  mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "keep: there is no node %d with a value", id));
     mpt__node_of(net, id)->keep = 1;
     return id;
+}
+
+static mpt_result mpt__rename(mpt_model *net, int id, const char *name) {
+    if (net->built) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "name: the model is built already");
+    if (id < 0 || id > net->count || !name)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "name: there is no node %d, or name is NULL", id);
+    MPT__TRY(mpt__name_check(net, "name", name, id));
+    memmove(mpt__node_of(net, id)->name, name, strlen(name) + 1); /* which may be where it is already */
+    return MPT_OK;
+}
+
+MPT_DEF int mpt_name(mpt_model *net, int id, const char *name) {
+    mpt_result r;
+    if (!net || !id) return 0;
+    r = mpt__rename(net, id, name);
+    return r == MPT_OK ? id : mpt__layer_failed(net, r);
 }
 
 /* -- Input -- its value is uploaded by the forward pass */
@@ -12061,7 +12084,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments
           are gone, and a bias gradient is made by the operation of the weights' gradient.
           desc.reference = 1 opens a context that computes by plain loops.
-          New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
+          New: losses and layers of one's own, several heads, mpt_keep, mpt_name, frozen layers and rates by layer, inference
           builds, mpt_slice, mpt_reshape, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.

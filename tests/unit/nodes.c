@@ -239,6 +239,53 @@ static void test_orders(mpt_context *ctx) {
     }
 }
 
+/* A name is any node's, each one's own, and leads back to it. */
+static void test_names(mpt_context *ctx) {
+    static const char *const wrong[] = {"", "a name of 32 characters, one more", "mpt.x", "quote\"", "tab\t", "joined"};
+    const mpt_train_desc none = MPT_ZERO;
+    mpt_linear_desc linear = MPT_ZERO;
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    mpt_node_info info;
+    float x[4 * BATCH], y[4 * BATCH];
+    int32_t label[BATCH] = {0};
+    size_t i;
+    int in, a, b, loss;
+    in = mpt_name(net, mpt_input(net, 1, 1, 4), "pixels");
+    a = mpt_relu(net, in);
+    b = mpt_relu(net, in);
+    CHECK_EQUAL(mpt_find(net, "relu2"), b);
+    CHECK_EQUAL(mpt_name(net, a, "left"), a);
+    CHECK_EQUAL(mpt_name(net, a, "left"), a);
+    CHECK_EQUAL(mpt_find(net, "relu1"), 0);
+    CHECK_EQUAL(mpt_find(net, "left"), a);
+    mpt_keep(net, mpt_name(net, mpt_add(net, a, b), "joined"));
+    linear.name = "relu1";
+    b = mpt_name(net, mpt_linear(net, mpt_find(net, "joined"), 3, &linear), "fc");
+    loss = mpt_name(net, mpt_softmax_cross_entropy(net, b, NULL), "loss");
+    CHECK_EQUAL(mpt_find(net, "loss"), loss);
+    CHECK_EQUAL(mpt_find(net, "nobody") + mpt_find(net, NULL) + mpt_find(NULL, "fc") + mpt_name(net, 0, "x"), 0);
+    CHECK_OK(ctx, mpt_model_build(net, &none));
+    CHECK_EQUAL(mpt_params_find(mpt_model_params(net), "fc.weight"), 1);
+    CHECK_OK(ctx, mpt_model_node(net, a, &info));
+    CHECK(strcmp(info.name, "left") == 0);
+    test_floats(x, 4 * BATCH, -1, 1, 3);
+    CHECK_OK(ctx, mpt_forward(net, x, label, BATCH));
+    CHECK_OK(ctx, mpt_node_value(net, mpt_find(net, "joined"), y));
+    for (i = 0; i < 4 * BATCH; i++) CHECK_NEAR((double)y[i], fmax((double)x[i], 0) * 2, 1.0 / 1024);
+    CHECK_EQUAL(mpt_name(net, a, "later"), 0);
+    mpt_model_free(net);
+    for (i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        in = mpt_name(net, mpt_input(net, 1, 1, 4), "joined");
+        CHECK_EQUAL(mpt_name(net, mpt_tanh(net, in), wrong[i]), 0);
+        CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "name");
+        mpt_model_free(net);
+    }
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    CHECK_EQUAL(mpt_name(net, mpt_input(net, 1, 1, 4), NULL) + mpt_name(net, 2, "x"), 0);
+    mpt_model_free(net);
+}
+
 int main(int argc, char **argv) {
     mpt_context *ctx;
     int level;
@@ -253,6 +300,7 @@ int main(int argc, char **argv) {
     }
     RUN_TEST(test_slice_errors(ctx));
     RUN_TEST(test_orders(ctx));
+    RUN_TEST(test_names(ctx));
     mpt_close(ctx);
     return test_finish("nodes");
 }
