@@ -1088,6 +1088,7 @@ typedef struct mpt_train_desc {
     mpt_optimizer_desc optimizer; /* all zero: mpt_adam(1e-3) */
     mpt_scaler_desc scaler;       /* all zero: dynamic where the policy computes in fp16, else off */
     double clip_norm;             /* of mpt_train_step; 0: no clipping. In the parts, mpt_clip_norm does it */
+    double clip_value;            /* the same of mpt_clip_value */
     uint64_t seed;                /* of the initial weights */
     int inference;   /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
                                      masters: gamma and beta of norms are of that type, too */
@@ -1286,8 +1287,9 @@ MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, si
    never stopped. */
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
-/* Into a model built with the same nodes, policy, batch, accumulate x ranks, clip_norm, seed and optimizer: what is not
-   restored must be the same, to every member of every layer's descriptor. Of several ranks one saves, and all load. */
+/* Into a model built with the same nodes, policy, batch, accumulate x ranks, clip limits, seed and optimizer: what is
+   not restored must be the same, to every member of every layer's descriptor. Of several ranks one saves, and all
+   load. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
@@ -7394,6 +7396,8 @@ MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt) {
     return MPT_OK;
 }
 
+static int mpt__is_clip_limit(double limit) { return mpt__not_negative(limit) && (float)limit > 0; }
+
 static mpt_result mpt__clip_check(mpt_optimizer *opt, const char *call, const char *argument, double limit) {
     if (!opt) return MPT_ERROR_ARGUMENT;
     mpt__forget(opt->ctx);
@@ -7401,7 +7405,7 @@ static mpt_result mpt__clip_check(mpt_optimizer *opt, const char *call, const ch
         return mpt_fail(opt->ctx, MPT_ERROR_ORDER, "%s: the gradients are %s", call,
                         opt->phase == MPT__READY ? "still scaled; call mpt_unscale first"
                                                  : "used up; the step is done");
-    if (!mpt__not_negative(limit) || !((float)limit > 0))
+    if (!mpt__is_clip_limit(limit))
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "%s: %s %g is not a finite number above 0", call, argument,
                         limit);
     return MPT_OK;
@@ -7729,8 +7733,8 @@ MPT_DEF int mpt_find(const mpt_model *net, const char *name) {
     return 0;
 }
 
-/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own. id: the
-   node that is to have it; 0: a new one */
+/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own.
+   id: the node that is to have it; 0: a new one */
 static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name, int id) {
     const int taken = mpt_find(net, name);
     const char *c;
@@ -8972,9 +8976,11 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     if (train) *t = *train;
     t->batch = mpt__or_int(t->batch, 32);
     t->accumulate = mpt__or_int(t->accumulate, 1);
-    if (t->batch < 1 || t->accumulate < 1 || !mpt__not_negative(t->clip_norm))
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: batch %d, accumulate %d, clip_norm %g", t->batch,
-                        t->accumulate, t->clip_norm);
+    if (t->batch < 1 || t->accumulate < 1)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: batch %d, accumulate %d", t->batch, t->accumulate);
+    if (!mpt__is_clip_limit(mpt__or(t->clip_norm, 1)) || !mpt__is_clip_limit(mpt__or(t->clip_value, 1)))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: clip_norm %g, clip_value %g", t->clip_norm,
+                        t->clip_value);
     MPT__TRY(mpt__ranks_check(net->ctx, &t->ranks));
     MPT__TRY(
         mpt__need_size(net->ctx, "model_build", "batch x accumulate", (size_t)t->batch, (size_t)t->accumulate, 1, 1));
@@ -9779,6 +9785,7 @@ static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *
     }
     MPT__TRY(mpt_unscale(net->opt));
     if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
+    if (net->train.clip_value > 0) MPT__TRY(mpt_clip_value(net->opt, net->train.clip_value));
     MPT__TRY(mpt_step(net->opt));
     return mpt_scaler_update(net->scaler);
 }
@@ -9864,9 +9871,11 @@ static uint64_t mpt__slot_word(const mpt_model *net, int rank, int i) {
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
     const mpt_train_desc *t = &net->train;
-    const double settings[] = {(double)t->batch,          (double)t->accumulate,  (double)t->ranks.ranks,
-                               (double)t->optimizer.kind, (double)t->scaler.mode, t->clip_norm,
-                               t->optimizer.lr,           t->optimizer.momentum,  t->optimizer.weight_decay};
+    const double settings[] = {(double)t->batch,       (double)t->accumulate,
+                               (double)t->ranks.ranks, (double)t->optimizer.kind,
+                               (double)t->scaler.mode, t->clip_norm,
+                               t->clip_value,          t->optimizer.lr,
+                               t->optimizer.momentum,  t->optimizer.weight_decay};
     float *weights = (float *)mpt__host_alloc(net->ctx, count * sizeof *weights);
     uint64_t hash = mpt_hash(t->seed, (uint64_t)net->count, 0, 0);
     size_t i;
@@ -10924,7 +10933,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(uint64_t, uint64_t, step) X(float, float, scale) X(int32_t, int, tensor) X(uint64_t, uint64_t, inf) \
     X(uint64_t, uint64_t, nan) X(int32_t, int, reason)
 #define MPT__TRAIN_MEMBERS(X) \
-    X(double, double, clip_norm) X(uint64_t, uint64_t, seed) \
+    X(double, double, clip_norm) X(double, double, clip_value) X(uint64_t, uint64_t, seed) \
     X(mpt_optimizer_kind, int, optimizer.kind) X(int, int, optimizer.nesterov) X(int, int, optimizer.amsgrad) \
     X(int, int, optimizer.maximize) X(int, int, optimizer.meter) X(double, double, optimizer.momentum) \
     X(double, double, optimizer.dampening) X(double, double, optimizer.beta1) X(double, double, optimizer.beta2) \
@@ -12084,8 +12093,10 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments
           are gone, and a bias gradient is made by the operation of the weights' gradient.
           desc.reference = 1 opens a context that computes by plain loops.
-          New: losses and layers of one's own, several heads, mpt_keep, mpt_name, frozen layers and rates by layer, inference
-          builds, mpt_slice, mpt_reshape, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
+          New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
+          builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
+          Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs. mpt_name and mpt_find.
+          train.clip_value.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

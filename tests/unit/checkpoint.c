@@ -836,7 +836,7 @@ static void test_kinds(mpt_context *ctx) {
 
 /* ==== SETTINGS ==== */
 
-enum { SETTINGS = 20 };
+enum { SETTINGS = 21 };
 
 /* Changes one setting; returns the word that the refusal has. */
 static const char *change(mpt_train_desc *t, mpt_policy *p, int i) {
@@ -861,6 +861,7 @@ static const char *change(mpt_train_desc *t, mpt_policy *p, int i) {
     case 16: p->compute = p->param = MPT_BF16; return "param";
     case 17: p->param = MPT_F32; return "param";
     case 18: p->output = MPT_F16; return "linear2";
+    case 19: t->clip_value = 1; return "clip_value";
     default: p->master = MPT_MASTER_NONE; return "masters";
     }
 }
@@ -877,7 +878,7 @@ static void test_settings(mpt_context *ctx) {
         mpt_policy p = policy;
         const char *word = change(&t, &p, i);
         other = build(ctx, mlp, p, &t);
-        CHECK_ERROR(ctx, load(other, "kept"), i == 19 ? MPT_ERROR_TYPE : MPT_ERROR_VALUE, i == 19 ? "F16" : word);
+        CHECK_ERROR(ctx, load(other, "kept"), i == 20 ? MPT_ERROR_TYPE : MPT_ERROR_VALUE, i == 20 ? "F16" : word);
         CHECK_EQUAL(mpt_steps_applied(other), 0);
         mpt_model_free(other);
     }
@@ -995,7 +996,7 @@ static void test_known_members(void) {
         int a, b;
         mpt_optimizer_desc c;
         mpt_scaler_desc d;
-        double e;
+        double e, i;
         uint64_t f;
         int g;       /* inference: has no checkpoint */
         mpt_ranks h; /* a checkpoint goes on with any number of ranks */

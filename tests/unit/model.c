@@ -771,6 +771,7 @@ static void parts(mpt_context *ctx, mpt_model *model, const samples *s, mpt_loss
     }
     CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
     CHECK_OK(ctx, mpt_clip_norm(mpt_model_optimizer(model), train->clip_norm));
+    if (train->clip_value > 0) CHECK_OK(ctx, mpt_clip_value(mpt_model_optimizer(model), train->clip_value));
     CHECK_OK(ctx, mpt_step(mpt_model_optimizer(model)));
     CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(model)));
 }
@@ -781,7 +782,7 @@ static void test_parts(mpt_context *ctx, const arch *kind, mpt_policy policy, mp
     samples s = samples_new(kind, 12, 8);
     mpt_model *whole, *taken;
     int i;
-    train.batch = 6, train.accumulate = 2, train.clip_norm = 0.3, train.seed = 2;
+    train.batch = 6, train.accumulate = 2, train.clip_norm = 0.3, train.clip_value = 0.01, train.seed = 2;
     train.scaler.init_scale = 16777216;
     whole = build(ctx, policy, kind, loss, &train);
     taken = build(ctx, policy, kind, loss, &train);
@@ -1970,6 +1971,8 @@ static void test_build_errors(mpt_context *ctx) {
     t = zero, t.clip_norm = -1, check_build(ctx, o0, &t, MPT_ERROR_ARGUMENT, "clip_norm", __LINE__);
     t = zero, t.clip_norm = (double)test_float(0x7fc00000u);
     check_build(ctx, o0, &t, MPT_ERROR_ARGUMENT, "clip_norm", __LINE__);
+    t = zero, t.clip_norm = 1e-60, check_build(ctx, o0, &t, MPT_ERROR_ARGUMENT, "clip_norm", __LINE__);
+    t = zero, t.clip_value = -0.5, check_build(ctx, o0, &t, MPT_ERROR_ARGUMENT, "clip_value", __LINE__);
     t = zero, t.optimizer = mpt_sgd(-1, 0), check_build(ctx, o0, &t, MPT_ERROR_ARGUMENT, "lr", __LINE__);
     t = zero, t.scaler.backoff_factor = 7, check_build(ctx, o0, &t, MPT_ERROR_ARGUMENT, "backoff_factor", __LINE__);
     check_build(ctx, mpt_policy_preset(MPT_O2, MPT_F32), NULL, MPT_ERROR_TYPE, "policy", __LINE__);
