@@ -64,7 +64,7 @@
        mpt_context *ctx = mpt_open(NULL);
        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
        int h = mpt_input(net, 8, 8, 1);                         height, width, channels
-       h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));      16 filters, 3x3, stride 1, padding 1
+       h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));      16 filters, 3x3, stride 1, no padding
        h = mpt_max_pool2d(net, h, 2, NULL);
        h = mpt_linear(net, h, 10, NULL);
        mpt_softmax_cross_entropy(net, h, NULL);
@@ -449,11 +449,16 @@ MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *op);
 
 typedef enum mpt_pass { MPT_FORWARD = 0, MPT_BACKWARD_DATA, MPT_BACKWARD_WEIGHT } mpt_pass;
 
-/* Shape of a convolution. Output P = (H + 2 padding - dilation (R - 1) - 1) / stride + 1, Q likewise. Filters
-   K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. */
+/* Shape of a convolution; _h is down, _w across. Output P = (H + 2 padding_h - dilation_h (R - 1) - 1) / stride_h + 1, Q
+   likewise. Filters K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. */
 typedef struct mpt_conv2d_shape {
     size_t N, H, W, C, K, R, S;
-    size_t stride, padding, dilation, groups; /* stride, dilation, groups 0: 1 */
+    size_t stride_h, stride_w;     /* 0: 1 */
+    size_t padding_h, padding_w;   /* rows and columns of zeros on each side */
+    size_t dilation_h, dilation_w; /* 0: 1 */
+    size_t groups;                 /* 0: 1 */
+    int same; /* 1: P = H, Q = W, by dilation (kernel - 1) zeros on both sides together; of an odd number the larger half
+                 comes last. Needs stride 1 and no other padding; padding='same' in torch */
 } mpt_conv2d_shape;
 
 /* x(N,H,W,C), w(K,R,S,C/groups), y(N,P,Q,K). torch.nn.functional.conv2d
@@ -467,7 +472,7 @@ typedef struct mpt_conv2d_op {
     mpt_array bias;     /* optional; not read by MPT_BACKWARD_DATA */
     mpt_activation act; /* MPT_FORWARD only */
     float beta;
-    size_t P, Q; /* filled in by the call */
+    size_t P, Q; /* filled in by the call; with `same` also the padding above and left */
 } mpt_conv2d_op;
 
 MPT_DEF mpt_result mpt_op_conv2d(mpt_context *ctx, const mpt_conv2d_op *op);
@@ -476,12 +481,14 @@ MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *s
 
 typedef enum mpt_pool_kind { MPT_POOL_MAX = 0, MPT_POOL_AVERAGE } mpt_pool_kind;
 
-/* Shape of a pooling window R x S. Padding is at most half the window; max ignores it, average counts it as zeros
-   (PyTorch's defaults). Global pooling: R = H, S = W. R S at most 65536 for max. */
+/* Shape of a pooling window R x S; _h is down, _w across. Max ignores the padding. Global pooling: R = H, S = W. R S at
+   most 65536 for max. */
 typedef struct mpt_pool2d_shape {
     size_t N, H, W, C, R, S;
-    size_t stride; /* 0: the window's size, R down and S across */
-    size_t padding;
+    size_t stride_h, stride_w;   /* 0: R, S */
+    size_t padding_h, padding_w; /* on each side; at most half the window */
+    int exclude_padding; /* average: 0: divides by R S; 1: by how many pixels of the image the window holds, as torch does
+                            with count_include_pad=False */
 } mpt_pool2d_shape;
 
 /* x(N,H,W,C), y(N,P,Q,C). torch.nn.functional.max_pool2d, avg_pool2d
@@ -492,9 +499,9 @@ typedef struct mpt_pool2d_op {
     mpt_pass pass;
     mpt_pool2d_shape shape;
     mpt_array x, y;
-    uint16_t *index;                 /* (N,P,Q,C), written forward, read backward; average: NULL */
-    float beta;                      /* MPT_BACKWARD_DATA only */
-    size_t P, Q, stride_h, stride_w; /* filled in by the call */
+    uint16_t *index; /* (N,P,Q,C), written forward, read backward; average: NULL */
+    float beta;      /* MPT_BACKWARD_DATA only */
+    size_t P, Q;     /* filled in by the call */
 } mpt_pool2d_op;
 
 MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *op);
@@ -951,11 +958,13 @@ typedef struct mpt_linear_desc {
 typedef struct mpt_conv2d_desc {
     const char *name; /* NULL: "conv1", ... */
     int stride;       /* 0: 1 */
-    int padding;      /* zeros on each side; 0: (kernel - 1) / 2 * dilation: odd kernels keep the size at stride 1 */
-    int no_padding;   /* 1: none */
+    int padding;      /* zeros on each side */
+    int same;         /* 1: as many zeros as keep the size, for stride 1; padding='same' in torch */
     int dilation;     /* 0: 1 */
     int groups;       /* 0: 1; the number of channels: depthwise */
     int no_bias;
+    int kernel_w, stride_w, dilation_w; /* across; 0: as down */
+    int padding_w;                      /* across; 0: as above and below; -1: none */
     mpt_init init;
     mpt_tuning tuning;
 } mpt_conv2d_desc;
@@ -968,8 +977,11 @@ typedef struct mpt_norm_desc {
 } mpt_norm_desc;
 
 typedef struct mpt_pool2d_desc {
-    int stride;  /* 0: the window */
-    int padding; /* at most half the window */
+    int stride;             /* 0: the window */
+    int padding;            /* at most half the window */
+    int window_w, stride_w; /* across; 0: as down, but the stride the window's if that is so down */
+    int padding_w;          /* across; 0: as above and below; -1: none */
+    int exclude_padding;    /* average: see mpt_pool2d_shape */
 } mpt_pool2d_desc;
 
 /* The model's one input: samples of H x W x C floats. A flat vector of n features is (1, 1, n). It stays fp32 until a
@@ -998,6 +1010,7 @@ MPT_DEF int mpt_gelu_tanh(mpt_model *net, int node);
 MPT_DEF int mpt_silu(mpt_model *net, int node);
 MPT_DEF int mpt_max_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
 MPT_DEF int mpt_avg_pool2d(mpt_model *net, int node, int window, const mpt_pool2d_desc *desc);
+MPT_DEF int mpt_global_max_pool2d(mpt_model *net, int node);
 MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int node);
 MPT_DEF int mpt_flatten(mpt_model *net, int node);
 /* The same elements in the same order (H, W, C) as H x W x C. */
@@ -1183,8 +1196,7 @@ typedef struct mpt_node_info {
     const char *name, *kernel, *reason; /* how it is computed; why its value has its type */
     int in[2];                          /* nodes that it reads; 0: none */
     int weight, bias;                   /* tensors of mpt_model_params; 0: none */
-    int window, groups;                 /* convolution: R = S, and its groups; else 0 */
-    int stride, padding, dilation;      /* convolution; else 0 */
+    mpt_conv2d_shape conv;              /* of a convolution, one sample; else all 0 */
     int H, W, C;                        /* of a sample */
     mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
     int needs_gradient;                 /* 1: backward makes the gradient of its value */
@@ -2115,6 +2127,21 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
 
 #if defined(MPT_IMPLEMENTATION) && !defined(MPT__IMPLEMENTED)
 #define MPT__IMPLEMENTED
+
+/* -- Pooling -- */
+
+/* Pixels of an axis that the window of output `out` holds, from a padding of at most half of it on */
+MPT_HD size_t mpt__window_inside(size_t out, size_t stride, size_t padding, size_t window, size_t size) {
+    const size_t begin = out * stride, end = begin + window; /* both `padding` further on than in the image */
+    return (end < size + padding ? end : size + padding) - (begin > padding ? begin : padding);
+}
+
+/* What the sum of output (p,q) of an average pool is divided by */
+MPT_HD size_t mpt__pool2d_divisor(const mpt_pool2d_shape *s, size_t p, size_t q) {
+    if (!s->exclude_padding) return s->R * s->S;
+    return mpt__window_inside(p, s->stride_h, s->padding_h, s->R, s->H) *
+           mpt__window_inside(q, s->stride_w, s->padding_w, s->S, s->W);
+}
 
 /* ==== CORE ==== */
 
@@ -3623,35 +3650,48 @@ static size_t mpt__window_count(size_t size, size_t padding, size_t reach, size_
     return size + 2 * padding < reach ? 0 : (size + 2 * padding - reach) / stride + 1;
 }
 
+/* One axis of a convolution: `kernel` taps on `size` inputs. Returns 0 if that does not fit; else fills in the defaults
+   and finds the number of outputs. */
+static int mpt__conv2d_axis(size_t size, size_t kernel, int same, size_t *stride, size_t *padding, size_t *dilation,
+                            size_t *outputs) {
+    size_t reach;
+    if (!*stride) *stride = 1;
+    if (!*dilation) *dilation = 1;
+    if (*stride > MPT__MOST || *dilation > MPT__MOST || *padding > (size_t)-1 / 64) return 0;
+    if (!mpt__size_mul(&reach, *dilation, kernel - 1) || reach > (size_t)-1 / 4) return 0;
+    if (!same) {
+        *outputs = mpt__window_count(size, *padding, reach + 1, *stride);
+        return *outputs > 0;
+    }
+    if (*stride > 1 || (*padding && *padding != reach / 2)) return 0;
+    *padding = reach / 2;
+    *outputs = size;
+    return 1;
+}
+
 /* Checks the shape, fills in its defaults, and finds P and Q. */
-static mpt_result mpt__conv2d_plan(mpt_context *ctx, mpt_conv2d_op *op) {
+static mpt_result mpt__conv2d_plan(mpt_context *ctx, const char *call, mpt_conv2d_op *op) {
     mpt_conv2d_shape *s = &op->shape;
-    size_t reach_h, reach_w;
-    if (!s->stride) s->stride = 1;
-    if (!s->dilation) s->dilation = 1;
+    int fits_h, fits_w;
     if (!s->groups) s->groups = 1;
     if (!s->H || !s->W || !s->C || !s->K || !s->R || !s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: a size is 0 (H %zu, W %zu, C %zu, K %zu, R %zu, S %zu)", s->H,
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: a size is 0 (H %zu, W %zu, C %zu, K %zu, R %zu, S %zu)", call, s->H,
                         s->W, s->C, s->K, s->R, s->S);
-    if (s->stride > MPT__MOST || s->dilation > MPT__MOST)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: stride %zu or dilation %zu is over 2^31 - 1", s->stride,
-                        s->dilation);
     if (s->C % s->groups || s->K % s->groups)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "conv2d: %zu groups do not divide %zu channels and %zu filters",
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: %zu groups do not divide %zu channels and %zu filters", call,
                         s->groups, s->C, s->K);
-    MPT__TRY(mpt__need_size(ctx, "conv2d", "x", s->N, s->H, s->W, s->C));
-    MPT__TRY(mpt__need_size(ctx, "conv2d", "w", s->K, s->R, s->S, s->C / s->groups));
-    if (!mpt__size_mul(&reach_h, s->dilation, s->R - 1) || !mpt__size_mul(&reach_w, s->dilation, s->S - 1) ||
-        reach_h > (size_t)-1 / 4 || reach_w > (size_t)-1 / 4 || s->padding > (size_t)-1 / 64 ||
-        mpt__window_count(s->H, s->padding, reach_h + 1, s->stride) == 0 ||
-        mpt__window_count(s->W, s->padding, reach_w + 1, s->stride) == 0)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE,
-                        "conv2d: kernel %zux%zu, dilation %zu, on a %zux%zu input with padding %zu", s->R, s->S,
-                        s->dilation, s->H, s->W, s->padding);
-    op->P = mpt__window_count(s->H, s->padding, reach_h + 1, s->stride);
-    op->Q = mpt__window_count(s->W, s->padding, reach_w + 1, s->stride);
-    MPT__TRY(mpt__need_size(ctx, "conv2d", "y", s->N, op->P, op->Q, s->K));
-    return mpt__need_size(ctx, "conv2d", "taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1);
+    MPT__TRY(mpt__need_size(ctx, call, "x", s->N, s->H, s->W, s->C));
+    MPT__TRY(mpt__need_size(ctx, call, "w", s->K, s->R, s->S, s->C / s->groups));
+    fits_h = mpt__conv2d_axis(s->H, s->R, s->same, &s->stride_h, &s->padding_h, &s->dilation_h, &op->P);
+    fits_w = mpt__conv2d_axis(s->W, s->S, s->same, &s->stride_w, &s->padding_w, &s->dilation_w, &op->Q);
+    if (!fits_h || !fits_w)
+        return mpt_fail(
+            ctx, MPT_ERROR_SHAPE,
+            "%s: kernel %zux%zu, stride %zux%zu, dilation %zux%zu on a %zux%zu input with padding %zux%zu%s", call,
+            s->R, s->S, s->stride_h, s->stride_w, s->dilation_h, s->dilation_w, s->H, s->W, s->padding_h, s->padding_w,
+            s->same ? " and same" : "");
+    MPT__TRY(mpt__need_size(ctx, call, "y", s->N, op->P, op->Q, s->K));
+    return mpt__need_size(ctx, call, "taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1);
 }
 
 MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q) {
@@ -3661,7 +3701,7 @@ MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *s
     if (Q) *Q = 0;
     if (!shape || !P || !Q) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d_output: shape, P or Q is NULL");
     op.shape = *shape;
-    r = mpt__conv2d_plan(ctx, &op);
+    r = mpt__conv2d_plan(ctx, "conv2d", &op);
     if (r != MPT_OK) return r;
     *P = op.P;
     *Q = op.Q;
@@ -3674,7 +3714,7 @@ MPT_DEF mpt_result mpt_op_conv2d(mpt_context *ctx, const mpt_conv2d_op *user) {
     op = *user;
     if ((unsigned)op.pass > MPT_BACKWARD_WEIGHT)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d: unknown pass %d", (int)op.pass);
-    MPT__TRY(mpt__conv2d_plan(ctx, &op));
+    MPT__TRY(mpt__conv2d_plan(ctx, "conv2d", &op));
     MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_BACKWARD_DATA ? "x (dx)" : "x", op.x));
     MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_BACKWARD_WEIGHT ? "w (dw)" : "w", op.w));
     MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_FORWARD ? "y" : "y (dy)", op.y));
@@ -3806,32 +3846,33 @@ MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
     return ctx->backend.norm(ctx, &op);
 }
 
-/* Checks the shape, and finds P, Q and the strides. */
-static mpt_result mpt__pool2d_plan(mpt_context *ctx, mpt_pool2d_op *op) {
-    const mpt_pool2d_shape *s = &op->shape;
+/* Checks the shape, fills in the strides, and finds P and Q. */
+static mpt_result mpt__pool2d_plan(mpt_context *ctx, const char *call, mpt_pool2d_op *op) {
+    mpt_pool2d_shape *s = &op->shape;
     if (!s->H || !s->W || !s->C || !s->R || !s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: a size is 0 (H %zu, W %zu, C %zu, R %zu, S %zu)", s->H, s->W,
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: a size is 0 (H %zu, W %zu, C %zu, R %zu, S %zu)", call, s->H, s->W,
                         s->C, s->R, s->S);
-    MPT__TRY(mpt__need_size(ctx, "pool2d", "x", s->N, s->H, s->W, s->C));
-    MPT__TRY(mpt__need_size(ctx, "pool2d", "window", s->R, s->S, 1, 1));
-    if (s->stride > MPT__MOST) return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: stride %zu is over 2^31 - 1", s->stride);
+    MPT__TRY(mpt__need_size(ctx, call, "x", s->N, s->H, s->W, s->C));
+    MPT__TRY(mpt__need_size(ctx, call, "window", s->R, s->S, 1, 1));
+    if (!s->stride_h) s->stride_h = s->R;
+    if (!s->stride_w) s->stride_w = s->S;
+    if ((s->stride_h > MPT__MOST && s->stride_h != s->R) || (s->stride_w > MPT__MOST && s->stride_w != s->S))
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: stride %zux%zu is over 2^31 - 1", call, s->stride_h, s->stride_w);
     if (s->R > 65536 / s->S && (s->R / 3 > s->H || s->S / 3 > s->W))
         return mpt_fail(ctx, MPT_ERROR_SHAPE,
-                        "pool2d: window %zux%zu of over 65536 elements on an image of %zux%zu, mostly padding", s->R,
+                        "%s: window %zux%zu of over 65536 elements on an image of %zux%zu, mostly padding", call, s->R,
                         s->S, s->H, s->W);
-    if (s->padding > s->R / 2 || s->padding > s->S / 2)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: padding %zu is more than half the window %zux%zu", s->padding,
-                        s->R, s->S);
-    op->stride_h = s->stride ? s->stride : s->R;
-    op->stride_w = s->stride ? s->stride : s->S;
-    op->P = mpt__window_count(s->H, s->padding, s->R, op->stride_h);
-    op->Q = mpt__window_count(s->W, s->padding, s->S, op->stride_w);
+    if (s->padding_h > s->R / 2 || s->padding_w > s->S / 2)
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: padding %zux%zu is more than half the window %zux%zu", call,
+                        s->padding_h, s->padding_w, s->R, s->S);
+    op->P = mpt__window_count(s->H, s->padding_h, s->R, s->stride_h);
+    op->Q = mpt__window_count(s->W, s->padding_w, s->S, s->stride_w);
     if (!op->P || !op->Q)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: window %zux%zu on a %zux%zu input with padding %zu", s->R, s->S,
-                        s->H, s->W, s->padding);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: window %zux%zu on a %zux%zu input with padding %zux%zu", call, s->R,
+                        s->S, s->H, s->W, s->padding_h, s->padding_w);
     if (op->kind == MPT_POOL_MAX && s->R > 65536 / s->S)
-        return mpt_fail(ctx, MPT_ERROR_SHAPE, "pool2d: max window %zux%zu has more than 65536 elements", s->R, s->S);
-    return mpt__need_size(ctx, "pool2d", "y", s->N, op->P, op->Q, s->C);
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "%s: max window %zux%zu has more than 65536 elements", call, s->R, s->S);
+    return mpt__need_size(ctx, call, "y", s->N, op->P, op->Q, s->C);
 }
 
 MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *shape, size_t *P, size_t *Q) {
@@ -3842,7 +3883,7 @@ MPT_DEF mpt_result mpt_pool2d_output(mpt_context *ctx, const mpt_pool2d_shape *s
     if (!shape || !P || !Q) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d_output: shape, P or Q is NULL");
     op.kind = MPT_POOL_AVERAGE;
     op.shape = *shape;
-    r = mpt__pool2d_plan(ctx, &op);
+    r = mpt__pool2d_plan(ctx, "pool2d", &op);
     if (r != MPT_OK) return r;
     *P = op.P;
     *Q = op.Q;
@@ -3855,7 +3896,7 @@ MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     op = *user;
     if ((unsigned)op.kind > MPT_POOL_AVERAGE || (unsigned)op.pass > MPT_BACKWARD_DATA)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: unknown kind %d or pass %d", (int)op.kind, (int)op.pass);
-    MPT__TRY(mpt__pool2d_plan(ctx, &op));
+    MPT__TRY(mpt__pool2d_plan(ctx, "pool2d", &op));
     MPT__TRY(mpt__need(ctx, "pool2d", op.pass == MPT_FORWARD ? "x" : "x (dx)", op.x));
     MPT__TRY(mpt__need(ctx, "pool2d", op.pass == MPT_FORWARD ? "y" : "y (dy)", op.y));
     if (op.kind == MPT_POOL_MAX && !op.index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
@@ -3977,8 +4018,8 @@ static double mpt__ref_conv2d_y(const mpt_conv2d_op *op, size_t n, size_t p, siz
     size_t r, s, c, h, w;
     for (r = 0; r < shape->R; r++)
         for (s = 0; s < shape->S; s++) {
-            if (!mpt__ref_input_of(p, shape->stride, r * shape->dilation, shape->padding, shape->H, &h)) continue;
-            if (!mpt__ref_input_of(q, shape->stride, s * shape->dilation, shape->padding, shape->W, &w)) continue;
+            if (!mpt__ref_input_of(p, shape->stride_h, r * shape->dilation_h, shape->padding_h, shape->H, &h)) continue;
+            if (!mpt__ref_input_of(q, shape->stride_w, s * shape->dilation_w, shape->padding_w, shape->W, &w)) continue;
             for (c = 0; c < C; c++)
                 sum += mpt__ref_get(op->x, ((n * shape->H + h) * shape->W + w) * shape->C + first + c) *
                        mpt__ref_get(op->w, ((k * shape->R + r) * shape->S + s) * C + c);
@@ -3994,8 +4035,8 @@ static double mpt__ref_conv2d_dx(const mpt_conv2d_op *op, size_t n, size_t h, si
     size_t r, s, k, p, q;
     for (r = 0; r < shape->R; r++)
         for (s = 0; s < shape->S; s++) {
-            if (!mpt__ref_output_of(h, shape->stride, r * shape->dilation, shape->padding, op->P, &p)) continue;
-            if (!mpt__ref_output_of(w, shape->stride, s * shape->dilation, shape->padding, op->Q, &q)) continue;
+            if (!mpt__ref_output_of(h, shape->stride_h, r * shape->dilation_h, shape->padding_h, op->P, &p)) continue;
+            if (!mpt__ref_output_of(w, shape->stride_w, s * shape->dilation_w, shape->padding_w, op->Q, &q)) continue;
             for (k = first; k < first + K; k++)
                 sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * shape->K + k) *
                        mpt__ref_get(op->w, ((k * shape->R + r) * shape->S + s) * C + c % C);
@@ -4012,8 +4053,10 @@ static double mpt__ref_conv2d_dw(const mpt_conv2d_op *op, size_t k, size_t r, si
     for (n = 0; n < shape->N; n++)
         for (p = 0; p < op->P; p++)
             for (q = 0; q < op->Q; q++) {
-                if (!mpt__ref_input_of(p, shape->stride, r * shape->dilation, shape->padding, shape->H, &h)) continue;
-                if (!mpt__ref_input_of(q, shape->stride, s * shape->dilation, shape->padding, shape->W, &w)) continue;
+                if (!mpt__ref_input_of(p, shape->stride_h, r * shape->dilation_h, shape->padding_h, shape->H, &h))
+                    continue;
+                if (!mpt__ref_input_of(q, shape->stride_w, s * shape->dilation_w, shape->padding_w, shape->W, &w))
+                    continue;
                 sum += mpt__ref_get(op->y, ((n * op->P + p) * op->Q + q) * shape->K + k) *
                        mpt__ref_get(op->x, ((n * shape->H + h) * shape->W + w) * shape->C + first + c);
             }
@@ -4116,8 +4159,8 @@ static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_
     for (r = 0; r < shape->R; r++)
         for (s = 0; s < shape->S; s++) {
             float x;
-            if (!mpt__ref_input_of(p, op->stride_h, r, shape->padding, shape->H, &h)) continue;
-            if (!mpt__ref_input_of(q, op->stride_w, s, shape->padding, shape->W, &w)) continue;
+            if (!mpt__ref_input_of(p, shape->stride_h, r, shape->padding_h, shape->H, &h)) continue;
+            if (!mpt__ref_input_of(q, shape->stride_w, s, shape->padding_w, shape->W, &w)) continue;
             x = (float)mpt__ref_get(op->x, ((n * shape->H + h) * shape->W + w) * shape->C + c);
             sum += (double)x;
             if (any && (mpt__is_nan(largest) || !(x > largest || mpt__is_nan(x)))) continue;
@@ -4126,7 +4169,7 @@ static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_
             if (op->kind == MPT_POOL_MAX) op->index[at] = (uint16_t)(r * shape->S + s);
         }
     if (op->kind == MPT_POOL_MAX) mpt__ref_set(op->y, at, (double)largest, NULL);
-    else mpt__ref_set(op->y, at, sum / (double)(shape->R * shape->S), NULL);
+    else mpt__ref_set(op->y, at, sum / (double)mpt__pool2d_divisor(shape, p, q), NULL);
 }
 
 /* dx(n,h,w,c) = sum over the windows that it is in: of the maximum dy if it was the largest, of the mean dy / (R S) */
@@ -4137,10 +4180,10 @@ static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, si
     for (r = 0; r < shape->R; r++)
         for (s = 0; s < shape->S; s++) {
             size_t at;
-            if (!mpt__ref_output_of(h, op->stride_h, r, shape->padding, op->P, &p)) continue;
-            if (!mpt__ref_output_of(w, op->stride_w, s, shape->padding, op->Q, &q)) continue;
+            if (!mpt__ref_output_of(h, shape->stride_h, r, shape->padding_h, op->P, &p)) continue;
+            if (!mpt__ref_output_of(w, shape->stride_w, s, shape->padding_w, op->Q, &q)) continue;
             at = ((n * op->P + p) * op->Q + q) * shape->C + c;
-            if (op->kind == MPT_POOL_AVERAGE) sum += mpt__ref_get(op->y, at) / (double)(shape->R * shape->S);
+            if (op->kind == MPT_POOL_AVERAGE) sum += mpt__ref_get(op->y, at) / (double)mpt__pool2d_divisor(shape, p, q);
             else if (op->index[at] == r * shape->S + s) sum += mpt__ref_get(op->y, at);
         }
     return sum;
@@ -4383,8 +4426,8 @@ typedef struct mpt__matrix {
 } mpt__matrix;
 
 /* The left operand of a convolution. Outputs (N,P,Q) read taps (R,S) of an image (N,H,W,C), or of some of its channels.
-   In the gradient of x the image is dy, spread to every `up`-th row and column with zeros between and padded so that
-   every x is an output, and the filters are flipped.
+   In the gradient of x the image is dy, spread to every up_h-th row and up_w-th column with zeros between and padded so
+   that every x is an output, and the filters are flipped.
 
    A band of outputs under a slice of the kernel needs one rectangle of each image. It is copied once, with its padding,
    into the halo buffer: here three outputs of two rows under a 3x3 kernel with stride 1 (. padding, x pixels of the
@@ -4392,14 +4435,15 @@ typedef struct mpt__matrix {
 
        . . . . .      The tile reads every tap where it lies. Output (p,q) finds tap (r,s), channel c at
        . x x x .
-       . x x x .          p * stride * pitch + q * stride * pixel  +  r * dilation * pitch + s * dilation * pixel + c
-       . x x x .          \____________ rows[(p,q)] ____________/     \_ runs[r] _/   \_ S * C words in a row, if the
-                                                                                         dilation is 1; else each tap
-   `pitch` is the bytes of a row, `pixel` of a pixel.                                    is a run of C words
+       . x x x .      p * stride_h * pitch + q * stride_w * pixel  +  r * dilation_h * pitch + s * dilation_w * pixel + c
+       . x x x .      \____________ rows[(p,q)] ________________/     \___ runs[r] ______/   \_ S * C words in a row, if
+                                                                                              dilation_w is 1; else each
+   `pitch` is the bytes of a row, `pixel` of a pixel.                                         tap is a run of C words
 
    The gradient of w reads the same buffer with the roles exchanged: rows[(r,s,c)] is the second half of the sum, a run
-   is a row of outputs, and its words are stride * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs, so
-   the buffer holds at each pixel the pair of it and the one `stride` to its right, and the next word is two outputs on.
+   is a row of outputs, and its words are stride_w * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs,
+   so the buffer holds at each pixel the pair of it and the one `stride_w` to its right, and the next word is two outputs
+   on.
    A row's last output is a band of its own if none is left to pair it with: paired with 0, an inf there would give
    0 * inf. */
 typedef enum mpt__outputs { MPT__NO_OUTPUTS, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } mpt__outputs;
@@ -4408,9 +4452,9 @@ typedef struct mpt__image {
     mpt__outputs kind; /* MPT__NO_OUTPUTS: of a product of matrices */
     mpt_array data;
     size_t N, H, W, C, first, channels; /* channels first .. first+channels of C */
-    size_t up;                          /* rows and columns from one to the next */
+    size_t up_h, up_w;                  /* rows and columns from one to the next */
     ptrdiff_t pad_top, pad_left;        /* zeros above and left of the image; below 0: rows and columns left out */
-    size_t P, Q, R, S, stride, dilation;
+    size_t P, Q, R, S, stride_h, stride_w, dilation_h, dilation_w;
     size_t images, lines, columns;    /* of a band: whole images or some lines of one; outputs of a line */
     size_t alone;                     /* 1: the last output of a line is a band of its own */
     size_t slice_R, slice_S, slice_C; /* of a slice: tap rows, taps of one, channels */
@@ -4475,11 +4519,11 @@ typedef struct mpt__halo { /* for a band and a slice */
 
 /* Rows of one image that `lines` lines of outputs need, and pixels of a row */
 static size_t mpt__halo_rows(const mpt__image *image, size_t lines, size_t R) {
-    return (lines - 1) * image->stride + (R - 1) * image->dilation + 1;
+    return (lines - 1) * image->stride_h + (R - 1) * image->dilation_h + 1;
 }
 
 static size_t mpt__halo_width(const mpt__image *image, size_t columns, size_t S) {
-    return (columns - 1) * image->stride + (S - 1) * image->dilation + 1;
+    return (columns - 1) * image->stride_w + (S - 1) * image->dilation_w + 1;
 }
 
 /* Channels of a pixel are filled up to a multiple of `multiple`. */
@@ -4516,25 +4560,26 @@ static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_
         for (; count; count--, i += stride, to += to_stride) mpt__fetch(ctx, data, i, n, size, to);
 }
 
-/* to(width,channels) = a row of image n: row y of the padded one, from its column x on. Here width is 10, up is 3, and
+/* to(width,channels) = a row of image n: row y of the padded one, from its column x on. Here width is 10, up_w is 3, and
    the image's pixels w, w + 1 and w + 2 are in it:
 
        |<-- h->width -->|
        . . w . . x . . x .      column: where the row begins in the spread image; below 0 in the padding
-       |<->| skip               skip = w up - column                                                           */
+       |<->| skip               skip = w up_w - column                                                         */
 static void mpt__halo_row(const mpt_context *ctx, const mpt__image *image, const mpt__kernel_slice *slice,
                           const mpt__halo *h, size_t n, size_t y, size_t x, char *to) {
-    const size_t up = image->up, size = h->pairs ? sizeof(uint16_t) : h->size, pixel = h->channels * size;
+    const size_t down = image->up_h, up = image->up_w;
+    const size_t size = h->pairs ? sizeof(uint16_t) : h->size, pixel = h->channels * size;
     const ptrdiff_t row = (ptrdiff_t)y - image->pad_top, column = (ptrdiff_t)x - image->pad_left;
     const size_t w = column > 0 ? mpt__pieces((size_t)column, up) : 0;
     const size_t skip = (size_t)((ptrdiff_t)(w * up) - column);
     size_t count, at;
-    if (row < 0 || (size_t)row % up || (size_t)row / up >= image->H || w >= image->W || skip >= h->width) {
+    if (row < 0 || (size_t)row % down || (size_t)row / down >= image->H || w >= image->W || skip >= h->width) {
         memset(to, 0, h->width * pixel);
         return;
     }
     count = mpt__min(image->W - w, (h->width - skip - 1) / up + 1);
-    at = ((n * image->H + (size_t)row / up) * image->W + w) * image->C + image->first + slice->c;
+    at = ((n * image->H + (size_t)row / down) * image->W + w) * image->C + image->first + slice->c;
     if (up == 1 && h->channels == image->C && slice->C == image->C) { /* pixels are contiguous */
         memset(to, 0, skip * pixel);
         mpt__fetch(ctx, image->data, at, count * image->C, size, to + skip * pixel);
@@ -4557,35 +4602,35 @@ static void mpt__halo_pairs(const mpt_context *ctx, const uint16_t *line, size_t
 /* Fills the buffer of a band, one image after the other. */
 static void mpt__halo_fill(const mpt_context *ctx, const mpt__image *image, const mpt__band *band,
                            const mpt__kernel_slice *slice, const mpt__halo *h, const mpt__workspace *ws) {
-    const size_t x = band->q * image->stride + slice->s * image->dilation;
+    const size_t x = band->q * image->stride_w + slice->s * image->dilation_w;
     const size_t line_size = h->width * h->channels;
-    const size_t next = band->columns > 1 ? image->stride * h->channels : line_size;
+    const size_t next = band->columns > 1 ? image->stride_w * h->channels : line_size;
     char *to = (char *)ws->left;
     size_t row, t;
     for (row = band->row; row < band->row + band->rows; row += image->lines)
         for (t = 0; t < h->rows; t++, to += h->pitch) {
             char *line = h->pairs ? (char *)ws->line : to;
             mpt__halo_row(ctx, image, slice, h, row / image->P,
-                          row % image->P * image->stride + slice->r * image->dilation + t, x, line);
+                          row % image->P * image->stride_h + slice->r * image->dilation_h + t, x, line);
             if (h->pairs) mpt__halo_pairs(ctx, (const uint16_t *)(const void *)line, line_size, next, to);
         }
 }
 
 /* Bytes from the start of the buffer to the first tap of the band's row `row` */
 static size_t mpt__halo_line(const mpt__image *image, const mpt__halo *h, size_t row) {
-    return (row / image->lines * h->rows + row % image->lines * image->stride) * h->pitch;
+    return (row / image->lines * h->rows + row % image->lines * image->stride_h) * h->pitch;
 }
 
 /* The left operand with the band's outputs as rows and the slice's taps as depth */
 static void mpt__image_rows(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice,
                             const mpt__halo *h, const mpt__workspace *ws, mpt__left *left) {
-    const size_t across = image->dilation > 1 ? slice->S : 1; /* runs of a tap row */
+    const size_t across = image->dilation_w > 1 ? slice->S : 1; /* runs of a tap row */
     size_t *rows = ws->rows, row, q, r, s;
     for (row = 0; row < band->rows; row++)
-        for (q = 0; q < band->columns; q++) *rows++ = mpt__halo_line(image, h, row) + q * image->stride * h->pixel;
+        for (q = 0; q < band->columns; q++) *rows++ = mpt__halo_line(image, h, row) + q * image->stride_w * h->pixel;
     for (r = 0; r < slice->R; r++)
         for (s = 0; s < across; s++)
-            ws->runs[r * across + s] = r * image->dilation * h->pitch + s * image->dilation * h->pixel;
+            ws->runs[r * across + s] = r * image->dilation_h * h->pitch + s * image->dilation_w * h->pixel;
     left->count = slice->R * across;
     left->length = slice->S / across * h->pixel / sizeof(float);
     left->stride = sizeof(float);
@@ -4599,11 +4644,11 @@ static void mpt__image_taps(const mpt__image *image, const mpt__band *band, cons
     for (r = 0; r < slice->R; r++)
         for (s = 0; s < slice->S; s++)
             for (c = 0; c < slice->C; c++)
-                *rows++ = r * image->dilation * h->pitch + s * image->dilation * h->pixel + c * sizeof(float);
+                *rows++ = r * image->dilation_h * h->pitch + s * image->dilation_w * h->pixel + c * sizeof(float);
     for (row = 0; row < band->rows; row++) ws->runs[row] = mpt__halo_line(image, h, row);
     left->count = band->rows;
     left->length = mpt__pieces(band->columns, each);
-    left->stride = image->stride * h->pixel * each;
+    left->stride = image->stride_w * h->pixel * each;
 }
 
 /* -- The driver -- */
@@ -5283,7 +5328,8 @@ static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
     image.N = shape->N;
     image.R = shape->R;
     image.S = shape->S;
-    image.dilation = shape->dilation;
+    image.dilation_h = shape->dilation_h;
+    image.dilation_w = shape->dilation_w;
     if (op->pass == MPT_BACKWARD_DATA) {
         image.data = op->y;
         image.H = op->P;
@@ -5291,10 +5337,12 @@ static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
         image.C = shape->K;
         image.P = shape->H;
         image.Q = shape->W;
-        image.stride = 1;
-        image.up = shape->stride;
-        image.pad_top = (ptrdiff_t)((shape->R - 1) * shape->dilation) - (ptrdiff_t)shape->padding;
-        image.pad_left = (ptrdiff_t)((shape->S - 1) * shape->dilation) - (ptrdiff_t)shape->padding;
+        image.stride_h = 1;
+        image.stride_w = 1;
+        image.up_h = shape->stride_h;
+        image.up_w = shape->stride_w;
+        image.pad_top = (ptrdiff_t)((shape->R - 1) * shape->dilation_h) - (ptrdiff_t)shape->padding_h;
+        image.pad_left = (ptrdiff_t)((shape->S - 1) * shape->dilation_w) - (ptrdiff_t)shape->padding_w;
         image.flipped = 1;
     } else {
         image.data = op->x;
@@ -5303,13 +5351,21 @@ static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
         image.C = shape->C;
         image.P = op->P;
         image.Q = op->Q;
-        image.stride = shape->stride;
-        image.up = 1;
-        image.pad_top = image.pad_left = (ptrdiff_t)shape->padding;
+        image.stride_h = shape->stride_h;
+        image.stride_w = shape->stride_w;
+        image.up_h = 1;
+        image.up_w = 1;
+        image.pad_top = (ptrdiff_t)shape->padding_h;
+        image.pad_left = (ptrdiff_t)shape->padding_w;
     }
     image.channels = image.C / shape->groups;
     image.first = group * image.channels;
     return image;
+}
+
+/* Does each output read one pixel, the one in its place? */
+static int mpt__conv2d_is_product(const mpt_conv2d_shape *s) {
+    return s->R == 1 && s->S == 1 && s->stride_h == 1 && s->stride_w == 1 && !s->padding_h && !s->padding_w;
 }
 
 /* One group of channels of a convolution as a product; C and K are those of the group. A 1x1 kernel that reads every
@@ -5325,7 +5381,7 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
     p.beta = op->beta;
     if (op->pass == MPT_FORWARD) p.bias = mpt__array_at(op->bias, group * K);
     p.act = op->act;
-    if (shape->R * shape->S > 1 || shape->stride > 1 || shape->padding) p.image = mpt__image_of(op, group);
+    if (!mpt__conv2d_is_product(shape)) p.image = mpt__image_of(op, group);
     if (op->pass == MPT_FORWARD) { /* y(NPQ,K) = patches(NPQ,RSC) w(K,RSC)^T */
         p.m = shape->N * op->P * op->Q;
         p.n = K;
@@ -5398,12 +5454,12 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
                 w[t * MPT__RUN + e] = mpt__get(d->ctx, d->op->w, (c + e) * taps + (image->flipped ? taps - 1 - t : t));
         for (row = 0; row < band.rows; row++)
             for (q = 0; q < band.columns; q++, sums += MPT__RUN) {
-                const char *first = (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
+                const char *first = (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride_w * h.pixel;
                 float sum[MPT__RUN] = {0};
                 for (t = 0; t < taps; t++)
                     mpt__mul_add_run(sum,
-                                     (const float *)(const void *)(first + t / S * image->dilation * h.pitch +
-                                                                   t % S * image->dilation * h.pixel),
+                                     (const float *)(const void *)(first + t / S * image->dilation_h * h.pitch +
+                                                                   t % S * image->dilation_w * h.pixel),
                                      w + t * MPT__RUN);
                 memcpy(sums, sum, sizeof sum);
             }
@@ -5439,7 +5495,8 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
             const mpt__halo h = mpt__depthwise_halo(d, &band, c, &ws);
             for (row = 0; row < band.rows; row++)
                 for (q = 0; q < band.columns; q += few) {
-                    const char *first = (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride * h.pixel;
+                    const char *first =
+                        (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride_w * h.pixel;
                     const size_t at = ((band.row + row) * image->Q + band.q + q) * C + c;
                     float sum[MPT__RUN] = {0}, *dy = ws.sums;
                     few = mpt__min(band.columns - q, 8);
@@ -5447,9 +5504,10 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
                         memcpy(dy + e * MPT__RUN, mpt__read_run(d->ctx, d->op->y, at + e * C, run, room),
                                MPT__RUN * sizeof *dy);
                     for (t = 0; t < taps; t++) {
-                        const char *x = first + t / S * image->dilation * h.pitch + t % S * image->dilation * h.pixel;
+                        const char *x =
+                            first + t / S * image->dilation_h * h.pitch + t % S * image->dilation_w * h.pixel;
                         for (e = 0; e < few; e++)
-                            mpt__mul_add_run(sum, (const float *)(const void *)(x + e * image->stride * h.pixel),
+                            mpt__mul_add_run(sum, (const float *)(const void *)(x + e * image->stride_w * h.pixel),
                                              dy + e * MPT__RUN);
                         mpt__total_run(total + t * MPT__RUN, sum);
                     }
@@ -6068,19 +6126,21 @@ MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__
 
 typedef struct mpt__window { /* of one output, inside the image: rows r .. R of the window, columns s .. S */
     size_t r, R, s, S;
-    ptrdiff_t at; /* element of the image under (0,0); below 0 if that is padding above the first image */
+    size_t divisor; /* of a mean */
+    ptrdiff_t at;   /* element of the image under (0,0); below 0 if that is padding above the first image */
 } mpt__window;
 
 MPT__INLINE mpt__window mpt__window_of(const mpt_pool2d_op *op, size_t n, size_t p, size_t q) {
     const mpt_pool2d_shape *shape = &op->shape;
     const ptrdiff_t H = (ptrdiff_t)shape->H, W = (ptrdiff_t)shape->W;
-    const ptrdiff_t h = (ptrdiff_t)(p * op->stride_h) - (ptrdiff_t)shape->padding; /* of the window's first row */
-    const ptrdiff_t w = (ptrdiff_t)(q * op->stride_w) - (ptrdiff_t)shape->padding;
+    const ptrdiff_t h = (ptrdiff_t)(p * shape->stride_h) - (ptrdiff_t)shape->padding_h; /* of the window's first row */
+    const ptrdiff_t w = (ptrdiff_t)(q * shape->stride_w) - (ptrdiff_t)shape->padding_w;
     mpt__window window;
     window.r = h < 0 ? (size_t)-h : 0;
     window.R = mpt__min(shape->R, (size_t)(H - h));
     window.s = w < 0 ? (size_t)-w : 0;
     window.S = mpt__min(shape->S, (size_t)(W - w));
+    window.divisor = mpt__pool2d_divisor(shape, p, q);
     window.at = (((ptrdiff_t)n * H + h) * W + w) * (ptrdiff_t)shape->C;
     return window;
 }
@@ -6141,7 +6201,7 @@ MPT__INLINE void mpt__pool2d_forward_run(const mpt_context *ctx, const mpt_pool2
             first = 0;
         }
     if (mean)
-        for (e = 0; e < MPT__RUN; e++) best[e] = (float)(sum[e] / (double)(shape->R * shape->S));
+        for (e = 0; e < MPT__RUN; e++) best[e] = (float)(sum[e] / (double)window->divisor);
     else mpt__taps_write(tap, n, op->index + out);
     mpt__write_run(ctx, op->y, out, n, best);
 }
@@ -6150,21 +6210,21 @@ MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool
                                           size_t c, size_t run, float *room) {
     const mpt_pool2d_shape *shape = &op->shape;
     const size_t in = ((n * shape->H + h) * shape->W + w) * shape->C + c;
-    const float size = (float)(shape->R * shape->S);
-    const size_t y = h + shape->padding, x = w + shape->padding;
+    const size_t y = h + shape->padding_h, x = w + shape->padding_w;
     float sum[MPT__RUN];
     size_t p, q, e;
     mpt__scale_run(sum, op->beta, op->beta != 0 ? mpt__read_run(ctx, op->x, in, run, room) : mpt__zeros);
-    for (p = mpt__min(y / op->stride_h + 1, op->P); p-- > 0;) {
-        if (y - p * op->stride_h >= shape->R) break; /* this window and those before it end above y */
-        for (q = mpt__min(x / op->stride_w + 1, op->Q); q-- > 0;) {
-            if (x - q * op->stride_w >= shape->S) break;
-            const uint32_t here = (uint32_t)((y - p * op->stride_h) * shape->S + x - q * op->stride_w);
+    for (p = mpt__min(y / shape->stride_h + 1, op->P); p-- > 0;) {
+        if (y - p * shape->stride_h >= shape->R) break; /* this window and those before it end above y */
+        for (q = mpt__min(x / shape->stride_w + 1, op->Q); q-- > 0;) {
+            if (x - q * shape->stride_w >= shape->S) break;
+            const uint32_t here = (uint32_t)((y - p * shape->stride_h) * shape->S + x - q * shape->stride_w);
+            const float divisor = (float)mpt__pool2d_divisor(shape, p, q);
             const size_t out = ((n * op->P + p) * op->Q + q) * shape->C + c;
             const float *dy = mpt__read_run(ctx, op->y, out, run, room);
             uint32_t tap[MPT__RUN];
             if (op->kind == MPT_POOL_AVERAGE)
-                for (e = 0; e < MPT__RUN; e++) sum[e] += dy[e] / size;
+                for (e = 0; e < MPT__RUN; e++) sum[e] += dy[e] / divisor;
             else {
                 mpt__taps_read(op->index + out, run, tap);
                 mpt__unpool_run(sum, tap, here, dy);
@@ -6177,8 +6237,9 @@ MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool
 /* Whether windows do not overlap. An input's gradient is then that of one output or zero, in the same bits, so outputs
    scatter theirs instead. */
 static int mpt__pool2d_scatters(const mpt_pool2d_op *op) {
-    return op->pass != MPT_FORWARD && op->beta == 0 && !op->shape.padding && op->stride_h >= op->shape.R &&
-           op->stride_w >= op->shape.S && op->x.type == op->y.type && op->x.type <= MPT_BF16;
+    return op->pass != MPT_FORWARD && op->beta == 0 && !op->shape.padding_h && !op->shape.padding_w &&
+           op->shape.stride_h >= op->shape.R && op->shape.stride_w >= op->shape.S && op->x.type == op->y.type &&
+           op->x.type <= MPT_BF16;
 }
 
 /* MPT__SELECT generates to(n) = y where index is `here`, else 0, for y of 16 and of 32 bits. Both are inlined into the
@@ -6225,9 +6286,9 @@ MPT__INLINE void mpt__pool2d_scatter_run(const mpt_context *ctx, const mpt_pool2
 /* Zeroes the inputs of row (n,p) of outputs and those up to the next row: some may be in no window. */
 static void mpt__pool2d_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
     const mpt_pool2d_shape *shape = &op->shape;
-    const size_t top = p * op->stride_h, bottom = p + 1 < op->P ? top + op->stride_h : shape->H;
+    const size_t top = p * shape->stride_h, bottom = p + 1 < op->P ? top + shape->stride_h : shape->H;
     const size_t line = shape->W * shape->C * mpt_dtype_size(op->x.type);
-    if (op->stride_h == shape->R && op->stride_w == shape->S && op->P * shape->R == shape->H &&
+    if (shape->stride_h == shape->R && shape->stride_w == shape->S && op->P * shape->R == shape->H &&
         op->Q * shape->S == shape->W)
         return;
     memset((char *)op->x.data + (n * shape->H + top) * line, 0, (bottom - top) * line);
@@ -7987,37 +8048,49 @@ static mpt__kind mpt__kind_linear(void) {
 
 /* -- Convolution -- see mpt_conv2d_op */
 
+/* Across: what the descriptor says, or as down. */
+static int mpt__across(int across, int down) { return across ? across : down; }
+
+/* Padding across, where -1 is none. */
+static size_t mpt__padding_across(int across, int down) { return across == -1 ? 0 : (size_t)mpt__across(across, down); }
+
 /* Shape of a convolution node from its descriptor. */
 static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel,
                                     const mpt_conv2d_desc *d) {
-    mpt_conv2d_shape *s = &node->conv;
-    size_t P, Q;
+    mpt_conv2d_op op = MPT_ZERO;
+    mpt_conv2d_shape *s = &op.shape;
     MPT__TRY(mpt__layer_positive(net, node, "filters", filters, 1));
     MPT__TRY(mpt__layer_positive(net, node, "kernel", kernel, 1));
     MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
     MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
     MPT__TRY(mpt__layer_positive(net, node, "dilation", d->dilation, 0));
     MPT__TRY(mpt__layer_positive(net, node, "groups", d->groups, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "kernel_w", d->kernel_w, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "stride_w", d->stride_w, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "dilation_w", d->dilation_w, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "padding_w", d->padding_w, -1));
     MPT__TRY(mpt__init_check(net, node));
-    if (d->padding && d->no_padding)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d and no_padding", node->name, d->padding);
     s->N = 1;
     s->H = (size_t)node->H;
     s->W = (size_t)node->W;
     s->C = (size_t)node->C;
     s->K = (size_t)filters;
-    s->R = s->S = (size_t)kernel;
-    s->stride = (size_t)mpt__or_int(d->stride, 1);
-    s->dilation = (size_t)mpt__or_int(d->dilation, 1);
-    s->groups = (size_t)mpt__or_int(d->groups, 1);
-    s->padding = (size_t)d->padding;
-    if (!d->padding && !d->no_padding) s->padding = (s->R - 1) / 2 * s->dilation;
-    if (mpt_conv2d_output(NULL, s, &P, &Q) != MPT_OK)
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE,
-                        "%s: kernel %dx%d, dilation %zu, %d filters, %zu groups, on a %dx%dx%d input with padding %zu",
-                        node->name, kernel, kernel, s->dilation, filters, s->groups, node->H, node->W, node->C,
-                        s->padding);
-    return mpt__layer_size(net, node, P, Q, s->K);
+    s->R = (size_t)kernel;
+    s->S = (size_t)mpt__across(d->kernel_w, kernel);
+    s->stride_h = (size_t)d->stride;
+    s->stride_w = (size_t)mpt__across(d->stride_w, d->stride);
+    s->padding_h = (size_t)d->padding;
+    s->padding_w = mpt__padding_across(d->padding_w, d->padding);
+    s->dilation_h = (size_t)d->dilation;
+    s->dilation_w = (size_t)mpt__across(d->dilation_w, d->dilation);
+    s->groups = (size_t)d->groups;
+    s->same = d->same;
+    if (s->same && (s->padding_h || s->padding_w))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: padding %d, padding_w %d and same", node->name, d->padding,
+                        d->padding_w);
+    MPT__TRY(mpt__conv2d_plan(net->ctx, node->name, &op));
+    node->conv = op.shape;
+    return mpt__layer_size(net, node, op.P, op.Q, s->K);
 }
 
 MPT_DEF int mpt_conv2d(mpt_model *net, int in, int filters, int kernel, const mpt_conv2d_desc *desc) {
@@ -8152,24 +8225,31 @@ static mpt__kind mpt__kind_activation(void) {
 
 /* -- Pooling -- see mpt_pool2d_op */
 
+/* Shape of a pooling node with a window R x S from the rest of its descriptor. */
 static mpt_result mpt__pool_shape(mpt_model *net, mpt__node *node, int R, int S, const mpt_pool2d_desc *d) {
-    mpt_pool2d_shape *s = &node->pool;
-    size_t P, Q;
+    mpt_pool2d_op op = MPT_ZERO;
+    mpt_pool2d_shape *s = &op.shape;
     MPT__TRY(mpt__layer_positive(net, node, "window", R, 1));
+    MPT__TRY(mpt__layer_positive(net, node, "window_w", S, 1));
     MPT__TRY(mpt__layer_positive(net, node, "stride", d->stride, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "stride_w", d->stride_w, 0));
     MPT__TRY(mpt__layer_positive(net, node, "padding", d->padding, 0));
+    MPT__TRY(mpt__layer_positive(net, node, "padding_w", d->padding_w, -1));
+    op.kind = node->pool_kind;
     s->N = 1;
     s->H = (size_t)node->H;
     s->W = (size_t)node->W;
     s->C = (size_t)node->C;
     s->R = (size_t)R;
     s->S = (size_t)S;
-    s->stride = (size_t)d->stride;
-    s->padding = (size_t)d->padding;
-    if (mpt_pool2d_output(NULL, s, &P, &Q) != MPT_OK || (node->pool_kind == MPT_POOL_MAX && R > 65536 / S))
-        return mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: window %dx%d (max: 65536 values) on a %dx%d input, padding %d",
-                        node->name, R, S, node->H, node->W, d->padding);
-    return mpt__layer_size(net, node, P, Q, s->C);
+    s->stride_h = (size_t)d->stride;
+    s->stride_w = (size_t)mpt__across(d->stride_w, d->stride);
+    s->padding_h = (size_t)d->padding;
+    s->padding_w = mpt__padding_across(d->padding_w, d->padding);
+    s->exclude_padding = d->exclude_padding;
+    MPT__TRY(mpt__pool2d_plan(net->ctx, node->name, &op));
+    node->pool = op.shape;
+    return mpt__layer_size(net, node, op.P, op.Q, s->C);
 }
 
 static int mpt__pool_layer(mpt_model *net, int in, mpt_pool_kind kind, int window, const mpt_pool2d_desc *desc) {
@@ -8178,7 +8258,15 @@ static int mpt__pool_layer(mpt_model *net, int in, mpt_pool_kind kind, int windo
     if (!node) return 0;
     if (desc) d = *desc;
     node->pool_kind = kind;
-    return mpt__layer_done(net, mpt__pool_shape(net, node, window, window, &d));
+    return mpt__layer_done(net, mpt__pool_shape(net, node, window, mpt__across(d.window_w, window), &d));
+}
+
+/* Of all pixels at once */
+static int mpt__global_pool_layer(mpt_model *net, int in, mpt_pool_kind kind) {
+    mpt_pool2d_desc d = MPT_ZERO;
+    const mpt__node *input = net && in > 0 && in <= net->count ? mpt__node_of(net, in) : NULL;
+    if (input) d.window_w = input->W;
+    return mpt__pool_layer(net, in, kind, input ? input->H : 1, &d);
 }
 
 MPT_DEF int mpt_max_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
@@ -8187,13 +8275,8 @@ MPT_DEF int mpt_max_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_
 MPT_DEF int mpt_avg_pool2d(mpt_model *net, int in, int window, const mpt_pool2d_desc *desc) {
     return mpt__pool_layer(net, in, MPT_POOL_AVERAGE, window, desc);
 }
-MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) {
-    mpt__node *node = mpt__node_new(net, MPT__POOL, "avg_pool", NULL, in);
-    const mpt_pool2d_desc d = MPT_ZERO;
-    if (!node) return 0;
-    node->pool_kind = MPT_POOL_AVERAGE;
-    return mpt__layer_done(net, mpt__pool_shape(net, node, node->H, node->W, &d));
-}
+MPT_DEF int mpt_global_max_pool2d(mpt_model *net, int in) { return mpt__global_pool_layer(net, in, MPT_POOL_MAX); }
+MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int in) { return mpt__global_pool_layer(net, in, MPT_POOL_AVERAGE); }
 
 static int mpt__plan_add(mpt_model *net, size_t count, size_t size, int first, int last);
 
@@ -10236,11 +10319,7 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     out->in[1] = node->in[1];
     out->weight = node->weight;
     out->bias = node->bias;
-    out->window = (int)node->conv.R;
-    out->groups = (int)node->conv.groups;
-    out->stride = (int)node->conv.stride;
-    out->padding = (int)node->conv.padding;
-    out->dilation = (int)node->conv.dilation;
+    out->conv = node->conv;
     out->H = node->H;
     out->W = node->W;
     out->C = node->C;
@@ -10944,11 +11023,13 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
 #define MPT__NODE_MEMBERS(X) \
     X(mpt__node_kind, int, kind) X(int, int, in[0]) X(int, int, in[1]) X(int, int, no_bias) \
     X(mpt_init, int, init) X(mpt_activation, int, act) X(float, float, p) \
-    X(size_t, uint64_t, conv.R) X(size_t, uint64_t, conv.S) X(size_t, uint64_t, conv.stride) \
-    X(size_t, uint64_t, conv.padding) X(size_t, uint64_t, conv.dilation) X(size_t, uint64_t, conv.groups) \
+    X(size_t, uint64_t, conv.R) X(size_t, uint64_t, conv.S) X(size_t, uint64_t, conv.stride_h) \
+    X(size_t, uint64_t, conv.stride_w) X(size_t, uint64_t, conv.padding_h) X(size_t, uint64_t, conv.padding_w) \
+    X(size_t, uint64_t, conv.dilation_h) X(size_t, uint64_t, conv.dilation_w) X(size_t, uint64_t, conv.groups) \
     X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
     X(float, float, momentum) X(mpt_pool_kind, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
-    X(size_t, uint64_t, pool.stride) X(size_t, uint64_t, pool.padding) X(int, int, first) X(mpt_loss_kind, int, loss) \
+    X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
+    X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) X(mpt_loss_kind, int, loss) \
     X(float, float, cross_entropy.label_smoothing) X(int, int, cross_entropy.ignore) \
     X(int32_t, int, cross_entropy.ignore_index) X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
     X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)

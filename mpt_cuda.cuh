@@ -1480,8 +1480,8 @@ typedef struct mptc__gather {
     int spread;               /* 1: rows are inputs (n,h,w) and read dy; 0: rows are outputs (n,p,q) and read x */
     mptc__grid grid;          /* of the rows */
     int down, across;         /* of the images that are read */
-    int stride, padding, dilation;
-    mptc__divider strides;
+    int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+    mptc__divider strides_h, strides_w;
     const void *from;
     void *to;
     unsigned first, rows;     /* of this slice... */
@@ -1501,29 +1501,33 @@ static mptc__gather mptc__gather_of(const mpt_conv2d_op *op) {
     g.grid = g.spread ? mptc__grid_of(z->H, z->W) : mptc__grid_of(op->P, op->Q);
     g.down = (int)(g.spread ? op->P : z->H);
     g.across = (int)(g.spread ? op->Q : z->W);
-    g.stride = (int)mptc__min(z->stride, INT_MAX); /* no position is that far */
-    g.strides = mptc__divider_of((size_t)g.stride);
-    g.padding = (int)z->padding;
-    g.dilation = (int)mptc__min(z->dilation, INT_MAX);
+    g.stride_h = (int)mptc__min(z->stride_h, INT_MAX); /* no position is that far */
+    g.stride_w = (int)mptc__min(z->stride_w, INT_MAX);
+    g.strides_h = mptc__divider_of((size_t)g.stride_h);
+    g.strides_w = mptc__divider_of((size_t)g.stride_w);
+    g.padding_h = (int)z->padding_h;
+    g.padding_w = (int)z->padding_w;
+    g.dilation_h = (int)mptc__min(z->dilation_h, INT_MAX);
+    g.dilation_w = (int)mptc__min(z->dilation_w, INT_MAX);
     g.S = mptc__divider_of(z->S);
     return g;
 }
 
 /* Number of the position that tap (r,s) of this row reads, or -1 for zeros */
 static __device__ __forceinline__ int mptc__tap(const mptc__gather *g, mptc__position at, unsigned r, unsigned s) {
-    const int down = (int)(r * (unsigned)g->dilation) - g->padding;
-    const int across = (int)(s * (unsigned)g->dilation) - g->padding;
+    const int down = (int)(r * (unsigned)g->dilation_h) - g->padding_h;
+    const int across = (int)(s * (unsigned)g->dilation_w) - g->padding_w;
     int y, x;
     if (!g->spread) {
-        y = (int)at.down * g->stride + down;
-        x = (int)at.across * g->stride + across;
+        y = (int)at.down * g->stride_h + down;
+        x = (int)at.across * g->stride_w + across;
     } else {
         y = (int)at.down - down;
         x = (int)at.across - across;
-        if (g->stride > 1) {
-            const int p = (int)mptc__divide((unsigned)y & INT_MAX, g->strides);
-            const int q = (int)mptc__divide((unsigned)x & INT_MAX, g->strides);
-            if (y < 0 || x < 0 || p * g->stride != y || q * g->stride != x) return -1;
+        if (g->stride_h > 1 || g->stride_w > 1) {
+            const int p = (int)mptc__divide((unsigned)y & INT_MAX, g->strides_h);
+            const int q = (int)mptc__divide((unsigned)x & INT_MAX, g->strides_w);
+            if (y < 0 || x < 0 || p * g->stride_h != y || q * g->stride_w != x) return -1;
             y = p;
             x = q;
         }
@@ -1539,7 +1543,7 @@ typedef enum mptc__reads { MPTC__PATCHES = 0, MPTC__SPREAD_CLOSE, MPTC__SPREAD_W
    channels and takes every `lines`-th row. */
 template <mptc__reads reads> static __global__ void mptc__gather_k(mptc__gather g) {
     g.spread = reads != MPTC__PATCHES;
-    if (reads == MPTC__SPREAD_CLOSE) g.stride = 1;
+    if (reads == MPTC__SPREAD_CLOSE) g.stride_h = g.stride_w = 1;
     const unsigned count = g.lines * g.columns.by;
     const mptc__position step = mptc__position_of(g.lines, g.grid);
     for (unsigned i = (unsigned)mptc__thread(); i < count; i += (unsigned)mptc__stride()) {
@@ -1630,7 +1634,7 @@ static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, m
     g.ld = (unsigned)(ld / units);
     g.patch = (unsigned)(taps * channels);
     if (whole && !g.spread) return MPTC__LAUNCH(mptc__gather_k<MPTC__PATCHES>, blocks, MPTC__THREADS, g);
-    if (whole && g.stride == 1) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_CLOSE>, blocks, MPTC__THREADS, g);
+    if (whole && g.stride_h == 1 && g.stride_w == 1) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_CLOSE>, blocks, MPTC__THREADS, g);
     if (whole) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_WIDE>, blocks, MPTC__THREADS, g);
     if (size == 4) return MPTC__LAUNCH(mptc__gather_few_k<uint32_t>, blocks, MPTC__THREADS, g);
     return MPTC__LAUNCH(mptc__gather_few_k<uint16_t>, blocks, MPTC__THREADS, g);
@@ -1765,7 +1769,7 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     mpt_gemm_op g = mptc__conv2d_product(op);
     mptc__fusion f;
     if (!z->N) return g.m && g.n ? mptc__gemm(ctx, &g) : MPT_OK; /* gradients of weights are beta times the old ones */
-    if (taps == 1 && z->stride == 1 && z->padding == 0) return mptc__gemm(ctx, &g); /* nothing to gather */
+    if (mpt__conv2d_is_product(z)) return mptc__gemm(ctx, &g); /* nothing to gather */
 
     /* the matrix is gathered from x or dy, whose type the other operand must share */
     const size_t a_rows = for_weights || for_data ? outputs : inputs, a_columns = for_weights || for_data ? z->K : z->C;
@@ -1773,7 +1777,7 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
     if (g.a_sums.data) mptc__sums_wait(ctx, g.k, g.m, g.a, g.beta, g.a_sums);
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
-    if (for_data && z->stride > 1) return mptc__conv2d_columns(ctx, op, &g);
+    if (for_data && (z->stride_h > 1 || z->stride_w > 1)) return mptc__conv2d_columns(ctx, op, &g);
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
     const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
     const size_t others = for_data ? weights * size : for_weights && g.c.type != MPT_F32 ? weights * 4 : 0;
@@ -1894,7 +1898,7 @@ static mpt_result mptc__conv2d_groups(mpt_context *ctx, const mpt_conv2d_op *op)
                              for_weights ? x_count : weights));
     const size_t size = mpt_dtype_size(g->a.type), columns = for_weights ? g->n : g->k;
     const size_t part = mptc__round_up(columns, 16 / size), rows = for_weights ? outputs : g->m;
-    w.gathers = taps > 1 || z->stride > 1 || z->padding > 0;
+    w.gathers = !mpt__conv2d_is_product(z);
     w.ld = groups * part;
     w.apart[0] = for_weights || for_data ? z->K : z->C;
     w.apart[1] = for_weights ? z->C : z->K * patch;
@@ -2010,7 +2014,7 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     const size_t C = z->C / z->groups, K = z->K / z->groups;
     mpt_conv2d_op one = *op;
     MPTC__TRY(mptc__enter(ctx));
-    MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * z->padding));
+    MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * z->H * z->W + 2 * (z->padding_h + z->padding_w)));
     MPTC__TRY(mptc__need_positions(ctx, "conv2d", z->N * op->P * op->Q * z->R * z->S));
     if (op->pass == MPT_BACKWARD_WEIGHT && op->bias.data && z->groups > 1) {
         const mptc__sums sums = {z->N * op->P * op->Q, z->K, op->y, op->bias, op->beta};
@@ -2909,8 +2913,8 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, m
         bool any = false;
         for (unsigned r = 0; r < R; r++)
             for (unsigned s = 0; s < S; s++) {
-                const unsigned h = at.down * (unsigned)op.stride_h + r - (unsigned)z.padding;
-                const unsigned w = at.across * (unsigned)op.stride_w + s - (unsigned)z.padding;
+                const unsigned h = at.down * (unsigned)z.stride_h + r - (unsigned)z.padding_h;
+                const unsigned w = at.across * (unsigned)z.stride_w + s - (unsigned)z.padding_w;
                 if (h >= H || w >= W) continue; /* padding; below 0 wraps to a huge number */
                 mptc__load(op.x, ((size_t)(at.n * H + h) * W + w) * z.C + c, some, x);
                 MPTC__EACH(e) {
@@ -2920,7 +2924,8 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, m
                 }
                 any = true;
             }
-        MPTC__EACH(e) if (op.kind == MPT_POOL_AVERAGE) best[e] = (float)(sum[e] / (double)((size_t)R * S));
+        const double divisor = (double)mpt__pool2d_divisor(&op.shape, at.down, at.across);
+        MPTC__EACH(e) if (op.kind == MPT_POOL_AVERAGE) best[e] = (float)(sum[e] / divisor);
         if (op.kind == MPT_POOL_MAX) mptc__store_bits(op.index + out, some, place);
         mptc__store(op.y, out, some, best);
     }
@@ -2933,14 +2938,14 @@ static __global__ void mptc__pool_backward_k(mpt_pool2d_op op, mpt_array relu, m
                                              mptc__divider by_packs) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned P = (unsigned)op.P, Q = (unsigned)op.Q, R = (unsigned)z.R, S = (unsigned)z.S;
-    const unsigned down = (unsigned)op.stride_h, across = (unsigned)op.stride_w;
+    const unsigned down = (unsigned)z.stride_h, across = (unsigned)z.stride_w;
     const size_t count = z.N * z.H * z.W * by_packs.by;
     for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
         const unsigned row = mptc__divide((unsigned)i, by_packs);
         const size_t c = (size_t)((unsigned)i - row * by_packs.by) * MPTC__PACK, in = row * z.C + c;
         const mptc__position at = mptc__position_of(row, grid);
         const unsigned some = mptc__left(z.C, c);
-        const unsigned y = at.down + (unsigned)z.padding, x = at.across + (unsigned)z.padding;
+        const unsigned y = at.down + (unsigned)z.padding_h, x = at.across + (unsigned)z.padding_w;
         float sum[MPTC__PACK] = {0}, dy[MPTC__PACK];
         uint16_t place[MPTC__PACK];
         if (op.beta != 0) mptc__load(op.x, in, some, sum);
@@ -2957,8 +2962,9 @@ static __global__ void mptc__pool_backward_k(mpt_pool2d_op op, mpt_array relu, m
                     MPTC__EACH(e) dy[e] = mptc__relu_slope(y[e], dy[e]);
                 }
                 if (op.kind == MPT_POOL_MAX) mptc__load_bits(op.index + out, some, place);
+                const float divisor = (float)mpt__pool2d_divisor(&op.shape, p, q);
                 MPTC__EACH(e) {
-                    if (op.kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / (float)(R * S);
+                    if (op.kind == MPT_POOL_AVERAGE) sum[e] += dy[e] / divisor;
                     else if (place[e] == r * S + s) sum[e] += dy[e];
                 }
             }
@@ -2995,8 +3001,8 @@ static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     MPTC__TRY(mptc__need_positions(ctx, "pool2d", inputs * packs)); /* of packs of channels */
     MPTC__TRY(mptc__need_positions(ctx, "pool2d", outputs * packs));
     MPTC__TRY(mptc__need_positions(ctx, "pool2d: window", z->R > z->S ? z->R : z->S));
-    op.stride_h = mptc__min(op.stride_h, INT_MAX); /* no position is that far */
-    op.stride_w = mptc__min(op.stride_w, INT_MAX);
+    op.shape.stride_h = mptc__min(z->stride_h, INT_MAX); /* no position is that far */
+    op.shape.stride_w = mptc__min(z->stride_w, INT_MAX);
     if (op.pass == MPT_FORWARD)
         return MPTC__SPREAD(mptc__pool_forward_k, outputs * packs, op, mptc__grid_of(op.P, op.Q),
                             mptc__divider_of(packs));

@@ -80,9 +80,11 @@ static double learn(const course *c, mpt_context *ctx, const pictures *p, const 
     mpt_metrics test;
     double window = 0;
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(w->level, w->type));
+    mpt_conv2d_desc conv = MPT_ZERO;
     int h = mpt_input(net, p->side, p->side, 1);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL)), 2, NULL);
+    conv.padding = 1;
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 3, &conv)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, &conv)), 2, NULL);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     train.batch = BATCH;
     train.seed = seed;

@@ -80,7 +80,10 @@ static int prelu_layer(mpt_model *net, int node, prelu *me, size_t channels, siz
 static mpt_model *new_net(const course *c, mpt_context *ctx, mpt_policy policy, prelu *me) {
     mpt_train_desc train = MPT_ZERO;
     mpt_model *net = mpt_model_new(ctx, policy);
-    int h = mpt_conv2d(net, mpt_input(net, SIDE, SIDE, 1), CHANNELS, 3, NULL);
+    mpt_conv2d_desc conv = MPT_ZERO;
+    int h = mpt_input(net, SIDE, SIDE, 1);
+    conv.padding = 1;
+    h = mpt_conv2d(net, h, CHANNELS, 3, &conv);
     h = mpt_avg_pool2d(net, prelu_layer(net, h, me, CHANNELS, (int)PIXELS * (int)CHANNELS), 2, NULL);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     train.batch = BATCH;

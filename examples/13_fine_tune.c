@@ -26,6 +26,7 @@ static mpt_model *new_net(const course *c, mpt_context *ctx, kind k, uint64_t se
     mpt_conv2d_desc conv = MPT_ZERO;
     mpt_linear_desc head = MPT_ZERO;
     int h = mpt_input(net, SIDE, SIDE, 1);
+    conv.padding = 1;
     conv.tuning.frozen = k.frozen;
     head.name = k.head;
     h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 3, &conv)), 2, NULL);

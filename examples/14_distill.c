@@ -28,9 +28,11 @@ static mpt_model *new_teacher(const course *c, mpt_context *ctx, const course_di
     static int32_t y[BATCH];
     const mpt_train_desc train = training(1, TEACHER_STEPS);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    mpt_conv2d_desc conv = MPT_ZERO;
     int h = mpt_input(net, SIDE, SIDE, 1);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 64, 3, NULL)), 2, NULL);
+    conv.padding = 1;
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, &conv)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 64, 3, &conv)), 2, NULL);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     course_need(c, mpt_model_build(net, &train) == MPT_OK, mpt_why(ctx));
     for (uint64_t step = 0; step < TEACHER_STEPS; step++) {

@@ -514,34 +514,39 @@ static void lens__linear_product(lens_product *p, size_t N, size_t D, size_t O) 
     p->ldc = p->n;
 }
 
+/* Does each output read one pixel, the one in its place? */
+static int lens__is_product(const mpt_conv2d_shape *z) {
+    return z->R * z->S == 1 && z->stride_h * z->stride_w == 1 && !z->padding_h && !z->padding_w;
+}
+
 /* As mpt_cuda.cuh makes it: one operand gathered to rows of taps that are padded to 16 bytes, but for a 1x1 kernel.
    N images in, P x Q pixels out. */
-static void lens__filters_product(lens_product *p, size_t N, const mpt_node_info *in, const mpt_node_info *node) {
-    const size_t H = (size_t)in->H, W = (size_t)in->W, P = (size_t)node->H, Q = (size_t)node->W;
-    const size_t groups = (size_t)node->groups, taps = (size_t)node->window * (size_t)node->window;
-    const size_t all_C = (size_t)in->C, all_K = (size_t)node->C, C = all_C / groups, K = all_K / groups;
+static void lens__filters_product(lens_product *p, size_t N, const mpt_node_info *node) {
+    const mpt_conv2d_shape *z = &node->conv;
+    const size_t P = (size_t)node->H, Q = (size_t)node->W, taps = z->R * z->S;
+    const size_t C = z->C / z->groups, K = z->K / z->groups;
     const size_t size = p->a == p->b ? mpt_dtype_size(p->a) : 4;
-    const int gathered = taps > 1 || node->stride > 1 || node->padding;
+    const int gathered = !lens__is_product(z);
     lens__linear_product(p, N * P * Q, taps * C, K);
     if (p->pass == MPT_FORWARD) {
-        p->lda = all_C;
-        p->ldc = all_K;
+        p->lda = z->C;
+        p->ldc = z->K;
     }
     if (p->pass == MPT_BACKWARD_DATA) {
-        p->m = N * H * W;
+        p->m = N * z->H * z->W;
         p->n = C;
         p->k = taps * K;
-        p->lda = all_K;
+        p->lda = z->K;
         p->ldb = C;
-        p->ldc = all_C;
+        p->ldc = z->C;
     }
     if (p->pass == MPT_BACKWARD_WEIGHT) {
-        p->lda = all_K;
-        p->ldb = all_C;
+        p->lda = z->K;
+        p->ldb = z->C;
     }
     if (gathered && p->pass != MPT_BACKWARD_WEIGHT) p->lda = (p->k * size + 15) / 16 * 16 / size;
     if (gathered && p->pass == MPT_BACKWARD_WEIGHT) p->ldb = (p->n * size + 15) / 16 * 16 / size;
-    p->count = groups;
+    p->count = z->groups;
 }
 
 /* The dimensions, of those along which rows lie, that are no multiple of 16 bytes. A leading dimension is such a
@@ -580,7 +585,7 @@ MPT_DEF mpt_result lens_model_product(const mpt_model *net, int id, mpt_pass pas
     out->count = 1;
     lens__product_types(out, &in, &node);
     batch = (size_t)mpt_model_train_desc(net).batch;
-    if (node.window) lens__filters_product(out, batch, &in, &node);
+    if (node.conv.R) lens__filters_product(out, batch, &node);
     else lens__linear_product(out, batch, (size_t)in.H * (size_t)in.W * (size_t)in.C, (size_t)node.C);
     out->multiply_adds = out->m * out->n * out->k * out->count;
     out->broken = lens__product_broken(out);
@@ -903,9 +908,9 @@ static mpt_result lens__need_f32(const mpt_model *net) {
 
 MPT_DEF mpt_result lens_gradients(mpt_model *net, const float *x, const void *target, int n, mpt_style style,
                                   mpt_write write, void *user, double *worst) {
-    static const lens__column columns[] = {{"tensor", 24},  {"elements", 34}, {"checked", 43},    {"largest", 56},
-                                           {"element", 65}, {"gradient", 78}, {"difference", 91},
-                                           {"relative error", 0}};
+    static const lens__column columns[] = {{"tensor", 24},     {"elements", 34},     {"checked", 43},
+                                           {"largest", 56},    {"element", 65},      {"gradient", 78},
+                                           {"difference", 91}, {"relative error", 0}};
     mpt_context *ctx = mpt_model_context(net);
     const lens__samples samples = {x, target, n};
     double loss, noise, relative, all = 0;
@@ -1364,8 +1369,8 @@ static void lens__patch(const lens__convolution *v, size_t u, float *out) {
     size_t r, s;
     for (r = 0; r < z->R; r++)
         for (s = 0; s < z->S; s++) {
-            const ptrdiff_t row = (ptrdiff_t)(p * z->stride + r * z->dilation) - (ptrdiff_t)z->padding;
-            const ptrdiff_t column = (ptrdiff_t)(q * z->stride + s * z->dilation) - (ptrdiff_t)z->padding;
+            const ptrdiff_t row = (ptrdiff_t)(p * z->stride_h + r * z->dilation_h) - (ptrdiff_t)z->padding_h;
+            const ptrdiff_t column = (ptrdiff_t)(q * z->stride_w + s * z->dilation_w) - (ptrdiff_t)z->padding_w;
             const int inside = row >= 0 && row < (ptrdiff_t)z->H && column >= 0 && column < (ptrdiff_t)z->W;
             float *to = out + (r * z->S + s) * v->C;
             const size_t at = inside ? (image * z->H + (size_t)row) * z->W + (size_t)column : 0;
@@ -1374,12 +1379,11 @@ static void lens__patch(const lens__convolution *v, size_t u, float *out) {
         }
 }
 
-/* The output that reads input `at` through tap r, of `outputs`; -1: none */
-static ptrdiff_t lens__output_at(const mpt_conv2d_shape *z, size_t at, size_t r, size_t outputs) {
-    const ptrdiff_t distance = (ptrdiff_t)(at + z->padding) - (ptrdiff_t)(r * z->dilation);
-    const ptrdiff_t stride = (ptrdiff_t)z->stride;
-    if (distance < 0 || distance % stride || distance / stride >= (ptrdiff_t)outputs) return -1;
-    return distance / stride;
+/* The output, of `outputs`, whose tap is `distance` behind its first input, where outputs are `stride` apart; -1: none */
+static ptrdiff_t lens__output_at(ptrdiff_t distance, size_t stride, size_t outputs) {
+    const ptrdiff_t apart = (ptrdiff_t)stride;
+    if (distance < 0 || distance % apart || distance / apart >= (ptrdiff_t)outputs) return -1;
+    return distance / apart;
 }
 
 /* out(R,S,K) = of dy what input pixel u went into, the last tap of a row of the kernel first */
@@ -1389,8 +1393,10 @@ static void lens__back_patch(const lens__convolution *v, size_t u, float *out) {
     size_t r, t;
     for (r = 0; r < z->R; r++)
         for (t = 0; t < z->S; t++) {
-            const ptrdiff_t p = lens__output_at(z, row, r, v->op->P);
-            const ptrdiff_t q = lens__output_at(z, column, z->S - 1 - t, v->op->Q);
+            const ptrdiff_t down = (ptrdiff_t)(row + z->padding_h) - (ptrdiff_t)(r * z->dilation_h);
+            const ptrdiff_t across = (ptrdiff_t)(column + z->padding_w) - (ptrdiff_t)((z->S - 1 - t) * z->dilation_w);
+            const ptrdiff_t p = lens__output_at(down, z->stride_h, v->op->P);
+            const ptrdiff_t q = lens__output_at(across, z->stride_w, v->op->Q);
             const int inside = p >= 0 && q >= 0;
             float *to = out + (r * z->S + t) * v->K;
             const size_t at = inside ? (image * v->op->P + (size_t)p) * v->op->Q + (size_t)q : 0;

@@ -49,8 +49,15 @@ static void mlp_layers(mpt_model *net, int h, int wide) {
 static void small_mlp(mpt_model *net, int h) { mlp_layers(net, h, 128); }
 static void large_mlp(mpt_model *net, int h) { mlp_layers(net, h, 256); }
 
+/* A 3x3 convolution that keeps the size */
+static int conv_relu(mpt_model *net, int h, int filters) {
+    mpt_conv2d_desc desc = MPT_ZERO;
+    desc.padding = 1;
+    return mpt_relu(net, mpt_conv2d(net, h, filters, 3, &desc));
+}
+
 static int conv_relu_pool(mpt_model *net, int h, int filters) {
-    return mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, filters, 3, NULL)), 2, NULL);
+    return mpt_max_pool2d(net, conv_relu(net, h, filters), 2, NULL);
 }
 
 static void small_cnn(mpt_model *net, int h) {
@@ -62,7 +69,7 @@ static void small_cnn(mpt_model *net, int h) {
 static void large_cnn(mpt_model *net, int h) {
     h = conv_relu_pool(net, h, 16);
     h = conv_relu_pool(net, h, 32);
-    h = mpt_relu(net, mpt_conv2d(net, h, 64, 3, NULL));
+    h = conv_relu(net, h, 64);
     h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
     h = mpt_dropout(net, h, 0.25f);
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
@@ -72,6 +79,7 @@ static void large_cnn(mpt_model *net, int h) {
 static int conv_norm(mpt_model *net, int h, int filters, int kernel, int stride) {
     mpt_conv2d_desc desc = MPT_ZERO;
     desc.stride = stride;
+    desc.padding = kernel / 2;
     desc.no_bias = 1;
     desc.init = MPT_INIT_KAIMING_NORMAL;
     return mpt_batch_norm(net, mpt_conv2d(net, h, filters, kernel, &desc), NULL);

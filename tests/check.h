@@ -126,7 +126,7 @@ static inline int test_finish(const char *name) {
 /* For numbers that an enum does not have: unlike a constant, a compiler may not object to its cast. */
 static inline int test_number(int number) { return number; }
 
-/* ==== CONTEXTS AND MEMORY ==== */
+/* ==== CONTEXTS, LAYERS AND MEMORY ==== */
 
 #ifdef MPT_TEST_CUDA
 #include "../mpt_cuda.cuh"
@@ -165,6 +165,13 @@ static inline mpt_context *test_open_threads(int threads) {
     mpt_context_desc desc = MPT_ZERO;
     desc.threads = threads;
     return test_open(&desc);
+}
+
+/* A convolution that keeps the size of its input. */
+static inline int test_same(mpt_model *net, int node, int filters, int kernel) {
+    mpt_conv2d_desc desc = MPT_ZERO;
+    desc.same = 1;
+    return mpt_conv2d(net, node, filters, kernel, &desc);
 }
 
 /* Host memory; a test has no use for going on without it. */

@@ -316,8 +316,10 @@ static int mlp(mpt_model *net, int h) {
 }
 
 static int lenet(mpt_model *net, int h) {
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, NULL)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 64, 3, NULL)), 2, NULL);
+    mpt_conv2d_desc same = MPT_ZERO;
+    same.same = 1;
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 32, 3, &same)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 64, 3, &same)), 2, NULL);
     h = mpt_relu(net, mpt_linear(net, h, 128, NULL));
     return mpt_linear(net, h, 10, NULL);
 }
@@ -325,6 +327,7 @@ static int lenet(mpt_model *net, int h) {
 static int conv_norm_relu(mpt_model *net, int h, int filters) {
     mpt_conv2d_desc d = MPT_ZERO;
     d.no_bias = 1;
+    d.same = 1;
     return mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, filters, 3, &d), NULL));
 }
 

@@ -186,9 +186,9 @@ static inline double convolution_operations(const convolution *c) {
 static inline void print_convolution(const convolution *c) {
     static const char *const passes[] = {"forward", "dX", "dW"};
     const mpt_conv2d_shape *z = &c->op.shape;
-    printf("conv pass=%s type=%s h=%lu w=%lu c=%lu k=%lu threads=%d", passes[c->op.pass],
-           mpt_dtype_name(c->op.x.type), (unsigned long)z->H, (unsigned long)z->W, (unsigned long)z->C,
-           (unsigned long)z->K, mpt_thread_count(c->ctx));
+    printf("conv pass=%s type=%s h=%lu w=%lu c=%lu k=%lu threads=%d", passes[c->op.pass], mpt_dtype_name(c->op.x.type),
+           (unsigned long)z->H, (unsigned long)z->W, (unsigned long)z->C, (unsigned long)z->K,
+           mpt_thread_count(c->ctx));
 }
 
 /* Batch 64: forward and both gradients. */
@@ -201,7 +201,7 @@ static void each_convolution(mpt_context *ctx, size_t side, size_t C, size_t K, 
     c.op.shape.C = C;
     c.op.shape.K = K;
     c.op.shape.R = c.op.shape.S = 3;
-    c.op.shape.padding = 1;
+    c.op.shape.padding_h = c.op.shape.padding_w = 1;
     c.op.x = filled(ctx, type, 64 * side * side * C);
     c.op.y = filled(ctx, type, 64 * side * side * K);
     for (pass = 0; pass < 3; pass++) {

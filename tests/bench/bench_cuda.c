@@ -220,7 +220,7 @@ static void norm_forward(job *j) {
 
 /* Max pooling of 16 x 16 images of 64 channels: y from z, or z from y */
 static mpt_pool2d_op pool_op(const job *j, mpt_pass pass) {
-    const mpt_pool2d_shape shape = {j->n / (64 * 16 * 16), 16, 16, 64, 2, 2, 2, 0};
+    const mpt_pool2d_shape shape = {j->n / (64 * 16 * 16), 16, 16, 64, 2, 2, 2, 2, 0, 0, 0};
     mpt_pool2d_op op = MPT_ZERO;
     op.pass = pass;
     op.shape = shape;
@@ -342,9 +342,8 @@ static void bench_steps(bench *b) {
         const char *name;
         net_layers layers;
         int side, channels, tiny;
-    } nets[] = {{"MLP 784-512-512-10", net_mlp, 28, 1, 4},
-                {"LeNet", net_lenet, 28, 1, 8},
-                {"ResNet", net_resnet, 32, 3, 8}};
+    } nets[] = {
+        {"MLP 784-512-512-10", net_mlp, 28, 1, 4}, {"LeNet", net_lenet, 28, 1, 8}, {"ResNet", net_resnet, 32, 3, 8}};
     static const char *const types[] = {"f32", "tf32", "f16", "bf16"};
     const int rows = b->tiny ? 2 : 256;
     size_t n, t;

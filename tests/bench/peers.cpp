@@ -94,7 +94,7 @@ static onednn convolution_of(const convolution *c) {
     const mpt_conv2d_shape *z = &c->shape;
     const auto direct = dnnl::algorithm::convolution_direct;
     const memory::dims x{dim(z->N), dim(z->C), dim(z->H), dim(z->W)}, y{dim(z->N), dim(z->K), dim(z->H), dim(z->W)};
-    const memory::dims w{dim(z->K), dim(z->C), dim(z->R), dim(z->S)}, one{1, 1}, pad{dim(z->padding), dim(z->padding)};
+    const memory::dims w{dim(z->K), dim(z->C), dim(z->R), dim(z->S)}, one{1, 1}, pad{dim(z->padding_h), dim(z->padding_w)};
     const memory::desc dx(x, type_of(c->x), tag::any), dw(w, type_of(c->w), tag::any), dy(y, type_of(c->y), tag::any);
     const memory::desc forward_w(w, type_of(c->x), tag::any);
     const auto forward =

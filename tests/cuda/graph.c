@@ -48,8 +48,8 @@ static void mlp_layers(mpt_model *net) {
 /* Running statistics, a skip connection, a classifier */
 static void cnn_layers(mpt_model *net) {
     int h = mpt_input(net, SIDE, SIDE, CHANNELS), skip;
-    skip = h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 8, 3, NULL), NULL));
-    h = mpt_relu(net, mpt_add(net, mpt_conv2d(net, h, 8, 3, NULL), skip));
+    skip = h = mpt_relu(net, mpt_batch_norm(net, test_same(net, h, 8, 3), NULL));
+    h = mpt_relu(net, mpt_add(net, test_same(net, h, 8, 3), skip));
     h = mpt_gelu(net, mpt_linear(net, mpt_max_pool2d(net, h, 2, NULL), 16, NULL));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }

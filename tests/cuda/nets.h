@@ -22,8 +22,8 @@ static void net_mlp(mpt_model *net, int side, int channels) { net_perceptron(net
 
 static void net_lenet(mpt_model *net, int side, int channels) {
     int h = mpt_input(net, side, side, channels);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 5, NULL)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 5, NULL)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, test_same(net, h, 6, 5)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, test_same(net, h, 16, 5)), 2, NULL);
     h = mpt_relu(net, mpt_linear(net, h, 120, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 84, NULL));
     net_classifier(net, h);
@@ -35,8 +35,10 @@ static int net_block(mpt_model *net, int in, int filters, int stride) {
     int h, skip = in;
     first.stride = stride;
     first.no_bias = plain.no_bias = 1;
+    first.padding = plain.padding = 1;
     h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, in, filters, 3, &first), NULL));
     h = mpt_batch_norm(net, mpt_conv2d(net, h, filters, 3, &plain), NULL);
+    first.padding = 0;
     if (stride > 1) skip = mpt_batch_norm(net, mpt_conv2d(net, in, filters, 1, &first), NULL);
     return mpt_relu(net, mpt_add(net, h, skip));
 }
@@ -46,10 +48,10 @@ static void net_residual(mpt_model *net, int side, int channels, int filters, in
     mpt_conv2d_desc plain = MPT_ZERO;
     int h, i;
     plain.no_bias = 1;
+    plain.padding = 1;
     h = mpt_conv2d(net, mpt_input(net, side, side, channels), filters, 3, &plain);
     h = mpt_relu(net, mpt_batch_norm(net, h, NULL));
-    for (i = 0; i < stages * blocks; i++)
-        h = net_block(net, h, filters << i / blocks, i && i % blocks == 0 ? 2 : 1);
+    for (i = 0; i < stages * blocks; i++) h = net_block(net, h, filters << i / blocks, i && i % blocks == 0 ? 2 : 1);
     net_classifier(net, mpt_global_avg_pool2d(net, h));
 }
 

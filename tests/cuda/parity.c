@@ -263,13 +263,12 @@ static void test_copy_columns(mpt_dtype type, mpt_dtype out) {
 }
 
 /* Averages divide a double sum on the CPU: as near as that. */
-static void test_pool(mpt_pool_kind kind, mpt_dtype type) {
-    static const mpt_pool2d_shape shape = {3, 9, 7, 13, 3, 2, 2, 1};
+static void test_pool(mpt_pool_kind kind, const mpt_pool2d_shape *shape, mpt_dtype type) {
     mpt_pool2d_op op = MPT_ZERO;
     twins t;
     int side;
     op.kind = kind;
-    op.shape = shape;
+    op.shape = *shape;
     op.x = op.y = test_wanted(type);
     t = twins_new(TEST_POOL2D, &op);
     twins_check(&t, 1);
@@ -557,13 +556,24 @@ static void test_losses(mpt_dtype type) {
 }
 
 static void test_operations(void) {
-    static const mpt_conv2d_shape shapes[] = {
-        {2, 9, 8, 16, 8, 3, 3, 1, 1, 1, 1},      {3, 11, 7, 5, 6, 3, 2, 2, 1, 2, 1},
-        {2, 6, 6, 8, 16, 1, 1, 1, 0, 1, 1},      {40, 8, 8, 3, 4, 3, 3, 1, 1, 1, 1},
-        {2, 9, 8, 16, 8, 3, 3, 1, 1, 1, 2},      {3, 7, 7, 6, 9, 3, 3, 2, 1, 1, 3}, /* groups */
-        {2, 6, 6, 16, 32, 1, 1, 1, 0, 1, 4},     {2, 7, 7, 4, 8, 3, 3, 1, 1, 1, 4},
-        {12, 14, 14, 16, 16, 3, 3, 1, 1, 1, 16}, {2, 9, 11, 13, 13, 3, 2, 2, 1, 1, 13}, /* depthwise */
-        {1, 12, 12, 72, 72, 5, 5, 1, 2, 2, 72},  {50, 7, 7, 2, 2, 1, 1, 1, 0, 1, 2}};
+    static const mpt_conv2d_shape shapes[] = {{2, 9, 8, 16, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+                                              {3, 11, 7, 5, 6, 3, 2, 2, 2, 1, 1, 2, 2, 1, 0},
+                                              {2, 6, 6, 8, 16, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0},
+                                              {40, 8, 8, 3, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+                                              {2, 9, 8, 16, 8, 3, 3, 1, 1, 1, 1, 1, 1, 2, 0},
+                                              {3, 7, 7, 6, 9, 3, 3, 2, 2, 1, 1, 1, 1, 3, 0}, /* groups */
+                                              {2, 6, 6, 16, 32, 1, 1, 1, 1, 0, 0, 1, 1, 4, 0},
+                                              {2, 7, 7, 4, 8, 3, 3, 1, 1, 1, 1, 1, 1, 4, 0},
+                                              {12, 14, 14, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 16, 0},
+                                              {2, 9, 11, 13, 13, 3, 2, 2, 2, 1, 1, 1, 1, 13, 0}, /* depthwise */
+                                              {1, 12, 12, 72, 72, 5, 5, 1, 1, 2, 2, 2, 2, 72, 0},
+                                              {50, 7, 7, 2, 2, 1, 1, 1, 1, 0, 0, 1, 1, 2, 0},
+                                              {2, 9, 7, 16, 8, 3, 2, 1, 2, 2, 0, 2, 1, 1, 0}, /* other axes */
+                                              {3, 8, 9, 5, 6, 2, 3, 2, 1, 0, 1, 1, 2, 1, 0},
+                                              {2, 7, 6, 16, 16, 2, 4, 1, 1, 0, 0, 1, 3, 16, 1},
+                                              {2, 6, 9, 8, 8, 4, 2, 1, 1, 0, 0, 2, 1, 1, 1}};
+    static const mpt_pool2d_shape windows[] = {
+        {3, 9, 7, 13, 3, 2, 2, 2, 1, 1, 0}, {2, 6, 8, 13, 2, 3, 1, 3, 1, 0, 1}, {1, 5, 7, 16, 3, 4, 2, 1, 1, 2, 1}};
     size_t i;
     int type, out;
     test_labels();
@@ -573,8 +583,10 @@ static void test_operations(void) {
             test_dropout((mpt_dtype)type, (mpt_dtype)out);
             test_copy_columns((mpt_dtype)type, (mpt_dtype)out);
         }
-        test_pool(MPT_POOL_MAX, (mpt_dtype)type);
-        test_pool(MPT_POOL_AVERAGE, (mpt_dtype)type);
+        for (i = 0; i < sizeof windows / sizeof *windows; i++) {
+            test_pool(MPT_POOL_MAX, &windows[i], (mpt_dtype)type);
+            test_pool(MPT_POOL_AVERAGE, &windows[i], (mpt_dtype)type);
+        }
         for (i = 0; i < sizeof shapes / sizeof *shapes; i++) {
             test_conv2d(&shapes[i], (mpt_dtype)type, (mpt_dtype)type);
             if (i % 2) test_conv2d(&shapes[i], (mpt_dtype)type, MPT_BF16);

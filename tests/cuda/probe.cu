@@ -146,7 +146,8 @@ static void kernels() {
     op.shape.H = op.shape.W = op.P = op.Q = tiny ? 8 : 32;
     op.shape.C = op.shape.K = 64;
     op.shape.R = op.shape.S = 3;
-    op.shape.stride = op.shape.padding = op.shape.dilation = op.shape.groups = 1;
+    op.shape.stride_h = op.shape.stride_w = op.shape.dilation_h = op.shape.dilation_w = op.shape.groups = 1;
+    op.shape.padding_h = op.shape.padding_w = 1;
     op.pass = MPT_FORWARD;
     const size_t rows = op.shape.N * op.P * op.Q, ld = 576;
     op.x = mpt_typed_array(mpt_alloc(ctx, rows * 64 * 2), MPT_F16);

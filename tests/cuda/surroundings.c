@@ -276,7 +276,7 @@ static int training_build(training *t) {
     if (!t->net) {
         t->net = mpt_model_new(t->ctx, mpt_policy_preset(MPT_O2, t->seed % 2 ? MPT_F16 : MPT_BF16));
         h = mpt_input(t->net, SIDE, SIDE, CHANNELS);
-        h = mpt_relu(t->net, mpt_batch_norm(t->net, mpt_conv2d(t->net, h, 4 + (int)t->seed, 3, NULL), NULL));
+        h = mpt_relu(t->net, mpt_batch_norm(t->net, test_same(t->net, h, 4 + (int)t->seed, 3), NULL));
         h = mpt_dropout(t->net, mpt_linear(t->net, mpt_max_pool2d(t->net, h, 2, NULL), 8, NULL), 0.2f);
         mpt_softmax_cross_entropy(t->net, mpt_linear(t->net, mpt_gelu(t->net, h), CLASSES, NULL), NULL);
         CHECK(at_home());

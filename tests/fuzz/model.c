@@ -22,16 +22,19 @@ static int number(fuzz_bytes *b, int most) {
 static int convolution(fuzz_bytes *b, mpt_model *net, int h) {
     mpt_conv2d_desc d = MPT_ZERO;
     const int filters = number(b, 12), kernel = number(b, 5);
-    d.stride = number(b, 3) - 1, d.padding = number(b, 3) - 1, d.no_padding = (int)fuzz_take(b, 2);
+    d.stride = number(b, 3) - 1, d.padding = number(b, 3) - 1, d.same = (int)fuzz_take(b, 2);
     d.dilation = number(b, 3) - 1, d.groups = number(b, 4) - 1, d.no_bias = (int)fuzz_take(b, 2);
     d.init = (mpt_init)fuzz_take(b, MPT_INIT_COUNT + 1);
+    d.kernel_w = number(b, 6) - 1, d.stride_w = number(b, 3) - 1, d.dilation_w = number(b, 3) - 1;
+    d.padding_w = number(b, 4) - 2;
     return mpt_conv2d(net, h, filters, kernel, &d);
 }
 
 static int pool(fuzz_bytes *b, mpt_model *net, int h, int largest) {
     mpt_pool2d_desc d = MPT_ZERO;
     const int window = number(b, 4);
-    d.stride = number(b, 4) - 1, d.padding = number(b, 3) - 1;
+    d.stride = number(b, 4) - 1, d.padding = number(b, 3) - 1, d.exclude_padding = (int)fuzz_take(b, 2);
+    d.window_w = number(b, 5) - 1, d.stride_w = number(b, 4) - 1, d.padding_w = number(b, 4) - 2;
     return largest ? mpt_max_pool2d(net, h, window, &d) : mpt_avg_pool2d(net, h, window, &d);
 }
 

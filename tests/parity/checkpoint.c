@@ -20,7 +20,7 @@ static mpt_model *build(mpt_context *ctx) {
     grouped.groups = 2;
     grouped.no_bias = 1;
     head.name = "head";
-    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 4, 3, NULL), NULL));
+    h = mpt_relu(net, mpt_batch_norm(net, test_same(net, h, 4, 3), NULL));
     h = mpt_conv2d(net, h, 6, 2, &grouped);
     a = mpt_batch_norm(net, mpt_flatten(net, h), NULL);
     b = mpt_flatten(net, mpt_max_pool2d(net, h, 2, NULL));

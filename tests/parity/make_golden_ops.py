@@ -92,15 +92,20 @@ def linear(n, t):
 
 def conv2d(n, t):
     x, w = channels_first(t.x), channels_first(t.w)
-    return channels_last(F.conv2d(x, w, t.b, n.stride, n.padding, n.dilation, n.groups))
+    padding = "same" if n.same else (n.padding_h, n.padding_w)
+    return channels_last(F.conv2d(x, w, t.b, (n.stride_h, n.stride_w), padding, (n.dilation_h, n.dilation_w), n.groups))
+
+
+def window(n):
+    return (n.R, n.S), (n.stride_h, n.stride_w), (n.padding_h, n.padding_w)
 
 
 def max_pool(n, t):
-    return channels_last(F.max_pool2d(channels_first(t.x), (n.R, n.S), n.stride, n.padding))
+    return channels_last(F.max_pool2d(channels_first(t.x), *window(n)))
 
 
 def avg_pool(n, t):
-    return channels_last(F.avg_pool2d(channels_first(t.x), (n.R, n.S), n.stride, n.padding))
+    return channels_last(F.avg_pool2d(channels_first(t.x), *window(n), count_include_pad=not n.exclude_padding))
 
 
 def batch_norm_train(n, t):
@@ -307,18 +312,25 @@ def linear_op(**numbers):
         x=("activation", -2, 2, (n.N, n.I)), w=("weight", -1, 1, (n.O, n.I)), b=("bias", -1, 1, (n.O,))))
 
 
-def conv2d_op(stride=1, padding=0, dilation=1, groups=1, **shape):
-    numbers = dict(**shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
+def by_axis(**numbers):
+    """Numbers NAME_h and NAME_w of each name: a pair, or the same down and across."""
+    pairs = {name: x if isinstance(x, tuple) else (x, x) for name, x in numbers.items()}
+    return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
+
+
+def conv2d_op(stride=1, padding=0, dilation=1, groups=1, same=0, **shape):
+    numbers = dict(**shape, **by_axis(stride=stride, padding=padding, dilation=dilation), groups=groups, same=same)
     n = SimpleNamespace(**numbers)
-    numbers["P"] = (n.H + 2 * padding - dilation * (n.R - 1) - 1) // stride + 1
-    numbers["Q"] = (n.W + 2 * padding - dilation * (n.S - 1) - 1) // stride + 1
+    numbers["P"] = n.H if same else (n.H + 2 * n.padding_h - n.dilation_h * (n.R - 1) - 1) // n.stride_h + 1
+    numbers["Q"] = n.W if same else (n.W + 2 * n.padding_w - n.dilation_w * (n.S - 1) - 1) // n.stride_w + 1
     bounds = multilinear(conv2d, conv2d_terms, rounds=conv2d_rounds)
     return Op(conv2d, bounds, numbers, dict(
         x=("activation", -2, 2, (n.N, n.H, n.W, n.C)), w=("weight", -1, 1, (n.K, n.R, n.S, n.C // groups)),
         b=("bias", -1, 1, (n.K,))))
 
 
-def pool_op(function, bounds, **numbers):
+def pool_op(function, bounds, stride, padding, exclude_padding=0, **shape):
+    numbers = dict(**shape, **by_axis(stride=stride, padding=padding), exclude_padding=exclude_padding)
     n = SimpleNamespace(**numbers)
     return Op(function, bounds, numbers, dict(x=("activation", -2, 2, (n.N, n.H, n.W, n.C))))
 
@@ -411,6 +423,10 @@ OPS = {
         lambda x, t: sigmoid_value(x) + t), targets=(0, 1)),
     "l1": loss_op(F.l1_loss, elementwise_loss(lambda x, t: (x - t).abs(), lambda x, t: torch.ones_like(x))),
     "huber": loss_op(F.huber_loss, elementwise_loss(huber_value, lambda x, t: (x - t).abs().clamp(max=1))),
+    "conv2d_axes": conv2d_op(**SMALL, R=3, S=2, stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+    "conv2d_same": conv2d_op(**SMALL, R=4, S=2, dilation=(1, 3), same=1),
+    "max_pool_axes": max_pool_op(**IMAGE, R=3, S=2, stride=(3, 1), padding=(1, 0)),
+    "avg_pool_exclude": avg_pool_op(**IMAGE, R=3, S=2, stride=(2, 1), padding=(1, 1), exclude_padding=1),
 }
 
 

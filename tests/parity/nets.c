@@ -33,7 +33,7 @@ enum { SEED = 1, CLASSES = 10, TENSORS = 20, CELL = 4 };
 
 static int dense(mpt_model *net, int h, int outputs) { return mpt_relu(net, mpt_linear(net, h, outputs, NULL)); }
 
-static int filters(mpt_model *net, int h, int count) { return mpt_relu(net, mpt_conv2d(net, h, count, 3, NULL)); }
+static int filters(mpt_model *net, int h, int count) { return mpt_relu(net, test_same(net, h, count, 3)); }
 
 static int mlp(mpt_model *net, int h) {
     h = dense(net, h, 512);
@@ -52,6 +52,7 @@ static int lenet(mpt_model *net, int h) {
 static int conv_norm(mpt_model *net, int h, int count, int kernel, int stride) {
     mpt_conv2d_desc desc = MPT_ZERO;
     desc.stride = stride;
+    desc.padding = kernel / 2;
     desc.no_bias = 1;
     return mpt_batch_norm(net, mpt_conv2d(net, h, count, kernel, &desc), NULL);
 }

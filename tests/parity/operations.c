@@ -151,9 +151,13 @@ static void run_conv2d(run *r) {
     op.shape.K = size(r, "K");
     op.shape.R = size(r, "R");
     op.shape.S = size(r, "S");
-    op.shape.stride = size(r, "stride");
-    op.shape.padding = size(r, "padding");
-    op.shape.dilation = size(r, "dilation");
+    op.shape.stride_h = size(r, "stride_h");
+    op.shape.stride_w = size(r, "stride_w");
+    op.shape.padding_h = size(r, "padding_h");
+    op.shape.padding_w = size(r, "padding_w");
+    op.shape.dilation_h = size(r, "dilation_h");
+    op.shape.dilation_w = size(r, "dilation_w");
+    op.shape.same = (int)size(r, "same");
     op.shape.groups = size(r, "groups");
     op.x = x;
     op.w = w;
@@ -180,8 +184,11 @@ static void run_pool2d(run *r) {
     op.shape.C = size(r, "C");
     op.shape.R = size(r, "R");
     op.shape.S = size(r, "S");
-    op.shape.stride = size(r, "stride");
-    op.shape.padding = size(r, "padding");
+    op.shape.stride_h = size(r, "stride_h");
+    op.shape.stride_w = size(r, "stride_w");
+    op.shape.padding_h = size(r, "padding_h");
+    op.shape.padding_w = size(r, "padding_w");
+    op.shape.exclude_padding = (int)size(r, "exclude_padding");
     op.x = input(r, "x");
     op.y = output(r, "y");
     op.index = (uint16_t *)scratch(r, golden_need(r->g, "", "input", "dy")->count * sizeof *op.index);
@@ -332,8 +339,12 @@ static const operation operations[] = {
     {"op_conv2d_dilation", run_conv2d, 0},
     {"op_conv2d_groups", run_conv2d, 0},
     {"op_conv2d_depthwise", run_conv2d, 0},
+    {"op_conv2d_axes", run_conv2d, 0},
+    {"op_conv2d_same", run_conv2d, 0},
     {"op_max_pool", run_pool2d, MPT_POOL_MAX},
     {"op_max_pool_overlap", run_pool2d, MPT_POOL_MAX},
+    {"op_max_pool_axes", run_pool2d, MPT_POOL_MAX},
+    {"op_avg_pool_exclude", run_pool2d, MPT_POOL_AVERAGE},
     {"op_avg_pool", run_pool2d, MPT_POOL_AVERAGE},
     {"op_avg_pool_overlap", run_pool2d, MPT_POOL_AVERAGE},
     {"op_global_avg_pool", run_pool2d, MPT_POOL_AVERAGE},

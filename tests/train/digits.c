@@ -55,9 +55,9 @@ static mpt_model *build(mpt_context *ctx, int cnn, mpt_policy policy, const mpt_
     mpt_model *net = mpt_model_new(ctx, policy);
     int h = mpt_input(net, 8, 8, 1);
     if (cnn) {
-        h = mpt_relu(net, mpt_conv2d(net, h, 8, 3, NULL));
+        h = mpt_relu(net, test_same(net, h, 8, 3));
         h = mpt_max_pool2d(net, h, 2, NULL);
-        h = mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL));
+        h = mpt_relu(net, test_same(net, h, 16, 3));
     } else {
         h = mpt_relu(net, mpt_linear(net, h, 64, NULL));
     }

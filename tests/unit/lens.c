@@ -36,8 +36,8 @@ static mpt_model *net_new(mpt_context *ctx, mpt_policy policy, mpt_scaler_mode m
     mpt_train_desc train = MPT_ZERO;
     mpt_conv2d_desc grouped = MPT_ZERO;
     int h = mpt_input(net, SIDE, SIDE, CHANNELS), skip;
-    grouped.groups = 3, grouped.stride = 1, grouped.no_bias = 1;
-    h = skip = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 6, 3, NULL), NULL));
+    grouped.groups = 3, grouped.same = 1, grouped.no_bias = 1;
+    h = skip = mpt_relu(net, mpt_batch_norm(net, test_same(net, h, 6, 3), NULL));
     h = mpt_gelu(net, mpt_conv2d(net, h, 6, 3, &grouped));
     h = mpt_add(net, mpt_layer_norm(net, h, NULL), skip);
     h = mpt_concat(net, mpt_max_pool2d(net, h, 2, NULL), mpt_avg_pool2d(net, skip, 2, NULL));
@@ -525,10 +525,15 @@ typedef struct convolution {
     const lens_what_if *what;
 } convolution;
 
-/* Where output p reads through tap r; -1 in the padding. */
-static long tap_of(const convolution *c, size_t p, size_t r, size_t size) {
-    const long at = (long)(p * c->z.stride + r * c->z.dilation) - (long)c->z.padding;
-    return at < 0 || at >= (long)size ? -1 : at;
+/* The row that output p reads through tap r, and the column that q reads through s; -1 in the padding. */
+static long row_of(const convolution *c, size_t p, size_t r) {
+    const long at = (long)(p * c->z.stride_h + r * c->z.dilation_h) - (long)c->z.padding_h;
+    return at < 0 || at >= (long)c->z.H ? -1 : at;
+}
+
+static long column_of(const convolution *c, size_t q, size_t s) {
+    const long at = (long)(q * c->z.stride_w + s * c->z.dilation_w) - (long)c->z.padding_w;
+    return at < 0 || at >= (long)c->z.W ? -1 : at;
 }
 
 static float conv_product_x(const convolution *c, size_t n, long h, long v, size_t channel, int left) {
@@ -549,7 +554,7 @@ static float conv_forward_sum(const convolution *c, size_t n, size_t p, size_t q
     size_t l;
     for (l = 0; l < length; l++) {
         const size_t r = l / c->C / c->z.S, t = l / c->C % c->z.S, ch = l % c->C;
-        sum_product(s, conv_product_x(c, n, tap_of(c, p, r, c->z.H), tap_of(c, q, t, c->z.W), group * c->C + ch, 1),
+        sum_product(s, conv_product_x(c, n, row_of(c, p, r), column_of(c, q, t), group * c->C + ch, 1),
                     conv_product_w(c, k, r, t, ch), l + 1 == length);
     }
     return s->sum;
@@ -564,8 +569,7 @@ static float conv_data_sum(const convolution *c, size_t n, size_t h, size_t v, s
         float dy = 0;
         for (p = 0; p < c->P; p++)
             for (q = 0; q < c->Q; q++)
-                if (tap_of(c, p, r, c->z.H) == (long)h && tap_of(c, q, t, c->z.W) == (long)v)
-                    dy = conv_product_y(c, n, p, q, k);
+                if (row_of(c, p, r) == (long)h && column_of(c, q, t) == (long)v) dy = conv_product_y(c, n, p, q, k);
         sum_product(s, dy, conv_product_w(c, k, r, t, channel % c->C), l + 1 == length);
     }
     return s->sum;
@@ -577,7 +581,7 @@ static float conv_weight_sum(const convolution *c, size_t k, size_t r, size_t t,
     for (l = 0; l < length; l++) {
         const size_t n = l / c->Q / c->P, p = l / c->Q % c->P, q = l % c->Q;
         sum_product(s, conv_product_y(c, n, p, q, k),
-                    conv_product_x(c, n, tap_of(c, p, r, c->z.H), tap_of(c, q, t, c->z.W), k / c->K * c->C + ch, 0),
+                    conv_product_x(c, n, row_of(c, p, r), column_of(c, q, t), k / c->K * c->C + ch, 0),
                     l + 1 == length);
     }
     return s->sum;
@@ -648,10 +652,10 @@ static void check_conv(mpt_context *ctx, const lens_what_if *what, const mpt_con
     test_tensor_free(&x), test_tensor_free(&w), test_tensor_free(&y), test_tensor_free(&bias);
 }
 
-static const mpt_conv2d_shape shapes[] = {{2, 7, 5, 3, 4, 3, 3, 1, 1, 1, 1},
-                                          {1, 9, 8, 6, 9, 3, 2, 2, 1, 2, 3},
-                                          {2, 5, 5, 5, 5, 3, 3, 2, 1, 1, 5},
-                                          {3, 4, 3, 5, 7, 1, 1, 1, 0, 1, 1}};
+static const mpt_conv2d_shape shapes[] = {{2, 7, 5, 3, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+                                          {1, 9, 8, 6, 9, 3, 2, 2, 2, 1, 1, 2, 2, 3, 0},
+                                          {2, 5, 5, 5, 5, 3, 3, 2, 2, 1, 1, 1, 1, 5, 0},
+                                          {3, 4, 3, 5, 7, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0}};
 
 /* Sums that are rounded as they grow, against a loop over every product. */
 static void test_plain_sums(mpt_context *ctx) {
@@ -728,7 +732,7 @@ static snapshot simulated_or_real(mpt_context *ctx, mpt_dtype type, int simulate
     mpt_linear_desc linear = MPT_ZERO;
     snapshot s = {0, NULL};
     int h = mpt_input(net, SIDE, SIDE, CHANNELS), i, id;
-    conv.no_bias = linear.no_bias = 1; /* autocast rounds it */
+    conv.no_bias = linear.no_bias = conv.same = 1; /* autocast rounds it */
     h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 3, &conv)), 2, NULL);
     h = mpt_relu(net, mpt_linear(net, mpt_flatten(net, h), 9, &linear));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, &linear), NULL);
@@ -994,7 +998,8 @@ static void test_product_tables(mpt_context *ctx, mpt_level level) {
     double sum = 0, good = 0;
     int i, h = mpt_input(net, 8, 8, 3);
     conv.groups = 2;
-    h = mpt_conv2d(net, h, 16, 3, NULL);                /* node 2 */
+    conv.same = 1;
+    h = test_same(net, h, 16, 3);                       /* node 2 */
     h = mpt_conv2d(net, h, 24, 3, &conv);               /* node 3: groups of 8 > 12 */
     h = mpt_conv2d(net, h, 8, 1, NULL);                 /* node 4 */
     h = mpt_linear(net, mpt_flatten(net, h), 10, NULL); /* node 6 */
@@ -1081,8 +1086,8 @@ static double square_worst(mpt_context *ctx, float factor, table *t) {
     square.user = &factor;
     mpt_softmax_cross_entropy(
         net,
-        mpt_linear(net, mpt_layer(net, mpt_conv2d(net, mpt_input(net, SIDE, SIDE, CHANNELS), 3, 3, NULL), &square),
-                   CLASSES, NULL),
+        mpt_linear(net, mpt_layer(net, test_same(net, mpt_input(net, SIDE, SIDE, CHANNELS), 3, 3), &square), CLASSES,
+                   NULL),
         NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, lens_gradients(net, d.x, d.label, BATCH, MPT_CSV, keep_row, t, &worst));

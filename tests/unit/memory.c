@@ -63,8 +63,8 @@ static mpt_result live_arrays(mpt_context *ctx) {
 }
 
 static mpt_result live_operations(mpt_context *ctx) {
-    static const mpt_conv2d_shape conv_shape = {2, 12, 12, 8, 8, 3, 3, 1, 1, 1, 1};
-    static const mpt_pool2d_shape pool_shape = {2, 12, 12, 8, 2, 2, 0, 0};
+    static const mpt_conv2d_shape conv_shape = {2, 12, 12, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0};
+    static const mpt_pool2d_shape pool_shape = {2, 12, 12, 8, 2, 2, 0, 0, 0, 0, 0};
     mpt_conv2d_op conv = MPT_ZERO;
     mpt_pool2d_op pool = MPT_ZERO;
     mpt_result r = MPT_OK;
@@ -131,11 +131,11 @@ static mpt_result live_training(mpt_context *ctx, mpt_master master) {
 }
 
 static int add_layers(mpt_model *net) {
-    int skip, h = mpt_relu(net, mpt_conv2d(net, mpt_input(net, 6, 6, 3), 8, 3, NULL));
+    int skip, h = mpt_relu(net, test_same(net, mpt_input(net, 6, 6, 3), 8, 3));
     int i;
     for (i = 0; i < 6; i++) {
         skip = h;
-        h = mpt_relu(net, mpt_add(net, skip, mpt_conv2d(net, h, 8, 3, NULL)));
+        h = mpt_relu(net, mpt_add(net, skip, test_same(net, h, 8, 3)));
     }
     h = mpt_max_pool2d(net, h, 2, NULL);
     return mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_flatten(net, h), 4, NULL), NULL);

@@ -20,6 +20,7 @@ static const float drop_share = 0.4f;
 /* A convolution without bias: a norm comes behind it. */
 static int bare_conv(mpt_model *net, int h, int filters, int kernel, int groups) {
     mpt_conv2d_desc d = MPT_ZERO;
+    d.same = 1;
     d.no_bias = 1;
     d.groups = groups;
     return mpt_conv2d(net, h, filters, kernel, &d);
@@ -27,6 +28,7 @@ static int bare_conv(mpt_model *net, int h, int filters, int kernel, int groups)
 
 static int grouped_conv(mpt_model *net, int h, int filters, int kernel, int groups) {
     mpt_conv2d_desc d = MPT_ZERO;
+    d.same = 1;
     d.groups = groups;
     return mpt_conv2d(net, h, filters, kernel, &d);
 }
@@ -35,7 +37,6 @@ static int grouped_conv(mpt_model *net, int h, int filters, int kernel, int grou
 static int halving_conv(mpt_model *net, int h, int filters, int groups, int no_bias) {
     mpt_conv2d_desc d = MPT_ZERO;
     d.stride = 2;
-    d.no_padding = 1;
     d.groups = groups;
     d.no_bias = no_bias;
     return mpt_conv2d(net, h, filters, 2, &d);
@@ -53,8 +54,8 @@ static int cnn_layers(mpt_model *net, int h) {
     mpt_conv2d_desc stride = MPT_ZERO;
     mpt_pool2d_desc pool = MPT_ZERO;
     int a;
-    a = mpt_relu(net, mpt_conv2d(net, h, 4, 3, NULL));
-    h = mpt_conv2d(net, a, 4, 3, NULL);
+    a = mpt_relu(net, test_same(net, h, 4, 3));
+    h = test_same(net, a, 4, 3);
     h = mpt_relu(net, mpt_add(net, h, a));
     h = mpt_max_pool2d(net, h, 2, NULL);
     stride.stride = 2;
@@ -74,7 +75,7 @@ static int smooth_tail(mpt_model *net, int h, int a) {
     return mpt_linear(net, mpt_global_avg_pool2d(net, h), 5, NULL);
 }
 static int smooth_layers(mpt_model *net, int h) {
-    h = mpt_conv2d(net, h, 5, 3, NULL);
+    h = test_same(net, h, 5, 3);
     return smooth_tail(net, h, mpt_conv2d(net, h, 5, 1, NULL));
 }
 static const arch smooth[] = {{6, 6, 3, smooth_layers, 0}};
@@ -82,7 +83,7 @@ static const arch smooth[] = {{6, 6, 3, smooth_layers, 0}};
 /* The other activations: some a product can compute in passing, some keep their input; one input is used twice. */
 static int curved_layers(mpt_model *net, int h) {
     int a;
-    h = mpt_conv2d(net, h, 4, 3, NULL);
+    h = test_same(net, h, 4, 3);
     a = mpt_gelu(net, h);
     h = mpt_tanh(net, h);
     h = mpt_leaky_relu(net, mpt_add(net, a, h));
@@ -93,6 +94,32 @@ static int curved_layers(mpt_model *net, int h) {
 }
 static const arch curved[] = {{6, 6, 3, curved_layers, 0}};
 
+/* Kernels, windows, strides and padding that differ down and across, even kernels that keep the size, means of what the
+   image holds, global pooling of both kinds. */
+static int axes_layers(mpt_model *net, int h) {
+    mpt_conv2d_desc thin = MPT_ZERO, same = MPT_ZERO;
+    mpt_pool2d_desc pool = MPT_ZERO;
+    thin.kernel_w = 2;
+    thin.stride_w = 2;
+    thin.padding = 2;
+    thin.padding_w = -1;
+    thin.dilation = 2;
+    thin.dilation_w = 1;
+    h = mpt_tanh(net, mpt_conv2d(net, h, 4, 3, &thin));
+    same.kernel_w = 4;
+    same.same = 1;
+    h = mpt_conv2d(net, h, 6, 2, &same);
+    pool.window_w = 2;
+    pool.stride = 2;
+    pool.stride_w = 1;
+    pool.padding = 1;
+    pool.exclude_padding = 1;
+    h = mpt_avg_pool2d(net, h, 3, &pool);
+    h = mpt_concat(net, mpt_global_max_pool2d(net, h), mpt_global_avg_pool2d(net, h));
+    return mpt_linear(net, h, 5, NULL);
+}
+static const arch axes[] = {{9, 8, 3, axes_layers, 0}};
+
 /* Norms with a ReLU behind them, with another activation, with none and two readers; convolutions in groups and
    depthwise; values side by side, one of them used elsewhere, too. */
 static int normed_layers(mpt_model *net, int h) {
@@ -100,7 +127,7 @@ static int normed_layers(mpt_model *net, int h) {
     a = mpt_relu(net, mpt_batch_norm(net, bare_conv(net, h, 8, 3, 0), NULL));
     h = mpt_silu(net, mpt_group_norm(net, grouped_conv(net, a, 8, 3, 8), 2, NULL));
     b = mpt_batch_norm(net, halving_conv(net, mpt_concat(net, a, h), 8, 2, 1), NULL);
-    h = mpt_layer_norm(net, mpt_conv2d(net, b, 8, 3, NULL), NULL);
+    h = mpt_layer_norm(net, test_same(net, b, 8, 3), NULL);
     h = mpt_relu(net, mpt_add(net, b, h));
     return mpt_linear(net, mpt_global_avg_pool2d(net, h), 5, NULL);
 }
@@ -140,7 +167,7 @@ static const arch sums[] = {{5, 5, 4, sums_layers, 0}};
 /* Values that a norm reads, and another layer, too: the norm adds to a gradient that is there. */
 static int shared_layers(mpt_model *net, int h) {
     int a;
-    h = mpt_conv2d(net, h, 6, 3, NULL);
+    h = test_same(net, h, 6, 3);
     a = mpt_tanh(net, mpt_layer_norm(net, h, NULL));
     h = mpt_add(net, h, a);
     a = mpt_group_norm(net, h, 2, NULL);
@@ -167,8 +194,8 @@ static const arch mixed[] = {{6, 6, 4, mixed_layers, 0}};
 
 /* A model large enough to be split between threads. */
 static int wide_layers(mpt_model *net, int h) {
-    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 3, NULL)), 2, NULL);
-    h = mpt_relu(net, mpt_add(net, mpt_conv2d(net, h, 16, 3, NULL), h));
+    h = mpt_max_pool2d(net, mpt_relu(net, test_same(net, h, 16, 3)), 2, NULL);
+    h = mpt_relu(net, mpt_add(net, test_same(net, h, 16, 3), h));
     h = mpt_relu(net, mpt_linear(net, h, 96, NULL));
     return mpt_linear(net, h, 5, NULL);
 }
@@ -214,7 +241,7 @@ static int pop(mpt_model *net, int h) {
 }
 
 static int smooth_in_part_layers(mpt_model *net, int h) { /* both 3x3 and 1x1 */
-    h = mpt_conv2d(net, h, 5, 3, NULL);
+    h = test_same(net, h, 5, 3);
     return smooth_tail(net, h, pop(net, mpt_conv2d(net, h, 5, 1, NULL)));
 }
 static const arch smooth_in_part[] = {{6, 6, 3, smooth_in_part_layers, 1}};
@@ -378,7 +405,7 @@ static double roundings(mpt_context *ctx, const mpt_model *model, size_t n) {
     for (id = 2; mpt_model_node(model, id, &info) == MPT_OK; id++) {
         const mpt_node_info from = info_of(ctx, model, info.in[0]);
         const double pixels = (double)(info.H * info.W), before = (double)(from.H * from.W), C = (double)info.C;
-        if (info.window) count += info.window * info.window * (double)(from.C + info.C) + 10;
+        if (info.conv.R) count += (double)(info.conv.R * info.conv.S) * (double)(from.C + info.C) + 10;
         else if (info.multiply_adds) count += before * from.C + C + 10;
         else if (info.weight) count += 2 * fmax((double)n * pixels, pixels * C) + 40; /* a norm */
         else if (before > pixels) count += 2 * before + 4;                            /* a pool, at most all of it */
@@ -543,7 +570,7 @@ static void test_trained(mpt_context *ctx, mpt_policy policy, const arch *kind) 
 
 /* fp32, then autocast and 16-bit weights, in fp16 and bf16, on every instruction set of this machine */
 static void test_all_trained(void) {
-    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed, shared};
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, axes, normed, even, sums, mixed, shared};
     size_t i;
     int isa, j;
     for (isa = MPT_ISA_PLAIN; isa < MPT_ISA_COUNT; isa++) {
@@ -640,7 +667,7 @@ static void test_slopes(const recipe *r, int n) {
 }
 
 static void test_all_slopes(void) {
-    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, mixed, shared};
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, axes, normed, even, sums, mixed, shared};
     recipe r = MPT_ZERO;
     int i, loss;
     for (i = 0; i < (int)(sizeof kinds / sizeof *kinds); i++) {
@@ -1920,9 +1947,16 @@ static void test_window_errors(mpt_context *ctx) {
     d = zero, d.dilation = -1, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "dilation");
     d = zero, d.init = (mpt_init)test_number(-1);
     CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "init");
-    d = zero, d.padding = 1, d.no_padding = 1;
-    CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "no_padding");
-    d = zero, d.no_padding = 1, d.name = "c2";
+    d = zero, d.kernel_w = -1, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "kernel_w");
+    d = zero, d.stride_w = -1, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "stride_w");
+    d = zero, d.dilation_w = -1, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "dilation_w");
+    d = zero, d.padding_w = -2, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "padding_w");
+    d = zero, d.padding = 1, d.same = 1;
+    CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_ARGUMENT, "same");
+    d = zero, d.stride_w = 2, d.same = 1;
+    CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_SHAPE, "same");
+    d = zero, d.kernel_w = 7, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_SHAPE, "3x7"); /* on 8x6 */
+    d = zero, d.name = "c2";
     CHECK_LAYER(mpt_conv2d(net, in, 4, 7, &d), MPT_ERROR_SHAPE, "c2"); /* 7x7 on 8x6 */
     d.dilation = 3, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_SHAPE, "c2");
     d.dilation = 2147483647, CHECK_LAYER(mpt_conv2d(net, in, 4, 3, &d), MPT_ERROR_SHAPE, "c2");
@@ -1945,6 +1979,11 @@ static void test_window_errors(mpt_context *ctx) {
     p.stride = -1, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "stride");
     p.stride = 0, p.padding = 2, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_SHAPE, "padding");
     p.padding = -1, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "padding");
+    p.padding = 0, p.padding_w = -2, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "padding_w");
+    p.padding_w = 2, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_SHAPE, "padding 0x2");
+    p.padding_w = 0, p.stride_w = -1, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "stride_w");
+    p.stride_w = 0, p.window_w = -1, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_ARGUMENT, "window_w");
+    p.window_w = 7, CHECK_LAYER(mpt_avg_pool2d(net, in, 2, &p), MPT_ERROR_SHAPE, "2x7"); /* on 8x6 */
     CHECK_LAYER(mpt_global_avg_pool2d(net, 3), MPT_ERROR_ARGUMENT, "3");
 }
 
@@ -2050,15 +2089,15 @@ static void check_types(mpt_context *ctx, const mpt_model *net, int node, mpt_dt
 static void test_policy_range(mpt_context *ctx, mpt_level level, mpt_dtype half) {
     const mpt_dtype none = MPT_DTYPE_COUNT, f32 = MPT_F32;
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(level, half));
-    int h = mpt_conv2d(net, mpt_input(net, 6, 6, 3), 4, 3, NULL);
+    int h = test_same(net, mpt_input(net, 6, 6, 3), 4, 3);
     CHECK_OK(ctx, mpt_policy_push(net, mpt_policy_preset(MPT_O0, f32)));
-    h = mpt_conv2d(net, mpt_batch_norm(net, h, NULL), 4, 3, NULL);
+    h = test_same(net, mpt_batch_norm(net, h, NULL), 4, 3);
     CHECK_OK(ctx, mpt_policy_push(net, mpt_policy_preset(level, half)));
     h = mpt_max_pool2d(net, h, 2, NULL);
     CHECK_OK(ctx, mpt_policy_pop(net));
     h = mpt_tanh(net, h);
     CHECK_OK(ctx, mpt_policy_pop(net));
-    h = mpt_conv2d(net, h, 4, 3, NULL);
+    h = test_same(net, h, 4, 3);
     mpt_mse(net, mpt_linear(net, h, 2, NULL));
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     check_types(ctx, net, 1, half, half, none);
@@ -2256,7 +2295,7 @@ static void test_wide_plan(mpt_context *ctx) {
     printed p;
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O1, MPT_BF16));
     int h = mpt_input(net, 101, 103, 100);
-    conv.name = name, norm.name = other;
+    conv.name = name, conv.same = 1, norm.name = other;
     h = mpt_conv2d(net, h, 100, 3, &conv);
     h = mpt_relu(net, mpt_batch_norm(net, h, &norm));
     mpt_mse(net, mpt_global_avg_pool2d(net, h));
@@ -2420,7 +2459,7 @@ static void test_toy(mpt_context *ctx, mpt_policy policy, const arch *kind, mpt_
 }
 
 static void test_all_gradients(mpt_context *ctx) {
-    static const arch *const kinds[] = {mlp, cnn, smooth, curved, normed, even, sums, shared};
+    static const arch *const kinds[] = {mlp, cnn, smooth, curved, axes, normed, even, sums, shared};
     static const size_t samples_of[] = {9, 5, 4, 5, 5, 6, 6, 7};
     static const recipe some[] = {{mlp, MPT_LOSS_CROSS_ENTROPY, NULL},
                                   {mlp, MPT_LOSS_SQUARED_ERROR, NULL},

@@ -126,7 +126,7 @@ static void two_inputs(mpt_model *net, int *head) {
     const int both = mpt_input(net, 1, 1, ALL);
     int image = mpt_reshape(net, mpt_slice(net, both, 0, IMAGE), SIDE, SIDE, COLOURS);
     int vector = mpt_slice(net, both, IMAGE, VECTOR), h;
-    image = mpt_global_avg_pool2d(net, mpt_tanh(net, mpt_conv2d(net, image, 4, 3, NULL)));
+    image = mpt_global_avg_pool2d(net, mpt_tanh(net, test_same(net, image, 4, 3)));
     vector = mpt_tanh(net, mpt_linear(net, vector, 6, NULL));
     h = mpt_tanh(net, mpt_linear(net, mpt_concat(net, image, vector), 7, NULL));
     head[0] = mpt_linear(net, h, 3, NULL);
@@ -178,9 +178,9 @@ static void test_same_bits(mpt_context *ctx, mpt_policy policy, int inference) {
         mpt_model *m = net[i] = mpt_model_new(ctx, policy);
         int h = i ? mpt_slice(m, mpt_input(m, 1, 1, ALL), 2, IMAGE) : mpt_input(m, SIDE, SIDE, COLOURS);
         if (i) h = mpt_reshape(m, h, SIDE, SIDE, COLOURS);
-        h = mpt_max_pool2d(m, mpt_relu(m, mpt_conv2d(m, h, 5, 3, NULL)), 2, NULL);
+        h = mpt_max_pool2d(m, mpt_relu(m, test_same(m, h, 5, 3)), 2, NULL);
         if (i) h = mpt_reshape(m, mpt_reshape(m, h, 1, 4, 5), 2, 2, 5);
-        h = mpt_linear(m, mpt_relu(m, mpt_batch_norm(m, mpt_conv2d(m, h, 6, 3, NULL), NULL)), 3, NULL);
+        h = mpt_linear(m, mpt_relu(m, mpt_batch_norm(m, test_same(m, h, 6, 3), NULL)), 3, NULL);
         mpt_softmax_cross_entropy(m, h, NULL);
         CHECK_OK(ctx, mpt_model_build(m, &train));
         for (step = 0; step < 3 && !inference; step++) CHECK_OK(ctx, mpt_train_step(m, i ? wide : x, label));

@@ -22,7 +22,7 @@ static problem problem_new(void) {
 /* Convolution, batch norm, tanh, pooling, linear: smooth, so that differences tell its gradient. */
 static int body(mpt_model *net) {
     int h = mpt_input(net, SIDE, SIDE, CHANNELS);
-    h = mpt_tanh(net, mpt_conv2d(net, h, 4, 3, NULL));
+    h = mpt_tanh(net, test_same(net, h, 4, 3));
     h = mpt_group_norm(net, h, 2, NULL);
     h = mpt_avg_pool2d(net, h, 2, NULL);
     return mpt_linear(net, h, OUTPUTS, NULL);
@@ -209,8 +209,8 @@ static void test_keep_changes_nothing(mpt_context *ctx) {
     int i, step, id;
     for (i = 0; i < 2; i++) {
         int h = mpt_input((net[i] = mpt_model_new(ctx, policy)), SIDE, SIDE, CHANNELS), a;
-        a = mpt_relu(net[i], mpt_batch_norm(net[i], mpt_conv2d(net[i], h, 4, 3, NULL), NULL));
-        h = mpt_batch_norm(net[i], mpt_conv2d(net[i], a, 4, 3, NULL), NULL);
+        a = mpt_relu(net[i], mpt_batch_norm(net[i], test_same(net[i], h, 4, 3), NULL));
+        h = mpt_batch_norm(net[i], test_same(net[i], a, 4, 3), NULL);
         h = mpt_max_pool2d(net[i], mpt_relu(net[i], mpt_add(net[i], a, h)), 2, NULL);
         h = mpt_linear(net[i], mpt_flatten(net[i], h), OUTPUTS, NULL);
         for (id = 1; i && id <= h; id++) CHECK_EQUAL(mpt_keep(net[i], id), id);
@@ -274,6 +274,7 @@ static int tower(mpt_model *net, int frozen, const mpt_tuning *top) {
     mpt_norm_desc norm = MPT_ZERO;
     mpt_linear_desc linear = MPT_ZERO;
     int h = mpt_input(net, SIDE, SIDE, CHANNELS), i;
+    conv.same = 1;
     for (i = 0; i < LAYERS - 1; i++) {
         conv.tuning.frozen = norm.tuning.frozen = i < frozen;
         h = mpt_conv2d(net, h, 6, 3, &conv);
@@ -573,7 +574,7 @@ static void test_own_layer(mpt_context *ctx, mpt_policy policy) {
     d.start = same;
     for (i = 0; i < 2; i++) {
         net[i] = mpt_model_new(ctx, policy);
-        h = mpt_conv2d(net[i], mpt_input(net[i], SIDE, SIDE, CHANNELS), CHANNELS, 3, NULL);
+        h = test_same(net[i], mpt_input(net[i], SIDE, SIDE, CHANNELS), CHANNELS, 3);
         h = mpt_add(net[i], h, i ? mpt_layer(net[i], h, &d) : mpt_leaky_relu(net[i], h));
         mpt_softmax_cross_entropy(net[i], mpt_linear(net[i], h, OUTPUTS, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(net[i], &train));
@@ -724,6 +725,7 @@ static mpt_model *named_net(mpt_context *ctx, const char *conv, const char *norm
     mpt_linear_desc l = MPT_ZERO;
     int h;
     c.name = conv;
+    c.same = 1;
     n.name = norm;
     l.name = fc;
     h = mpt_conv2d(net, mpt_input(net, SIDE, SIDE, CHANNELS), 4, 3, &c);

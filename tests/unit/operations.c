@@ -276,24 +276,29 @@ static void check_conv2d(const mpt_conv2d_shape *shape, mpt_dtype x, mpt_dtype w
     test_op_free(&t);
 }
 
-/* N H W C K R S stride padding dilation groups: few, as many as channels (depthwise), with several filters each */
+/* N H W C K R S, stride padding dilation down and across, groups, same. Groups: few, as many as channels (depthwise),
+   with several filters each. Before the large ones some whose axes differ. */
 static const mpt_conv2d_shape conv_shapes[] = {
-    {1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1},        {2, 5, 7, 3, 4, 3, 3, 1, 1, 1, 1},
-    {1, 8, 8, 1, 16, 3, 3, 1, 1, 1, 1},       {2, 9, 6, 5, 7, 3, 2, 2, 1, 1, 1},
-    {1, 7, 7, 2, 3, 1, 1, 1, 0, 1, 1},        {2, 6, 5, 4, 5, 1, 1, 2, 0, 1, 1},
-    {1, 11, 9, 3, 2, 3, 3, 1, 2, 2, 1},       {1, 10, 10, 2, 3, 5, 5, 3, 2, 1, 1},
-    {3, 4, 4, 17, 19, 3, 3, 1, 1, 1, 1},      {1, 3, 3, 2, 2, 3, 3, 1, 0, 1, 1},
-    {1, 2, 2, 3, 2, 3, 3, 1, 1, 1, 1},        {1, 12, 5, 3, 4, 7, 1, 1, 3, 1, 1},
-    {1, 5, 5, 2, 3, 3, 3, 0, 1, 0, 1},        {2, 13, 11, 3, 9, 4, 3, 2, 3, 3, 1},
-    {1, 1, 17, 5, 3, 1, 5, 2, 0, 2, 1},       {2, 6, 5, 4, 6, 3, 3, 1, 1, 1, 2},
-    {1, 7, 9, 9, 15, 3, 2, 2, 1, 1, 3},       {2, 5, 4, 7, 7, 1, 1, 1, 0, 1, 7},
-    {1, 8, 8, 5, 10, 3, 3, 1, 1, 1, 5},       {1, 6, 6, 8, 4, 3, 3, 1, 1, 1, 4},
-    {1, 11, 11, 3, 3, 5, 5, 2, 2, 2, 3},      {2, 9, 7, 37, 37, 3, 3, 1, 1, 1, 37},
-    {1, 21, 21, 34, 34, 17, 17, 3, 0, 1, 34}, {1, 2, 2, 2, 2, 3, 3, 1, 1, 1, 2},
-    {2, 1, 1, 2, 3, 3, 3, 1, 1, 1, 1},        {1, 1, 2, 3, 2, 5, 5, 1, 2, 1, 1},
-    {2, 13, 11, 66, 44, 3, 3, 1, 1, 1, 11},   {4, 14, 14, 100, 100, 3, 3, 2, 1, 1, 100},
-    {4, 14, 14, 16, 32, 3, 3, 1, 1, 1, 1},    {1, 9, 7, 3, 211, 3, 3, 1, 1, 1, 1},
-    {1, 5, 7, 67, 5, 3, 3, 1, 1, 1, 1},
+    {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0},         {2, 5, 7, 3, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 8, 8, 1, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},        {2, 9, 6, 5, 7, 3, 2, 2, 2, 1, 1, 1, 1, 1, 0},
+    {1, 7, 7, 2, 3, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0},         {2, 6, 5, 4, 5, 1, 1, 2, 2, 0, 0, 1, 1, 1, 0},
+    {1, 11, 9, 3, 2, 3, 3, 1, 1, 2, 2, 2, 2, 1, 0},        {1, 10, 10, 2, 3, 5, 5, 3, 3, 2, 2, 1, 1, 1, 0},
+    {3, 4, 4, 17, 19, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},       {1, 3, 3, 2, 2, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0},
+    {1, 2, 2, 3, 2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},         {1, 12, 5, 3, 4, 7, 1, 1, 1, 3, 3, 1, 1, 1, 0},
+    {1, 5, 5, 2, 3, 3, 3, 0, 0, 1, 1, 0, 0, 1, 0},         {2, 13, 11, 3, 9, 4, 3, 2, 2, 3, 3, 3, 3, 1, 0},
+    {1, 1, 17, 5, 3, 1, 5, 2, 2, 0, 0, 2, 2, 1, 0},        {2, 6, 5, 4, 6, 3, 3, 1, 1, 1, 1, 1, 1, 2, 0},
+    {1, 7, 9, 9, 15, 3, 2, 2, 2, 1, 1, 1, 1, 3, 0},        {2, 5, 4, 7, 7, 1, 1, 1, 1, 0, 0, 1, 1, 7, 0},
+    {1, 8, 8, 5, 10, 3, 3, 1, 1, 1, 1, 1, 1, 5, 0},        {1, 6, 6, 8, 4, 3, 3, 1, 1, 1, 1, 1, 1, 4, 0},
+    {1, 11, 11, 3, 3, 5, 5, 2, 2, 2, 2, 2, 2, 3, 0},       {2, 9, 7, 37, 37, 3, 3, 1, 1, 1, 1, 1, 1, 37, 0},
+    {1, 21, 21, 34, 34, 17, 17, 3, 3, 0, 0, 1, 1, 34, 0},  {1, 2, 2, 2, 2, 3, 3, 1, 1, 1, 1, 1, 1, 2, 0},
+    {2, 1, 1, 2, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},         {1, 1, 2, 3, 2, 5, 5, 1, 1, 2, 2, 1, 1, 1, 0},
+    {2, 9, 11, 3, 4, 1, 5, 1, 1, 0, 2, 1, 1, 1, 0},        {1, 11, 8, 2, 3, 3, 2, 2, 1, 1, 0, 1, 3, 1, 0},
+    {2, 7, 13, 5, 7, 5, 1, 1, 3, 2, 0, 1, 2, 1, 0},        {1, 12, 9, 6, 4, 2, 3, 1, 2, 3, 1, 3, 1, 2, 0},
+    {1, 9, 14, 19, 19, 3, 4, 2, 1, 0, 3, 1, 2, 19, 0},     {2, 6, 7, 3, 4, 2, 4, 1, 1, 0, 0, 1, 1, 1, 1},
+    {1, 5, 9, 4, 6, 1, 2, 0, 0, 0, 0, 0, 0, 2, 1},         {1, 8, 5, 37, 37, 4, 2, 1, 1, 0, 0, 2, 3, 37, 1},
+    {1, 2, 3, 5, 3, 6, 8, 1, 1, 0, 0, 1, 1, 1, 1},         {2, 13, 11, 66, 44, 3, 3, 1, 1, 1, 1, 1, 1, 11, 0},
+    {4, 14, 14, 100, 100, 3, 3, 2, 2, 1, 1, 1, 1, 100, 0}, {4, 14, 14, 16, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 9, 7, 3, 211, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},       {1, 5, 7, 67, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
 };
 enum { CONV_SHAPES = sizeof conv_shapes / sizeof *conv_shapes, LARGE_SHAPES = 5, GROUPED = 15, DEPTHWISE = 20 };
 
@@ -313,23 +318,38 @@ static void test_conv2ds(void) {
 /* The CPU engine's limits, a shape on either side of each: outputs of a band, of a line and of many images; words of a
    halo by channels, columns or taps; words of a part; taps and channels of a block of dw; filters of a block. */
 static const mpt_conv2d_shape limit_shapes[] = {
-    {1, 3, 578, 2, 3, 3, 3, 1, 0, 1, 1},       {1, 3, 579, 2, 3, 3, 3, 1, 0, 1, 1},     /* 576 outputs in a line, 577 */
-    {1, 1, 1203, 1, 2, 1, 4, 1, 1, 1, 1},                                               /* 1202 */
-    {36, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1},        {37, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1},      /* 36 images in a band */
-    {3, 7, 7, 3, 5, 3, 3, 1, 1, 1, 1},         {1, 25, 23, 5, 3, 3, 3, 1, 1, 1, 1},     /* all lines, some */
-    {1, 34, 48, 34, 3, 3, 3, 1, 0, 16, 1},     {1, 34, 48, 36, 3, 3, 3, 1, 0, 16, 1},   /* a halo's channels */
-    {1, 34, 600, 2, 2, 3, 3, 1, 0, 16, 1},     {1, 33, 600, 4, 2, 3, 3, 1, 0, 16, 1},   /* columns */
-    {1, 202, 217, 1, 2, 3, 3, 1, 0, 100, 1},   {1, 242, 257, 1, 2, 3, 3, 1, 0, 120, 1}, /* tap rows */
-    {1, 1, 60020, 1, 2, 1, 2, 1, 0, 60000, 1},                                          /* taps of a row */
-    {1, 4, 4, 170, 5, 3, 3, 1, 1, 1, 1},       {1, 4, 4, 171, 5, 3, 3, 1, 1, 1, 1},     /* 1536 words of a part */
-    {1, 3, 4, 512, 40, 3, 3, 1, 1, 1, 1},      {1, 4, 3, 7, 512, 3, 3, 1, 1, 1, 1}, /* far more, forward and backward */
-    {1, 40, 41, 1, 2, 39, 39, 1, 0, 1, 1},     {1, 41, 42, 1, 2, 40, 40, 1, 0, 1, 1}, /* taps alone */
-    {1, 27, 26, 2, 2, 24, 24, 1, 0, 1, 1},     {1, 27, 26, 2, 2, 25, 25, 1, 0, 1, 1}, /* 576 taps of dw */
-    {2, 5, 5, 64, 7, 3, 3, 1, 1, 1, 1},        {2, 5, 5, 65, 7, 3, 3, 1, 1, 1, 1},    /* and with channels */
-    {1, 5, 5, 3, 256, 3, 3, 1, 1, 1, 1},       {1, 5, 5, 3, 257, 3, 3, 2, 1, 1, 1},   /* filters */
-    {1, 41, 41, 39, 39, 3, 3, 1, 0, 20, 39},   {1, 44, 43, 3, 3, 3, 3, 1, 0, 21, 3},  /* a depthwise halo */
-    {1, 40, 40, 3, 3, 39, 39, 1, 0, 1, 3},     {1, 42, 41, 3, 3, 40, 40, 1, 0, 1, 3}, /* depthwise taps */
-    {1, 1, 70001, 1, 2, 1, 3, 35000, 0, 1, 1}, {1, 2, 2, 3, 2, 3, 3, 7, 9, 2, 1},     /* a stride beyond all */
+    {1, 3, 578, 2, 3, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0},
+    {1, 3, 579, 2, 3, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0},  /* 576 outputs in a line, 577 */
+    {1, 1, 1203, 1, 2, 1, 4, 1, 1, 1, 1, 1, 1, 1, 0}, /* 1202 */
+    {36, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {37, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0}, /* 36 images in a band */
+    {3, 7, 7, 3, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 25, 23, 5, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0}, /* all lines, some */
+    {1, 34, 48, 34, 3, 3, 3, 1, 1, 0, 0, 16, 16, 1, 0},
+    {1, 34, 48, 36, 3, 3, 3, 1, 1, 0, 0, 16, 16, 1, 0}, /* a halo's channels */
+    {1, 34, 600, 2, 2, 3, 3, 1, 1, 0, 0, 16, 16, 1, 0},
+    {1, 33, 600, 4, 2, 3, 3, 1, 1, 0, 0, 16, 16, 1, 0}, /* columns */
+    {1, 202, 217, 1, 2, 3, 3, 1, 1, 0, 0, 100, 100, 1, 0},
+    {1, 242, 257, 1, 2, 3, 3, 1, 1, 0, 0, 120, 120, 1, 0},     /* tap rows */
+    {1, 1, 60020, 1, 2, 1, 2, 1, 1, 0, 0, 60000, 60000, 1, 0}, /* taps of a row */
+    {1, 4, 4, 170, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 4, 4, 171, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0}, /* 1536 words of a part */
+    {1, 3, 4, 512, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 4, 3, 7, 512, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0}, /* far more, forward and backward */
+    {1, 40, 41, 1, 2, 39, 39, 1, 1, 0, 0, 1, 1, 1, 0},
+    {1, 41, 42, 1, 2, 40, 40, 1, 1, 0, 0, 1, 1, 1, 0}, /* taps alone */
+    {1, 27, 26, 2, 2, 24, 24, 1, 1, 0, 0, 1, 1, 1, 0},
+    {1, 27, 26, 2, 2, 25, 25, 1, 1, 0, 0, 1, 1, 1, 0}, /* 576 taps of dw */
+    {2, 5, 5, 64, 7, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {2, 5, 5, 65, 7, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0}, /* and with channels */
+    {1, 5, 5, 3, 256, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 5, 5, 3, 257, 3, 3, 2, 2, 1, 1, 1, 1, 1, 0}, /* filters */
+    {1, 41, 41, 39, 39, 3, 3, 1, 1, 0, 0, 20, 20, 39, 0},
+    {1, 44, 43, 3, 3, 3, 3, 1, 1, 0, 0, 21, 21, 3, 0}, /* a depthwise halo */
+    {1, 40, 40, 3, 3, 39, 39, 1, 1, 0, 0, 1, 1, 3, 0},
+    {1, 42, 41, 3, 3, 40, 40, 1, 1, 0, 0, 1, 1, 3, 0}, /* depthwise taps */
+    {1, 1, 70001, 1, 2, 1, 3, 35000, 35000, 0, 0, 1, 1, 1, 0},
+    {1, 2, 2, 3, 2, 3, 3, 7, 7, 9, 9, 2, 2, 1, 0}, /* a stride beyond all */
 };
 
 static void test_conv2d_limits(void) {
@@ -344,14 +364,14 @@ static void test_conv2d_limits(void) {
 /* dw where the image has an inf in its last column, which only the last tap of a kernel row reads: the other taps stay
    finite, also where an odd number of outputs is multiplied in pairs. */
 static void check_beside_inf(size_t width, size_t S, size_t stride) {
-    mpt_conv2d_shape s = {2, 3, 0, 3, 5, 1, 0, 0, 0, 0, 0};
+    mpt_conv2d_shape s = {2, 3, 0, 3, 5, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     mpt_conv2d_op op;
     test_tensor x, dy, dw;
     size_t P, Q, i;
     int engine;
     s.W = width;
     s.S = S;
-    s.stride = stride;
+    s.stride_h = s.stride_w = stride;
     CHECK_OK(context, mpt_conv2d_output(context, &s, &P, &Q));
     CHECK_EQUAL((Q - 1) * stride + S, width);
     x = test_tensor_random(context, MPT_BF16, s.N * s.H * width * s.C, 1);
@@ -388,7 +408,7 @@ static void test_beside_inf(void) {
 /* Sums over many outputs: those of a bias are double and rounded once, those of a depthwise filter fp32 over eight
    outputs, and double over these. All values are above 0, so that nothing hides. */
 static void test_long_sums(void) {
-    static const mpt_conv2d_shape shape = {1, 224, 224, 3, 3, 3, 3, 1, 1, 1, 3};
+    static const mpt_conv2d_shape shape = {1, 224, 224, 3, 3, 3, 3, 1, 1, 1, 1, 1, 1, 3, 0};
     static const size_t bias[3] = {3, 1, 1000003};
     mpt_conv2d_op op = conv2d_of(&shape, MPT_F32, MPT_F32, MPT_F32);
     mpt_gemm_op sums = gemm_of(1, bias, MPT_F32, MPT_F32, MPT_F32);
@@ -418,12 +438,22 @@ static void test_conv2d_output(void) {
     CHECK_EQUAL(P, (13 + 6 - 3 * 3 - 1) / 2 + 1);
     CHECK_EQUAL(Q, (11 + 6 - 3 * 2 - 1) / 2 + 1);
     s.H = 2;
-    s.padding = 1;
-    s.dilation = 2;
+    s.padding_h = 1;
+    s.dilation_h = 2;
     s.R = 3; /* 5 high on 4 */
     CHECK_ERROR(context, mpt_conv2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "kernel");
     CHECK(P == 0 && Q == 0);
     CHECK(mpt_conv2d_output(NULL, &s, &P, &Q) == MPT_ERROR_SHAPE);
+    s.padding_h = s.padding_w = 0;
+    s.stride_h = s.stride_w = 1;
+    s.same = 1;
+    CHECK_OK(context, mpt_conv2d_output(context, &s, &P, &Q));
+    CHECK(P == 2 && Q == 11);
+    s.stride_w = 2;
+    CHECK_ERROR(context, mpt_conv2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "same");
+    s.stride_w = 1;
+    s.padding_w = 1; /* 3 would be what it finds itself */
+    CHECK_ERROR(context, mpt_conv2d_output(context, &s, &P, &Q), MPT_ERROR_SHAPE, "same");
     CHECK(mpt_conv2d_output(context, NULL, &P, &Q) == MPT_ERROR_ARGUMENT);
     CHECK(mpt_conv2d_output(context, &s, NULL, &Q) == MPT_ERROR_ARGUMENT);
 }
@@ -450,9 +480,12 @@ static void test_conv2d_errors(void) {
         CHECK_SPOILT(conv2d, shape.R, 4, MPT_ERROR_SHAPE, "kernel");      /* larger than the input */
         CHECK_SPOILT(conv2d, shape.groups, 3, MPT_ERROR_SHAPE, "groups"); /* of 2 channels */
         CHECK_SPOILT(conv2d, shape.N, (size_t)-1 / 4, MPT_ERROR_SHAPE, "overflow");
-        CHECK_SPOILT(conv2d, shape.padding, (size_t)-1 / 2, MPT_ERROR_SHAPE, "padding");
-        CHECK_SPOILT(conv2d, shape.dilation, (size_t)-1 / 2 + 1, MPT_ERROR_SHAPE, "dilation"); /* times 2 wraps to 0 */
-        CHECK_SPOILT(conv2d, shape.stride, (size_t)-1, MPT_ERROR_SHAPE, "stride");
+        CHECK_SPOILT(conv2d, shape.padding_h, (size_t)-1 / 2, MPT_ERROR_SHAPE, "padding");
+        CHECK_SPOILT(conv2d, shape.padding_w, (size_t)-1 / 2, MPT_ERROR_SHAPE, "padding");
+        CHECK_SPOILT(conv2d, shape.dilation_h, (size_t)-1 / 2 + 1, MPT_ERROR_SHAPE, "dilation"); /* times 2: 0 */
+        CHECK_SPOILT(conv2d, shape.dilation_w, (size_t)-1 / 2 + 1, MPT_ERROR_SHAPE, "dilation");
+        CHECK_SPOILT(conv2d, shape.stride_h, (size_t)-1, MPT_ERROR_SHAPE, "stride");
+        CHECK_SPOILT(conv2d, shape.stride_w, (size_t)-1, MPT_ERROR_SHAPE, "stride");
     }
     good.pass = MPT_BACKWARD_DATA;
     CHECK_SPOILT(conv2d, y.data, NULL, MPT_ERROR_ARGUMENT, "dy");
@@ -463,7 +496,7 @@ static void test_conv2d_errors(void) {
     good.shape.groups = good.shape.C = 3; /* and 2 filters */
     CHECK_SPOILT(conv2d, beta, 1, MPT_ERROR_SHAPE, "groups");
     good.shape = conv_shapes[0]; /* a kernel that no dilation stretches */
-    CHECK_SPOILT(conv2d, shape.dilation, (size_t)-1, MPT_ERROR_SHAPE, "dilation");
+    CHECK_SPOILT(conv2d, shape.dilation_h, (size_t)-1, MPT_ERROR_SHAPE, "dilation");
     test_tensor_free(&t);
 }
 
@@ -487,9 +520,11 @@ static void check_pool2d(mpt_pool_kind kind, const mpt_pool2d_shape *shape, mpt_
 
 static void test_pools(void) {
     static const mpt_pool2d_shape shapes[] = {
-        {1, 4, 4, 1, 2, 2, 0, 0}, {2, 7, 5, 3, 3, 2, 2, 1},  {1, 6, 6, 5, 3, 3, 1, 1},
-        {2, 5, 4, 7, 5, 4, 0, 0}, {1, 9, 9, 2, 2, 2, 3, 0},  {1, 5, 5, 3, 1, 1, 1, 0},
-        {3, 7, 8, 2, 2, 3, 0, 1}, {2, 5, 6, 45, 2, 3, 1, 1}, {8, 32, 32, 17, 3, 3, 2, 1}};
+        {1, 4, 4, 1, 2, 2, 0, 0, 0, 0, 0},  {2, 7, 5, 3, 3, 2, 2, 2, 1, 1, 0},  {1, 6, 6, 5, 3, 3, 1, 1, 1, 1, 0},
+        {2, 5, 4, 7, 5, 4, 0, 0, 0, 0, 0},  {1, 9, 9, 2, 2, 2, 3, 3, 0, 0, 0},  {1, 5, 5, 3, 1, 1, 1, 1, 0, 0, 0},
+        {3, 7, 8, 2, 2, 3, 0, 0, 1, 1, 0},  {2, 5, 6, 45, 2, 3, 1, 1, 1, 1, 0}, {8, 32, 32, 17, 3, 3, 2, 2, 1, 1, 0},
+        {2, 7, 9, 3, 1, 4, 2, 1, 0, 2, 0},  {1, 8, 5, 7, 3, 2, 1, 2, 1, 0, 1},  {2, 5, 6, 45, 2, 3, 1, 1, 1, 1, 1},
+        {1, 9, 7, 19, 4, 5, 3, 2, 2, 1, 1}, {1, 6, 4, 2, 6, 4, 0, 0, 0, 0, 1}};
     size_t i;
     int type;
     for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
@@ -501,7 +536,7 @@ static void test_pools(void) {
 
 /* Max pooling over one window of two values. */
 static void check_window(mpt_context *ctx, float first, float second, float expected, int place) {
-    static const mpt_pool2d_shape shape = {1, 1, 2, 1, 1, 2, 0, 0};
+    static const mpt_pool2d_shape shape = {1, 1, 2, 1, 1, 2, 0, 0, 0, 0, 0};
     test_tensor x = test_tensor_new(ctx, MPT_F16, 2), y = test_tensor_new(ctx, MPT_F16, 1);
     uint16_t index = 99;
     mpt_pool2d_op op = MPT_ZERO;
@@ -535,8 +570,8 @@ static void test_pool_specials(mpt_context *ctx) {
 
 /* The largest stride allowed: one output, from the first window, in all passes. */
 static void test_huge_stride(mpt_context *ctx) {
-    static const mpt_conv2d_shape shape = {1, 4, 4, 1, 1, 3, 3, 0x7fffffff, 0, 0, 0};
-    static const mpt_pool2d_shape window = {1, 4, 4, 1, 3, 3, 0x7fffffff, 0};
+    static const mpt_conv2d_shape shape = {1, 4, 4, 1, 1, 3, 3, 0x7fffffff, 0x7fffffff, 0, 0, 0, 0, 0, 0};
+    static const mpt_pool2d_shape window = {1, 4, 4, 1, 3, 3, 0x7fffffff, 0x7fffffff, 0, 0, 0};
     const double bound = 4 * test_unit(MPT_F32);
     test_tensor x = test_tensor_random(ctx, MPT_F32, 16, 1), w = test_tensor_random(ctx, MPT_F32, 9, 2);
     test_tensor y = test_tensor_random(ctx, MPT_F32, 1, 3), out = test_tensor_new(ctx, MPT_F32, 16);
@@ -579,13 +614,13 @@ static void test_huge_stride(mpt_context *ctx) {
 static void test_pool_shapes(void) {
     static const size_t most = (size_t)-1, half = (size_t)1 << (sizeof(size_t) * 4); /* half * half wraps to 0 */
     const mpt_pool2d_shape bad[] = {
-        {1, 4, 4, 1, 2, 2, most, 0},
-        {1, 1, 1, 1, 10001, 10001, 0, 5000},
-        {1, 1, 1, 1, half, half, 0, half / 2},
-        {1, 4, 4, 1, 2, 2, 0, 2},
-        {1, 4, 4, 1, 5, 2, 0, 0},
-        {1, 4, 4, 1, 0, 2, 0, 0},
-        {1, 1, 1, 1, 0x7fffffff, 0x7fffffff, 0, 0x3fffffff}}; /* 2^62 places, one no padding */
+        {1, 4, 4, 1, 2, 2, most, most, 0, 0, 0},
+        {1, 1, 1, 1, 10001, 10001, 0, 0, 5000, 5000, 0},
+        {1, 1, 1, 1, half, half, 0, 0, half / 2, half / 2, 0},
+        {1, 4, 4, 1, 2, 2, 0, 0, 2, 2, 0},
+        {1, 4, 4, 1, 5, 2, 0, 0, 0, 0, 0},
+        {1, 4, 4, 1, 0, 2, 0, 0, 0, 0, 0},
+        {1, 1, 1, 1, 0x7fffffff, 0x7fffffff, 0, 0, 0x3fffffff, 0x3fffffff, 0}}; /* 2^62 places, one no padding */
     static const char *const words[] = {"stride", "padding", "window", "padding", "window", "R", "window"};
     size_t P, Q, i;
     for (i = 0; i < sizeof bad / sizeof *bad; i++)
@@ -2022,14 +2057,19 @@ static void check_reference_norm(const mpt_norm_shape *shape, int frozen) {
 }
 
 static void test_reference(void) {
-    static const mpt_pool2d_shape windows[] = {
-        {2, 7, 5, 3, 3, 2, 2, 1}, {1, 6, 6, 5, 3, 3, 1, 1}, {1, 9, 9, 2, 2, 2, 3, 0}, {3, 7, 8, 2, 2, 3, 0, 1}};
+    static const mpt_pool2d_shape excluding = {1, 5, 5, 3, 2, 2, 2, 1, 1, 1, 1}; /* 1, 2 or 4 pixels in a window */
+    static const mpt_pool2d_shape windows[] = {{2, 7, 5, 3, 3, 2, 2, 2, 1, 1, 0},
+                                               {1, 6, 6, 5, 3, 3, 1, 1, 1, 1, 0},
+                                               {1, 9, 9, 2, 2, 2, 3, 3, 0, 0, 0},
+                                               {3, 7, 8, 2, 2, 3, 0, 0, 1, 1, 0},
+                                               {1, 7, 8, 3, 3, 2, 1, 3, 1, 0, 0}};
     static const mpt_norm_shape norms[] = {
         {1, 12, 3, 3, 0}, {5, 1, 11, 1, 0}, {2, 9, 6, 2, 0}, {3, 7, 4, 4, 0}, {2, 6, 12, 3, 0}};
     size_t i;
     for (i = 0; i + LARGE_SHAPES < CONV_SHAPES; i++) check_reference_conv2d(&conv_shapes[i]);
     check_reference_linear(3, 5, 7);
     check_reference_linear(31, 17, 13);
+    check_reference_pool2d(MPT_POOL_AVERAGE, &excluding);
     for (i = 0; i < sizeof windows / sizeof *windows; i++) {
         check_reference_pool2d(MPT_POOL_MAX, &windows[i]);
         check_reference_pool2d(MPT_POOL_AVERAGE, &windows[i]);

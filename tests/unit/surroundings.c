@@ -64,7 +64,7 @@ enum { CONV = 2, GELU = 7, LINEAR = 8 }; /* nodes */
 
 static int layers(mpt_model *net) {
     int h = mpt_input(net, SIDE, SIDE, 3);
-    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 24, 3, NULL), NULL));
+    h = mpt_relu(net, mpt_batch_norm(net, test_same(net, h, 24, 3), NULL));
     h = mpt_dropout(net, mpt_max_pool2d(net, h, 2, NULL), 0.2f);
     return mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_gelu(net, h), CLASSES, NULL), NULL);
 }
