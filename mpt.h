@@ -449,16 +449,16 @@ MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *op);
 
 typedef enum mpt_pass { MPT_FORWARD = 0, MPT_BACKWARD_DATA, MPT_BACKWARD_WEIGHT } mpt_pass;
 
-/* Shape of a convolution; _h is down, _w across. Output P = (H + 2 padding_h - dilation_h (R - 1) - 1) / stride_h + 1, Q
-   likewise. Filters K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. */
+/* Shape of a convolution; _h is down, _w across. Output P = (H + 2 padding_h - dilation_h (R - 1) - 1) / stride_h + 1,
+   Q likewise. Filters K/groups g .. read channels C/groups g ..; groups = C = K is depthwise. */
 typedef struct mpt_conv2d_shape {
     size_t N, H, W, C, K, R, S;
     size_t stride_h, stride_w;     /* 0: 1 */
     size_t padding_h, padding_w;   /* rows and columns of zeros on each side */
     size_t dilation_h, dilation_w; /* 0: 1 */
     size_t groups;                 /* 0: 1 */
-    int same; /* 1: P = H, Q = W, by dilation (kernel - 1) zeros on both sides together; of an odd number the larger half
-                 comes last. Needs stride 1 and no other padding; padding='same' in torch */
+    int same; /* 1: P = H, Q = W, by dilation (kernel - 1) zeros on both sides together, of an odd number one more behind
+                 than before. Needs stride 1 and no other padding; padding='same' in torch */
 } mpt_conv2d_shape;
 
 /* x(N,H,W,C), w(K,R,S,C/groups), y(N,P,Q,K). torch.nn.functional.conv2d
@@ -487,8 +487,8 @@ typedef struct mpt_pool2d_shape {
     size_t N, H, W, C, R, S;
     size_t stride_h, stride_w;   /* 0: R, S */
     size_t padding_h, padding_w; /* on each side; at most half the window */
-    int exclude_padding; /* average: 0: divides by R S; 1: by how many pixels of the image the window holds, as torch does
-                            with count_include_pad=False */
+    int exclude_padding; /* average: 0: divides by R S; 1: by how many pixels of the image the window holds, as with
+                            count_include_pad=False in torch */
 } mpt_pool2d_shape;
 
 /* x(N,H,W,C), y(N,P,Q,C). torch.nn.functional.max_pool2d, avg_pool2d
@@ -2119,16 +2119,12 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
     }
 }
 
-#if defined(__cplusplus) && defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
+/* -- Windows -- */
 
-#endif /* MPT_H */
-
-#if defined(MPT_IMPLEMENTATION) && !defined(MPT__IMPLEMENTED)
-#define MPT__IMPLEMENTED
-
-/* -- Pooling -- */
+/* Does each output read one pixel, the one in its place? */
+MPT_HD int mpt__conv2d_is_product(const mpt_conv2d_shape *s) {
+    return s->R == 1 && s->S == 1 && s->stride_h == 1 && s->stride_w == 1 && !s->padding_h && !s->padding_w;
+}
 
 /* Pixels of an axis that the window of output `out` holds, from a padding of at most half of it on */
 MPT_HD size_t mpt__window_inside(size_t out, size_t stride, size_t padding, size_t window, size_t size) {
@@ -2142,6 +2138,15 @@ MPT_HD size_t mpt__pool2d_divisor(const mpt_pool2d_shape *s, size_t p, size_t q)
     return mpt__window_inside(p, s->stride_h, s->padding_h, s->R, s->H) *
            mpt__window_inside(q, s->stride_w, s->padding_w, s->S, s->W);
 }
+
+#if defined(__cplusplus) && defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+
+#endif /* MPT_H */
+
+#if defined(MPT_IMPLEMENTATION) && !defined(MPT__IMPLEMENTED)
+#define MPT__IMPLEMENTED
 
 /* ==== CORE ==== */
 
@@ -4435,14 +4440,14 @@ typedef struct mpt__matrix {
 
        . . . . .      The tile reads every tap where it lies. Output (p,q) finds tap (r,s), channel c at
        . x x x .
-       . x x x .      p * stride_h * pitch + q * stride_w * pixel  +  r * dilation_h * pitch + s * dilation_w * pixel + c
-       . x x x .      \____________ rows[(p,q)] ________________/     \___ runs[r] ______/   \_ S * C words in a row, if
-                                                                                              dilation_w is 1; else each
-   `pitch` is the bytes of a row, `pixel` of a pixel.                                         tap is a run of C words
+       . x x x .     p * stride_h * pitch + q * stride_w * pixel  +  r * dilation_h * pitch + s * dilation_w * pixel + c
+       . x x x .     \____________ rows[(p,q)] ________________/     \___ runs[r] ______/   \_ S * C words in a row, if
+                                                                                             dilation_w is 1; else each
+   `pitch` is the bytes of a row, `pixel` of a pixel.                                        tap is a run of C words
 
    The gradient of w reads the same buffer with the roles exchanged: rows[(r,s,c)] is the second half of the sum, a run
    is a row of outputs, and its words are stride_w * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs,
-   so the buffer holds at each pixel the pair of it and the one `stride_w` to its right, and the next word is two outputs
+   so the buffer holds at each pixel the pair of it and the one stride_w to its right, and the next word is two outputs
    on.
    A row's last output is a band of its own if none is left to pair it with: paired with 0, an inf there would give
    0 * inf. */
@@ -4560,8 +4565,8 @@ static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_
         for (; count; count--, i += stride, to += to_stride) mpt__fetch(ctx, data, i, n, size, to);
 }
 
-/* to(width,channels) = a row of image n: row y of the padded one, from its column x on. Here width is 10, up_w is 3, and
-   the image's pixels w, w + 1 and w + 2 are in it:
+/* to(width,channels) = a row of image n: row y of the padded one, from its column x on. Here width is 10, up_w is 3,
+   and the image's pixels w, w + 1 and w + 2 are in it:
 
        |<-- h->width -->|
        . . w . . x . . x .      column: where the row begins in the spread image; below 0 in the padding
@@ -5361,11 +5366,6 @@ static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
     image.channels = image.C / shape->groups;
     image.first = group * image.channels;
     return image;
-}
-
-/* Does each output read one pixel, the one in its place? */
-static int mpt__conv2d_is_product(const mpt_conv2d_shape *s) {
-    return s->R == 1 && s->S == 1 && s->stride_h == 1 && s->stride_w == 1 && !s->padding_h && !s->padding_w;
 }
 
 /* One group of channels of a convolution as a product; C and K are those of the group. A 1x1 kernel that reads every
@@ -11029,7 +11029,8 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
     X(float, float, momentum) X(mpt_pool_kind, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
     X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
-    X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) X(mpt_loss_kind, int, loss) \
+    X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
+    X(mpt_loss_kind, int, loss) \
     X(float, float, cross_entropy.label_smoothing) X(int, int, cross_entropy.ignore) \
     X(int32_t, int, cross_entropy.ignore_index) X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
     X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
@@ -12174,10 +12175,13 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments
           are gone, and a bias gradient is made by the operation of the weights' gradient.
           desc.reference = 1 opens a context that computes by plain loops.
+          A convolution has no padding by default, and `same` keeps the size with kernels of any size: what relied on
+          the old default says padding = kernel / 2. Kernels, windows, strides, padding and dilation by axis.
+          mpt_node_info has the shape of a convolution as mpt_conv2d_shape.
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
           builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs. mpt_name and mpt_find.
-          train.clip_value.
+          mpt_global_max_pool2d, averages of the image alone. train.clip_value.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

@@ -8,7 +8,6 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 enum { COLUMNS = 4, CLASSES = 3, ROWS = 1000, BATCH = 16, EPOCHS = 40, SEED = 1 };
 typedef struct table {
@@ -34,12 +33,18 @@ static void read_rows(const char *path, table *train, table *test) {
     fclose(file);
 }
 
-/* 0..n-1 in a random order, the same for the same seed and epoch (Fisher and Yates). */
-static void shuffle(size_t *order, size_t n, uint64_t epoch) {
-    for (size_t i = 0; i < n; i++) {
+/* A random order, the same for the same seed and epoch (Fisher and Yates). */
+static void shuffle(table *t, uint64_t epoch) {
+    for (size_t i = t->rows; i-- > 1;) {
         const size_t j = (size_t)(mpt_uniform(SEED, epoch, 0, i) * (float)(i + 1));
-        order[i] = order[j];
-        order[j] = i;
+        const int32_t y = t->y[i];
+        t->y[i] = t->y[j];
+        t->y[j] = y;
+        for (int c = 0; c < COLUMNS; c++) {
+            const float x = t->x[i][c];
+            t->x[i][c] = t->x[j][c];
+            t->x[j][c] = x;
+        }
     }
 }
 
@@ -57,8 +62,7 @@ static mpt_model *make_net(mpt_context *ctx) {
 }
 
 int main(int argc, char **argv) {
-    static table train, test, batch;
-    size_t order[ROWS];
+    static table train, test;
     mpt_context *ctx = mpt_open(NULL);
     mpt_metrics m;
     float logits[CLASSES];
@@ -66,14 +70,9 @@ int main(int argc, char **argv) {
     read_rows(argv[1], &train, &test);
     mpt_model *net = make_net(ctx);
     for (uint64_t epoch = 1; epoch <= EPOCHS; epoch++) {
-        shuffle(order, train.rows, epoch);
-        for (size_t at = 0; at + BATCH <= train.rows; at += BATCH) {
-            for (size_t i = 0; i < BATCH; i++) {
-                memcpy(batch.x[i], train.x[order[at + i]], sizeof batch.x[i]);
-                batch.y[i] = train.y[order[at + i]];
-            }
-            need(mpt_train_step(net, batch.x[0], batch.y) == MPT_OK, mpt_why(ctx));
-        }
+        shuffle(&train, epoch);
+        for (size_t at = 0; at + BATCH <= train.rows; at += BATCH)
+            need(mpt_train_step(net, train.x[at], &train.y[at]) == MPT_OK, mpt_why(ctx));
         need(mpt_evaluate(net, test.x[0], test.y, test.rows, &m) == MPT_OK, mpt_why(ctx));
         if (epoch % 10 == 0) printf("epoch %d: %d of %d right\n", (int)epoch, (int)m.correct, (int)m.samples);
     }
