@@ -457,8 +457,8 @@ typedef struct mpt_conv2d_shape {
     size_t padding_h, padding_w;   /* rows and columns of zeros on each side */
     size_t dilation_h, dilation_w; /* 0: 1 */
     size_t groups;                 /* 0: 1 */
-    int same; /* 1: P = H, Q = W, by dilation (kernel - 1) zeros on both sides together, of an odd number one more behind
-                 than before. Needs stride 1 and no other padding; padding='same' in torch */
+    int same; /* 1: P = H, Q = W, by dilation (kernel - 1) zeros on both sides together, of an odd number one more
+                 behind. Needs stride 1 and no other padding; padding='same' in torch */
 } mpt_conv2d_shape;
 
 /* x(N,H,W,C), w(K,R,S,C/groups), y(N,P,Q,K). torch.nn.functional.conv2d

@@ -1634,7 +1634,8 @@ static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, m
     g.ld = (unsigned)(ld / units);
     g.patch = (unsigned)(taps * channels);
     if (whole && !g.spread) return MPTC__LAUNCH(mptc__gather_k<MPTC__PATCHES>, blocks, MPTC__THREADS, g);
-    if (whole && g.stride_h == 1 && g.stride_w == 1) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_CLOSE>, blocks, MPTC__THREADS, g);
+    if (whole && g.stride_h == 1 && g.stride_w == 1)
+        return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_CLOSE>, blocks, MPTC__THREADS, g);
     if (whole) return MPTC__LAUNCH(mptc__gather_k<MPTC__SPREAD_WIDE>, blocks, MPTC__THREADS, g);
     if (size == 4) return MPTC__LAUNCH(mptc__gather_few_k<uint32_t>, blocks, MPTC__THREADS, g);
     return MPTC__LAUNCH(mptc__gather_few_k<uint16_t>, blocks, MPTC__THREADS, g);
