@@ -121,7 +121,16 @@
    inf and NaN pass through them (but for ReLU's, told by bits) holds without it alone. Optimizers follow PyTorch's
    formulas operation by operation; moments below 2^-126 become 0.
 
-   9. Open ends. A model without a loss node ends in heads, the nodes that nothing reads; compute a loss of your own
+   9. Inputs as they come. Images as bytes, four times less to copy, which become x = byte * scale[c] + shift[c] on the
+   device; and batches that lie in the device's memory already:
+
+         mpt_input_desc in = MPT_ZERO;
+         in.bytes = 1;                                          0..1 by default
+         int h = mpt_input_with(net, 28, 28, 1, &in);
+         ...
+         mpt_train_step(net, pixels, labels);                   32 x 28 x 28 uint8_t
+
+   10. Open ends. A model without a loss node ends in heads, the nodes that nothing reads; compute a loss of your own
    from their values:
 
          mpt_forward(net, images, NULL, n);
@@ -142,15 +151,15 @@
    A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
    readable, the input's too; mpt_name gives it a name, mpt_find finds it by that.
 
-   10. Fine-tuning and inference. desc.tuning freezes a layer, or gives it a rate of its own; mpt_optimizer_tensor
+   11. Fine-tuning and inference. desc.tuning freezes a layer, or gives it a rate of its own; mpt_optimizer_tensor
    changes rates later, by mpt_params_find(params, "conv1.weight"). mpt_weights_load takes a prefix, and loads what
    fits and tells what did not if asked to. train.inference = 1 builds a model that predicts only: no masters,
    gradients or moments, and activations live from one layer to the next.
 
-   11. Several ranks. Processes on one machine or on many train one model together: train.ranks names the rank and a
+   12. Several ranks. Processes on one machine or on many train one model together: train.ranks names the rank and a
    call that sums an array over all of them. The steps are those of one process, to the bit; see mpt_ranks.
 
-   12. Not here: recurrent nets and attention.                                                                        */
+   13. Not here: recurrent nets and attention.                                                                        */
 
 #ifndef MPT_H
 #define MPT_H
@@ -522,8 +531,9 @@ typedef enum mpt_map {
     MPT_MAP_ACTIVATION,          /* out = act(a) */
     MPT_MAP_ACTIVATION_GRADIENT, /* out = b * act'(x) + beta * out; a: the saved value that the list names, b: dy */
     MPT_MAP_ADD,                 /* out = act(a + beta * b); with beta 0 b is not read */
-    MPT_MAP_DROPOUT              /* out = a / (1 - p) where it is kept, 0 a where it is dropped, + beta * out; the
+    MPT_MAP_DROPOUT,             /* out = a / (1 - p) where it is kept, 0 a where it is dropped, + beta * out; the
                                     gradient is the same of dy (Srivastava et al. 2014; torch.nn.functional.dropout) */
+    MPT_MAP_BYTES                /* out = a * scale + shift of its channel; a.data: uint8_t(n), whatever a.type */
 } mpt_map;
 
 typedef struct mpt_map_op {
@@ -535,6 +545,8 @@ typedef struct mpt_map_op {
     mpt_activation act;
     mpt_rounding rounding; /* MPT_MAP_CAST */
     mpt_mask mask;         /* MPT_MAP_DROPOUT */
+    size_t C;              /* MPT_MAP_BYTES: element i is of channel i % C... */
+    const float *channels; /* ...device memory (2, C): scales, then shifts. Product and sum are rounded to fp32 each */
 } mpt_map_op;
 
 MPT_DEF mpt_result mpt_op_map(mpt_context *ctx, const mpt_map_op *op);
@@ -984,9 +996,21 @@ typedef struct mpt_pool2d_desc {
     int exclude_padding;    /* average: see mpt_pool2d_shape */
 } mpt_pool2d_desc;
 
+/* How samples come, for all calls that take x. */
+typedef struct mpt_input_desc {
+    int bytes; /* 1: x(samples,H,W,C) is uint8_t, and a value is byte * scale[c] + shift[c], product and sum rounded to
+                  fp32 each: the bits are those of floats made so. 0: float */
+    const float *scale; /* (C), host memory that stays until the build; NULL: 1/255 */
+    const float *shift; /* (C), as scale; NULL: 0 */
+    int in_device;      /* 1: x lies in the memory of the context's device. It is read in the order of the context's
+                           stream, and not looked at: a float that is not finite makes a step that is skipped */
+} mpt_input_desc;
+
 /* The model's one input: samples of H x W x C floats. A flat vector of n features is (1, 1, n). It stays fp32 until a
    product reads it (but in O3): a norm that comes first sees it as it is. */
 MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C);
+/* The same with a descriptor, which may be NULL. */
+MPT_DEF int mpt_input_with(mpt_model *net, int H, int W, int C, const mpt_input_desc *desc);
 /* Flattens its input in H, W, C order by itself. */
 MPT_DEF int mpt_linear(mpt_model *net, int node, int outputs, const mpt_linear_desc *desc);
 MPT_DEF int mpt_conv2d(mpt_model *net, int node, int filters, int kernel, const mpt_conv2d_desc *desc);
@@ -1114,21 +1138,22 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
 
 /* -- Training -- */
 
-/* One step on accumulate * batch samples in host memory: x(samples,H,W,C); target as the loss says.
+/* One step on accumulate * batch samples in host memory: x(samples,H,W,C), floats unless mpt_input_desc says
+   otherwise; target as the loss says.
    MPT_ERROR_VALUE, naming sample and value, if a label is out of range, an input or a target not finite, a target of
    binary cross-entropy not in 0..1 or of any such loss an integer by its bits; nothing changed then.
    MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
    whose labels are all ignored, or of classes of weight 0: it changes nothing, not even the scale. */
-MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target);
+MPT_DEF mpt_result mpt_train_step(mpt_model *net, const void *x, const void *target);
 /* The same on 1 to accumulate * batch samples, as at the end of an epoch: passes of `batch`, the last of what is left.
    The step follows the mean over the samples that there are. */
-MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const float *x, const void *target, size_t samples);
+MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *target, size_t samples);
 
 /* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
    their losses, times scale / (accumulate * batch), to the parameter gradients; the first call after a step overwrites
    them. mpt_unscale divides by the weight of all passes instead: passes may have different numbers of samples, and
    there may be more or fewer of them than `accumulate`. */
-MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n);
+MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 
 /* A loss of your own: in a model without a loss node mpt_forward takes target NULL; read the heads with mpt_node_value,
@@ -1167,15 +1192,15 @@ typedef struct mpt_metrics {
     uint64_t samples, correct; /* samples: but for ignored ones */
 } mpt_metrics;
 
-MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *target, size_t samples, mpt_metrics *out);
+MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *target, size_t samples, mpt_metrics *out);
 /* out(samples, outputs): what the loss would read (logits), as fp32. */
-MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, float *out);
+MPT_DEF mpt_result mpt_predict(mpt_model *net, const void *x, size_t samples, float *out);
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
 /* Forward and backward of n <= batch samples at a loss scale, to look at from a table before the context's own. Nothing
    stays of them but the gradients of the parameters, which the next step overwrites. MPT_ERROR_ORDER within a step. */
-MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target, int n, float scale);
+MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, int n, float scale);
 
 /* The context that it was made from; NULL of NULL. */
 MPT_DEF mpt_context *mpt_model_context(const mpt_model *net);
@@ -1336,6 +1361,16 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     float *pending, *committed;
 } mpt_update_op;
 
+typedef struct mpt_feed_op { /* a batch of inputs, to be read by the next cast or map alone */
+    const void *x; /* in host memory; in_device: in device memory, where the stream's work so far has put it */
+    int in_device;
+    size_t bytes;
+    size_t floats;  /* of x, to be looked at as they pass; 0: it is not looked at */
+    size_t first;   /* filled in: index of the first float that is inf or NaN; `floats`: there is none */
+    void *staging;  /* device: where x may be copied to, as long... */
+    const void *at; /* ...and filled in: where it is to be read */
+} mpt_feed_op;
+
 /* What runs now: for a table that stands before another and looks on. */
 typedef struct mpt_place {
     int node;      /* of a model; 0: no pass of a model */
@@ -1351,6 +1386,7 @@ typedef struct mpt_backend {
     void *(*alloc)(mpt_context *ctx, size_t bytes); /* zeroed, 64-byte aligned; NULL and a reason if it fails */
     void (*release)(mpt_context *ctx, void *p);
     mpt_result (*upload)(mpt_context *ctx, void *device, const void *host, size_t bytes);
+    mpt_result (*feed)(mpt_context *ctx, mpt_feed_op *op);
     mpt_result (*download)(mpt_context *ctx, void *host, const void *device, size_t bytes);
     mpt_result (*copy)(mpt_context *ctx, void *to, const void *from, size_t bytes); /* both of the device */
     mpt_result (*zero)(mpt_context *ctx, void *device, size_t bytes);
@@ -1370,9 +1406,10 @@ typedef struct mpt_backend {
     mpt_result (*scale)(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                         int32_t *stuck);
     /* Both or none. Between them stand the calls of a training step, scale being the last. They and their arguments are
-       the same while the bytes of *op are, but for what uploads bring; so a device may record them and do them when
-       scale comes. What is uploaded to `staging` or as targets is read by the next cast or loss alone. end is told the
-       calls' result and returns it; *again = 1: nothing was done, call all once more. */
+       the same while the bytes of *op are, but for what uploads and feeds bring; so a device may record them and do
+       them when scale comes. What is fed, or uploaded as targets, is read by the next map or loss alone. A feed that
+       finds a bad float ends the step by MPT_ERROR_VALUE before any other call. end is told the calls' result and
+       returns it; *again = 1: nothing was done, call all once more. */
     mpt_result (*begin)(mpt_context *ctx, const mpt_update_op *op, const void *staging);
     mpt_result (*end)(mpt_context *ctx, mpt_result result, int *again);
 } mpt_backend;
@@ -1732,6 +1769,28 @@ MPT_HD float mpt__mask_factor(const mpt_mask *mask, uint64_t step, uint64_t elem
     const uint32_t threshold = (uint32_t)((double)mask->p * 4294967296.0);
     if (mpt_hash(mask->seed, step, mask->tensor, element) < threshold) return 0;
     return 1 / (1 - mask->p);
+}
+
+/* -- Inputs -- */
+
+/* Index of the first element that is inf or NaN; n: there is none. By a bit that carries out of an exponent of ones; a
+   constant count at a time, so that compilers use vectors. */
+MPT_HD size_t mpt__first_bad(const float *x, size_t n) {
+    uint32_t u[64], carry;
+    size_t i, e;
+    for (i = 0; i + 64 <= n; i += 64) {
+        memcpy(u, x + i, sizeof u);
+        carry = 0;
+        for (e = 0; e < 64; e++) carry |= (u[e] & 0x7f800000u) + 0x00800000u;
+        if (carry >> 31) break;
+    }
+    while (i < n && mpt__finite(x[i])) i++;
+    return i;
+}
+
+/* A byte as its channel c of C has it; channels: see mpt_map_op */
+MPT_HD float mpt__of_byte(float byte, const float *channels, size_t C, size_t c) {
+    return mpt__add_rn(mpt__mul_rn(byte, channels[c]), channels[C + c]);
 }
 
 /* -- Normalisation -- */
@@ -3747,11 +3806,18 @@ static mpt_result mpt__cast_check(mpt_context *ctx, const mpt_map_op *op) {
                     (int)op->rounding.overflow);
 }
 
+static mpt_result mpt__bytes_check(mpt_context *ctx, const mpt_map_op *op) {
+    MPT__TRY(mpt__need(ctx, "map", "out", op->out));
+    if (op->a.data && op->channels && op->C) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "map: a or channels is NULL, or C (%zu) is 0", op->C);
+}
+
 static mpt_result mpt__map_check(mpt_context *ctx, const mpt_map_op *op) {
-    if ((unsigned)op->map > MPT_MAP_DROPOUT)
+    if ((unsigned)op->map > MPT_MAP_BYTES)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "map: unknown map %d", (int)op->map);
     MPT__TRY(mpt__need_size(ctx, "map", "n", op->n, 1, 1, 1));
     if (op->map == MPT_MAP_CAST) return mpt__cast_check(ctx, op);
+    if (op->map == MPT_MAP_BYTES) return mpt__bytes_check(ctx, op);
     MPT__TRY(mpt__need(ctx, "map", "a", op->a));
     if (op->map == MPT_MAP_ACTIVATION_GRADIENT || op->map == MPT_MAP_ADD) MPT__TRY(mpt__need(ctx, "map", "b", op->b));
     MPT__TRY(mpt__need(ctx, "map", "out", op->out));
@@ -4133,7 +4199,7 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
     (void)ctx;
     for (i = 0; i < op->n; i++) {
         const mpt_rounding *rounding = NULL;
-        float x = (float)mpt__ref_get(op->a, i);
+        float x = op->map == MPT_MAP_BYTES ? (float)((const uint8_t *)op->a.data)[i] : (float)mpt__ref_get(op->a, i);
         switch (op->map) {
         case MPT_MAP_CAST: rounding = &op->rounding; break;
         case MPT_MAP_ACTIVATION: x = mpt__activate(op->act, x); break;
@@ -4146,6 +4212,7 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
             x = mpt__mul_rn(x, mpt__mask_factor(&op->mask, step, i));
             x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
             break;
+        case MPT_MAP_BYTES: x = mpt__of_byte(x, op->channels, op->C, i % op->C); break;
         }
         mpt__ref_set(op->out, i, (double)x, rounding);
     }
@@ -5617,6 +5684,23 @@ MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size
     mpt__write_run(ctx, op->out, i, n, out);
 }
 
+/* out[i..i+n) from bytes. The scales and shifts of a run lie side by side, or wrap around. */
+MPT__INLINE void mpt__bytes_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
+    const uint8_t *byte = (const uint8_t *)op->a.data + i;
+    float out[MPT__RUN];
+    size_t e, c = i % op->C;
+    if (op->C == 1 && n == MPT__RUN) {
+        const float scale = op->channels[0], shift = op->channels[1];
+        for (e = 0; e < MPT__RUN; e++) out[e] = mpt__add_rn(mpt__mul_rn((float)byte[e], scale), shift);
+    } else {
+        for (e = 0; e < n; e++) {
+            out[e] = mpt__of_byte((float)byte[e], op->channels, op->C, c);
+            if (++c == op->C) c = 0;
+        }
+    }
+    mpt__write_run(ctx, op->out, i, n, out);
+}
+
 static void mpt__cast_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_map_op *op = (const mpt_map_op *)w->op;
@@ -5628,8 +5712,11 @@ MPT__INLINE void mpt__map_task_body(void *arg, size_t begin, size_t end, int wor
     const mpt__work *w = (const mpt__work *)arg;
     const mpt_map_op *op = (const mpt_map_op *)w->op;
     (void)worker;
-    for (; begin < end; begin++)
-        mpt__map_run(w->ctx, op, begin * MPT__RUN, mpt__min(op->n - begin * MPT__RUN, MPT__RUN));
+    for (; begin < end; begin++) {
+        const size_t n = mpt__min(op->n - begin * MPT__RUN, MPT__RUN);
+        if (op->map == MPT_MAP_BYTES) mpt__bytes_run(w->ctx, op, begin * MPT__RUN, n);
+        else mpt__map_run(w->ctx, op, begin * MPT__RUN, n);
+    }
 }
 MPT__TASKS(mpt__map_task)
 
@@ -6655,6 +6742,14 @@ static mpt_result mpt__cpu_copy(mpt_context *ctx, void *dst, const void *src, si
     return MPT_OK;
 }
 
+/* The host's memory is the device's: nothing is copied. */
+static mpt_result mpt__cpu_feed(mpt_context *ctx, mpt_feed_op *op) {
+    (void)ctx;
+    op->at = op->x;
+    if (op->floats) op->first = mpt__first_bad((const float *)op->x, op->floats);
+    return MPT_OK;
+}
+
 static mpt_result mpt__cpu_zero(mpt_context *ctx, void *p, size_t bytes) {
     (void)ctx;
     memset(p, 0, bytes);
@@ -6668,6 +6763,7 @@ static mpt_backend mpt__cpu_backend(void) {
     b.alloc = mpt__host_alloc;
     b.release = mpt__host_free;
     b.upload = mpt__cpu_copy;
+    b.feed = mpt__cpu_feed;
     b.download = mpt__cpu_copy;
     b.copy = mpt__cpu_copy;
     b.zero = mpt__cpu_zero;
@@ -7599,6 +7695,7 @@ typedef struct mpt__node {
     size_t inputs;     /* elements of a sample of in[0] */
     mpt_policy policy; /* the one at its making */
     /* what its layer was told */
+    mpt_input_desc input;
     int no_bias;
     mpt_init init;
     mpt_tuning tuning;
@@ -7731,6 +7828,8 @@ struct mpt_model {
     mpt_loss_sum *sums;   /* device: [0] of the running step, [1] of an evaluation, [2] of the passes before this one */
     float *class_weights; /* device */
     uint32_t weights_sum; /* a hash of them; 0: none */
+    float *channels;      /* device: of an input of bytes, see mpt_map_op */
+    uint32_t bytes_sum;   /* a hash of them */
     size_t statistics;    /* floats of all running means and variances */
     float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
     mpt__stage stage;         /* as of the step number `stage_step`: see mpt__stage_of */
@@ -7883,6 +7982,14 @@ static mpt_result mpt__layer_positive(mpt_model *net, const mpt__node *node, con
     return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s is %d, must be at least %d", node->name, what, value, least);
 }
 
+/* Above 0 */
+static uint32_t mpt__weights_hash(const float *weights, size_t count) {
+    uint32_t hash = 1;
+    size_t i;
+    for (i = 0; i < count; i++) hash = mpt_hash(hash, 0, i, mpt__bits(weights[i])) | 1;
+    return hash;
+}
+
 static mpt_result mpt__init_check(mpt_model *net, const mpt__node *node) {
     if ((unsigned)node->init < MPT_INIT_COUNT) return MPT_OK;
     return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: unknown init %d", node->name, (int)node->init);
@@ -7947,10 +8054,50 @@ MPT_DEF int mpt_name(mpt_model *net, int id, const char *name) {
     return r == MPT_OK ? id : mpt__layer_failed(net, r);
 }
 
-/* -- Input -- its value is uploaded by the forward pass */
+/* -- Input -- its value is brought by the forward pass */
 
-MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
+static float mpt__input_scale(const mpt_input_desc *d, size_t c) { return d->scale ? d->scale[c] : 1.0f / 255; }
+static float mpt__input_shift(const mpt_input_desc *d, size_t c) { return d->shift ? d->shift[c] : 0.0f; }
+
+/* Every byte becomes a finite value. */
+static mpt_result mpt__input_check(mpt_model *net, const mpt__node *node) {
+    const mpt_input_desc *d = &node->input;
+    size_t c;
+    if (!d->bytes && (d->scale || d->shift))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "input: scale or shift without bytes");
+    for (c = 0; d->bytes && c < (size_t)node->C; c++) {
+        const float channel[2] = {mpt__input_scale(d, c), mpt__input_shift(d, c)};
+        if (!mpt__finite(channel[1]) || !mpt__finite(mpt__of_byte(255, channel, 1, 0)))
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "input: scale %g, shift %g of channel %zu",
+                            (double)channel[0], (double)channel[1], c);
+    }
+    return MPT_OK;
+}
+
+/* Scales and shifts to the device */
+static mpt_result mpt__input_init(mpt_model *net, const mpt__node *node) {
+    const size_t C = (size_t)node->C;
+    float *host;
+    mpt_result r;
+    size_t c;
+    if (!net->channels) return MPT_OK;
+    host = (float *)mpt__host_alloc(net->ctx, 2 * C * sizeof *host);
+    if (!host) return MPT_ERROR_NO_MEMORY;
+    for (c = 0; c < C; c++) {
+        host[c] = mpt__input_scale(&node->input, c);
+        host[C + c] = mpt__input_shift(&node->input, c);
+    }
+    net->bytes_sum = mpt__weights_hash(host, 2 * C);
+    r = mpt_upload(net->ctx, net->channels, host, 2 * C * sizeof *host);
+    mpt__host_free(net->ctx, host);
+    return r;
+}
+
+MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) { return mpt_input_with(net, H, W, C, NULL); }
+
+MPT_DEF int mpt_input_with(mpt_model *net, int H, int W, int C, const mpt_input_desc *desc) {
     mpt__node *node = mpt__node_new(net, MPT__INPUT, "input", NULL, 0);
+    mpt_result r;
     if (!node) return 0;
     if (net->count)
         return mpt__layer_done(net,
@@ -7958,12 +8105,19 @@ MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C) {
     if (H < 1 || W < 1 || C < 1)
         return mpt__layer_done(
             net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "input: H %d, W %d, C %d must be at least 1", H, W, C));
-    return mpt__layer_done(net, mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C));
+    if (desc) node->input = *desc;
+    r = mpt__layer_size(net, node, (size_t)H, (size_t)W, (size_t)C);
+    return mpt__layer_done(net, r == MPT_OK ? mpt__input_check(net, node) : r);
+}
+
+static const char *mpt__input_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+    return node->input.bytes ? "bytes" : "cast";
 }
 
 static mpt__kind mpt__kind_input(void) {
     mpt__kind k = MPT_ZERO;
-    k.how = "cast";
+    k.told = mpt__input_told;
+    k.init = mpt__input_init;
     return k;
 }
 
@@ -8965,12 +9119,13 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->target);
     mpt_free(ctx, net->sums);
     mpt_free(ctx, net->class_weights);
+    mpt_free(ctx, net->channels);
     mpt_free(ctx, net->running);
     mpt_free(ctx, net->pending);
     mpt_free(ctx, net->sums_apart);
     mpt_free(ctx, net->slots);
     mpt__host_free(ctx, net->slots_host);
-    net->class_weights = net->running = net->pending = net->sums_apart = NULL;
+    net->class_weights = net->channels = net->running = net->pending = net->sums_apart = NULL;
     net->slots = net->slots_host = NULL;
     net->opt = NULL;
     net->scaler = NULL;
@@ -9368,10 +9523,21 @@ static void *mpt__build_alloc(mpt_model *net, size_t bytes, int *failed) {
     return p;
 }
 
-/* Elements of a sample that pass through fp32 on their way in or out: 0 if none has to. */
+static int mpt__input_is_f32(const mpt_model *net) {
+    const mpt__node *node = &net->nodes[0];
+    return node->type == MPT_F32 && !node->input.bytes && !node->input.in_device;
+}
+
+static size_t mpt__input_bytes(const mpt_model *net) { /* of a sample */
+    return mpt__node_count(&net->nodes[0]) * (net->nodes[0].input.bytes ? 1 : sizeof(float));
+}
+
+/* Elements of a sample that pass through staging on their way in or out: 0 if none has to. */
 static size_t mpt__staging_width(const mpt_model *net) {
-    size_t widest = mpt__node_count(&net->nodes[0]);
-    int id, needed = net->nodes[0].type != MPT_F32;
+    const size_t in = (mpt__input_bytes(net) + sizeof(float) - 1) / sizeof(float);
+    const int brought = !mpt__input_is_f32(net);
+    size_t widest = in;
+    int id, needed = brought;
     for (id = 2; id <= mpt__last_value(net); id++) {
         const mpt__node *node = mpt__node_of(net, id);
         if (!mpt__is_output(net, id) && !node->kept) continue;
@@ -9379,6 +9545,10 @@ static size_t mpt__staging_width(const mpt_model *net) {
         needed |= node->type != MPT_F32 || node->grad_type != MPT_F32;
     }
     return needed ? widest : 0;
+}
+
+static size_t mpt__channels_bytes(const mpt_model *net) {
+    return net->nodes[0].input.bytes ? 2 * (size_t)net->nodes[0].C * sizeof(float) : 0;
 }
 
 static mpt_result mpt__gather_gradients(void *user);
@@ -9389,14 +9559,6 @@ static size_t mpt__sums_apart_bytes(mpt_model *net) {
     net->sums_apart_count = 0;
     for (passes = net->train.accumulate; passes > 1; passes /= 2) net->sums_apart_count++;
     return (size_t)net->sums_apart_count * net->params->trained * sizeof(float);
-}
-
-/* Above 0 */
-static uint32_t mpt__weights_hash(const float *weights, size_t count) {
-    uint32_t hash = 1;
-    size_t i;
-    for (i = 0; i < count; i++) hash = mpt_hash(hash, 0, i, mpt__bits(weights[i])) | 1;
-    return hash;
 }
 
 static mpt_result mpt__build_memory(mpt_model *net) {
@@ -9418,6 +9580,7 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->sums = (mpt_loss_sum *)mpt__build_alloc(net, MPT__SUMS * sizeof *net->sums, &failed);
     net->staging = (float *)mpt__build_alloc(net, net->staging_bytes, &failed);
     net->class_weights = (float *)mpt__build_alloc(net, weights ? outputs * sizeof *weights : 0, &failed);
+    net->channels = (float *)mpt__build_alloc(net, mpt__channels_bytes(net), &failed);
     net->running = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->sums_apart = (float *)mpt__build_alloc(net, mpt__sums_apart_bytes(net), &failed);
@@ -9618,22 +9781,70 @@ static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
     return net->built ? MPT_OK : mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
 }
 
-/* Inputs must be finite, labels in range: told before anything changes. target NULL: there is none. */
-static mpt_result mpt__check_batch(mpt_model *net, const char *call, const float *x, const void *target,
+/* The next samples of x, which has any type */
+static const void *mpt__samples_at(const mpt_model *net, const void *x, size_t samples) {
+    return (const char *)x + samples * mpt__input_bytes(net);
+}
+
+static mpt_result mpt__bad_input(mpt_model *net, const char *call, const float *x, size_t i) {
+    const size_t features = mpt__node_count(&net->nodes[0]);
+    return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %zu, element %zu is %g", call, net->nodes[0].name,
+                    i / features, i % features, (double)x[i]);
+}
+
+/* Inputs must be finite, labels in range: told before anything changes. target NULL: there is none. The first batch of
+   inputs is left to mpt__feed, unless its way to the device is into a value that a backward pass may still read. */
+static mpt_result mpt__check_batch(mpt_model *net, const char *call, const void *x, const void *target,
                                    size_t samples) {
     const mpt__node *input = &net->nodes[0], *loss = mpt__loss_of(net);
-    const size_t features = mpt__node_count(input);
+    const size_t features = mpt__node_count(input), left = mpt__input_is_f32(net) ? 0 : (size_t)net->train.batch;
     size_t i;
     if (!x) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: x is NULL", call);
     MPT__TRY(mpt__need_size(net->ctx, call, "x", samples, features, 1, 1));
-    for (i = 0; i < samples * features; i++)
-        if (!mpt__finite(x[i]))
-            return mpt_fail(net->ctx, MPT_ERROR_VALUE, "%s: '%s': sample %zu, element %zu is %g", call, input->name,
-                            i / features, i % features, (double)x[i]);
+    if (!input->input.bytes && !input->input.in_device && samples > left) {
+        i = left * features;
+        i += mpt__first_bad((const float *)x + i, samples * features - i);
+        if (i < samples * features) return mpt__bad_input(net, call, (const float *)x, i);
+    }
     if (!target) return MPT_OK;
     if (loss->loss == MPT_LOSS_CROSS_ENTROPY)
         return mpt__labels_check(net->ctx, call, loss, (const int32_t *)target, samples);
     return mpt__targets_check(net->ctx, call, loss, (const float *)target, samples);
+}
+
+/* Brings the inputs of a pass to the device: where mpt__run_forward finds them is *at. If they are not finite nothing
+   has changed; call NULL: they are known to be. */
+static mpt_result mpt__feed(mpt_model *net, const char *call, const void *x, size_t rows, const void **at) {
+    const mpt_input_desc *in = &net->nodes[0].input;
+    mpt_feed_op op = MPT_ZERO;
+    mpt__enter(net, 1, MPT_FORWARD, 1);
+    *at = mpt__value(net, 1).data;
+    op.x = x;
+    op.bytes = rows * mpt__input_bytes(net);
+    if (mpt__input_is_f32(net)) return mpt_upload(net->ctx, mpt__value(net, 1).data, x, op.bytes);
+    op.in_device = in->in_device;
+    if (call && !in->bytes && !in->in_device) op.floats = op.bytes / sizeof(float);
+    op.staging = net->staging;
+    MPT__TRY(net->ctx->backend.feed(net->ctx, &op));
+    *at = op.at;
+    return op.first < op.floats ? mpt__bad_input(net, call, (const float *)x, op.first) : MPT_OK;
+}
+
+/* The value of the input from what was fed */
+static mpt_result mpt__input_forward(mpt_model *net, const void *fed, size_t rows) {
+    const mpt__node *node = &net->nodes[0];
+    const mpt_array value = mpt__value(net, 1);
+    mpt_map_op op = MPT_ZERO; /* MPT_MAP_CAST */
+    if (fed == value.data) return MPT_OK;
+    op.n = rows * mpt__node_count(node);
+    op.a = mpt_typed_array(fed, MPT_F32);
+    op.out = value;
+    if (node->input.bytes) {
+        op.map = MPT_MAP_BYTES;
+        op.C = (size_t)node->C;
+        op.channels = net->channels;
+    }
+    return mpt_op_map(net->ctx, &op);
 }
 
 /* Adds the loss of `rows` samples to a sum. train: with its gradient. */
@@ -9656,17 +9867,13 @@ static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows,
     return mpt_op_loss(net->ctx, &op);
 }
 
-/* Forward over rows <= batch samples that were checked. target NULL: no loss. train: as training does, and with the
-   gradient of the loss. */
-static mpt_result mpt__run_forward(mpt_model *net, const float *x, const void *target, size_t rows, int train) {
-    const mpt_array value = mpt__value(net, 1);
-    const size_t count = rows * mpt__node_count(&net->nodes[0]);
-    const int direct = value.type == MPT_F32;
+/* Forward over rows <= batch samples that were checked and fed. target NULL: no loss. train: as training does, and
+   with the gradient of the loss. */
+static mpt_result mpt__run_forward(mpt_model *net, const void *fed, const void *target, size_t rows, int train) {
     mpt_result r = MPT_OK;
     int id;
     mpt__enter(net, 1, MPT_FORWARD, 1);
-    MPT__TRY(mpt_upload(net->ctx, direct ? value.data : (void *)net->staging, x, count * sizeof *x));
-    if (!direct) MPT__TRY(mpt_cast(net->ctx, count, mpt_f32_array(net->staging), value, NULL));
+    MPT__TRY(mpt__input_forward(net, fed, rows));
     for (id = 2; id <= mpt__last_value(net); id++) MPT__TRY(mpt__node_forward(net, id, rows, train));
     net->rows = (int)rows;
     mpt__enter(net, net->count, MPT_BACKWARD_DATA, mpt__output_of(net));
@@ -9718,9 +9925,9 @@ static mpt_result mpt__start_forward(mpt_model *net) {
     return MPT_OK;
 }
 
-static mpt_result mpt__train_forward(mpt_model *net, const float *x, const void *target, size_t rows) {
+static mpt_result mpt__train_forward(mpt_model *net, const void *fed, const void *target, size_t rows) {
     MPT__TRY(mpt__start_forward(net));
-    MPT__TRY(mpt__run_forward(net, x, target, rows, 1));
+    MPT__TRY(mpt__run_forward(net, fed, target, rows, 1));
     net->forward_rows = (int)rows;
     return MPT_OK;
 }
@@ -9731,7 +9938,8 @@ static mpt_result mpt__need_training(const mpt_model *net, const char *call) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *target, int n) {
+MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n) {
+    const void *fed;
     MPT__TRY(mpt__need_built(net, "forward"));
     MPT__TRY(mpt__need_training(net, "forward"));
     if (n < 1 || n > net->train.batch)
@@ -9742,7 +9950,8 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const float *x, const void *targe
                         target ? "given, but the model has no loss" : "NULL");
     MPT__TRY(mpt__check_batch(net, "forward", x, target, (size_t)n));
     MPT__TRY(mpt__check_norms(net, (size_t)n));
-    return mpt__train_forward(net, x, target, (size_t)n);
+    MPT__TRY(mpt__feed(net, "forward", x, (size_t)n, &fed));
+    return mpt__train_forward(net, fed, target, (size_t)n);
 }
 
 /* Does a forward pass of the step under way wait for its backward pass? */
@@ -9855,16 +10064,17 @@ static mpt_result mpt__need_loss(const mpt_model *net, const char *call) {
     return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model has no loss; see mpt_output_grad", call);
 }
 
-static mpt_result mpt__train_calls(mpt_model *net, const float *x, const float *target, size_t samples) {
-    const size_t features = mpt__node_count(&net->nodes[0]), width = mpt__target_width(net);
-    MPT__TRY(mpt__forget_passes(net));
-    while (samples) {
-        const size_t rows = mpt__min(samples, (size_t)net->train.batch);
-        MPT__TRY(mpt__train_forward(net, x, target, rows));
+static mpt_result mpt__train_calls(mpt_model *net, const char *call, const void *x, const float *target,
+                                   size_t samples) {
+    const size_t width = mpt__target_width(net);
+    size_t i, rows;
+    for (i = 0; i < samples; i += rows) {
+        const void *fed;
+        rows = mpt__min(samples - i, (size_t)net->train.batch);
+        MPT__TRY(mpt__feed(net, i ? NULL : call, mpt__samples_at(net, x, i), rows, &fed));
+        if (!i) MPT__TRY(mpt__forget_passes(net));
+        MPT__TRY(mpt__train_forward(net, fed, target + i * width, rows));
         MPT__TRY(mpt_backward(net));
-        x += rows * features;
-        target += rows * width;
-        samples -= rows;
     }
     MPT__TRY(mpt_unscale(net->opt));
     if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
@@ -9900,13 +10110,13 @@ static mpt_result mpt__need_between(const mpt_model *net, const char *call) {
 }
 
 /* recorded: as the device may have recorded it. */
-static mpt_result mpt__train_once(mpt_model *net, const float *x, const float *target, size_t samples, int recorded,
-                                  int *again) {
+static mpt_result mpt__train_once(mpt_model *net, const char *call, const void *x, const float *target, size_t samples,
+                                  int recorded, int *again) {
     mpt_backend *backend = &net->ctx->backend;
     mpt_result r = recorded ? backend->begin(net->ctx, &net->opt->op, net->staging) : MPT_OK;
     const int begun = r == MPT_OK;
     *again = 0;
-    if (begun) r = mpt__train_calls(net, x, target, samples);
+    if (begun) r = mpt__train_calls(net, call, x, target, samples);
     if (recorded) {
         const mpt_result ended = backend->end(net->ctx, r, again);
         if (begun) r = ended;
@@ -10066,7 +10276,7 @@ static void mpt__join_failed(mpt_model *net) {
 }
 
 /* What is wrong with these samples, before anything is done with them */
-static mpt_result mpt__check_samples(mpt_model *net, const char *call, const float *x, const void *target,
+static mpt_result mpt__check_samples(mpt_model *net, const char *call, const void *x, const void *target,
                                      size_t samples) {
     const size_t batch = (size_t)net->train.batch, whole = batch * (size_t)net->train.accumulate;
     if (!target) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: target is NULL", call);
@@ -10077,7 +10287,7 @@ static mpt_result mpt__check_samples(mpt_model *net, const char *call, const flo
     return samples % batch ? mpt__check_norms(net, samples % batch) : MPT_OK;
 }
 
-static mpt_result mpt__train(mpt_model *net, const char *call, const float *x, const void *target, size_t samples) {
+static mpt_result mpt__train(mpt_model *net, const char *call, const void *x, const void *target, size_t samples) {
     const size_t whole = (size_t)net->train.batch * (size_t)net->train.accumulate;
     mpt_result r;
     int known, tries, again = 1;
@@ -10089,18 +10299,18 @@ static mpt_result mpt__train(mpt_model *net, const char *call, const float *x, c
     known = samples == whole && mpt__step_known(net);
     net->opt->op.loss = &net->sums[0];
     for (tries = 0; r == MPT_OK && again; tries++) /* a recording that fails twice is given up */
-        r = mpt__train_once(net, x, (const float *)target, samples, known && tries < 3, &again);
+        r = mpt__train_once(net, call, x, (const float *)target, samples, known && tries < 3, &again);
     if (r != MPT_OK && net->train.ranks.ranks > 1 && net->opt->phase == MPT__READY && r != MPT_ERROR_DIVERGED)
         mpt__join_failed(net);
     return r;
 }
 
-MPT_DEF mpt_result mpt_train_step(mpt_model *net, const float *x, const void *target) {
+MPT_DEF mpt_result mpt_train_step(mpt_model *net, const void *x, const void *target) {
     MPT__TRY(mpt__need_built(net, "train_step"));
     return mpt__train(net, "train_step", x, target, (size_t)net->train.batch * (size_t)net->train.accumulate);
 }
 
-MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const float *x, const void *target, size_t samples) {
+MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *target, size_t samples) {
     MPT__TRY(mpt__need_built(net, "train_samples"));
     return mpt__train(net, "train_samples", x, target, samples);
 }
@@ -10143,21 +10353,22 @@ static mpt_result mpt__need_activations(const mpt_model *net, const char *call) 
                     "%s: a forward pass waits for mpt_backward; call that, or mpt_zero_grad to forget it", call);
 }
 
-MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const float *x, const void *target, size_t samples, mpt_metrics *out) {
+MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *target, size_t samples, mpt_metrics *out) {
     mpt_loss_sum sum = MPT_ZERO;
-    size_t i, rows, features, width;
+    const void *fed;
+    size_t i, rows, width;
     MPT__TRY(mpt__need_built(net, "evaluate"));
     if (!target || !out || !samples)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "evaluate: target or out is NULL, or there are no samples");
     MPT__TRY(mpt__need_loss(net, "evaluate"));
     MPT__TRY(mpt__need_activations(net, "evaluate"));
     MPT__TRY(mpt__check_batch(net, "evaluate", x, target, samples));
-    features = mpt__node_count(&net->nodes[0]);
     width = mpt__target_width(net);
     MPT__TRY(net->ctx->backend.zero(net->ctx, &net->sums[1], sizeof sum));
     for (i = 0; i < samples; i += rows) {
         rows = mpt__min(samples - i, (size_t)net->train.batch);
-        MPT__TRY(mpt__run_forward(net, x + i * features, (const float *)target + i * width, rows, 0));
+        MPT__TRY(mpt__feed(net, i ? NULL : "evaluate", mpt__samples_at(net, x, i), rows, &fed));
+        MPT__TRY(mpt__run_forward(net, fed, (const float *)target + i * width, rows, 0));
     }
     MPT__TRY(mpt_download(net->ctx, &sum, &net->sums[1], sizeof sum));
     out->loss = sum.weight > 0 ? sum.loss / sum.weight : 0;
@@ -10176,18 +10387,19 @@ static mpt_result mpt__read_array(mpt_model *net, size_t n, mpt_array x, float *
     return mpt_download(net->ctx, out, x.data, n * sizeof *out);
 }
 
-MPT_DEF mpt_result mpt_predict(mpt_model *net, const float *x, size_t samples, float *out) {
-    size_t i, rows, features, outputs;
+MPT_DEF mpt_result mpt_predict(mpt_model *net, const void *x, size_t samples, float *out) {
+    const void *fed;
+    size_t i, rows, outputs;
     MPT__TRY(mpt__need_built(net, "predict"));
     if (!out) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "predict: out is NULL");
     MPT__TRY(mpt__need_activations(net, "predict"));
     MPT__TRY(mpt__check_batch(net, "predict", x, NULL, samples));
-    features = mpt__node_count(&net->nodes[0]);
     outputs = mpt_model_outputs(net);
     for (i = 0; i < samples; i += rows) {
         mpt_array logits = mpt__value(net, mpt__output_of(net));
         rows = mpt__min(samples - i, (size_t)net->train.batch);
-        MPT__TRY(mpt__run_forward(net, x + i * features, NULL, rows, 0));
+        MPT__TRY(mpt__feed(net, i ? NULL : "predict", mpt__samples_at(net, x, i), rows, &fed));
+        MPT__TRY(mpt__run_forward(net, fed, NULL, rows, 0));
         MPT__TRY(mpt__read_array(net, rows * outputs, logits, out + i * outputs));
     }
     return MPT_OK;
@@ -10264,7 +10476,7 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
 MPT_DEF mpt_context *mpt_model_context(const mpt_model *net) { return net ? net->ctx : NULL; }
 
 /* A forward pass that no step follows must not count: what it touches is put back. */
-MPT_DEF mpt_result mpt_replay(mpt_model *net, const float *x, const void *target, int n, float scale) {
+MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, int n, float scale) {
     mpt_scaler_state scaler;
     mpt_loss_sum sums[MPT__SUMS];
     char why[sizeof net->ctx->why];
@@ -10357,6 +10569,7 @@ static size_t mpt__device_arrays(const mpt_model *net) {
     if (p->low) count++;
     if (net->staging) count++;
     if (net->class_weights) count++;
+    if (net->channels) count++;
     if (net->statistics) count += 2; /* running and pending */
     return count;
 }
@@ -10389,6 +10602,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace += sizeof *net->scaler->state + sizeof *net->opt->op.state + slices;
     m.workspace += 2 * net->statistics * sizeof(float);
     if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
+    m.workspace += mpt__channels_bytes(net);
     if (net->slots) {
         m.workspace += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
         m.bookkeeping += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float) + host;
@@ -11060,6 +11274,7 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
         mpt__walk_node(w, &node);
     }
     mpt__walk_uint64_t(w, "class_weights", net->weights_sum);
+    if (net->channels) mpt__walk_uint64_t(w, "scale and shift of bytes", net->bytes_sum);
 }
 
 static void mpt__walk_optimizer(mpt__walk *w, mpt__state *state, int tensors) {
@@ -12179,7 +12394,8 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           the old default says padding = kernel / 2. Kernels, windows, strides, padding and dilation by axis.
           mpt_node_info has the shape of a convolution as mpt_conv2d_shape.
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
-          builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks.
+          builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks, inputs as bytes
+          or in device memory.
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs. mpt_name and mpt_find.
           mpt_global_max_pool2d, averages of the image alone. train.clip_value.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes

@@ -155,7 +155,8 @@ typedef struct mptc__slot { /* for uploads; or a feed: for the batches of record
 
 typedef struct mptc__graph { /* the steps of one model */
     mpt_update_op key;                 /* see begin in mpt_backend; state NULL: this place is free */
-    size_t fed;                        /* bytes that a step uploads; 0: none has run yet */
+    size_t fed;                        /* bytes that a step is fed; 0: none has run yet */
+    int resident;                      /* some of them lie in device memory */
     cudaGraphExec_t exec[MPTC__SLOTS]; /* recorded to read either feed; NULL: not yet */
     int failures;                      /* of recording; after MPTC__TRIES of them it is given up */
     uint64_t used;
@@ -170,6 +171,7 @@ typedef struct mptc__step { /* from begin to end */
     const void *staging;
     int turn, reads; /* feed of this step; feed that the calls read, another one if they are recorded only */
     size_t fed;      /* bytes so far */
+    int resident;    /* inputs are in device memory */
     int again;       /* nothing was done: all calls are to be made once more... */
     int failed;      /* ...call by call, since recording them failed */
 } mptc__step;
@@ -251,6 +253,7 @@ typedef struct mptc__device {
     int32_t *stuck;           /* pinned: MPTC__MIRRORS copies of mpt_scaler_state.stuck */
     const mpt_scaler_state *mirrored[MPTC__MIRRORS];
     cudaStream_t feeder; /* copies feeds while steps run */
+    cudaEvent_t arrived; /* behind what was on the stream before a step: inputs in device memory are there */
     mptc__slot feeds[MPTC__SLOTS];
     mptc__graph graphs[MPTC__GRAPHS];
     mptc__step step;
@@ -341,6 +344,16 @@ static mpt_result mptc__enter(mpt_context *ctx) {
     return mptc__held_do(ctx);
 }
 
+/* Of a call that does not read what is uploaded: that waits on. */
+static mpt_result mptc__enter_beside(mpt_context *ctx) {
+    mptc__held *held = &mptc__of(ctx)->held;
+    void *to = held->to;
+    held->to = NULL;
+    const mpt_result r = mptc__enter(ctx);
+    held->to = to;
+    return r;
+}
+
 /* -- Memory -- */
 
 /* Device memory, or pinned memory of the host; not cleared. NULL and a reason if it fails. */
@@ -373,9 +386,9 @@ static mpt_result mptc__clear(mpt_context *ctx, void *p, size_t bytes) {
 
 static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
-    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__enter_beside(ctx));
     if (!device->step.open || bytes % 4 || bytes > MPTC__THREADS * 4) return mptc__clear(ctx, p, bytes);
-    device->held.clear = p; /* the sums of the losses: the cast of the batch is next */
+    device->held.clear = p; /* the sums of the losses: what the batch becomes is next */
     device->held.cleared = bytes;
     return MPT_OK;
 }
@@ -420,7 +433,7 @@ static mpt_result mptc__download(mpt_context *ctx, void *host, const void *from,
 }
 
 static mpt_result mptc__copy(mpt_context *ctx, void *to, const void *from, size_t bytes) {
-    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__enter_beside(ctx));
     if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, mptc__of(ctx)->stream));
     return MPT_OK;
@@ -460,29 +473,59 @@ static mpt_result mptc__await(mpt_context *ctx, cudaEvent_t copied) {
     return mptc__cuda_result(ctx, e, "cudaEventSynchronize", __LINE__);
 }
 
-static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes);
+static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op);
+
+/* To pinned memory. Floats that are to be looked at are, a page at a time, while it is in the cache; op->first becomes
+   the index of the first bad one. */
+static void mptc__stage(char *to, const char *from, size_t bytes, mpt_feed_op *op) {
+    const size_t page = 4096;
+    if (!op->floats) {
+        memcpy(to, from, bytes);
+        return;
+    }
+    for (size_t i = 0; i < bytes && op->first == op->floats; i += page) {
+        const size_t some = mptc__min(bytes - i, page), n = some / sizeof(float);
+        memcpy(to + i, from + i, some);
+        const float *x = (const float *)(from + i);
+        const size_t bad = mpt__first_bad(x, n);
+        if (bad < n) op->first = (size_t)(x - (const float *)op->x) + bad;
+    }
+}
 
 /* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. What is held in a step
    has nothing to do with its uploads. */
-static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
+static mpt_result mptc__feed(mpt_context *ctx, mpt_feed_op *op) {
     mptc__device *device = mptc__of(ctx);
-    const char *from = (const char *)host;
-    char *at = (char *)to;
+    const char *from = (const char *)op->x;
+    char *at = (char *)op->staging;
+    size_t bytes = op->in_device ? 0 : op->bytes;
     device->rated = NULL;
+    op->at = op->in_device ? op->x : op->staging;
+    op->first = op->floats;
     MPTC__TRY(device->step.open ? mptc__no_error(ctx) : mptc__enter(ctx));
-    if (device->step.mode != MPTC__DIRECT) return mptc__feed_upload(ctx, to, host, bytes);
-    device->step.fed += mptc__round_up(bytes, mptc__align);
+    if (device->step.mode != MPTC__DIRECT) return mptc__feed_take(ctx, op);
+    device->step.fed += mptc__round_up(op->bytes, mptc__align);
+    device->step.resident |= op->in_device;
     MPTC__TRY(mptc__slots_grow(ctx, device->slots, mptc__min(bytes, mptc__staging_most)));
     while (bytes) {
         mptc__slot *slot = &device->slots[device->uploads++ % MPTC__SLOTS];
         const size_t some = mptc__min(bytes, mptc__staging_most);
         MPTC__TRY(mptc__await(ctx, slot->copied));
-        memcpy(slot->host, from, some);
+        mptc__stage(slot->host, from, some, op);
+        if (op->first < op->floats) return MPT_OK;
         MPTC__CUDA(cudaMemcpyAsync(at, slot->host, some, cudaMemcpyHostToDevice, device->stream));
         MPTC__CUDA(cudaEventRecord(slot->copied, device->stream));
         from += some, at += some, bytes -= some;
     }
     return MPT_OK;
+}
+
+static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
+    mpt_feed_op op = MPT_ZERO;
+    op.x = host;
+    op.bytes = bytes;
+    op.staging = to;
+    return mptc__feed(ctx, &op);
 }
 
 /* Where to read what was uploaded to `to` for this call alone: in the feed, if it is there still */
@@ -833,9 +876,35 @@ static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned word
     }
 }
 
+/* out(n) from bytes(n), whose channel is their index modulo C; and clear(words) = 0. */
+static __global__ void mptc__bytes_k(mpt_map_op op, uint32_t *clear, unsigned words) {
+    const uint8_t *bytes = (const uint8_t *)op.a.data;
+    if (blockIdx.x == 0 && threadIdx.x < words) clear[threadIdx.x] = 0;
+    for (size_t i = mptc__thread() * MPTC__PACK; i < op.n; i += mptc__stride() * MPTC__PACK) {
+        const unsigned n = mptc__left(op.n, i);
+        const bool whole = n == MPTC__PACK && (uintptr_t)(bytes + i) % MPTC__PACK == 0;
+        uint8_t byte[MPTC__PACK];
+        float x[MPTC__PACK];
+        size_t c = i % op.C;
+        if (whole) {
+            const uint2 pack = *(const uint2 *)(bytes + i);
+            memcpy(byte, &pack, sizeof byte);
+        } else {
+            MPTC__EACH(e) byte[e] = e < n ? bytes[i + e] : 0;
+        }
+        MPTC__EACH(e) {
+            x[e] = mpt__of_byte((float)byte[e], op.channels, op.C, c);
+            c = c + 1 == op.C ? 0 : c + 1;
+        }
+        mptc__store(op.out, i, n, x);
+    }
+}
+
 static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op, void *clear, size_t bytes) {
     const unsigned words = (unsigned)(bytes / sizeof(uint32_t));
-    return MPTC__SPREAD(mptc__map_k, mptc__divide_up(op->n, MPTC__PACK), *op, (uint32_t *)clear, words);
+    const size_t packs = mptc__divide_up(op->n, MPTC__PACK);
+    if (op->map == MPT_MAP_BYTES) return MPTC__SPREAD(mptc__bytes_k, packs, *op, (uint32_t *)clear, words);
+    return MPTC__SPREAD(mptc__map_k, packs, *op, (uint32_t *)clear, words);
 }
 
 /* The gradient of a ReLU in place */
@@ -852,7 +921,7 @@ static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
     int joins = 0;
     MPTC__TRY(mptc__slope_joins(ctx, &op, &joins));
     if (joins) return MPT_OK;
-    if (op.map == MPT_MAP_CAST && op.a.data == mptc__of(ctx)->step.staging) op.a.data = mptc__fed(ctx, op.a.data);
+    if (op.a.data == mptc__of(ctx)->step.staging) op.a.data = mptc__fed(ctx, op.a.data);
     void *clear = held->clear;
     const size_t cleared = clear ? held->cleared : 0;
     held->clear = NULL;
@@ -3258,23 +3327,29 @@ static mpt_result mptc__held_do(mpt_context *ctx) {
 }
 
 /* The bytes go to the feed and stay there if the next call is their only reader. */
-static mpt_result mptc__feed_upload(mpt_context *ctx, void *to, const void *host, size_t bytes) {
+static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
     const mptc__slot *feed = &device->feeds[step->turn];
     const size_t at = step->fed;
-    step->fed += mptc__round_up(bytes, mptc__align);
+    const void *from = op->in_device ? op->x : feed->host + at;
+    step->fed += mptc__round_up(op->bytes, mptc__align);
     if (step->fed > feed->bytes)
         return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: this step uploads over %zu bytes, not as before", feed->bytes);
     if (step->reads == step->turn) {
+        if (!op->in_device) mptc__stage(feed->host + at, (const char *)op->x, op->bytes, op);
+        if (op->first < op->floats) return MPT_OK;
         if (!at) MPTC__CUDA(cudaStreamWaitEvent(device->feeder, feed->used, 0));
-        memcpy(feed->host + at, host, bytes);
-        MPTC__CUDA(cudaMemcpyAsync(feed->device + at, feed->host + at, bytes, cudaMemcpyHostToDevice, device->feeder));
+        if (op->in_device) MPTC__CUDA(cudaStreamWaitEvent(device->feeder, device->arrived, 0));
+        MPTC__CUDA(cudaMemcpyAsync(feed->device + at, from, op->bytes, cudaMemcpyDefault, device->feeder));
         MPTC__CUDA(cudaEventRecord(feed->copied, device->feeder));
+    } else if (op->floats) {
+        op->first = mpt__first_bad((const float *)op->x, op->floats);
     }
+    op->at = op->staging;
     device->held.fed = device->feeds[step->reads].device + at;
-    device->held.to = to;
-    device->held.bytes = bytes;
+    device->held.to = op->staging;
+    device->held.bytes = op->bytes;
     return MPT_OK;
 }
 
@@ -3301,6 +3376,7 @@ static mpt_result mptc__step_record(mpt_context *ctx, int again) {
     step->turn = device->turn;
     step->reads = step->graph->exec[!step->turn] ? step->turn : !step->turn;
     MPTC__TRY(mptc__await(ctx, device->feeds[step->turn].copied));
+    if (step->graph->resident) MPTC__CUDA(cudaEventRecord(device->arrived, device->stream));
     if (!step->graph->exec[step->reads])
         MPTC__CUDA(cudaStreamBeginCapture(device->stream, cudaStreamCaptureModeThreadLocal));
     step->mode = step->graph->exec[step->reads] ? MPTC__REPLAY : MPTC__RECORD;
@@ -3354,7 +3430,10 @@ static mpt_result mptc__step_close(mpt_context *ctx) {
     const mptc__slot *feed = &device->feeds[step->turn];
     if (!step->open) return MPT_OK;
     const int direct = step->mode == MPTC__DIRECT;
-    if (direct) step->graph->fed = step->fed;
+    if (direct) {
+        step->graph->fed = step->fed;
+        step->graph->resident = step->resident;
+    }
     if (step->mode == MPTC__RECORD) mptc__record_end(ctx, NULL);
     step->mode = MPTC__DIRECT;
     if (direct || step->again) return MPT_OK;
@@ -3364,9 +3443,18 @@ static mpt_result mptc__step_close(mpt_context *ctx) {
     return MPT_OK;
 }
 
+/* Ends a recording that a bad input keeps from being made; the next step is recorded. */
+static void mptc__record_drop(mptc__device *device) {
+    cudaGraph_t graph = NULL;
+    if (cudaStreamEndCapture(device->stream, &graph) != cudaSuccess) cudaGetLastError();
+    if (graph) cudaGraphDestroy(graph);
+}
+
 static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
     mptc__device *device = mptc__of(ctx);
-    if (device->step.mode == MPTC__RECORD) mptc__record_end(ctx, mpt_why(ctx));
+    const int recording = device->step.mode == MPTC__RECORD;
+    if (recording && result == MPT_ERROR_VALUE) mptc__record_drop(device);
+    else if (recording) mptc__record_end(ctx, mpt_why(ctx));
     memset(&device->held, 0, sizeof device->held);
     device->step.mode = MPTC__DIRECT;
     device->step.open = 0;
@@ -3438,6 +3526,7 @@ static void mptc__close(mpt_context *ctx) {
         cudaFreeHost(slot->host), cudaFree(slot->device);
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
+    if (device->arrived) cudaEventDestroy(device->arrived);
     cudaFreeHost(device->stuck);
     cudaFree(device->scratch.at);
     cudaFree(device->casts.at);
@@ -3457,6 +3546,7 @@ static mpt_backend mptc__backend(void) {
     table.alloc = MPTC__VISIT(mptc__alloc);
     table.release = MPTC__VISIT(mptc__release);
     table.upload = MPTC__VISIT(mptc__upload);
+    table.feed = MPTC__VISIT(mptc__feed);
     table.download = MPTC__VISIT(mptc__download);
     table.copy = MPTC__VISIT(mptc__copy);
     table.zero = MPTC__VISIT(mptc__zero);
@@ -3523,6 +3613,7 @@ static mpt_result mptc__open_stream(mpt_context *ctx) {
     device->stream = (cudaStream_t)device->desc.stream;
     if (!device->stream) MPTC__CUDA(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
     MPTC__CUDA(cudaStreamCreateWithFlags(&device->feeder, cudaStreamNonBlocking));
+    MPTC__CUDA(cudaEventCreateWithFlags(&device->arrived, cudaEventDisableTiming));
     for (int i = 0; i < MPTC__SLOTS; i++) {
         MPTC__CUDA(cudaEventCreateWithFlags(&device->slots[i].copied, cudaEventDisableTiming));
         MPTC__CUDA(cudaEventCreateWithFlags(&device->feeds[i].copied, cudaEventDisableTiming));

@@ -130,7 +130,7 @@ enum { LENS_CHECKED = 64 };       /* most elements that are looked at in a tenso
    The samples must weigh 1 each: no ignored labels, no class weights. The weights are put back, after an error, too.
    Passes since the last step are forgotten, as by mpt_zero_grad. MPT_ERROR_TYPE: a node is not fp32; else as
    mpt_forward. */
-MPT_DEF mpt_result lens_gradients(mpt_model *net, const float *x, const void *target, int n, mpt_style style,
+MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, int n, mpt_style style,
                                   mpt_write write, void *user, double *worst);
 
 /* ==== THE LENS ====
@@ -243,7 +243,7 @@ typedef struct lens_explanation {
 /* Replays forward and backward of n <= batch samples, as mpt_replay does, at a loss scale (0: that of the last skipped
    step, or the present one if none was) and names the first operation that wrote inf or NaN. After a skipped step with
    the same samples that is the reason, for a skipped step changes nothing but the scale and the counters. */
-MPT_DEF mpt_result lens_explain(mpt_model *net, const float *x, const void *target, int n, float scale,
+MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, int n, float scale,
                                 lens_explanation *out);
 
 #ifdef __cplusplus
@@ -787,7 +787,7 @@ typedef struct lens__derivative { /* of one tensor */
 } lens__derivative;
 
 typedef struct lens__samples {
-    const float *x;
+    const void *x;
     const void *target;
     int n;
 } lens__samples;
@@ -906,7 +906,7 @@ static mpt_result lens__need_f32(const mpt_model *net) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result lens_gradients(mpt_model *net, const float *x, const void *target, int n, mpt_style style,
+MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, int n, mpt_style style,
                                   mpt_write write, void *user, double *worst) {
     static const lens__column columns[] = {{"tensor", 24},     {"elements", 34},     {"checked", 43},
                                            {"largest", 56},    {"element", 65},      {"gradient", 78},
@@ -1596,7 +1596,7 @@ static mpt_result lens__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
 
 /* Casts are looked at for inf only, and as nothing but a cast to nearest can be told apart from its rounding. */
 static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
-    static const char *const names[] = {"cast", "activation", "activation gradient", "addition", "dropout"};
+    static const char *const names[] = {"cast", "activation", "activation gradient", "addition", "dropout", "bytes"};
     lens_view *lens = lens__of(ctx);
     const mpt_place place = mpt_context_place(ctx);
     const int gradient = op->map == MPT_MAP_ACTIVATION_GRADIENT, add = op->map == MPT_MAP_ADD;
@@ -1607,7 +1607,9 @@ static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
     mpt_result r;
     if (in_place) o.beta = op->beta;
     if (cast) o.role = LENS_ROLE_COUNT;
-    lens__output_reads(&o, op->a, op->n, op->b, gradient || (add && adds) ? op->n : 0);
+    lens__output_reads(&o, op->a, op->map == MPT_MAP_BYTES ? 0 : op->n, op->b, gradient || (add && adds) ? op->n : 0);
+    if (cast && place.output == 1 && place.pass == MPT_FORWARD) /* the input, in fp32 */
+        LENS__TRY(lens__count(lens, 1, LENS_ACTIVATION, op->n, op->a, 0));
     if (cast && !(lens->explain && place.node)) {
         LENS__CALL(lens, r, inner, map(ctx, op));
         return r;
@@ -1728,7 +1730,7 @@ static mpt_result lens__loss(mpt_context *ctx, const mpt_loss_op *op) {
     return r == MPT_OK ? lens__deliver(lens, &o, run.dx) : r;
 }
 
-/* Within a forward pass the input is uploaded, in fp32. */
+/* Within a forward pass an input that stays fp32 is uploaded. */
 static mpt_result lens__upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
     lens_view *lens = lens__of(ctx);
     const mpt_place place = mpt_context_place(ctx);
@@ -2037,7 +2039,7 @@ static mpt_result lens__explain_text(const mpt_model *net, lens_explanation *e) 
     return MPT_OK;
 }
 
-MPT_DEF mpt_result lens_explain(mpt_model *net, const float *x, const void *target, int n, float scale,
+MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, int n, float scale,
                                 lens_explanation *out) {
     mpt_context *ctx = mpt_model_context(net);
     mpt_optimizer_state s;

@@ -20,10 +20,11 @@ typedef unsigned long long (*counter_function)(const char *name);
 enum { BATCH = 64, SIDE = 28, FIRST = 3, LAST = 12 };
 
 /* Kernels and executed products are counted as they run, in a graph or not; all else as it is asked for. */
-static const char *const names[] = {
-    "kernel_launches", "cublas_gemms", "cublas_calls", "memcpy_h2d_bytes", "memset",      "memcpy_d2h",    "memcpy_d2d",
-    "graph_launches",  "sync_event",   "sync_device",  "sync_stream",      "sync_memcpy", "sync_memset",   "sync_free",
-    "mallocs",         "malloc_async", "frees",        "host_allocs",      "lt_heuristics", "lt_no_workspace"};
+static const char *const names[] = {"kernel_launches", "cublas_gemms", "cublas_calls",  "memcpy_h2d_bytes",
+                                    "memset",          "memcpy_d2h",   "memcpy_d2d",    "graph_launches",
+                                    "sync_event",      "sync_device",  "sync_stream",   "sync_memcpy",
+                                    "sync_memset",     "sync_free",    "mallocs",       "malloc_async",
+                                    "frees",           "host_allocs",  "lt_heuristics", "lt_no_workspace"};
 enum {
     KERNELS = 0,
     GEMMS,
@@ -44,7 +45,18 @@ typedef struct net_case {
     net_layers layers;
     int side, channels;      /* SIDE * SIDE inputs */
     unsigned long long most; /* nodes, where cuBLASLt has all epilogues and they are taken */
+    size_t element;          /* bytes of one of an input */
 } net_case;
+
+/* net_mlp, of images as bytes */
+static void net_bytes(mpt_model *net, int side, int channels) {
+    mpt_input_desc in = MPT_ZERO;
+    int h;
+    in.bytes = 1;
+    h = mpt_input_with(net, side, side, channels, &in);
+    h = mpt_relu(net, mpt_linear(net, h, 512, NULL));
+    net_classifier(net, mpt_relu(net, mpt_linear(net, h, 512, NULL)));
+}
 
 static mpt_model *build(mpt_context *ctx, const net_case *c) {
     mpt_train_desc train = MPT_ZERO;
@@ -97,9 +109,9 @@ static void count_steps(const net_case *c, int no_graph, counter_function counte
 }
 
 static void test_counters(const net_case *c, counter_function counter) {
-    const unsigned long long steps = LAST - FIRST + 1, batch = BATCH * (SIDE * SIDE * sizeof(float) + sizeof(int32_t));
+    const unsigned long long steps = LAST - FIRST + 1, batch = BATCH * (SIDE * SIDE * c->element + sizeof(int32_t));
     const char *late = getenv("CUDACPU_LAZY");
-    const int apart = getenv("MPT_TEST_WAVES") != NULL; /* see runner.cpp */
+    const int apart = getenv("MPT_TEST_WAVES") != NULL;              /* see runner.cpp */
     const unsigned long long waits = late && atoi(late) ? steps : 0; /* for one upload a step */
     unsigned long long one[COUNTERS], graph[COUNTERS], refused, nodes;
     count_steps(c, 1, counter, one, &refused);
@@ -123,9 +135,10 @@ static void test_counters(const net_case *c, counter_function counter) {
 }
 
 int main(void) {
-    static const net_case nets[] = {{"MLP 784-512-512-10", net_mlp, SIDE, 1, 13},
-                                    {"LeNet", net_lenet, SIDE, 1, 29},
-                                    {"ResNet", net_resnet, SIDE / 2, 4, 109}};
+    static const net_case nets[] = {{"MLP 784-512-512-10", net_mlp, SIDE, 1, 13, sizeof(float)},
+                                    {"MLP of bytes", net_bytes, SIDE, 1, 13, 1},
+                                    {"LeNet", net_lenet, SIDE, 1, 29, sizeof(float)},
+                                    {"ResNet", net_resnet, SIDE / 2, 4, 109, sizeof(float)}};
     counter_function counter;
     void *found = dlsym(RTLD_DEFAULT, "cudacpu_counter");
     size_t i;
