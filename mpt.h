@@ -607,12 +607,19 @@ typedef struct mpt_loss_sum {
     uint64_t correct; /* of them: those whose largest logit is the label's (the first largest; cross-entropy only) */
 } mpt_loss_sum;
 
-typedef struct mpt_cross_entropy_desc {
+/* Options of losses, named as PyTorch's. Of a loss that does not have it an option is refused. Weights are in device
+   memory; for a model in host memory, copied by the build. */
+typedef struct mpt_loss_desc {
+    /* cross-entropy */
     float label_smoothing;      /* in 0..1: this share of the target goes to all classes alike */
-    const float *class_weights; /* (C), device memory; NULL: all 1. For a model: host memory, copied by the build */
+    const float *class_weights; /* (C); NULL: all 1 */
     int ignore;                 /* 1: rows whose label is ignore_index count for nothing */
     int32_t ignore_index;
-} mpt_cross_entropy_desc;
+    /* binary cross-entropy with logits */
+    const float *pos_weight; /* (C), multiplies the term of t; NULL: all 1 */
+    /* Huber */
+    float delta; /* 0: 1 */
+} mpt_loss_desc;
 
 /* As torch.nn.functional names them. Row loss: of cross-entropy sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the
    class weight of j times 1 for the label, smoothed, taken from the row's largest value so that nothing overflows; of
@@ -620,9 +627,10 @@ typedef struct mpt_cross_entropy_desc {
 typedef enum mpt_loss_kind {
     MPT_LOSS_CROSS_ENTROPY = 0,
     MPT_LOSS_SQUARED_ERROR,   /* mse_loss: (x - t)^2 */
-    MPT_LOSS_BCE_WITH_LOGITS, /* binary_cross_entropy_with_logits: -t log s - (1 - t) log(1 - s) of s = sigmoid(x) */
+    MPT_LOSS_BCE_WITH_LOGITS, /* binary_cross_entropy_with_logits: -pos_weight t log s - (1 - t) log(1 - s) of
+                                 s = sigmoid(x) */
     MPT_LOSS_ABSOLUTE_ERROR,  /* l1_loss: |x - t| */
-    MPT_LOSS_HUBER,           /* huber_loss: (x - t)^2 / 2 up to |x - t| = 1, |x - t| - 1/2 beyond */
+    MPT_LOSS_HUBER,           /* huber_loss: (x - t)^2 / 2 up to |x - t| = delta, delta (|x - t| - delta / 2) beyond */
     MPT_LOSS_GRADIENT, /* of your own: target is dloss/dx; dx = target * grad_scale * *loss_scale, and 0 is added */
     MPT_LOSS_KIND_COUNT
 } mpt_loss_kind;
@@ -635,12 +643,12 @@ typedef struct mpt_loss_op {
     mpt_array x;
     const void *target; /* device: cross-entropy int32_t(N) in 0..C-1, any other label that is not ignored makes that
                            row's loss and gradient NaN; else float(N,C) */
-    mpt_cross_entropy_desc cross_entropy; /* for MPT_LOSS_CROSS_ENTROPY */
-    mpt_array dx;                         /* (N,C), optional */
-    float grad_scale;                     /* 0: 1 */
-    const float *loss_scale;              /* device; NULL: 1 */
-    mpt_loss_sum *sum;                    /* device */
-    double unit;                          /* 0: dx is of the mean; else of the sum of the rows' losses / unit */
+    mpt_loss_desc desc;
+    mpt_array dx;            /* (N,C), optional */
+    float grad_scale;        /* 0: 1 */
+    const float *loss_scale; /* device; NULL: 1 */
+    mpt_loss_sum *sum;       /* device */
+    double unit;             /* 0: dx is of the mean; else of the sum of the rows' losses / unit */
 } mpt_loss_op;
 
 MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *op);
@@ -1090,12 +1098,12 @@ MPT_DEF int mpt_name(mpt_model *net, int node, const char *name);
 MPT_DEF int mpt_find(const mpt_model *net, const char *name);
 /* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
    nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample... */
-MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_cross_entropy_desc *desc);
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_loss_desc *desc);
 /* ...or floats, as many a sample as the node has: see mpt_loss_kind. */
-MPT_DEF int mpt_mse(mpt_model *net, int node);
-MPT_DEF int mpt_bce_with_logits(mpt_model *net, int node);
-MPT_DEF int mpt_l1(mpt_model *net, int node);
-MPT_DEF int mpt_huber(mpt_model *net, int node);
+MPT_DEF int mpt_mse(mpt_model *net, int node, const mpt_loss_desc *desc);
+MPT_DEF int mpt_bce_with_logits(mpt_model *net, int node, const mpt_loss_desc *desc);
+MPT_DEF int mpt_l1(mpt_model *net, int node, const mpt_loss_desc *desc);
+MPT_DEF int mpt_huber(mpt_model *net, int node, const mpt_loss_desc *desc);
 
 /* Nodes made from here on follow this policy instead of the model's, until mpt_policy_pop: how a layer or a range of
    them is kept in fp32. One model has one 16-bit type and one kind of masters; an fp32 layer among 16-bit ones needs
@@ -1808,24 +1816,22 @@ MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
 
 /* -- Losses -- */
 
-MPT_HD int mpt__row_ignored(const mpt_cross_entropy_desc *d, int32_t label) {
-    return d->ignore && label == d->ignore_index;
-}
+MPT_HD int mpt__row_ignored(const mpt_loss_desc *d, int32_t label) { return d->ignore && label == d->ignore_index; }
 
-MPT_HD float mpt__class_weight(const mpt_cross_entropy_desc *d, size_t c) {
+MPT_HD float mpt__class_weight(const mpt_loss_desc *d, size_t c) {
     if (!d->class_weights) return 1;
     return d->class_weights[c];
 }
 
 /* Weight of a row in the mean. An invalid label makes the loss NaN, whatever its weight. */
-MPT_HD float mpt__row_weight(const mpt_cross_entropy_desc *d, size_t C, int32_t label) {
+MPT_HD float mpt__row_weight(const mpt_loss_desc *d, size_t C, int32_t label) {
     if (mpt__row_ignored(d, label)) return 0;
     if (label < 0 || (size_t)label >= C) return 1;
     return mpt__class_weight(d, (size_t)label);
 }
 
 /* The target of class c: 1 for the label and 0 for the others, smoothed, times the weight of c */
-MPT_HD float mpt__class_target(const mpt_cross_entropy_desc *d, size_t C, int32_t label, size_t c) {
+MPT_HD float mpt__class_target(const mpt_loss_desc *d, size_t C, int32_t label, size_t c) {
     float target = d->label_smoothing / (float)C;
     if (label >= 0 && (size_t)label == c) target += 1 - d->label_smoothing;
     return mpt__class_weight(d, c) * target;
@@ -1853,19 +1859,27 @@ MPT_HD float mpt__sign(float x) {
     return (float)((x > 0) - (x < 0));
 }
 
-/* An elementwise loss of prediction x and target t, and its derivative by x */
+/* Of binary cross-entropy: log(1 + exp(-|x|)) cannot overflow, and no two terms cancel. */
+MPT_HD float mpt__bce_element(const mpt_loss_op *op, size_t c, float x, float t, float *slope) {
+    const float tail = log1pf(expf(-fabsf(x))), above = x > 0 ? x : 0;
+    const float *weights = op->desc.pos_weight;
+    float w = 1;
+    if (weights) w = weights[c];
+    *slope = (1 - t) * mpt__sigmoid(x) - w * t * mpt__sigmoid(-x);
+    if (!weights) return above - x * t + tail;
+    return (1 - t) * (above + tail) + w * t * (above - x + tail);
+}
 
-MPT_HD float mpt__loss_element(mpt_loss_kind kind, float x, float t, float *slope) {
-    const float d = x - t, size = fabsf(d);
-    switch (kind) {
-    case MPT_LOSS_BCE_WITH_LOGITS:                                 /* log(1 + exp(-|x|)) cannot overflow */
-        *slope = (1 - t) * mpt__sigmoid(x) - t * mpt__sigmoid(-x); /* sigmoid(x) - t, which may cancel to 0 */
-        return (x > 0 ? x : 0) - x * t + log1pf(expf(-fabsf(x)));
+/* An elementwise loss of prediction x and target t of output c, and its derivative by x */
+MPT_HD float mpt__loss_element(const mpt_loss_op *op, size_t c, float x, float t, float *slope) {
+    const float d = x - t, size = fabsf(d), delta = op->desc.delta;
+    switch (op->kind) {
+    case MPT_LOSS_BCE_WITH_LOGITS: return mpt__bce_element(op, c, x, t, slope);
     case MPT_LOSS_ABSOLUTE_ERROR: *slope = mpt__sign(d); return size;
     case MPT_LOSS_GRADIENT: *slope = t; return 0;
     case MPT_LOSS_HUBER:
-        *slope = mpt__sign(d);
-        if (!(size <= 1)) return size - 0.5f;
+        *slope = delta * mpt__sign(d);
+        if (!(size <= delta)) return delta * (size - 0.5f * delta);
         *slope = d;
         return 0.5f * d * d;
     default: *slope = 2 * d; return d * d;
@@ -3974,6 +3988,21 @@ MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     return ctx->backend.pool2d(ctx, &op);
 }
 
+/* Fills in the defaults. An option that the loss does not have would be lost silently. */
+static mpt_result mpt__loss_desc_check(mpt_context *ctx, const char *name, mpt_loss_kind kind, mpt_loss_desc *d) {
+    const char *other = NULL;
+    if (kind != MPT_LOSS_CROSS_ENTROPY && d->ignore) other = "ignore";
+    if (kind != MPT_LOSS_CROSS_ENTROPY && d->class_weights) other = "class_weights";
+    if (kind != MPT_LOSS_CROSS_ENTROPY && !mpt__is_zero(d->label_smoothing)) other = "label_smoothing";
+    if (kind != MPT_LOSS_BCE_WITH_LOGITS && d->pos_weight) other = "pos_weight";
+    if (kind != MPT_LOSS_HUBER && !mpt__is_zero(d->delta)) other = "delta";
+    if (other) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is an option of another loss", name, other);
+    if (!mpt__finite(d->delta) || d->delta < 0)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: delta %g is not a finite number above 0", name, (double)d->delta);
+    if (kind == MPT_LOSS_HUBER && mpt__is_zero(d->delta)) d->delta = 1;
+    return mpt__need_share(ctx, name, "label_smoothing", d->label_smoothing, 0);
+}
+
 MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *user) {
     mpt_loss_op op = MPT_ZERO;
     MPT__TRY(mpt__need_op(ctx, "loss", user));
@@ -3986,7 +4015,7 @@ MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *user) {
     if (!op.target) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: target is NULL");
     if (!op.sum) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: sum is NULL");
     if (!op.C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "loss: C is 0");
-    MPT__TRY(mpt__need_share(ctx, "loss", "label_smoothing", op.cross_entropy.label_smoothing, 0));
+    MPT__TRY(mpt__loss_desc_check(ctx, "loss", op.kind, &op.desc));
     MPT__TRY(mpt__need_size(ctx, "loss", "x", op.N, op.C, 1, 1));
     return ctx->backend.loss(ctx, &op);
 }
@@ -6424,7 +6453,7 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
 
 static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
                                      uint64_t *correct) {
-    const mpt_cross_entropy_desc *d = &op->cross_entropy;
+    const mpt_loss_desc *d = &op->desc;
     const int32_t label = ((const int32_t *)op->target)[row];
     const int valid = label >= 0 && (size_t)label < op->C;
     float largest = mpt__get(ctx, op->x, row * op->C);
@@ -6462,7 +6491,7 @@ static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op
     float slope;
     size_t c;
     for (c = 0; c < op->C; c++) {
-        sum += (double)mpt__loss_element(op->kind, mpt__get(ctx, op->x, row * op->C + c), target[c], &slope);
+        sum += (double)mpt__loss_element(op, c, mpt__get(ctx, op->x, row * op->C + c), target[c], &slope);
         slope *= each * scale;
         if (op->dx.data) mpt__store(ctx, op->dx, row * op->C + c, 1, &slope);
     }
@@ -6477,11 +6506,11 @@ static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
     size_t row, c;
     if (labels) {
         weight = 0;
-        for (row = 0; row < op->N; row++) weight += (double)mpt__row_weight(&op->cross_entropy, op->C, labels[row]);
+        for (row = 0; row < op->N; row++) weight += (double)mpt__row_weight(&op->desc, op->C, labels[row]);
     }
     scale = mpt__loss_factor(op, weight);
     for (row = 0; row < op->N; row++) {
-        if (labels && mpt__row_ignored(&op->cross_entropy, labels[row])) {
+        if (labels && mpt__row_ignored(&op->desc, labels[row])) {
             if (op->dx.data)
                 for (c = 0; c < op->C; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
             continue;
@@ -7709,7 +7738,7 @@ typedef struct mpt__node {
     int first;          /* channel of a slice */
     mpt_activation act; /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
-    mpt_cross_entropy_desc cross_entropy;
+    mpt_loss_desc loss_desc;
     mpt_layer_desc own; /* of mpt_layer */
     int keep;           /* by mpt_keep */
     /* what the build found */
@@ -7826,7 +7855,7 @@ struct mpt_model {
     float *staging;       /* device: a batch in fp32, where inputs and outputs need a cast */
     void *target;         /* device: a batch of targets */
     mpt_loss_sum *sums;   /* device: [0] of the running step, [1] of an evaluation, [2] of the passes before this one */
-    float *class_weights; /* device */
+    float *loss_weights;  /* device: of classes, or pos_weight */
     uint32_t weights_sum; /* a hash of them; 0: none */
     float *channels;      /* device: of an input of bytes, see mpt_map_op */
     uint32_t bytes_sum;   /* a hash of them */
@@ -8919,40 +8948,47 @@ static mpt__kind mpt__kind_dropout(void) {
 
 /* -- Losses -- the last node; it makes the loss and its gradient in the forward pass */
 
-static mpt_result mpt__cross_entropy_check(mpt_model *net, const mpt__node *node) {
-    const mpt_cross_entropy_desc *d = &node->cross_entropy;
-    const int classes = node->H * node->W * node->C;
-    int c;
-    MPT__TRY(mpt__need_share(net->ctx, node->name, "label_smoothing", d->label_smoothing, 0));
-    if (!d->class_weights) return MPT_OK;
-    for (c = 0; c < classes; c++)
-        if (!mpt__finite(d->class_weights[c]) || d->class_weights[c] < 0)
-            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: class weight %d is %g, not a finite number from 0 on",
-                            node->name, c, (double)d->class_weights[c]);
+/* Weights of the loss that are its own, for each of its outputs; NULL: it has none */
+static const float *mpt__loss_weights(const mpt__node *node) {
+    const mpt_loss_desc *d = &node->loss_desc;
+    return d->pos_weight ? d->pos_weight : d->class_weights;
+}
+
+static mpt_result mpt__loss_check(mpt_model *net, mpt__node *node) {
+    const float *weights = mpt__loss_weights(node);
+    const size_t outputs = mpt__node_count(node);
+    size_t c;
+    MPT__TRY(mpt__loss_desc_check(net->ctx, node->name, node->loss, &node->loss_desc));
+    for (c = 0; weights && c < outputs; c++)
+        if (!mpt__finite(weights[c]) || weights[c] < 0)
+            return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s %zu is %g, not a finite number from 0 on", node->name,
+                            node->loss_desc.pos_weight ? "pos_weight" : "class weight", c, (double)weights[c]);
     return MPT_OK;
 }
 
-MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_cross_entropy_desc *desc) {
-    mpt__node *node = mpt__node_new(net, MPT__LOSS, "cross_entropy", NULL, in);
-    if (!node) return 0;
-    node->loss = MPT_LOSS_CROSS_ENTROPY;
-    if (desc) node->cross_entropy = *desc;
-    return mpt__layer_done(net, mpt__cross_entropy_check(net, node));
-}
-
-static int mpt__loss_layer(mpt_model *net, int in, const char *word, mpt_loss_kind loss) {
+static int mpt__loss_layer(mpt_model *net, int in, const char *word, mpt_loss_kind loss, const mpt_loss_desc *desc) {
     mpt__node *node = mpt__node_new(net, MPT__LOSS, word, NULL, in);
     if (!node) return 0;
     node->loss = loss;
-    return mpt__layer_done(net, MPT_OK);
+    if (desc) node->loss_desc = *desc;
+    return mpt__layer_done(net, mpt__loss_check(net, node));
 }
 
-MPT_DEF int mpt_mse(mpt_model *net, int in) { return mpt__loss_layer(net, in, "mse", MPT_LOSS_SQUARED_ERROR); }
-MPT_DEF int mpt_bce_with_logits(mpt_model *net, int in) {
-    return mpt__loss_layer(net, in, "bce_with_logits", MPT_LOSS_BCE_WITH_LOGITS);
+MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int in, const mpt_loss_desc *desc) {
+    return mpt__loss_layer(net, in, "cross_entropy", MPT_LOSS_CROSS_ENTROPY, desc);
 }
-MPT_DEF int mpt_l1(mpt_model *net, int in) { return mpt__loss_layer(net, in, "l1", MPT_LOSS_ABSOLUTE_ERROR); }
-MPT_DEF int mpt_huber(mpt_model *net, int in) { return mpt__loss_layer(net, in, "huber", MPT_LOSS_HUBER); }
+MPT_DEF int mpt_mse(mpt_model *net, int in, const mpt_loss_desc *desc) {
+    return mpt__loss_layer(net, in, "mse", MPT_LOSS_SQUARED_ERROR, desc);
+}
+MPT_DEF int mpt_bce_with_logits(mpt_model *net, int in, const mpt_loss_desc *desc) {
+    return mpt__loss_layer(net, in, "bce_with_logits", MPT_LOSS_BCE_WITH_LOGITS, desc);
+}
+MPT_DEF int mpt_l1(mpt_model *net, int in, const mpt_loss_desc *desc) {
+    return mpt__loss_layer(net, in, "l1", MPT_LOSS_ABSOLUTE_ERROR, desc);
+}
+MPT_DEF int mpt_huber(mpt_model *net, int in, const mpt_loss_desc *desc) {
+    return mpt__loss_layer(net, in, "huber", MPT_LOSS_HUBER, desc);
+}
 
 /* Elements of 4 bytes that a sample's target has: a label, or as many floats as the node; of heads the widest one's
    gradient. */
@@ -8972,7 +9008,7 @@ static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mp
     size_t i;
     for (i = 0; i < samples; i++) {
         if (labels[i] >= 0 && (size_t)labels[i] < classes) continue;
-        if (mpt__row_ignored(&loss->cross_entropy, labels[i])) continue;
+        if (mpt__row_ignored(&loss->loss_desc, labels[i])) continue;
         return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %zu is not in 0..%zu", call, loss->name,
                         (int)labels[i], i, classes - 1);
     }
@@ -9118,14 +9154,14 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->staging);
     mpt_free(ctx, net->target);
     mpt_free(ctx, net->sums);
-    mpt_free(ctx, net->class_weights);
+    mpt_free(ctx, net->loss_weights);
     mpt_free(ctx, net->channels);
     mpt_free(ctx, net->running);
     mpt_free(ctx, net->pending);
     mpt_free(ctx, net->sums_apart);
     mpt_free(ctx, net->slots);
     mpt__host_free(ctx, net->slots_host);
-    net->class_weights = net->channels = net->running = net->pending = net->sums_apart = NULL;
+    net->loss_weights = net->channels = net->running = net->pending = net->sums_apart = NULL;
     net->slots = net->slots_host = NULL;
     net->opt = NULL;
     net->scaler = NULL;
@@ -9564,7 +9600,7 @@ static size_t mpt__sums_apart_bytes(mpt_model *net) {
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     const size_t batch = (size_t)net->train.batch, outputs = mpt__node_count(mpt__node_of(net, mpt__output_of(net)));
-    const float *weights = loss ? loss->cross_entropy.class_weights : NULL;
+    const float *weights = loss ? mpt__loss_weights(loss) : NULL;
     int i, failed = 0;
     net->statistics = 0; /* of all batch norms: mean(C) and variance(C) of one after the other */
     for (i = 0; i < net->count; i++) {
@@ -9579,13 +9615,13 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->target = mpt__build_alloc(net, net->target_bytes, &failed);
     net->sums = (mpt_loss_sum *)mpt__build_alloc(net, MPT__SUMS * sizeof *net->sums, &failed);
     net->staging = (float *)mpt__build_alloc(net, net->staging_bytes, &failed);
-    net->class_weights = (float *)mpt__build_alloc(net, weights ? outputs * sizeof *weights : 0, &failed);
+    net->loss_weights = (float *)mpt__build_alloc(net, weights ? outputs * sizeof *weights : 0, &failed);
     net->channels = (float *)mpt__build_alloc(net, mpt__channels_bytes(net), &failed);
     net->running = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->sums_apart = (float *)mpt__build_alloc(net, mpt__sums_apart_bytes(net), &failed);
     if (failed) return MPT_ERROR_NO_MEMORY;
-    if (weights) MPT__TRY(mpt_upload(net->ctx, net->class_weights, weights, outputs * sizeof *weights));
+    if (weights) MPT__TRY(mpt_upload(net->ctx, net->loss_weights, weights, outputs * sizeof *weights));
     net->weights_sum = 0;
     if (weights) net->weights_sum = mpt__weights_hash(weights, outputs);
     if (loss) net->opt->op.loss = &net->sums[0];
@@ -9857,8 +9893,9 @@ static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows,
     op.C = mpt__node_count(loss);
     op.x = mpt__value(net, loss->in[0]);
     op.target = net->target;
-    op.cross_entropy = loss->cross_entropy;
-    op.cross_entropy.class_weights = net->class_weights;
+    op.desc = loss->loss_desc;
+    if (op.desc.class_weights) op.desc.class_weights = net->loss_weights;
+    if (op.desc.pos_weight) op.desc.pos_weight = net->loss_weights;
     if (train) op.dx = mpt__grad(net, loss->in[0]);
     op.grad_scale = (float)(1 / mpt__passes(net));
     op.loss_scale = &net->scaler->state->scale;
@@ -10568,7 +10605,7 @@ static size_t mpt__device_arrays(const mpt_model *net) {
     if (p->master) count++;
     if (p->low) count++;
     if (net->staging) count++;
-    if (net->class_weights) count++;
+    if (net->loss_weights) count++;
     if (net->channels) count++;
     if (net->statistics) count += 2; /* running and pending */
     return count;
@@ -10601,7 +10638,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums;
     m.workspace += sizeof *net->scaler->state + sizeof *net->opt->op.state + slices;
     m.workspace += 2 * net->statistics * sizeof(float);
-    if (net->class_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
+    if (net->loss_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
     m.workspace += mpt__channels_bytes(net);
     if (net->slots) {
         m.workspace += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
@@ -11244,9 +11281,9 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(float, float, momentum) X(mpt_pool_kind, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
     X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
     X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
-    X(mpt_loss_kind, int, loss) \
-    X(float, float, cross_entropy.label_smoothing) X(int, int, cross_entropy.ignore) \
-    X(int32_t, int, cross_entropy.ignore_index) X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
+    X(mpt_loss_kind, int, loss) X(float, float, loss_desc.label_smoothing) X(int, int, loss_desc.ignore) \
+    X(int32_t, int, loss_desc.ignore_index) X(float, float, loss_desc.delta) \
+    X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
     X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
 /* clang-format on */
 #define MPT__X(type, walk, member) s->member = (type)mpt__walk_##walk(w, #member, (walk)s->member);
@@ -11273,7 +11310,7 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
         if (!w->differs) w->node = mpt__node_of(net, id)->name;
         mpt__walk_node(w, &node);
     }
-    mpt__walk_uint64_t(w, "class_weights", net->weights_sum);
+    mpt__walk_uint64_t(w, "class_weights or pos_weight", net->weights_sum);
     if (net->channels) mpt__walk_uint64_t(w, "scale and shift of bytes", net->bytes_sum);
 }
 
@@ -12403,6 +12440,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.
           mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
           mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
+          All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc: new are pos_weight and delta.
           Checkpoints of 0.1.0 are refused; files of weights are taken.
    0.1.0  The first one.                                                                                              */
 

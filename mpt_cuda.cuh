@@ -2829,9 +2829,9 @@ typedef struct mptc__row { /* of one sample */
     unsigned counts, correct;
 } mptc__row;
 
-/* x(C), dx(C) of this row; see mpt_cross_entropy */
+/* x(C), dx(C) of this row; see mpt__cross_entropy_row */
 static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_t row, float scale) {
-    const mpt_cross_entropy_desc *d = &op->cross_entropy;
+    const mpt_loss_desc *d = &op->desc;
     const unsigned lane = threadIdx.x % MPTC__WARP, C = (unsigned)op->C;
     const int32_t label = ((const int32_t *)op->target)[row];
     const bool valid = label >= 0 && (unsigned)label < C, ignored = mpt__row_ignored(d, label);
@@ -2872,7 +2872,7 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     return out;
 }
 
-/* x(C), target(C), dx(C) of this row; see mpt_elementwise_loss */
+/* x(C), target(C), dx(C) of this row; see mpt__elementwise_row */
 static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t row, float scale) {
     const float *target = (const float *)op->target + row * op->C;
     const float each = mpt__loss_share(op);
@@ -2880,7 +2880,7 @@ static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t 
     float slope;
     mptc__row out = {0, 1, 1, 0};
     for (size_t c = threadIdx.x % MPTC__WARP; c < op->C; c += MPTC__WARP) {
-        sum += (double)mpt__loss_element(op->kind, mptc__get(op->x, row * op->C + c), target[c], &slope);
+        sum += (double)mpt__loss_element(op, c, mptc__get(op->x, row * op->C + c), target[c], &slope);
         if (op->dx.data) mptc__put(op->dx, row * op->C + c, slope * (each * scale));
     }
     out.loss = mptc__warp_sum(sum) / (double)op->C;
@@ -2895,7 +2895,7 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
         const size_t begin = chunk * MPTC__CHUNK, end = begin + MPTC__CHUNK < op.N ? begin + MPTC__CHUNK : op.N;
         double part = 0;
         for (size_t row = begin + threadIdx.x; row < end; row += MPTC__THREADS)
-            part += (double)mpt__row_weight(&op.cross_entropy, op.C, ((const int32_t *)op.target)[row]);
+            part += (double)mpt__row_weight(&op.desc, op.C, ((const int32_t *)op.target)[row]);
         part = mptc__team_sum(part);
         if (threadIdx.x == 0) parts[chunk] = part;
     }
@@ -2947,7 +2947,7 @@ static mpt_array mptc__held_bias(mptc__device *device, const mpt_loss_op *op) {
 static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     mptc__device *device = mptc__of(ctx);
     mpt_loss_op op = *user;
-    const mpt_cross_entropy_desc *d = &op.cross_entropy;
+    const mpt_loss_desc *d = &op.desc;
     const int mean = op.dx.data && !(op.unit > 0); /* dx needs the weight of all rows */
     const int weighted = mean && op.kind == MPT_LOSS_CROSS_ENTROPY && (d->class_weights || d->ignore);
     const size_t chunks = mptc__divide_up(op.N, MPTC__CHUNK);

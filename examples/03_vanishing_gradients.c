@@ -33,7 +33,7 @@ static mpt_model *build(const course *c, mpt_context *ctx, int which, mpt_policy
         mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     } else {
         for (int i = 0; i < 5; i++) h = mpt_sigmoid(net, mpt_linear(net, h, widths[i], NULL));
-        mpt_mse(net, mpt_linear(net, h, PIXELS, NULL));
+        mpt_mse(net, mpt_linear(net, h, PIXELS, NULL), NULL);
     }
     train.batch = batches[which];
     train.seed = seed;

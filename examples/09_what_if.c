@@ -81,7 +81,7 @@ static double learn(const course *c, mpt_context *ctx, const course_digits *d, c
     layer[1] = mpt_linear(net, mpt_input(net, SIDE, SIDE, 1), 64, NULL);
     layer[2] = mpt_linear(net, mpt_tanh(net, layer[1]), 16, NULL);
     layer[3] = mpt_linear(net, mpt_tanh(net, layer[2]), PIXELS, NULL);
-    mpt_mse(net, layer[3]);
+    mpt_mse(net, layer[3], NULL);
     train.batch = BATCH;
     train.seed = seed;
     train.optimizer = mpt_adam(3e-3);

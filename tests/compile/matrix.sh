@@ -75,7 +75,7 @@ static int program(void) {
     desc.threads = 2;
     ctx = mpt_open(&desc);
     net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
-    mpt_mse(net, mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 1, NULL)));
+    mpt_mse(net, mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 1, NULL)), NULL);
     train.batch = 1;
     r = mpt_model_build(net, &train);
     if (r == MPT_OK) r = mpt_train_step(net, x, &target);
@@ -251,7 +251,7 @@ int main(void) {
     ctx = mpt_open(&desc);
     net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     h = mpt_batch_norm(net, mpt_conv2d(net, mpt_input(net, 16, 16, 4), 32, 3, NULL), NULL);
-    mpt_mse(net, mpt_linear(net, mpt_max_pool2d(net, mpt_relu(net, h), 2, NULL), 8, NULL));
+    mpt_mse(net, mpt_linear(net, mpt_max_pool2d(net, mpt_relu(net, h), 2, NULL), 8, NULL), NULL);
     train.batch = 64, train.clip_norm = 1;
     if (mpt_model_build(net, &train) != MPT_OK) return 1;
     before = calls;

@@ -42,7 +42,7 @@ static void close_pair(pair *p) {
 static void mlp_layers(mpt_model *net) {
     int h = mpt_input(net, SIDE, SIDE, CHANNELS);
     h = mpt_dropout(net, mpt_relu(net, mpt_linear(net, h, 24, NULL)), 0.3f);
-    mpt_mse(net, mpt_linear(net, h, CLASSES, NULL));
+    mpt_mse(net, mpt_linear(net, h, CLASSES, NULL), NULL);
 }
 
 /* Running statistics, a skip connection, a classifier */

@@ -462,7 +462,7 @@ static void check_losses(losses *l, double magnitude, double slope, const char *
 }
 
 /* desc->class_weights: on the host */
-static void test_cross_entropy(mpt_dtype type, size_t N, size_t C, mpt_cross_entropy_desc desc) {
+static void test_cross_entropy(mpt_dtype type, size_t N, size_t C, mpt_loss_desc desc) {
     const float *weights = desc.class_weights;
     int32_t *label = (int32_t *)test_memory(N * sizeof *label);
     pair w = pair_new(MPT_F32, C);
@@ -476,8 +476,8 @@ static void test_cross_entropy(mpt_dtype type, size_t N, size_t C, mpt_cross_ent
     if (weights) pair_put(&w, weights);
     for (side = 0; side < 2; side++) {
         mpt_loss_op op = losses_op(&l, MPT_LOSS_CROSS_ENTROPY, side);
-        op.cross_entropy = desc;
-        if (weights) op.cross_entropy.class_weights = (const float *)w.array[side].data;
+        op.desc = desc;
+        if (weights) op.desc.class_weights = (const float *)w.array[side].data;
         CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
         op.N = N / 2;
         op.loss_scale = NULL;
@@ -490,19 +490,27 @@ static void test_cross_entropy(mpt_dtype type, size_t N, size_t C, mpt_cross_ent
     free(label);
 }
 
-static void test_elementwise_loss(mpt_loss_kind kind, mpt_dtype type, size_t N, size_t C) {
-    float *target = (float *)test_memory(N * C * sizeof *target);
+/* options: delta, or weights of positives up to 2 */
+static void test_elementwise_loss(mpt_loss_kind kind, mpt_dtype type, size_t N, size_t C, int options) {
+    float *target = (float *)test_memory(N * C * sizeof *target), *weights = (float *)test_memory(C * sizeof *weights);
+    pair w = pair_new(MPT_F32, C);
     losses l;
     int side;
     test_floats(target, N * C, -1, 1, 34);
+    test_floats(weights, C, 0, 2, 35);
+    pair_put(&w, weights);
     l = losses_new(type, N, C, target, N * C * sizeof *target);
     for (side = 0; side < 2; side++) {
-        const mpt_loss_op op = losses_op(&l, kind, side);
+        mpt_loss_op op = losses_op(&l, kind, side);
+        if (options && kind == MPT_LOSS_HUBER) op.desc.delta = 0.75f;
+        if (options && kind == MPT_LOSS_BCE_WITH_LOGITS) op.desc.pos_weight = (const float *)w.array[side].data;
         CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
     }
-    check_losses(&l, 4, 4 * 16 / (double)(N * C), "elementwise loss");
+    check_losses(&l, options ? 8 : 4, (options ? 8 : 4) * 16 / (double)(N * C), "elementwise loss");
     losses_free(&l);
+    pair_free(&w);
     free(target);
+    free(weights);
 }
 
 /* A row without a class is NaN and leaves the others alone; where all are ignored the gradient is 0. */
@@ -516,8 +524,8 @@ static void test_labels(void) {
     for (side = 0; side < 2; side++) {
         mpt_context *ctx = sides[side];
         mpt_loss_op op = losses_op(&l, MPT_LOSS_CROSS_ENTROPY, side);
-        op.cross_entropy.ignore = 1;
-        op.cross_entropy.ignore_index = 3;
+        op.desc.ignore = 1;
+        op.desc.ignore_index = 3;
         CHECK_OK(ctx, mpt_op_loss(ctx, &op));
         CHECK_OK(ctx, mpt_download(ctx, &sum[side], l.sum.array[side].data, sizeof *sum));
         dx = pair_values(&l.dx, side);
@@ -539,7 +547,7 @@ static void test_labels(void) {
 
 static void test_losses(mpt_dtype type) {
     float weights[40];
-    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_loss_desc desc = MPT_ZERO;
     int kind;
     test_floats(weights, 40, 0, 3, 35);
     test_cross_entropy(type, 65, 10, desc);
@@ -550,9 +558,11 @@ static void test_losses(mpt_dtype type) {
     desc.ignore = 0;
     test_cross_entropy(type, 33, 5, desc);
     for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_GRADIENT; kind++) {
-        test_elementwise_loss((mpt_loss_kind)kind, type, 50, 37);
-        test_elementwise_loss((mpt_loss_kind)kind, type, 300, 1);
+        test_elementwise_loss((mpt_loss_kind)kind, type, 50, 37, 0);
+        test_elementwise_loss((mpt_loss_kind)kind, type, 300, 1, 0);
     }
+    test_elementwise_loss(MPT_LOSS_BCE_WITH_LOGITS, type, 50, 37, 1);
+    test_elementwise_loss(MPT_LOSS_HUBER, type, 50, 37, 1);
 }
 
 static void test_operations(void) {

@@ -69,7 +69,8 @@ static int layer(fuzz_bytes *b, mpt_model *net, int h, int other) {
 
 /* Returns whether targets are classes. */
 static int graph(fuzz_bytes *b, mpt_model *net) {
-    static int (*const others[])(mpt_model *, int) = {mpt_mse, mpt_bce_with_logits, mpt_l1, mpt_huber};
+    static int (*const others[])(mpt_model *, int, const mpt_loss_desc *) = {mpt_mse, mpt_bce_with_logits, mpt_l1,
+                                                                             mpt_huber};
     int ids[LAYERS + 1], count = 0, loss;
     const int layers = (int)fuzz_take(b, LAYERS), H = number(b, 9), W = number(b, 9), C = number(b, 6);
     ids[count++] = mpt_input(net, H, W, C);
@@ -79,7 +80,7 @@ static int graph(fuzz_bytes *b, mpt_model *net) {
         count++;
     }
     loss = (int)fuzz_take(b, 8);
-    if (loss < 4) others[loss](net, ids[count - 1]);
+    if (loss < 4) others[loss](net, ids[count - 1], NULL);
     else if (loss < 7) mpt_softmax_cross_entropy(net, ids[count - 1], NULL);
     return loss >= 4;
 }

@@ -291,9 +291,22 @@ def elementwise_loss(value, slope):
     return bounds
 
 
-def huber_value(x, target):
-    d = (x - target).abs()
-    return torch.where(d <= 1, d * d / 2, d + 0.5)
+def huber_bounds(n, t, dy):
+    d, delta = (t.x - t.target).abs(), getattr(n, "delta", 1.0)
+    value = torch.where(d <= delta, d * d / 2, delta * (d + delta / 2))
+    return elementwise_loss(lambda x, target: value, lambda x, target: d.clamp(max=delta))(n, t, dy)
+
+
+def bce(n, t):
+    return F.binary_cross_entropy_with_logits(t.x, t.target, pos_weight=getattr(t, "pos_weight", None))
+
+
+def bce_bounds(n, t, dy):
+    """PyTorch weighs by 1 + (pos_weight - 1) t."""
+    heavy = 1 if not hasattr(t, "pos_weight") else 2 + t.pos_weight
+    return elementwise_loss(
+        lambda x, target: (x.abs() * (1 + target) + torch.log1p(torch.exp(-x.abs())) + 1) * heavy,
+        lambda x, target: (sigmoid_value(x) + target) * heavy)(n, t, dy)
 
 
 # -- The table --
@@ -370,9 +383,15 @@ def cross_entropy_op(N, C, weights=False, **options):
               {**dict(N=N, C=C, ignore_index=-100, label_smoothing=0.0), **options}, inputs)
 
 
-def loss_op(function, bounds, targets=(-2, 2), N=7, C=9):
-    return Op(lambda n, t: function(t.x, t.target), bounds, dict(N=N, C=C), dict(
-        x=("logits", -3, 3, (N, C)), target=("target", *targets, (N, C))))
+def loss_op(function, bounds, targets=(-2, 2), N=7, C=9, pos_weight=False, **options):
+    inputs = dict(x=("logits", -3, 3, (N, C)), target=("target", *targets, (N, C)))
+    if pos_weight:
+        inputs["pos_weight"] = ("target", 0.25, 4, (C,))
+    return Op(function, bounds, dict(N=N, C=C, **options), inputs)
+
+
+def plain_loss(function, bounds):
+    return loss_op(lambda n, t: function(t.x, t.target), bounds)
 
 
 IMAGE = dict(N=2, H=7, W=6, C=3)
@@ -416,17 +435,17 @@ OPS = {
     "cross_entropy_weights": cross_entropy_op(7, 10, weights=True),
     "cross_entropy_ignore": cross_entropy_op(23, 5, ignore_index=3),
     "cross_entropy_all": cross_entropy_op(23, 5, weights=True, ignore_index=3, label_smoothing=0.1),
-    "mse": loss_op(F.mse_loss, elementwise_loss(
+    "mse": plain_loss(F.mse_loss, elementwise_loss(
         lambda x, t: (x - t) ** 2, lambda x, t: 2 * (x - t).abs())),
-    "bce_with_logits": loss_op(F.binary_cross_entropy_with_logits, elementwise_loss(
-        lambda x, t: x.abs() * (1 + t) + torch.log1p(torch.exp(-x.abs())) + 1,
-        lambda x, t: sigmoid_value(x) + t), targets=(0, 1)),
-    "l1": loss_op(F.l1_loss, elementwise_loss(lambda x, t: (x - t).abs(), lambda x, t: torch.ones_like(x))),
-    "huber": loss_op(F.huber_loss, elementwise_loss(huber_value, lambda x, t: (x - t).abs().clamp(max=1))),
+    "bce_with_logits": loss_op(bce, bce_bounds, targets=(0, 1)),
+    "l1": plain_loss(F.l1_loss, elementwise_loss(lambda x, t: (x - t).abs(), lambda x, t: torch.ones_like(x))),
+    "huber": plain_loss(F.huber_loss, huber_bounds),
     "conv2d_axes": conv2d_op(**SMALL, R=3, S=2, stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
     "conv2d_same": conv2d_op(**SMALL, R=4, S=2, dilation=(1, 3), same=1),
     "max_pool_axes": max_pool_op(**IMAGE, R=3, S=2, stride=(3, 1), padding=(1, 0)),
     "avg_pool_exclude": avg_pool_op(**IMAGE, R=3, S=2, stride=(2, 1), padding=(1, 1), exclude_padding=1),
+    "bce_pos_weight": loss_op(bce, bce_bounds, targets=(0, 1), pos_weight=True),
+    "huber_delta": loss_op(lambda n, t: F.huber_loss(t.x, t.target, delta=n.delta), huber_bounds, delta=0.75),
 }
 
 

@@ -309,12 +309,14 @@ static void run_loss(run *r) {
     CHECK_OK(r->ctx, mpt_upload(r->ctx, op.sum, &host, sizeof host));
     if (op.kind == MPT_LOSS_CROSS_ENTROPY) {
         op.target = labels(r);
-        op.cross_entropy.label_smoothing = (float)golden_number(r->g, "label_smoothing");
-        op.cross_entropy.ignore = 1;
-        op.cross_entropy.ignore_index = (int32_t)golden_number(r->g, "ignore_index");
+        op.desc.label_smoothing = (float)golden_number(r->g, "label_smoothing");
+        op.desc.ignore = 1;
+        op.desc.ignore_index = (int32_t)golden_number(r->g, "ignore_index");
         if (golden_find(r->g, "", "input", "class_weights"))
-            op.cross_entropy.class_weights = (const float *)input(r, "class_weights").data;
+            op.desc.class_weights = (const float *)input(r, "class_weights").data;
     } else op.target = input(r, "target").data;
+    if (golden_find(r->g, "", "input", "pos_weight")) op.desc.pos_weight = (const float *)input(r, "pos_weight").data;
+    if (golden_find(r->g, "", "number", "delta")) op.desc.delta = (float)golden_number(r->g, "delta");
     CHECK_OK(r->ctx, mpt_op_loss(r->ctx, &op));
     CHECK_OK(r->ctx, mpt_download(r->ctx, &host, op.sum, sizeof host));
     mean = (float)(host.loss / host.weight);
@@ -369,6 +371,8 @@ static const operation operations[] = {
     {"op_bce_with_logits", run_loss, MPT_LOSS_BCE_WITH_LOGITS},
     {"op_l1", run_loss, MPT_LOSS_ABSOLUTE_ERROR},
     {"op_huber", run_loss, MPT_LOSS_HUBER},
+    {"op_bce_pos_weight", run_loss, MPT_LOSS_BCE_WITH_LOGITS},
+    {"op_huber_delta", run_loss, MPT_LOSS_HUBER},
 };
 
 static void test_operation(mpt_context *ctx, const operation *op) {

@@ -156,7 +156,7 @@ static double tiny_targets(mpt_context *ctx, mpt_level level, mpt_dtype type, mp
     for (i = 0; i < seen->count; i++) target[i * CLASSES + (size_t)seen->label[i]] = 1e-6f;
     for (i = 0; i < seen->count * PIXELS; i++) x[i] = seen->x[i] / 256;
     zero.init = MPT_INIT_ZERO, zero.no_bias = 1;
-    mpt_mse(net, mpt_linear(net, mpt_input(net, 8, 8, 1), CLASSES, &zero));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 8, 8, 1), CLASSES, &zero), NULL);
     train.batch = BATCH, train.optimizer = mpt_sgd(20000, 0.9), train.scaler.mode = mode;
     train.scaler.init_scale = 16777216;
     CHECK_OK(ctx, mpt_model_build(net, &train));

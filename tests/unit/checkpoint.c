@@ -186,7 +186,7 @@ static mpt_train_desc training(void) {
 static mpt_model *build(mpt_context *ctx, int (*layers)(mpt_model *), mpt_policy policy, const mpt_train_desc *train) {
     mpt_model *net = mpt_model_new(ctx, policy);
     const int h = layers(net);
-    if (layers == tiny) mpt_mse(net, h);
+    if (layers == tiny) mpt_mse(net, h, NULL);
     else mpt_softmax_cross_entropy(net, h, NULL);
     CHECK_OK(ctx, mpt_model_build(net, train));
     return net;
@@ -426,7 +426,7 @@ static void test_names(mpt_context *ctx) {
     mpt_model_free(net);
     net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
     a.name = "with blanks, {brackets}: ~!";
-    mpt_mse(net, mpt_linear(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 2, &a), 1, &b));
+    mpt_mse(net, mpt_linear(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 2, &a), 1, &b), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, save(net, "net"));
     CHECK_OK(ctx, load(net, "net"));
@@ -453,7 +453,7 @@ static mpt_model *flat_net(mpt_context *ctx, int which) {
     if (which == 7) h = mpt_group_norm(net, f, 2, NULL);
     if (which == 8) h = mpt_conv2d(net, f, 4, 1, &d);
     if (which == 9) h = mpt_add(net, mpt_concat(net, f, f), mpt_linear(net, f, 48, NULL));
-    mpt_mse(net, h);
+    mpt_mse(net, h, NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     return net;
 }
@@ -508,7 +508,7 @@ static void test_orders(mpt_context *ctx) {
 static void test_too_large(mpt_context *ctx) {
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
     const float w[2] = {1, 1e5f}, inf[2] = {1, test_float(0x7f800000u)};
-    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 1, NULL));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 1, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 1, w));
     CHECK_ERROR(ctx, save_weights(net, "net", MPT_F16), MPT_ERROR_VALUE, "linear1.weight");
@@ -896,10 +896,10 @@ static mpt_model *described(mpt_context *ctx, int change, const char **word) {
     mpt_pool2d_desc pool = MPT_ZERO;
     mpt_norm_desc norm = MPT_ZERO, batch = MPT_ZERO; /* norm has a name, to be of either kind */
     mpt_linear_desc linear = MPT_ZERO;
-    mpt_cross_entropy_desc loss = MPT_ZERO;
+    mpt_loss_desc loss = MPT_ZERO;
     mpt_train_desc train = MPT_ZERO;
     int h = mpt_input(net, 9, 9, 4), g, groups = 2, average = 0, kind = 0, share = 0;
-    int (*elementwise)(mpt_model * net, int in) = NULL;
+    int (*elementwise)(mpt_model * net, int in, const mpt_loss_desc *desc) = NULL;
     float p = 0.25f;
     train.batch = 4;
     conv.padding = 1;
@@ -948,7 +948,7 @@ static mpt_model *described(mpt_context *ctx, int change, const char **word) {
     h = mpt_global_avg_pool2d(net, average ? mpt_avg_pool2d(net, h, 2, &pool) : mpt_max_pool2d(net, h, 2, &pool));
     h = mpt_dropout(net, mpt_batch_norm(net, h, &batch), p);
     h = mpt_linear(net, h, 3, &linear);
-    if (elementwise) elementwise(net, h);
+    if (elementwise) elementwise(net, h, NULL);
     else mpt_softmax_cross_entropy(net, h, &loss);
     CHECK_OK(ctx, mpt_model_build(net, &train));
     return net;
@@ -971,6 +971,33 @@ static void test_descriptors(mpt_context *ctx) {
     CHECK(change == 34);
     mpt_model_free(net);
     ram_clear();
+}
+
+/* The same of options that not every loss has. */
+static mpt_model *with_loss(mpt_context *ctx, int (*loss)(mpt_model *, int, const mpt_loss_desc *),
+                            const mpt_loss_desc *desc) {
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
+    loss(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 3, NULL), desc);
+    CHECK_OK(ctx, mpt_model_build(net, NULL));
+    return net;
+}
+
+static void check_option(mpt_context *ctx, int (*loss)(mpt_model *, int, const mpt_loss_desc *),
+                         const mpt_loss_desc *desc, const char *word) {
+    mpt_model *plain = with_loss(ctx, loss, NULL), *other = with_loss(ctx, loss, desc);
+    CHECK_OK(ctx, save(plain, "kept"));
+    CHECK_OK(ctx, load(plain, "kept"));
+    CHECK_ERROR(ctx, load(other, "kept"), MPT_ERROR_VALUE, word);
+    mpt_model_free(plain), mpt_model_free(other);
+    ram_clear();
+}
+
+static void test_loss_options(mpt_context *ctx) {
+    static const float weights[3] = {1, 2, 3};
+    const mpt_loss_desc zero = MPT_ZERO;
+    mpt_loss_desc d = MPT_ZERO;
+    d.delta = 2, check_option(ctx, mpt_huber, &d, "delta");
+    d = zero, d.pos_weight = weights, check_option(ctx, mpt_bce_with_logits, &d, "pos_weight");
 }
 
 /* The layers' descriptors as test_descriptors knows them: with one more member they have another size, and that member
@@ -1001,6 +1028,8 @@ static void test_known_members(void) {
         const float *b;
         int c;
         int32_t d;
+        const float *e;
+        float f;
     } loss;
     typedef struct {
         int a, b;
@@ -1035,7 +1064,7 @@ static void test_known_members(void) {
     CHECK_EQUAL(sizeof(mpt_norm_desc), sizeof(norm));
     CHECK_EQUAL(sizeof(mpt_pool2d_desc), sizeof(pool));
     CHECK_EQUAL(sizeof(mpt_linear_desc), sizeof(linear));
-    CHECK_EQUAL(sizeof(mpt_cross_entropy_desc), sizeof(loss));
+    CHECK_EQUAL(sizeof(mpt_loss_desc), sizeof(loss));
     CHECK_EQUAL(sizeof(mpt_train_desc), sizeof(train));
     CHECK_EQUAL(sizeof(mpt_optimizer_desc), sizeof(optimizer));
     CHECK_EQUAL(sizeof(mpt_schedule), sizeof(schedule));
@@ -1091,7 +1120,7 @@ static void test_statistics(mpt_context *ctx) {
     static const uint32_t bad[] = {0x7fc00000u, 0xbf800000u}; /* NaN, -1 */
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F32));
     int i, h = mpt_batch_norm(net, mpt_input(net, 1, 1, 3), NULL);
-    mpt_mse(net, mpt_linear(net, h, 1, NULL));
+    mpt_mse(net, mpt_linear(net, h, 1, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, save_weights(net, "kept", MPT_F32));
     for (i = 0; i < 2; i++) {
@@ -1383,6 +1412,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_orders(ctx));
     RUN_TEST(test_too_large(ctx));
     RUN_TEST(test_descriptors(ctx));
+    RUN_TEST(test_loss_options(ctx));
     RUN_TEST(test_known_members());
     RUN_TEST(test_all_faults());
     RUN_TEST(test_damage(ctx));

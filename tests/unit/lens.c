@@ -181,7 +181,7 @@ static mpt_model *powers_net(mpt_context *ctx, int accumulate, const float *weig
     mpt_train_desc train = MPT_ZERO;
     mpt_linear_desc linear = MPT_ZERO;
     linear.no_bias = 1;
-    mpt_mse(net, mpt_linear(net, mpt_linear(net, mpt_input(net, 1, 1, WIDTH), WIDTH, &linear), WIDTH, &linear));
+    mpt_mse(net, mpt_linear(net, mpt_linear(net, mpt_input(net, 1, 1, WIDTH), WIDTH, &linear), WIDTH, &linear), NULL);
     train.batch = 2, train.accumulate = accumulate;
     train.scaler.mode = MPT_SCALER_STATIC, train.scaler.init_scale = 1024.0f;
     train.optimizer = mpt_sgd(0, 0);
@@ -796,7 +796,7 @@ static mpt_model *plain_net(mpt_context *ctx, float first, float second) {
     int i, h;
     linear.no_bias = 1;
     h = mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, WIDTH), WIDTH, &linear));
-    mpt_mse(net, mpt_linear(net, h, WIDTH, &linear));
+    mpt_mse(net, mpt_linear(net, h, WIDTH, &linear), NULL);
     train.batch = 2;
     train.optimizer = mpt_sgd(0.001, 0);
     CHECK_OK(ctx, mpt_model_build(net, &train));
@@ -1148,7 +1148,7 @@ static void test_errors(mpt_context *ctx) {
     lens_what_if what = MPT_ZERO;
     mpt_histogram h;
     table *t = table_new();
-    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL), NULL);
     memset(&h, 0, sizeof h);
     CHECK_ERROR(ctx, lens_watch(lens, net), MPT_ERROR_ARGUMENT, "built");
     CHECK_ERROR(ctx, mpt_memory_print(net, MPT_CSV, keep_row, t), MPT_ERROR_ORDER, "built");

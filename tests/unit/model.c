@@ -263,12 +263,12 @@ static const arch mixed_in_part[] = {{6, 6, 4, mixed_in_part_layers, 0}};
 static int mixed_in_fp32_layers(mpt_model *net, int h) { return pop(net, mixed_layers(net, h)); }
 static const arch mixed_in_fp32[] = {{6, 6, 4, mixed_in_fp32_layers, 1}};
 
-static int add_loss(mpt_model *net, int id, mpt_loss_kind loss, const mpt_cross_entropy_desc *desc) {
+static int add_loss(mpt_model *net, int id, mpt_loss_kind loss, const mpt_loss_desc *desc) {
     switch (loss) {
-    case MPT_LOSS_SQUARED_ERROR: return mpt_mse(net, id);
-    case MPT_LOSS_BCE_WITH_LOGITS: return mpt_bce_with_logits(net, id);
-    case MPT_LOSS_ABSOLUTE_ERROR: return mpt_l1(net, id);
-    case MPT_LOSS_HUBER: return mpt_huber(net, id);
+    case MPT_LOSS_SQUARED_ERROR: return mpt_mse(net, id, desc);
+    case MPT_LOSS_BCE_WITH_LOGITS: return mpt_bce_with_logits(net, id, desc);
+    case MPT_LOSS_ABSOLUTE_ERROR: return mpt_l1(net, id, desc);
+    case MPT_LOSS_HUBER: return mpt_huber(net, id, desc);
     default: return mpt_softmax_cross_entropy(net, id, desc);
     }
 }
@@ -277,7 +277,7 @@ static int add_loss(mpt_model *net, int id, mpt_loss_kind loss, const mpt_cross_
 typedef struct recipe {
     const arch *kind;
     mpt_loss_kind loss;
-    const mpt_cross_entropy_desc *desc;
+    const mpt_loss_desc *desc;
 } recipe;
 
 static mpt_model *build_recipe(mpt_context *ctx, mpt_policy policy, const recipe *r, const mpt_train_desc *train) {
@@ -668,6 +668,8 @@ static void test_slopes(const recipe *r, int n) {
 
 static void test_all_slopes(void) {
     static const arch *const kinds[] = {mlp, cnn, smooth, curved, axes, normed, even, sums, mixed, shared};
+    static const float weights[CLASSES] = {0.5f, 2, 0.25f, 1, 1.5f};
+    mpt_loss_desc pos = MPT_ZERO, wide_huber = MPT_ZERO;
     recipe r = MPT_ZERO;
     int i, loss;
     for (i = 0; i < (int)(sizeof kinds / sizeof *kinds); i++) {
@@ -679,11 +681,15 @@ static void test_all_slopes(void) {
         r.loss = (mpt_loss_kind)loss;
         test_slopes(&r, 9);
     }
+    pos.pos_weight = weights, r.loss = MPT_LOSS_BCE_WITH_LOGITS, r.desc = &pos;
+    test_slopes(&r, 9);
+    wide_huber.delta = 1.5f, r.loss = MPT_LOSS_HUBER, r.desc = &wide_huber;
+    test_slopes(&r, 9);
 }
 
 /* Weights of classes, smoothing and rows that do not count. The weights are the build's own copy from then on. The mean
    over all samples, not of the batches' means, from the predictions. */
-static double weighted_loss(const float *out, const samples *s, int n, const mpt_cross_entropy_desc *desc) {
+static double weighted_loss(const float *out, const samples *s, int n, const mpt_loss_desc *desc) {
     double sum = 0, weights = 0;
     int row, j;
     for (row = 0; row < n; row++) {
@@ -704,7 +710,7 @@ static double weighted_loss(const float *out, const samples *s, int n, const mpt
 static void test_class_weights(mpt_context *ctx) {
     static const float kept[CLASSES] = {0.5f, 2, 0.25f, 1, 1.5f};
     float weights[CLASSES], out[11 * CLASSES];
-    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_loss_desc desc = MPT_ZERO;
     mpt_train_desc train = MPT_ZERO;
     recipe r = {mlp, MPT_LOSS_CROSS_ENTROPY, NULL};
     samples s = samples_new(mlp, 11, 3);
@@ -913,17 +919,20 @@ static void test_samples(mpt_context *ctx, mpt_policy policy, const recipe *r, i
 
 static void test_all_samples(mpt_context *ctx) {
     static const float weights[CLASSES] = {0.5f, 2, 0.25f, 1, 1.5f};
+    static const mpt_loss_kind optional[] = {MPT_LOSS_CROSS_ENTROPY, MPT_LOSS_CROSS_ENTROPY, MPT_LOSS_CROSS_ENTROPY,
+                                             MPT_LOSS_BCE_WITH_LOGITS, MPT_LOSS_HUBER};
     static const int uneven[] = {5, 2, 1, 0}, more[] = {1, 1, 3, 3, 0}, whole[] = {8, 0};
-    mpt_cross_entropy_desc descs[3];
+    mpt_loss_desc descs[5];
     recipe r = {mlp, MPT_LOSS_CROSS_ENTROPY, NULL};
-    int i, loss;
+    int i;
     memset(descs, 0, sizeof descs);
     descs[0].ignore = descs[2].ignore = 1, descs[0].ignore_index = descs[2].ignore_index = -100;
     descs[1].class_weights = descs[2].class_weights = weights;
     descs[2].label_smoothing = 0.1f;
-    for (i = 0; i < MPT_LOSS_GRADIENT + 3; i++) {
-        loss = i < MPT_LOSS_GRADIENT ? i : (int)MPT_LOSS_CROSS_ENTROPY;
-        r.loss = (mpt_loss_kind)loss;
+    descs[3].pos_weight = weights;
+    descs[4].delta = 0.5f;
+    for (i = 0; i < MPT_LOSS_GRADIENT + 5; i++) {
+        r.loss = i < MPT_LOSS_GRADIENT ? (mpt_loss_kind)i : optional[i - MPT_LOSS_GRADIENT];
         r.desc = i < MPT_LOSS_GRADIENT ? NULL : &descs[i - MPT_LOSS_GRADIENT];
         test_samples(ctx, policy_of(0), &r, 4, 2, NULL);
         test_samples(ctx, policy_of(0), &r, 2, 4, NULL);
@@ -937,7 +946,7 @@ static void test_all_samples(mpt_context *ctx) {
 
 /* A sample that is ignored adds nothing, wherever it stands: the step of {0,-100},{1,2} is that of {0,1,2}. */
 static void test_ignored(mpt_context *ctx) {
-    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_loss_desc desc = MPT_ZERO;
     mpt_train_desc train = MPT_ZERO;
     recipe r = {mlp, MPT_LOSS_CROSS_ENTROPY, NULL};
     samples s = samples_new(mlp, 4, 4), kept = samples_new(mlp, 4, 4);
@@ -969,7 +978,7 @@ static void test_ignored(mpt_context *ctx) {
    moments would move), the statistics, nor the scale and its trackers. */
 static void test_empty_step(mpt_context *ctx, mpt_policy policy) {
     static const float none[CLASSES] = {1, 1, 0, 1, 1};
-    mpt_cross_entropy_desc desc = MPT_ZERO;
+    mpt_loss_desc desc = MPT_ZERO;
     mpt_train_desc train = MPT_ZERO;
     recipe r = {mixed, MPT_LOSS_CROSS_ENTROPY, NULL};
     samples s = samples_new(mixed, 4, 4);
@@ -1316,7 +1325,7 @@ static void test_single_value(mpt_context *ctx) {
     mpt_model *net = mpt_model_new(ctx, policy_of(0));
     training_state before;
     mpt_metrics m;
-    mpt_mse(net, mpt_batch_norm(net, mpt_linear(net, mpt_input(net, 1, 1, 4), 6, NULL), NULL));
+    mpt_mse(net, mpt_batch_norm(net, mpt_linear(net, mpt_input(net, 1, 1, 4), 6, NULL), NULL), NULL);
     train.batch = 1;
     CHECK_ERROR(ctx, mpt_model_build(net, &train), MPT_ERROR_SHAPE, "batch_norm1");
     mpt_model_free(net);
@@ -1785,7 +1794,7 @@ static void test_layer_names(mpt_context *ctx) {
     net = mpt_model_new(ctx, policy_of(0));
     d.name = "linear2";
     h = mpt_linear(net, mpt_linear(net, mpt_input(net, 1, 1, 4), 4, &d), 4, NULL); /* which would be linear2 */
-    mpt_mse(net, h);
+    mpt_mse(net, h, NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, mpt_model_node(net, h, &info));
     CHECK(strcmp(info.name, "linear3") == 0);
@@ -1823,7 +1832,7 @@ static void test_rounded_bias(mpt_context *ctx) {
     const float zero[2] = {0, 0}, bias[2] = {1 + 1.0f / 512, -3 - 1.0f / 128};
     float out[2] = {0, 0};
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O1, MPT_BF16));
-    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 2, NULL));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 2), 2, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 2, bias));
     CHECK_OK(ctx, mpt_predict(net, zero, 1, out));
@@ -1883,8 +1892,8 @@ static void test_layer_errors(mpt_context *ctx) {
     CHECK_LAYER(mpt_concat(net, in, 7), MPT_ERROR_ARGUMENT, "7");
     CHECK_LAYER(mpt_concat(net, in, mpt_linear(net, in, 4, NULL)), MPT_ERROR_SHAPE, "8x6x3");
     CHECK_LAYER(mpt_concat(net, mpt_linear(net, in, 2147483647, NULL), 2), MPT_ERROR_SHAPE, "concat1");
-    CHECK_LAYER(mpt_relu(net, mpt_mse(net, in)), MPT_ERROR_ORDER, "loss");
-    CHECK_LAYER(mpt_mse(net, mpt_mse(net, in)), MPT_ERROR_ORDER, "loss");
+    CHECK_LAYER(mpt_relu(net, mpt_mse(net, in, NULL)), MPT_ERROR_ORDER, "loss");
+    CHECK_LAYER(mpt_mse(net, mpt_mse(net, in, NULL), NULL), MPT_ERROR_ORDER, "loss");
     net = mpt_model_new(ctx, policy_of(0));
     check_layer(ctx, net, mpt_input(net, 0, 1, 1), MPT_ERROR_SHAPE, "input", __LINE__);
     net = mpt_model_new(ctx, policy_of(0));
@@ -1918,19 +1927,29 @@ static void test_norm_errors(mpt_context *ctx) {
     CHECK_LAYER(mpt_dropout(net, 2, 0.5f), MPT_ERROR_ARGUMENT, "2");
 }
 
-static void test_cross_entropy_errors(mpt_context *ctx) {
-    float weights[8 * 6 * 3];
-    mpt_cross_entropy_desc d = MPT_ZERO;
+static void test_loss_layer_errors(mpt_context *ctx) {
+    enum { ALL = 8 * 6 * 3 };
+    float weights[ALL];
+    const mpt_loss_desc zero = MPT_ZERO;
+    mpt_loss_desc d = MPT_ZERO;
     mpt_model *net;
     int in, i;
     d.label_smoothing = 1.5f;
     CHECK_LAYER(mpt_softmax_cross_entropy(net, in, &d), MPT_ERROR_ARGUMENT, "label_smoothing");
     d.label_smoothing = 0, d.class_weights = weights;
-    for (i = 0; i < 8 * 6 * 3; i++) weights[i] = 1;
-    weights[8 * 6 * 3 - 1] = -1;
+    for (i = 0; i < ALL; i++) weights[i] = 1;
+    CHECK_LAYER(mpt_mse(net, in, &d), MPT_ERROR_ARGUMENT, "class_weights");
+    weights[ALL - 1] = -1;
     CHECK_LAYER(mpt_softmax_cross_entropy(net, in, &d), MPT_ERROR_ARGUMENT, "143");
-    weights[8 * 6 * 3 - 1] = test_float(0x7fc00000u);
+    weights[ALL - 1] = test_float(0x7fc00000u);
     CHECK_LAYER(mpt_softmax_cross_entropy(net, in, &d), MPT_ERROR_ARGUMENT, "cross_entropy1");
+    d = zero, d.pos_weight = weights;
+    CHECK_LAYER(mpt_bce_with_logits(net, in, &d), MPT_ERROR_ARGUMENT, "pos_weight");
+    CHECK_LAYER(mpt_softmax_cross_entropy(net, in, &d), MPT_ERROR_ARGUMENT, "pos_weight");
+    d = zero, d.delta = -1;
+    CHECK_LAYER(mpt_huber(net, in, &d), MPT_ERROR_ARGUMENT, "delta");
+    d.delta = 1;
+    CHECK_LAYER(mpt_l1(net, in, &d), MPT_ERROR_ARGUMENT, "delta");
 }
 
 static void test_window_errors(mpt_context *ctx) {
@@ -1990,7 +2009,7 @@ static void test_window_errors(mpt_context *ctx) {
 static void check_build(mpt_context *ctx, mpt_policy policy, const mpt_train_desc *train, mpt_result code,
                         const char *word, int line) {
     mpt_model *net = mpt_model_new(ctx, policy);
-    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL), NULL);
     test_check_result(ctx, mpt_model_build(net, train), code, __FILE__, line, "mpt_model_build");
     test_check_reason(ctx, word, __FILE__, line);
     CHECK(mpt_model_params(net) == NULL);
@@ -2022,11 +2041,11 @@ static void test_build_errors(mpt_context *ctx) {
     net = begin(ctx, &in);
     CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "no layer");
     mpt_linear(net, in, 3, NULL), mpt_linear(net, in, 2, NULL);
-    mpt_mse(net, 3);
+    mpt_mse(net, 3, NULL);
     CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "linear1"); /* nothing reads it */
     mpt_model_free(net);
     net = begin(ctx, &in);
-    mpt_mse(net, mpt_linear(net, in, 2, NULL)), mpt_mse(net, mpt_linear(net, in, 2, NULL));
+    mpt_mse(net, mpt_linear(net, in, 2, NULL), NULL), mpt_mse(net, mpt_linear(net, in, 2, NULL), NULL);
     CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ORDER, "loss"); /* two */
     mpt_model_free(net);
     net = mpt_model_new(ctx, o0);
@@ -2040,7 +2059,7 @@ static void test_output_type(mpt_context *ctx) {
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     const float x = 1, weight = 1, bias = test_float(0x39800000u);
     float y = 0;
-    mpt_mse(net, mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, 1), 1, NULL)));
+    mpt_mse(net, mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, 1), 1, NULL)), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 1, &weight));
     CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 2, &bias));
@@ -2098,7 +2117,7 @@ static void test_policy_range(mpt_context *ctx, mpt_level level, mpt_dtype half)
     h = mpt_tanh(net, h);
     CHECK_OK(ctx, mpt_policy_pop(net));
     h = test_same(net, h, 4, 3);
-    mpt_mse(net, mpt_linear(net, h, 2, NULL));
+    mpt_mse(net, mpt_linear(net, h, 2, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     check_types(ctx, net, 1, half, half, none);
     check_types(ctx, net, 2, half, half, half);
@@ -2141,7 +2160,7 @@ static void check_pushed(mpt_context *ctx, mpt_policy policy, mpt_policy pushed,
     CHECK_OK(ctx, mpt_policy_push(net, pushed));
     h = mpt_linear(net, h, 4, &odd);
     CHECK_OK(ctx, mpt_policy_pop(net));
-    mpt_mse(net, mpt_linear(net, h, 2, NULL));
+    mpt_mse(net, mpt_linear(net, h, 2, NULL), NULL);
     test_check_result(ctx, mpt_model_build(net, NULL), MPT_ERROR_TYPE, __FILE__, line, "mpt_model_build");
     test_check_reason(ctx, "odd", __FILE__, line);
     test_check_reason(ctx, word, __FILE__, line);
@@ -2159,7 +2178,7 @@ static void test_policy_errors(mpt_context *ctx) {
     CHECK_ERROR(ctx, mpt_policy_push(net, o0), MPT_ERROR_ORDER, "8");
     for (i = 0; i < 8; i++) CHECK_OK(ctx, mpt_policy_pop(net));
     CHECK_ERROR(ctx, mpt_policy_pop(net), MPT_ERROR_ORDER, "policy_pop");
-    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL));
+    mpt_mse(net, mpt_linear(net, mpt_input(net, 1, 1, 3), 2, NULL), NULL);
     CHECK_OK(ctx, mpt_model_build(net, NULL));
     CHECK_ERROR(ctx, mpt_policy_push(net, o0), MPT_ERROR_ORDER, "built");
     mpt_model_free(net);
@@ -2298,7 +2317,7 @@ static void test_wide_plan(mpt_context *ctx) {
     conv.name = name, conv.same = 1, norm.name = other;
     h = mpt_conv2d(net, h, 100, 3, &conv);
     h = mpt_relu(net, mpt_batch_norm(net, h, &norm));
-    mpt_mse(net, mpt_global_avg_pool2d(net, h));
+    mpt_mse(net, mpt_global_avg_pool2d(net, h), NULL);
     train.batch = 2;
     CHECK_OK(ctx, mpt_model_build(net, &train));
     memset(&p, 0, sizeof p);
@@ -2314,7 +2333,7 @@ static void test_plan_errors(mpt_context *ctx) {
     mpt_node_info info;
     printed p;
     memset(&p, 0, sizeof p);
-    mpt_mse(net, mpt_batch_norm(net, mpt_input(net, 1, 1, 3), NULL));
+    mpt_mse(net, mpt_batch_norm(net, mpt_input(net, 1, 1, 3), NULL), NULL);
     CHECK_ERROR(ctx, mpt_model_node(net, 1, &info), MPT_ERROR_ORDER, "built");
     CHECK_ERROR(ctx, mpt_model_print(net, keep_line, &p), MPT_ERROR_ORDER, "built");
     CHECK(mpt_model_running(net, 2) == NULL);
@@ -2377,7 +2396,7 @@ static void test_memory_ledger(mpt_policy policy, const recipe *r, const mpt_opt
 static void test_ledgers(void) {
     static const float weights[CLASSES] = {1, 2, 1, 1, 1};
     const mpt_optimizer_desc optimizers[] = {mpt_sgd(0.1, 0), mpt_sgd(0.1, 0.9), mpt_adam(0.1)};
-    mpt_cross_entropy_desc weighted = MPT_ZERO;
+    mpt_loss_desc weighted = MPT_ZERO;
     recipe r[6];
     int i, j;
     memset(r, 0, sizeof r);
@@ -2540,7 +2559,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_rounded_bias(ctx));
     for (i = 0; i < MPT_LOSS_GRADIENT; i++) RUN_TEST(test_odd_targets(ctx, (mpt_loss_kind)i));
     RUN_TEST(test_norm_errors(ctx));
-    RUN_TEST(test_cross_entropy_errors(ctx));
+    RUN_TEST(test_loss_layer_errors(ctx));
     RUN_TEST(test_window_errors(ctx));
     RUN_TEST(test_build_errors(ctx));
     RUN_TEST(test_output_type(ctx));

@@ -84,7 +84,7 @@ static void test_own_loss(mpt_context *ctx, mpt_policy policy, int accumulate) {
     float *start, *a, *b;
     double moved = 0, off = 0;
     int step, pass;
-    mpt_mse(node, body(node));
+    mpt_mse(node, body(node), NULL);
     CHECK_OK(ctx, mpt_model_build(own, &train));
     CHECK_OK(ctx, mpt_model_build(node, &train));
     start = weights_of(ctx, own, &count);
@@ -464,7 +464,7 @@ static void test_frozen_start(mpt_context *ctx) {
     int i;
     for (i = 0; i < 2; i++) {
         net[i] = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
-        mpt_mse(net[i], tower(net[i], i * LAYERS, NULL));
+        mpt_mse(net[i], tower(net[i], i * LAYERS, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(net[i], &train));
         w[i] = weights_of(ctx, net[i], &count);
     }

@@ -1384,29 +1384,32 @@ static double cross_entropy_slope(const double *x, size_t C, size_t label, doubl
     return total * exp(x[j] - largest - log_sum) - target_of(C, label, smoothing, weights, j);
 }
 
-/* One element of the other losses. */
-static double element_loss(mpt_loss_kind kind, double x, double t) {
-    const double d = fabs(x - t);
-    if (kind == MPT_LOSS_BCE_WITH_LOGITS) return (x > 0 ? x : 0) - x * t + log(1 + exp(-fabs(x)));
-    if (kind == MPT_LOSS_ABSOLUTE_ERROR) return d;
-    if (kind == MPT_LOSS_HUBER) return d <= 1 ? d * d / 2 : d - 0.5;
+/* One element of the other losses. w: pos_weight */
+static double element_loss(const mpt_loss_op *op, double x, double t, double w) {
+    const double d = fabs(x - t), delta = op->desc.delta > 0 ? (double)op->desc.delta : 1;
+    if (op->kind == MPT_LOSS_BCE_WITH_LOGITS) {
+        const double tail = log(1 + exp(-fabs(x)));
+        return w * t * ((x < 0 ? -x : 0) + tail) + (1 - t) * ((x > 0 ? x : 0) + tail);
+    }
+    if (op->kind == MPT_LOSS_ABSOLUTE_ERROR) return d;
+    if (op->kind == MPT_LOSS_HUBER) return d <= delta ? d * d / 2 : delta * (d - delta / 2);
     return d * d;
 }
 
-static double element_slope(mpt_loss_kind kind, double x, double t) {
-    const double d = x - t, sign = d > 0 ? 1 : d < 0 ? -1 : 0;
-    if (kind == MPT_LOSS_BCE_WITH_LOGITS) return 1 / (1 + exp(-x)) - t;
-    if (kind == MPT_LOSS_ABSOLUTE_ERROR) return sign;
-    if (kind == MPT_LOSS_HUBER) return fabs(d) <= 1 ? d : sign;
+static double element_slope(const mpt_loss_op *op, double x, double t, double w) {
+    const double d = x - t, sign = d > 0 ? 1 : d < 0 ? -1 : 0, delta = op->desc.delta > 0 ? (double)op->desc.delta : 1;
+    if (op->kind == MPT_LOSS_BCE_WITH_LOGITS) return (1 - t) / (1 + exp(-x)) - w * t / (1 + exp(x));
+    if (op->kind == MPT_LOSS_ABSOLUTE_ERROR) return sign;
+    if (op->kind == MPT_LOSS_HUBER) return fabs(d) <= delta ? d : delta * sign;
     return 2 * d;
 }
 
 /* Loss of a row: the mean over its elements. */
-static double row_loss(mpt_loss_kind kind, const double *x, const double *target, size_t C) {
+static double row_loss(const mpt_loss_op *op, const double *x, const double *target, const double *weights) {
     double sum = 0;
     size_t j;
-    for (j = 0; j < C; j++) sum += element_loss(kind, x[j], target[j]);
-    return sum / (double)C;
+    for (j = 0; j < op->C; j++) sum += element_loss(op, x[j], target[j], weights ? weights[j] : 1);
+    return sum / (double)op->C;
 }
 
 /* -- Cases -- */
@@ -1415,7 +1418,7 @@ typedef struct loss_case {
     mpt_loss_op op; /* kind, sizes, options, types of x and dx */
     double width;   /* logits lie in +-width */
     float scale;    /* *loss_scale; 0: the pointer is NULL */
-    int weighted;   /* classes have weights */
+    int weighted;   /* classes have weights; of binary cross-entropy: positives */
 } loss_case;
 
 /* The case's struct with arrays in device memory; what the host knows of them. Where the label to be ignored is no
@@ -1452,7 +1455,7 @@ static loss_data loss_new(const loss_case *c) {
     test_tensor_fill(&d.weights, 0.25, 2, 4);
     d.label = (int32_t *)test_memory(N * sizeof *d.label);
     for (i = 0; i < N; i++) {
-        const mpt_cross_entropy_desc *e = &c->op.cross_entropy;
+        const mpt_loss_desc *e = &c->op.desc;
         d.label[i] = (int32_t)(mpt_hash(3, 0, 0, i) % C);
         if (e->ignore && e->ignore_index < 0 && i % 3 == 1) d.label[i] = e->ignore_index;
     }
@@ -1461,7 +1464,10 @@ static loss_data loss_new(const loss_case *c) {
     d.op.target = on_device(d.label, N * sizeof *d.label);
     d.op.loss_scale = (float *)on_device(&c->scale, sizeof c->scale);
     d.op.sum = (mpt_loss_sum *)on_device(&zero, sizeof zero);
-    if (c->weighted) d.op.cross_entropy.class_weights = (const float *)d.weights.array.data;
+    if (c->weighted && c->op.kind == MPT_LOSS_CROSS_ENTROPY)
+        d.op.desc.class_weights = (const float *)d.weights.array.data;
+    if (c->weighted && c->op.kind == MPT_LOSS_BCE_WITH_LOGITS)
+        d.op.desc.pos_weight = (const float *)d.weights.array.data;
     return d;
 }
 
@@ -1494,13 +1500,13 @@ static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_d
 }
 
 static int is_ignored(const loss_case *c, const loss_data *d, size_t row) {
-    return c->op.cross_entropy.ignore && d->label[row] == c->op.cross_entropy.ignore_index;
+    return c->op.desc.ignore && d->label[row] == c->op.desc.ignore_index;
 }
 
 /* What a row weighs in the mean. */
 static double row_weight(const loss_case *c, const loss_data *d, size_t row) {
     if (is_ignored(c, d, row)) return 0;
-    return c->weighted ? d->weights.value[d->label[row]] : 1;
+    return d->op.desc.class_weights ? d->weights.value[d->label[row]] : 1;
 }
 
 /* Loss of a row, its slopes, and how far fp32 arithmetic may take both off. u is the unit roundoff; expf, logf and
@@ -1514,7 +1520,7 @@ static double row_weight(const loss_case *c, const loss_data *d, size_t row) {
 static double cross_entropy_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
                                 double *error) {
     const double u = test_unit(MPT_F32), classes = (double)c->op.C, *x = d->x.value + row * c->op.C,
-                 s = (double)c->op.cross_entropy.label_smoothing;
+                 s = (double)c->op.desc.label_smoothing;
     const double *weights = c->weighted ? d->weights.value : NULL, terms = s > 0 ? classes : 1;
     const size_t label = (size_t)d->label[row];
     const double loss = row_cross_entropy(x, c->op.C, label, s, weights);
@@ -1532,21 +1538,24 @@ static double cross_entropy_row(const loss_case *c, const loss_data *d, size_t r
     return loss;
 }
 
-/* An element passes 3 roundings of its own size, that of BCE, max(x, 0) - x t + log(1 + exp(-|x|)), 3 of |x| (1 + |t|)
-   and 10 of the logarithm; the row C additions and a product. Slopes: 1 rounding, of BCE 6 of the sigmoid and 1. */
+/* An element passes 3 roundings of its own size (Huber's 5), that of BCE, max(x, 0) - x t + log(1 + exp(-|x|)), 3 of
+   |x| (1 + |t|) and 10 of the logarithm, both times a weight above 1; the row C additions and a product. Slopes: 1
+   rounding (Huber's 2), of BCE 8 of each of its two terms and 1. */
 static double elementwise_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
                               double *error) {
     const double u = test_unit(MPT_F32), classes = (double)c->op.C;
     const double *x = d->x.value + row * c->op.C, *t = d->target.value + row * c->op.C;
-    const double loss = row_loss(c->op.kind, x, t, c->op.C);
-    double own = 3 * loss;
+    const double *weights = c->weighted ? d->weights.value : NULL;
+    const double loss = row_loss(&c->op, x, t, weights);
+    double own = 5 * loss;
     size_t j;
     for (j = 0; j < c->op.C; j++) {
-        slope[j] = element_slope(c->op.kind, x[j], t[j]) / classes;
-        slope_error[j] = u * fabs(slope[j]);
+        const double w = weights ? weights[j] : 1;
+        slope[j] = element_slope(&c->op, x[j], t[j], w) / classes;
+        slope_error[j] = 2 * u * fabs(slope[j]);
         if (c->op.kind != MPT_LOSS_BCE_WITH_LOGITS) continue;
-        slope_error[j] += 6 * u * (slope[j] + t[j] / classes);
-        own += (3 * fabs(x[j]) * (1 + t[j]) + 10 * log(1 + exp(-fabs(x[j])))) / classes;
+        slope_error[j] += 8 * u * (slope[j] + 2 * w * t[j] / (1 + exp(x[j])) / classes);
+        own += fmax(1, w) * (3 * fabs(x[j]) * (1 + t[j]) + 10 * log(1 + exp(-fabs(x[j])))) / classes;
     }
     *error = u * (own + (classes + 2) * loss);
     return loss;
@@ -1611,8 +1620,8 @@ static void test_loss(const loss_case *c) {
     ok &= CHECK(memcmp(&plain, &sums[0], sizeof plain) == 0);
     if (!ok)
         printf("    in loss %d of N %lu C %lu, width %g, smoothing %g, weighted %d, ignore %d\n", (int)c->op.kind,
-               (unsigned long)c->op.N, (unsigned long)c->op.C, c->width, (double)c->op.cross_entropy.label_smoothing,
-               c->weighted, c->op.cross_entropy.ignore);
+               (unsigned long)c->op.N, (unsigned long)c->op.C, c->width, (double)c->op.desc.label_smoothing,
+               c->weighted, c->op.desc.ignore);
     free(expected);
     free(tolerance);
     free(first);
@@ -1634,16 +1643,19 @@ static void test_losses(void) {
             c.op.x.type = (mpt_dtype)(mix % 3), c.op.dx.type = (mpt_dtype)(mix / 3);
             c.op.grad_scale = mix % 4 ? 1 : 0.25f, c.scale = mix % 2 ? 1024.0f : 0;
             test_loss(&c);
-            c.op.cross_entropy.label_smoothing = mix % 2 ? 0.1f : 0, c.weighted = mix % 3 != 1,
-            c.op.cross_entropy.ignore = mix != 2;
-            c.op.cross_entropy.ignore_index = mix % 2 ? -100 : 1;
+            c.op.desc.label_smoothing = mix % 2 ? 0.1f : 0, c.weighted = mix % 3 != 1, c.op.desc.ignore = mix != 2;
+            c.op.desc.ignore_index = mix % 2 ? -100 : 1;
             test_loss(&c);
-            c.op.cross_entropy.label_smoothing = 0;
-            c.weighted = c.op.cross_entropy.ignore = 0;
+            c.op.desc.label_smoothing = 0;
+            c.weighted = c.op.desc.ignore = 0;
             for (kind = MPT_LOSS_SQUARED_ERROR; kind < MPT_LOSS_GRADIENT; kind++) {
                 c.op.kind = (mpt_loss_kind)kind;
                 c.width = kind == MPT_LOSS_BCE_WITH_LOGITS ? widths[mix % 3] : 2;
                 test_loss(&c);
+                c.weighted = kind == MPT_LOSS_BCE_WITH_LOGITS;
+                if (kind == MPT_LOSS_HUBER) c.op.desc.delta = mix % 2 ? 0.3f : 1.75f;
+                if (c.weighted || c.op.desc.delta > 0) test_loss(&c);
+                c.weighted = 0, c.op.desc.delta = 0;
             }
         }
 }
@@ -1657,8 +1669,8 @@ typedef struct loss_objective {
 } loss_objective;
 
 static double loss_value(const loss_objective *o) {
-    if (o->c->op.kind != MPT_LOSS_CROSS_ENTROPY) return row_loss(o->c->op.kind, o->x, o->target, o->c->op.C);
-    return row_cross_entropy(o->x, o->c->op.C, o->label, (double)o->c->op.cross_entropy.label_smoothing, o->weights);
+    if (o->c->op.kind != MPT_LOSS_CROSS_ENTROPY) return row_loss(&o->c->op, o->x, o->target, o->weights);
+    return row_cross_entropy(o->x, o->c->op.C, o->label, (double)o->c->op.desc.label_smoothing, o->weights);
 }
 
 static double loss_slope(const loss_objective *o, size_t j) {
@@ -1674,8 +1686,9 @@ static double loss_slope(const loss_objective *o, size_t j) {
 
 static void test_loss_formulas(void) {
     int kind;
-    for (kind = -1; kind < MPT_LOSS_GRADIENT; kind++) {
-        double slope[10], slope_error[10], error;
+    for (kind = -3; kind < MPT_LOSS_GRADIENT; kind++) { /* below 0: with options */
+        static const mpt_loss_kind optional[] = {MPT_LOSS_CROSS_ENTROPY, MPT_LOSS_BCE_WITH_LOGITS, MPT_LOSS_HUBER};
+        double slope[10], slope_error[10], error, kink;
         loss_case c = MPT_ZERO;
         loss_objective o;
         loss_data d;
@@ -1683,8 +1696,11 @@ static void test_loss_formulas(void) {
         c.op.N = 1;
         c.op.C = 10;
         c.width = 3;
-        c.op.kind = kind > 0 ? (mpt_loss_kind)kind : MPT_LOSS_CROSS_ENTROPY;
-        if (kind < 0) c.weighted = 1, c.op.cross_entropy.label_smoothing = 0.25f;
+        c.op.kind = kind >= 0 ? (mpt_loss_kind)kind : optional[-1 - kind];
+        c.weighted = kind < 0 && c.op.kind != MPT_LOSS_HUBER;
+        if (kind == -1) c.op.desc.label_smoothing = 0.25f;
+        if (kind == -3) c.op.desc.delta = 1.5f;
+        kink = kind == -3 ? 1.5 : 1;
         d = loss_new(&c);
         (c.op.kind == MPT_LOSS_CROSS_ENTROPY ? cross_entropy_row : elementwise_row)(&c, &d, 0, slope, slope_error,
                                                                                     &error);
@@ -1695,7 +1711,7 @@ static void test_loss_formulas(void) {
         o.weights = c.weighted ? d.weights.value : NULL;
         for (j = 0; j < c.op.C; j++) {
             const double distance = fabs(o.x[j] - o.target[j]);
-            CHECK(kind <= MPT_LOSS_BCE_WITH_LOGITS || (distance > 0.001 && fabs(distance - 1) > 0.001));
+            CHECK(c.op.kind <= MPT_LOSS_BCE_WITH_LOGITS || (distance > 0.001 && fabs(distance - kink) > 0.001));
             CHECK_NEAR(slope[j], loss_slope(&o, j), 6e-9);
         }
         loss_free(&d);
@@ -1716,8 +1732,8 @@ static void test_bad_labels(void) {
         mpt_loss_sum sum;
         const int ignored = i >= 8;
         c.weighted = i >= 4;
-        c.op.cross_entropy.ignore = ignored;
-        c.op.cross_entropy.ignore_index = bad[i % 4];
+        c.op.desc.ignore = ignored;
+        c.op.desc.ignore_index = bad[i % 4];
         d = loss_new(&c);
         d.label[0] = d.label[2] = 1;
         d.label[1] = bad[i % 4];
@@ -1741,8 +1757,8 @@ static void test_all_ignored(void) {
     c.width = 1;
     c.op.grad_scale = 1;
     c.scale = 65536;
-    c.op.cross_entropy.ignore = 1;
-    c.op.cross_entropy.ignore_index = -100;
+    c.op.desc.ignore = 1;
+    c.op.desc.ignore_index = -100;
     for (weighted = 0; weighted < 2; weighted++) {
         loss_data d;
         mpt_loss_sum sum;
@@ -1846,7 +1862,16 @@ static void test_loss_errors(void) {
     }
     CHECK_SPOILT(loss, kind, MPT_LOSS_KIND_COUNT, MPT_ERROR_ARGUMENT, "kind");
     good.kind = MPT_LOSS_CROSS_ENTROPY;
-    CHECK_SPOILT(loss, cross_entropy.label_smoothing, 1.5f, MPT_ERROR_ARGUMENT, "label_smoothing");
+    CHECK_SPOILT(loss, desc.label_smoothing, 1.5f, MPT_ERROR_ARGUMENT, "label_smoothing");
+    CHECK_SPOILT(loss, desc.pos_weight, (const float *)t.array.data, MPT_ERROR_ARGUMENT, "pos_weight");
+    CHECK_SPOILT(loss, desc.delta, 1, MPT_ERROR_ARGUMENT, "delta");
+    good.kind = MPT_LOSS_HUBER;
+    CHECK_SPOILT(loss, desc.delta, -1, MPT_ERROR_ARGUMENT, "delta");
+    CHECK_SPOILT(loss, desc.delta, nan_value(), MPT_ERROR_ARGUMENT, "delta");
+    CHECK_SPOILT(loss, desc.label_smoothing, 0.5f, MPT_ERROR_ARGUMENT, "label_smoothing");
+    CHECK_SPOILT(loss, desc.class_weights, (const float *)t.array.data, MPT_ERROR_ARGUMENT, "class_weights");
+    CHECK_SPOILT(loss, desc.ignore, 1, MPT_ERROR_ARGUMENT, "ignore");
+    good.kind = MPT_LOSS_CROSS_ENTROPY;
     good.N = 0;
     CHECK_OK(context, mpt_op_loss(context, &good));
     test_tensor_free(&t);
