@@ -154,7 +154,8 @@
    11. Fine-tuning and inference. desc.tuning freezes a layer, or gives it a rate of its own; mpt_optimizer_tensor
    changes rates later, by mpt_params_find(params, "conv1.weight"). mpt_weights_load takes a prefix, and loads what
    fits and tells what did not if asked to. train.inference = 1 builds a model that predicts only: no masters,
-   gradients or moments, and activations live from one layer to the next.
+   gradients or moments, and activations live from one layer to the next. With train.fold = 1 loading multiplies
+   weights by what the batch norm behind them would, which is then not computed; mpt_model_print tells where.
 
    12. Several ranks. Processes on one machine or on many train one model together: train.ranks names the rank and a
    call that sums an array over all of them. The steps are those of one process, to the bit; see mpt_ranks.
@@ -1137,6 +1138,8 @@ typedef struct mpt_train_desc {
     uint64_t seed;                /* of the initial weights */
     int inference;   /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
                                      masters: gamma and beta of norms are of that type, too */
+    int fold; /* 1, with inference: a batch norm is computed where the convolution or linear layer before it has its
+                 value, if nothing else reads that or keeps it; and mpt_weights_load folds it into their weights */
     mpt_ranks ranks; /* all zero: one rank */
 } mpt_train_desc;
 
@@ -1322,7 +1325,11 @@ typedef struct mpt_load_desc {
 } mpt_load_desc;
 
 /* From any of the three types, or from a checkpoint. Moments, scaler and counters stay as they are. num_batches_tracked
-   is passed over. desc may be NULL. */
+   is passed over. desc may be NULL.
+   With train.fold, afterwards, w = w gamma / sqrt(variance + eps), in the type of the weights, for each batch norm that
+   the build said could be: unless a result is too large for that type, where the norm is computed as before. Weights
+   are those of the file no more, nor is a norm's bias: MPT_ERROR_ORDER, naming the norm, of mpt_weights_save,
+   mpt_model_set_running and loading in part. Loading anew starts from the file again. */
 MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path, const mpt_load_desc *desc);
 MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size, const mpt_load_desc *desc);
 
@@ -7746,6 +7753,8 @@ typedef struct mpt__node {
     size_t running;       /* batch norm: where its mean is in the statistics */
     int trains;           /* it has tensors that are not frozen */
     int consumers;        /* nodes that read this one */
+    int in_place;         /* a batch norm that has its value where its input has it, and may be folded into it */
+    int folds;            /* of a product: the batch norm that its weights do the work of; 0: none */
     int kept;             /* its value outlives the pass: told so by mpt_keep, or a head */
     int logits;           /* what the loss, or the user, reads is computed here... */
     int behind_logits;    /* ...or has its value from there by activations, reshapes and slices */
@@ -7770,6 +7779,7 @@ typedef struct mpt__visit {
     int train;                /* 0: evaluation */
     mpt_array x[2], y;        /* values: of its inputs, for a product in the type that it reads; its own */
     mpt_array weight, bias;   /* data NULL: none */
+    mpt_activation act;       /* that a product computes in passing */
     uint16_t *index;          /* (y) of a max pool */
     float *stats;             /* of a norm, see mpt_norm_op */
     float *running, *pending; /* batch norm, (2,C): as of the last applied step; with what this step has gathered */
@@ -8182,7 +8192,7 @@ static mpt_result mpt__linear_forward(const mpt__visit *v) {
     op.b = v->weight;
     op.c = v->y;
     op.bias = v->bias;
-    op.act = v->node->act;
+    op.act = v->act;
     return mpt_op_gemm(v->ctx, &op);
 }
 
@@ -8313,7 +8323,7 @@ static mpt_conv2d_op mpt__conv2d_op(const mpt__visit *v, mpt_pass pass) {
 static mpt_result mpt__conv2d_forward(const mpt__visit *v) {
     mpt_conv2d_op op = mpt__conv2d_op(v, MPT_FORWARD);
     op.bias = v->bias;
-    op.act = v->node->act;
+    op.act = v->act;
     return mpt_op_conv2d(v->ctx, &op);
 }
 
@@ -8892,7 +8902,14 @@ static mpt_result mpt__norm_backward(const mpt__visit *v) {
     return mpt_op_norm(v->ctx, &op);
 }
 
-static const char *mpt__norm_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+/* Does the layer before this batch norm do its work? */
+static int mpt__is_folded(const mpt_model *net, const mpt__node *node) {
+    return node->in_place && mpt__node_of(net, node->in[0])->folds;
+}
+
+static const char *mpt__norm_told(const mpt_model *net, const mpt__node *node) {
+    if (net->train.fold && mpt__is_folded(net, node)) return "folded";
+    if (net->train.fold && mpt__is_batch_norm(node)) return node->in_place ? "norm in place" : "norm apart";
     return mpt__norm_takes_slope(node) ? "norm with slope" : "normalisation";
 }
 
@@ -9199,6 +9216,11 @@ MPT_DEF mpt_result mpt_policy_pop(mpt_model *net) {
 
 /* -- Building: check, types, parameters, memory plan -- */
 
+/* Is x still finite when it is rounded to this type? */
+static int mpt__type_holds(float x, mpt_dtype type) {
+    return mpt__finite(mpt_widen(mpt_narrow(x, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0), type));
+}
+
 /* Can the node's policy stand beside the others'? Finds the one 16-bit type on the way. */
 static mpt_result mpt__policy_check(mpt_model *net, const mpt__node *node) {
     const mpt_policy *p = &node->policy;
@@ -9248,6 +9270,8 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     if (net->failed != MPT_OK) return mpt_fail(net->ctx, net->failed, "%s", net->why);
     memset(t, 0, sizeof *t);
     if (train) *t = *train;
+    if (t->fold && !t->inference)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: fold without inference");
     t->batch = mpt__or_int(t->batch, 32);
     t->accumulate = mpt__or_int(t->accumulate, 1);
     if (t->batch < 1 || t->accumulate < 1)
@@ -9334,6 +9358,12 @@ static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
     in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
 }
 
+/* A batch norm that reads a product's value alone may write over it. */
+static int mpt__goes_in_place(const mpt_model *net, const mpt__node *node, const mpt__node *in) {
+    if (!net->train.fold || !in || !mpt__is_batch_norm(node) || !mpt__kind_of(in).product) return 0;
+    return mpt__one_value(node, in) && !in->kept;
+}
+
 /* Marks the node that computes output `id`, and those between it and the output: activations, reshapes, slices. */
 static void mpt__mark_logits(mpt_model *net, int id) {
     mpt__node *node = mpt__node_of(net, id);
@@ -9373,6 +9403,8 @@ static void mpt__build_types(mpt_model *net) {
         if (node->kind == MPT__ACTIVATION) mpt__fuse(node, in);
         node->slope = node->act;
         if (in) mpt__delay_slope(net, node, in);
+        node->in_place = mpt__goes_in_place(net, node, in);
+        node->folds = 0;
     }
 }
 
@@ -9488,7 +9520,7 @@ static void mpt__plan_node(mpt_model *net, int id, int first, int last) {
     const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
     const mpt__kind kind = mpt__kind_of(node);
     const size_t batch = (size_t)net->train.batch, count = batch * mpt__node_count(node);
-    const int shares = node->fused || (in && !kind.forward), side = mpt__shared_side(net, id);
+    const int shares = node->fused || node->in_place || (in && !kind.forward), side = mpt__shared_side(net, id);
     node->index = node->cast = node->stats = node->grad = 0;
     if (shares) node->value = in->value;
     else node->value = mpt__plan_add(net, count, mpt_dtype_size(node->type), first, first);
@@ -9742,7 +9774,8 @@ static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int trai
     if (node->in[1]) v.x[1] = mpt__value(net, node->in[1]);
     v.y = mpt__value(net, id);
     v.weight = mpt__tensor_array(net, node, node->weight);
-    v.bias = mpt__tensor_array(net, node, node->bias);
+    v.bias = mpt__tensor_array(net, node, node->folds ? mpt__node_of(net, node->folds)->bias : node->bias);
+    v.act = node->folds ? mpt__node_of(net, node->folds)->act : node->act;
     v.index = (uint16_t *)mpt__buffer_array(net, node->index, MPT_F32).data;
     v.stats = (float *)mpt__buffer_array(net, node->stats, MPT_F32).data;
     if (mpt__is_batch_norm(node)) {
@@ -9765,6 +9798,7 @@ static mpt_result mpt__node_forward(mpt_model *net, int id, size_t N, int train)
     const mpt__node *node = mpt__node_of(net, id);
     const mpt__kind kind = mpt__kind_of(node);
     const mpt__visit v = mpt__visit_of(net, id, N, train);
+    if (mpt__is_folded(net, node)) return MPT_OK;
     mpt__enter(net, id, MPT_FORWARD, id);
     if (node->cast) MPT__TRY(mpt_cast(net->ctx, N * node->inputs, mpt__value(net, node->in[0]), v.x[0], NULL));
     return kind.forward ? kind.forward(&v) : MPT_OK;
@@ -10472,6 +10506,90 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
     return MPT_OK;
 }
 
+/* -- Folding -- y = (w x + b - mean) gamma / deviation + beta = w' x + b', where b' takes beta's place */
+
+static mpt_result mpt__need_unfolded(const mpt_model *net, const char *call) {
+    int id;
+    for (id = 1; id <= net->count; id++)
+        if (mpt__is_folded(net, mpt__node_of(net, id)))
+            return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: '%s' is folded into the weights before it", call,
+                            mpt__node_of(net, id)->name);
+    return MPT_OK;
+}
+
+/* What folding a norm reads and writes, on the host */
+typedef struct mpt__fold {
+    size_t C, count; /* channels, weights */
+    float *w, *bias, *gamma, *beta, *mean, *variance;
+} mpt__fold;
+
+static mpt__fold mpt__fold_places(float *room, size_t C, size_t count) {
+    mpt__fold f;
+    f.C = C;
+    f.count = count;
+    f.w = room;
+    f.bias = room + count;
+    f.gamma = f.bias + C;
+    f.beta = f.gamma + C;
+    f.mean = f.beta + C;
+    f.variance = f.mean + C;
+    return f;
+}
+
+static mpt_result mpt__fold_read(mpt_model *net, const mpt__node *norm, const mpt__node *in, const mpt__fold *f) {
+    MPT__TRY(mpt_params_get(net->params, in->weight, f->w));
+    if (in->bias) MPT__TRY(mpt_params_get(net->params, in->bias, f->bias)); /* else 0, as it was allocated */
+    MPT__TRY(mpt_params_get(net->params, norm->weight, f->gamma));
+    MPT__TRY(mpt_params_get(net->params, norm->bias, f->beta));
+    return mpt_download(net->ctx, f->mean, net->running + norm->running, 2 * f->C * sizeof(float));
+}
+
+/* w and beta as they are folded. 0: one is too large for `type`. */
+static int mpt__fold_rule(const mpt__fold *f, double eps, mpt_dtype type) {
+    const size_t each = f->count / f->C;
+    int fits = 1;
+    size_t c, i;
+    for (c = 0; c < f->C; c++) {
+        const double factor = (double)f->gamma[c] / sqrt((double)f->variance[c] + eps);
+        f->beta[c] = (float)((double)f->beta[c] + ((double)f->bias[c] - (double)f->mean[c]) * factor);
+        for (i = c * each; i < (c + 1) * each; i++) f->w[i] = (float)((double)f->w[i] * factor);
+    }
+    for (i = 0; i < f->count; i++) fits &= mpt__type_holds(f->w[i], type);
+    for (c = 0; c < f->C; c++) fits &= mpt__type_holds(f->beta[c], type);
+    return fits;
+}
+
+/* Folds a norm into the layer before it, if its type holds the results. */
+static mpt_result mpt__fold_norm(mpt_model *net, int id, float *room) {
+    const mpt__node *norm = mpt__node_of(net, id);
+    mpt__node *in = mpt__node_of(net, norm->in[0]);
+    const mpt__fold f = mpt__fold_places(room, (size_t)norm->C, mpt_params_count(net->params, in->weight));
+    const double eps = (double)(mpt__is_zero(norm->norm_shape.eps) ? 1e-5f : norm->norm_shape.eps);
+    MPT__TRY(mpt__fold_read(net, norm, in, &f));
+    if (!mpt__fold_rule(&f, eps, net->params->desc.type)) return MPT_OK;
+    MPT__TRY(mpt_params_set(net->params, in->weight, f.w));
+    MPT__TRY(mpt_params_set(net->params, norm->bias, f.beta));
+    in->folds = id;
+    return MPT_OK;
+}
+
+/* All that can be, of weights that are as they were loaded. */
+static mpt_result mpt__fold_all(mpt_model *net) {
+    mpt_result r = MPT_OK;
+    int id;
+    for (id = 1; id <= net->count && r == MPT_OK; id++) {
+        const mpt__node *norm = mpt__node_of(net, id);
+        size_t count;
+        float *room;
+        if (!norm->in_place || !norm->bias) continue;
+        count = mpt_params_count(net->params, mpt__node_of(net, norm->in[0])->weight) + 5 * (size_t)norm->C;
+        room = (float *)mpt__host_alloc(net->ctx, count * sizeof *room);
+        r = room ? mpt__fold_norm(net, id, room) : MPT_ERROR_NO_MEMORY;
+        mpt__host_free(net->ctx, room);
+    }
+    return r;
+}
+
 /* -- The plan as told -- */
 
 MPT_DEF int mpt_model_nodes(const mpt_model *net) { return net ? net->count : 0; }
@@ -10503,6 +10621,7 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
     MPT__TRY(mpt__need_built(net, "model_set_running"));
     if (!running || !host)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_set_running: node %d is no batch norm, or no host", id);
+    MPT__TRY(mpt__need_unfolded(net, "model_set_running"));
     MPT__TRY(mpt__running_check(net->ctx, "model_set_running", mpt__node_of(net, id), host));
     at = (size_t)(running - net->running);
     bytes = 2 * (size_t)mpt__node_of(net, id)->C * sizeof *host;
@@ -10576,7 +10695,7 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     out->grad_type = node->grad_type;
     out->needs_gradient = node->needs_gradient;
     out->weight_type = kind.product ? node->policy.compute : MPT_DTYPE_COUNT;
-    out->fused_into = node->fused ? node->in[0] : 0;
+    out->fused_into = node->fused || mpt__is_folded(net, node) ? node->in[0] : 0;
     if (node->weight) out->parameters += mpt_params_count(net->params, node->weight);
     if (node->bias) out->parameters += mpt_params_count(net->params, node->bias);
     if (kind.product)
@@ -11459,6 +11578,7 @@ static mpt_result mpt__write_all(mpt__job *job) {
 
 /* What is to be saved. */
 static mpt_result mpt__gather(mpt__job *job) {
+    MPT__TRY(mpt__need_unfolded(job->net, job->call));
     MPT__TRY(mpt__state_new(job));
     MPT__TRY(mpt__list(job));
     return mpt__make_header(job);
@@ -12254,8 +12374,9 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_tensor_slice);
     int i;
     mpt__stage_set(job->net, MPT__BETWEEN); /* no backward pass can follow */
+    for (i = 1; i <= job->net->count; i++) mpt__node_of(job->net, i)->folds = 0;
     for (i = 0; i < job->count; i++) MPT__TRY(mpt__upload_part(job, &job->parts[i]));
-    if (!job->full) return MPT_OK;
+    if (!job->full) return mpt__fold_all(job->net);
     if (table) memcpy(opt->slices, state->slices, table);
     MPT__TRY(mpt_optimizer_set_lr(opt, state->lr)); /* uploads them */
     MPT__TRY(mpt_optimizer_set_state(opt, &state->optimizer));
@@ -12263,6 +12384,7 @@ static mpt_result mpt__upload_all(mpt__job *job) {
 }
 
 static mpt_result mpt__read_all(mpt__job *job) {
+    if (job->load.partly) MPT__TRY(mpt__need_unfolded(job->net, job->call));
     MPT__TRY(mpt__read_header(job));
     MPT__TRY(mpt__state_new(job));
     MPT__TRY(mpt__list(job));
@@ -12432,7 +12554,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           mpt_node_info has the shape of a convolution as mpt_conv2d_shape.
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
           builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks, inputs as bytes
-          or in device memory.
+          or in device memory, batch norms folded for prediction.
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs. mpt_name and mpt_find.
           mpt_global_max_pool2d, averages of the image alone. train.clip_value.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
