@@ -584,11 +584,11 @@ typedef struct mpt_norm_op {
     mpt_norm_shape shape;
     mpt_array x;
     float *stats; /* (4, N groups) fp32, device: means, then variances divided by the count; BACKWARD writes the rest */
-    mpt_array gamma, beta; /* (C); FORWARD both, BACKWARD gamma */
+    mpt_array gamma, beta; /* (C), optional: all 1, all 0; FORWARD both, BACKWARD gamma */
     mpt_array y;           /* as x; FORWARD may write it over x */
     mpt_activation act;    /* FORWARD: any */
     /* BACKWARD, with act MPT_RELU: dy comes from behind a ReLU that made `saved`, and is multiplied by its slope first,
-       in passing or in place; beta is then needed, too. Else act is MPT_IDENTITY. */
+       in passing or in place; beta is then read, too. Else act is MPT_IDENTITY. */
     mpt_array saved;
     int frozen;   /* BACKWARD: 1: stats (2, N groups) are constants; else those of x, and dx goes through them */
     mpt_array dx; /* BACKWARD, optional: new + scale_x * dx */
@@ -994,6 +994,7 @@ typedef struct mpt_norm_desc {
     const char *name; /* NULL: "batch_norm1", ... */
     float eps;        /* 0: 1e-5 */
     float momentum;   /* share of a batch in the running statistics of batch norm; 0: 0.1 */
+    int no_affine;    /* 1: without gamma and beta (affine=False) */
     mpt_tuning tuning;
 } mpt_norm_desc;
 
@@ -3894,15 +3895,15 @@ static mpt_result mpt__norm_shape_check(mpt_context *ctx, mpt_norm_pass pass, co
 
 static mpt_result mpt__norm_forward_check(mpt_context *ctx, const mpt_norm_op *op) {
     MPT__TRY(mpt__need(ctx, "norm", "x", op->x));
-    MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
-    MPT__TRY(mpt__need(ctx, "norm", "beta", op->beta));
+    if (op->gamma.data) MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
+    if (op->beta.data) MPT__TRY(mpt__need(ctx, "norm", "beta", op->beta));
     MPT__TRY(mpt__need(ctx, "norm", "y", op->y));
     return mpt__need_act(ctx, "norm", op->act);
 }
 
 static mpt_result mpt__norm_backward_check(mpt_context *ctx, const mpt_norm_op *op) {
     MPT__TRY(mpt__need(ctx, "norm", "x", op->x));
-    MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
+    if (op->gamma.data) MPT__TRY(mpt__need(ctx, "norm", "gamma", op->gamma));
     MPT__TRY(mpt__need(ctx, "norm", "y (dy)", op->y));
     if (op->dx.data) MPT__TRY(mpt__need(ctx, "norm", "dx", op->dx));
     if (op->dgamma.data || op->dbeta.data) MPT__TRY(mpt__need(ctx, "norm", "dgamma", op->dgamma));
@@ -3912,7 +3913,7 @@ static mpt_result mpt__norm_backward_check(mpt_context *ctx, const mpt_norm_op *
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: activation %d behind a backward pass; it may be ReLU (%d)",
                         (int)op->act, (int)MPT_RELU);
     MPT__TRY(mpt__need(ctx, "norm", "saved", op->saved));
-    return mpt__need(ctx, "norm", "beta", op->beta);
+    return op->beta.data ? mpt__need(ctx, "norm", "beta", op->beta) : MPT_OK;
 }
 
 MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
@@ -4341,6 +4342,11 @@ static void mpt__ref_norm_stats(const mpt_norm_op *op, size_t sets, size_t count
     }
 }
 
+/* gamma or beta of a channel: `otherwise` where there is none */
+static double mpt__ref_affine(mpt_array a, size_t c, double otherwise) {
+    return a.data ? mpt__ref_get(a, c) : otherwise;
+}
+
 /* (x - mean) / sqrt(variance + eps) of an element */
 static double mpt__ref_normal(const mpt_norm_op *op, size_t sets, size_t set, size_t at) {
     const double variance = (double)op->stats[sets + set], eps = (double)op->shape.eps;
@@ -4353,8 +4359,8 @@ static void mpt__ref_norm_forward(const mpt_norm_op *op, size_t sets, size_t cou
     for (set = 0; set < sets; set++)
         for (e = 0; e < count; e++) {
             const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
-            const double y =
-                mpt__ref_normal(op, sets, set, at) * mpt__ref_get(op->gamma, c) + mpt__ref_get(op->beta, c);
+            const double gamma = mpt__ref_affine(op->gamma, c, 1), beta = mpt__ref_affine(op->beta, c, 0);
+            const double y = mpt__ref_normal(op, sets, set, at) * gamma + beta;
             mpt__ref_set(op->y, at, (double)mpt__activate(op->act, (float)y), NULL);
         }
 }
@@ -4393,13 +4399,13 @@ static void mpt__ref_norm_dx(const mpt_norm_op *op, size_t sets, size_t count) {
         if (!op->frozen)
             for (e = 0; e < count; e++) {
                 const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
-                const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
+                const double v = mpt__ref_norm_dy(op, at) * mpt__ref_affine(op->gamma, c, 1);
                 mean += v / (double)count;
                 mean_normal += v * mpt__ref_normal(op, sets, set, at) / (double)count;
             }
         for (e = 0; e < count; e++) {
             const size_t at = mpt__ref_norm_at(&op->shape, set, e, &c);
-            const double v = mpt__ref_norm_dy(op, at) * mpt__ref_get(op->gamma, c);
+            const double v = mpt__ref_norm_dy(op, at) * mpt__ref_affine(op->gamma, c, 1);
             const double dx = (v - mean - mpt__ref_normal(op, sets, set, at) * mean_normal) * inverse;
             mpt__ref_set(op->dx, at, dx + mpt__ref_old(op->dx, at, op->scale_x), NULL);
         }
@@ -5838,14 +5844,22 @@ static mpt__norm_lines mpt__norm_lines_of(const mpt_context *ctx, int worker) {
     return l;
 }
 
+/* gamma or beta of n channels: all `otherwise` where there is none */
+static void mpt__norm_affine(const mpt__norm_work *w, mpt_array a, size_t c, size_t n, float otherwise, float *out) {
+    size_t e;
+    if (a.data) mpt__load(w->ctx, a, c, n, out);
+    else
+        for (e = 0; e < n; e++) out[e] = otherwise;
+}
+
 /* Computes the lines of n channels from c on, in a sample. */
 static void mpt__norm_prepare(const mpt__norm_work *w, size_t sample, size_t c, size_t n, const mpt__norm_lines *l) {
     const mpt_norm_op *op = w->op;
     const size_t groups = op->shape.groups, each = op->shape.C / groups, sets = op->shape.N * groups;
     const int through = op->pass == MPT_NORM_BACKWARD && !op->frozen;
     size_t e;
-    mpt__load(w->ctx, op->gamma, c, n, l->gamma);
-    if (op->beta.data) mpt__load(w->ctx, op->beta, c, n, l->beta);
+    mpt__norm_affine(w, op->gamma, c, n, 1, l->gamma);
+    mpt__norm_affine(w, op->beta, c, n, 0, l->beta);
     for (e = 0; e < n; e++) {
         const size_t set = sample * groups + (c + e) / each;
         const int again = e && (c + e) % each;
@@ -6062,10 +6076,10 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
             }
             for (i = 0; i < pixels; i++) mpt__norm_sum(&w, sample * pixels + i, 1, 0, n, &l, a, b);
             for (e = 0; e < n; e++) {
-                double gamma = 1;
-                if (w.kind == MPT__SUM_GRADIENTS) gamma = (double)mpt__get(w.ctx, op->gamma, w.first + e);
-                sums[0] += gamma * a[e];
-                sums[1] += gamma * b[e];
+                float gamma = 1;
+                if (w.kind == MPT__SUM_GRADIENTS) mpt__norm_affine(&w, op->gamma, w.first + e, 1, 1, &gamma);
+                sums[0] += (double)gamma * a[e];
+                sums[1] += (double)gamma * b[e];
             }
         }
         mpt__norm_set_stats(&w, begin, sums[0], sums[1], shift);
@@ -6095,10 +6109,11 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
         mpt__norm_columns(w);
         for (c = 0; c < w->columns; c++) {
             const double a = w->sums[c], b = w->sums[MPT__COLUMNS + c];
-            double gamma = 1;
-            if (backward) gamma = (double)mpt__get(w->ctx, op->gamma, w->first + c);
+            float gamma = 1;
+            if (backward) mpt__norm_affine(w, op->gamma, w->first + c, 1, 1, &gamma);
             if (batch && !op->frozen)
-                mpt__norm_set_stats(w, w->first + c, gamma * a, gamma * b, mpt__get(w->ctx, op->x, w->first + c));
+                mpt__norm_set_stats(w, w->first + c, (double)gamma * a, (double)gamma * b,
+                                    mpt__get(w->ctx, op->x, w->first + c));
             if (!backward) continue;
             mpt__norm_put(w, op->dbeta, w->first + c, a);
             mpt__norm_put(w, op->dgamma, w->first + c, b);
@@ -7739,7 +7754,8 @@ typedef struct mpt__node {
     mpt__norm_kind norm;
     mpt_norm_shape norm_shape; /* of one sample */
     float momentum;            /* batch norm */
-    float p;                   /* dropout */
+    int no_affine;
+    float p; /* dropout */
     mpt_pool_kind pool_kind;
     mpt_pool2d_shape pool;
     int first;          /* channel of a slice */
@@ -7817,6 +7833,7 @@ typedef struct mpt__kind {
     mpt_result (*forward)(const mpt__visit *v);                             /* y from x */
     mpt_result (*weights)(const mpt__visit *v);        /* dweight and dbias from dy; without `data`, dx[0], too */
     mpt_result (*data)(const mpt__visit *v, int side); /* dx[side] from dy */
+    mpt_result (*statistics)(const mpt__visit *v);     /* instead of both where no gradient reaches it */
 } mpt__kind;
 
 static mpt__kind mpt__kind_of(const mpt__node *node);
@@ -8790,6 +8807,7 @@ static int mpt__norm_layer(mpt_model *net, int in, mpt__norm_kind kind, int grou
     s->groups = (size_t)groups;
     s->eps = d.eps; /* 0: the operation knows its default */
     node->norm = kind;
+    node->no_affine = d.no_affine != 0;
     node->tuning = d.tuning;
     node->momentum = mpt__is_zero(d.momentum) ? 0.1f : d.momentum;
     return mpt__layer_done(net, mpt__norm_layer_check(net, node, groups));
@@ -8822,7 +8840,7 @@ static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t N) {
     return shape;
 }
 
-static size_t mpt__norm_fan_in(MPT__UNUSED const mpt__node *node) { return 1; }
+static size_t mpt__norm_fan_in(const mpt__node *node) { return !node->no_affine; }
 /* ReLU's, in passing */
 static int mpt__norm_takes_slope(const mpt__node *node) { return node->slope == MPT_RELU && node->type <= MPT_BF16; }
 
@@ -8843,7 +8861,7 @@ static mpt_result mpt__norm_init(mpt_model *net, const mpt__node *node) {
     size_t c;
     if (!ones) return MPT_ERROR_NO_MEMORY;
     for (c = 0; c < C; c++) ones[c] = 1;
-    r = mpt_params_set(net->params, node->weight, ones);
+    r = node->weight ? mpt_params_set(net->params, node->weight, ones) : MPT_OK;
     if (r == MPT_OK && mpt__is_batch_norm(node))
         r = mpt_upload(net->ctx, net->running + node->running + C, ones, C * sizeof *ones);
     mpt__host_free(net->ctx, ones);
@@ -8870,22 +8888,26 @@ static mpt_result mpt__norm_forward(const mpt__visit *v) {
     return mpt_op_norm(v->ctx, &op);
 }
 
-/* Gradients of gamma, beta and the input at once. Here, where the batch is known to count, its statistics join the
-   pending ones. */
-static mpt_result mpt__norm_backward(const mpt__visit *v) {
+/* The statistics of a batch join the pending ones in the backward pass, where it is known to count. */
+static mpt_result mpt__norm_statistics(const mpt__visit *v) {
     mpt_norm_op op = MPT_ZERO;
+    if (!mpt__is_batch_norm(v->node) || mpt__norm_by_running(v->node, 1)) return MPT_OK;
+    op.pass = MPT_NORM_RUNNING;
     op.shape = mpt__norm_shape_of(v->node, v->N);
     op.stats = v->stats;
-    if (mpt__norm_by_running(v->node, 1)) {
-        op.stats = v->running;
-        op.frozen = 1;
-    } else if (mpt__is_batch_norm(v->node)) {
-        op.pass = MPT_NORM_RUNNING;
-        op.momentum = v->node->momentum;
-        op.running = v->pending;
-        MPT__TRY(mpt_op_norm(v->ctx, &op));
-    }
+    op.momentum = v->node->momentum;
+    op.running = v->pending;
+    return mpt_op_norm(v->ctx, &op);
+}
+
+/* Gradients of gamma, beta and the input at once */
+static mpt_result mpt__norm_backward(const mpt__visit *v) {
+    mpt_norm_op op = MPT_ZERO;
+    MPT__TRY(mpt__norm_statistics(v));
     op.pass = MPT_NORM_BACKWARD;
+    op.shape = mpt__norm_shape_of(v->node, v->N);
+    op.frozen = mpt__norm_by_running(v->node, 1);
+    op.stats = op.frozen ? v->running : v->stats;
     op.x = v->x[0];
     op.y = v->dy;
     op.gamma = v->weight;
@@ -8928,6 +8950,7 @@ static mpt__kind mpt__kind_norm(void) {
     k.follows = mpt__follows_input;
     k.forward = mpt__norm_forward;
     k.weights = mpt__norm_backward;
+    k.statistics = mpt__norm_statistics;
     return k;
 }
 
@@ -9829,8 +9852,9 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t N) {
     const mpt__kind kind = mpt__kind_of(node);
     mpt__visit v = mpt__visit_of(net, id, N, 1);
     int side;
-    if (!node->needs_gradient || node->fused) return MPT_OK;
+    if (node->fused) return MPT_OK;
     mpt__enter(net, id, MPT_BACKWARD_DATA, id);
+    if (!node->needs_gradient) return kind.statistics ? kind.statistics(&v) : MPT_OK;
     if (node->slope && !(kind.takes_slope && kind.takes_slope(node))) MPT__TRY(mpt__slope_backward(&v));
     for (side = 0; side < 2; side++) mpt__visit_input(net, &v, side);
     mpt__enter(net, id, MPT_BACKWARD_WEIGHT, kind.data ? id : node->in[0]);
@@ -11397,7 +11421,8 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(size_t, uint64_t, conv.stride_w) X(size_t, uint64_t, conv.padding_h) X(size_t, uint64_t, conv.padding_w) \
     X(size_t, uint64_t, conv.dilation_h) X(size_t, uint64_t, conv.dilation_w) X(size_t, uint64_t, conv.groups) \
     X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
-    X(float, float, momentum) X(mpt_pool_kind, int, pool_kind) X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
+    X(float, float, momentum) X(int, int, no_affine) X(mpt_pool_kind, int, pool_kind) \
+    X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
     X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
     X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
     X(mpt_loss_kind, int, loss) X(float, float, loss_desc.label_smoothing) X(int, int, loss_desc.ignore) \
@@ -12556,7 +12581,8 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks, inputs as bytes
           or in device memory, batch norms folded for prediction.
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs. mpt_name and mpt_find.
-          mpt_global_max_pool2d, averages of the image alone. train.clip_value.
+          mpt_global_max_pool2d, averages of the image alone. train.clip_value. Norms without gamma and beta, in
+          mpt_op_norm as well.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

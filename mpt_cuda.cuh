@@ -2126,6 +2126,13 @@ static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, siz
     }
 }
 
+/* gamma or beta of n channels: all `otherwise` where there is none */
+static __device__ __forceinline__ void mptc__affine_load(mpt_array a, size_t c, unsigned n, float otherwise,
+                                                         float *to) {
+    MPTC__EACH(e) to[e] = otherwise;
+    if (a.data) mptc__load(a, c, n, to);
+}
+
 /* Of the channels that a pack holds, for their normalised values: y = (x - mean) scale + shift */
 typedef struct mptc__normal {
     float mean[MPTC__PACK], inverse[MPTC__PACK], scale[MPTC__PACK], shift[MPTC__PACK];
@@ -2134,10 +2141,9 @@ typedef struct mptc__normal {
 static __device__ __forceinline__ void mptc__normal_load(const mpt_norm_op *op, size_t sample, size_t c, unsigned n,
                                                          mptc__normal *to) {
     mptc__norm_load(op, sample, c, n, to->mean, to->inverse);
-    mptc__load(op->gamma, c, n, to->scale);
+    mptc__affine_load(op->gamma, c, n, 1, to->scale);
     MPTC__EACH(e) to->scale[e] = __fmul_rn(to->scale[e], to->inverse[e]);
-    MPTC__EACH(e) to->shift[e] = 0;
-    if (op->beta.data) mptc__load(op->beta, c, n, to->shift);
+    mptc__affine_load(op->beta, c, n, 0, to->shift);
 }
 
 /* The same roundings in both passes, whatever the compiler would contract */
@@ -2306,7 +2312,7 @@ struct mptc__gradient_terms {
         mptc__sum_put(op.dbeta, column, total[0], op.scale);
         mptc__sum_put(op.dgamma, column, total[1], op.scale);
         if (means) {
-            const double gamma = (double)mptc__get(op.gamma, column);
+            const double gamma = op.gamma.data ? (double)mptc__get(op.gamma, column) : 1;
             mptc__norm_finish(&op, column, gamma * total[0], gamma * total[1]);
         }
         if (!running.stats) return;
@@ -2420,9 +2426,9 @@ static __device__ __forceinline__ void mptc__norm_run_load(const mpt_norm_op *op
     float beta[MPTC__PACK];
     mptc__load(op->x, run.at, run.n, x);
     mptc__load(op->y, run.at, run.n, dy);
-    mptc__load(op->gamma, run.c, run.n, gamma);
+    mptc__affine_load(op->gamma, run.c, run.n, 1, gamma);
     if (!op->act) return;
-    mptc__load(op->beta, run.c, run.n, beta);
+    mptc__affine_load(op->beta, run.c, run.n, 0, beta);
     MPTC__EACH(e) {
         const float y = mptc__normal_of(x[e], mean, __fmul_rn(gamma[e], inverse), beta[e]);
         dy[e] = mptc__norm_slope(y, least, dy[e]);

@@ -13,6 +13,7 @@ typedef struct graph {
     mpt_model *net;
     int head[HEADS]; /* 0: none */
     size_t features;
+    float h; /* of the differences */
     float x[BATCH * WIDEST];
 } graph;
 
@@ -51,7 +52,7 @@ static double difference(graph *g, float *at, const float *tensor, int id) {
     double slope[2];
     int fine;
     for (fine = 0; fine < 2; fine++) {
-        const float h = fine ? 1.0f / 32 : 1.0f / 16;
+        const float h = fine ? g->h / 2 : g->h;
         double loss[2];
         int side;
         for (side = 0; side < 2; side++) {
@@ -67,9 +68,9 @@ static double difference(graph *g, float *at, const float *tensor, int id) {
 }
 
 /* Builds the model in fp32 and checks some derivatives by the input and by each tensor. The losses are of the order of
-   4, and known to 2^-22 of that. */
+   4, and known to 2^-22 of that; their fifth derivatives are of the order of 1, but behind a norm of few values. */
 static void check_gradients(graph *g) {
-    const double bound = ldexp(1, -16) + ldexp(4, -22) * 32;
+    const double h = (double)g->h, bound = h * h * h * h + ldexp(4, -22) * 2 / h;
     mpt_train_desc train = MPT_ZERO;
     float *grads[16], *dx;
     size_t count = 0, i;
@@ -111,6 +112,7 @@ static void check_gradients(graph *g) {
 static graph graph_new(mpt_context *ctx) {
     graph g = MPT_ZERO;
     g.ctx = ctx;
+    g.h = 1.0f / 16;
     g.net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
     return g;
 }
@@ -286,11 +288,107 @@ static void test_names(mpt_context *ctx) {
     mpt_model_free(net);
 }
 
+/* -- Norms without gamma and beta -- */
+
+/* The operation gives the bits of gamma 1 and beta 0, behind a ReLU, too. */
+static void check_plain_norm(mpt_context *ctx, const mpt_norm_shape *shape, mpt_dtype type, int relu) {
+    const size_t n = shape->N * shape->pixels * shape->C, sets = shape->N * shape->groups;
+    test_tensor x = test_tensor_random(ctx, type, n, 1), dy = test_tensor_random(ctx, type, n, 2);
+    test_tensor gamma = test_tensor_new(ctx, type, shape->C), beta = test_tensor_new(ctx, type, shape->C);
+    test_tensor y[2], dx[2], stats = test_tensor_new(ctx, MPT_F32, 4 * sets);
+    int i;
+    test_tensor_fill(&gamma, 1, 1, 0);
+    test_tensor_fill(&beta, 0, 0, 0);
+    for (i = 0; i < 2; i++) {
+        mpt_norm_op op = MPT_ZERO;
+        y[i] = test_tensor_new(ctx, type, n);
+        dx[i] = test_tensor_new(ctx, type, n);
+        op.shape = *shape;
+        op.x = x.array;
+        op.stats = (float *)stats.array.data;
+        CHECK_OK(ctx, mpt_op_norm(ctx, &op));
+        if (i) op.gamma = gamma.array;
+        if (i) op.beta = beta.array;
+        op.pass = MPT_NORM_FORWARD;
+        op.act = relu ? MPT_RELU : MPT_IDENTITY;
+        op.y = y[i].array;
+        CHECK_OK(ctx, mpt_op_norm(ctx, &op));
+        op.pass = MPT_NORM_BACKWARD;
+        op.saved = y[i].array;
+        op.y = dy.array;
+        op.dx = dx[i].array;
+        CHECK_OK(ctx, mpt_op_norm(ctx, &op));
+        test_tensor_upload(&dy); /* which a slope may have been multiplied into */
+        test_tensor_download(&y[i]);
+        test_tensor_download(&dx[i]);
+    }
+    CHECK(memcmp(y[0].value, y[1].value, n * sizeof *y[0].value) == 0);
+    CHECK(memcmp(dx[0].value, dx[1].value, n * sizeof *dx[0].value) == 0);
+    CHECK(test_is_finite(dx[0].value[n - 1]) && fabs(dx[0].value[n - 1]) + fabs(dx[0].value[0]) > 0);
+    for (i = 0; i < 2; i++) {
+        test_tensor_free(&y[i]);
+        test_tensor_free(&dx[i]);
+    }
+    test_tensor_free(&x), test_tensor_free(&dy), test_tensor_free(&gamma), test_tensor_free(&beta);
+    test_tensor_free(&stats);
+}
+
+static void test_plain_norm_op(mpt_context *ctx) {
+    static const mpt_norm_shape shapes[] = {{1, 35, 19, 19, 0}, {13, 1, 37, 1, 0},  {3, 10, 12, 4, 0},
+                                            {2, 7, 33, 3, 0},   {2, 400, 16, 2, 0}, {70, 3, 64, 4, 0}};
+    size_t i;
+    int type, relu;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (type = MPT_F32; type <= MPT_BF16; type++)
+            for (relu = 0; relu < 2; relu++) check_plain_norm(ctx, &shapes[i], (mpt_dtype)type, relu);
+}
+
+static int plain_norm(mpt_model *net, int in, int kind, int no_affine) {
+    mpt_norm_desc d = MPT_ZERO;
+    d.no_affine = no_affine;
+    if (kind == 0) return mpt_batch_norm(net, in, &d);
+    return kind == 1 ? mpt_layer_norm(net, in, &d) : mpt_group_norm(net, in, 2, &d);
+}
+
+static void test_plain_norms(mpt_context *ctx, int kind) {
+    graph g = graph_new(ctx);
+    const int in = plain_norm(g.net, mpt_input(g.net, 3, 2, 4), kind, 1);
+    g.h = 1.0f / 128;
+    g.head[0] = mpt_tanh(g.net, plain_norm(g.net, mpt_conv2d(g.net, in, 6, 3, NULL), kind, 1));
+    check_gradients(&g);
+    CHECK_EQUAL(mpt_params_tensors(mpt_model_params(g.net)), 2); /* of the convolution */
+    graph_free(&g);
+}
+
+/* A batch norm that nothing trains below gathers the statistics that one with gamma and beta does. */
+static void test_input_norm(mpt_context *ctx, mpt_policy policy, int relu) {
+    float x[BATCH * 24], running[2][8], start[8] = {0, 0, 0, 0, 1, 1, 1, 1};
+    const int32_t label[BATCH] = {0, 1, 2, 1};
+    mpt_train_desc train = MPT_ZERO;
+    int i, step;
+    train.batch = BATCH;
+    test_floats(x, BATCH * 24, -1, 2, 5);
+    for (i = 0; i < 2; i++) {
+        mpt_model *net = mpt_model_new(ctx, policy);
+        const int norm = plain_norm(net, mpt_input(net, 3, 2, 4), 0, i);
+        mpt_softmax_cross_entropy(net, mpt_linear(net, relu ? mpt_relu(net, norm) : norm, 3, NULL), NULL);
+        CHECK_OK(ctx, mpt_model_build(net, &train));
+        for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(net, x, label));
+        CHECK_OK(ctx, mpt_download(ctx, running[i], mpt_model_running(net, norm), sizeof running[i]));
+        mpt_model_free(net);
+    }
+    CHECK(memcmp(running[0], running[1], sizeof running[0]) == 0);
+    for (i = 0; i < 8; i++) CHECK(fabs((double)running[0][i] - (double)start[i]) > 1e-3);
+}
+
 int main(int argc, char **argv) {
-    mpt_context *ctx;
-    int level;
+    mpt_context_desc plain = MPT_ZERO;
+    mpt_context *ctx, *reference;
+    int level, kind;
     test_begin(argc, argv);
     ctx = test_open(NULL);
+    plain.reference = 1;
+    reference = mpt_open(&plain);
     RUN_TEST(test_two_inputs(ctx));
     RUN_TEST(test_slices(ctx, 0));
     RUN_TEST(test_slices(ctx, 1));
@@ -301,6 +399,12 @@ int main(int argc, char **argv) {
     RUN_TEST(test_slice_errors(ctx));
     RUN_TEST(test_orders(ctx));
     RUN_TEST(test_names(ctx));
+    RUN_TEST(test_plain_norm_op(ctx));
+    RUN_TEST(test_plain_norm_op(reference));
+    for (kind = 0; kind < 3; kind++) RUN_TEST(test_plain_norms(ctx, kind));
+    for (level = 0; level < 3; level++)
+        RUN_TEST(test_input_norm(ctx, mpt_policy_preset((mpt_level)level, MPT_BF16), level % 2));
     mpt_close(ctx);
+    mpt_close(reference);
     return test_finish("nodes");
 }
