@@ -562,6 +562,26 @@ typedef struct mpt_columns_op {
 
 MPT_DEF mpt_result mpt_op_columns(mpt_context *ctx, const mpt_columns_op *op);
 
+/* A small image x(N,H,W,C), each of whose pixels stands for R x S pixels of a large one, y(N,H R,W S,C). */
+typedef struct mpt_broadcast_shape {
+    size_t N, H, W, C, R, S;
+} mpt_broadcast_shape;
+
+/* Nearest upsampling; with a factor, which is as large as y, the product of y and a smaller image: R = S = 1 is that of
+   two arrays, H = W = 1 scales channels (squeeze-and-excite; Hu et al. 2018).
+     MPT_FORWARD          y = each pixel of x, R x S times, times factor, + beta y
+     MPT_BACKWARD_DATA    x is dx, y is dy: dx = sums over R x S pixels of dy times factor, + beta dx; in double
+   The gradient of the factor is MPT_FORWARD with dy for the factor. */
+typedef struct mpt_broadcast_op {
+    mpt_pass pass;
+    mpt_broadcast_shape shape;
+    mpt_array x, y;
+    mpt_array factor; /* optional; may be y, but not overlap it otherwise */
+    float beta;
+} mpt_broadcast_op;
+
+MPT_DEF mpt_result mpt_op_broadcast(mpt_context *ctx, const mpt_broadcast_op *op);
+
 /* Shape of a normalisation: x(N,pixels,C), whose C channels fall into equal groups. Each group of each sample has a
    mean and a variance over its pixels and channels:
      group norm      N samples, pixels H W           layer norm over the channels    N = all rows, pixels 1, groups 1
@@ -1053,6 +1073,10 @@ MPT_DEF int mpt_reshape(mpt_model *net, int node, int H, int W, int C);
 MPT_DEF int mpt_slice(mpt_model *net, int node, int first, int count);
 /* a + b, same shape: the skip connection. */
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
+/* a b, of the same shape; or b is 1 x 1 x C and scales the channels of a (squeeze-and-excite). */
+MPT_DEF int mpt_multiply(mpt_model *net, int a, int b);
+/* scale times as high and wide, to the nearest pixel. torch.nn.Upsample(scale_factor=scale) */
+MPT_DEF int mpt_upsample(mpt_model *net, int node, int scale);
 /* a's channels, then b's, of the same height and width. */
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b);
 /* -- Your own layer -- */
@@ -1306,8 +1330,8 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
 /* The weights alone, as type F32, F16 or BF16, nearest even; running statistics as F32. MPT_ERROR_VALUE, naming tensor,
    element and value, if the type does not hold one. MPT_ERROR_UNSUPPORTED, here and in mpt_weights_load, naming the
    layer, for a model that PyTorch would compute otherwise with the same weights: where a flattened image, which it has
-   in C, H, W order, is added to what is in another order, sliced or given another shape, or its channels fall into
-   groups. */
+   in C, H, W order, is added to or multiplied by what is in another order, sliced or given another shape, or its
+   channels fall into groups. */
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type);
 MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size, mpt_dtype type);
 
@@ -1412,6 +1436,7 @@ typedef struct mpt_backend {
     mpt_result (*gemm)(mpt_context *ctx, const mpt_gemm_op *op);
     mpt_result (*conv2d)(mpt_context *ctx, const mpt_conv2d_op *op);
     mpt_result (*columns)(mpt_context *ctx, const mpt_columns_op *op);
+    mpt_result (*broadcast)(mpt_context *ctx, const mpt_broadcast_op *op);
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
     mpt_result (*norm)(mpt_context *ctx, const mpt_norm_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
@@ -3880,6 +3905,25 @@ MPT_DEF mpt_result mpt_op_columns(mpt_context *ctx, const mpt_columns_op *user) 
     return ctx->backend.columns(ctx, &op);
 }
 
+MPT_DEF mpt_result mpt_op_broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {
+    const mpt_broadcast_shape *z;
+    size_t height, width;
+    MPT__TRY(mpt__need_op(ctx, "broadcast", op));
+    z = &op->shape;
+    if (op->pass != MPT_FORWARD && op->pass != MPT_BACKWARD_DATA)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "broadcast: pass %d", (int)op->pass);
+    if (!z->R || !z->S) return mpt_fail(ctx, MPT_ERROR_SHAPE, "broadcast: a size is 0 (R %zu, S %zu)", z->R, z->S);
+    if (!mpt__size_mul(&height, z->H, z->R) || !mpt__size_mul(&width, z->W, z->S))
+        return mpt_fail(ctx, MPT_ERROR_SHAPE, "broadcast: %zu x %zu by %zu x %zu overflows size_t", z->H, z->W, z->R,
+                        z->S);
+    MPT__TRY(mpt__need_size(ctx, "broadcast", "y", z->N, height, width, z->C));
+    if (!z->N || !z->H || !z->W || !z->C) return MPT_OK;
+    MPT__TRY(mpt__need(ctx, "broadcast", op->pass == MPT_FORWARD ? "x" : "x (dx)", op->x));
+    MPT__TRY(mpt__need(ctx, "broadcast", op->pass == MPT_FORWARD ? "y" : "y (dy)", op->y));
+    if (op->factor.data) MPT__TRY(mpt__need(ctx, "broadcast", "factor", op->factor));
+    return ctx->backend.broadcast(ctx, op);
+}
+
 static mpt_result mpt__norm_shape_check(mpt_context *ctx, mpt_norm_pass pass, const mpt_norm_shape *s) {
     if (!mpt__finite(s->eps) || s->eps < 0)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: eps %g is not a finite number above 0", (double)s->eps);
@@ -4229,6 +4273,37 @@ static mpt_result mpt__ref_columns(mpt_context *ctx, const mpt_columns_op *op) {
     return MPT_OK;
 }
 
+/* An element of x(N,H,W,C): what it is in y, or dx from what is there */
+static void mpt__ref_broadcast_element(const mpt_broadcast_op *op, size_t n, size_t h, size_t w, size_t c) {
+    const mpt_broadcast_shape *shape = &op->shape;
+    const size_t in = ((n * shape->H + h) * shape->W + w) * shape->C + c;
+    const mpt_array none = MPT_ZERO;
+    double sum = 0;
+    size_t r, s;
+    for (r = 0; r < shape->R; r++)
+        for (s = 0; s < shape->S; s++) {
+            const size_t row = (n * shape->H + h) * shape->R + r, column = w * shape->S + s;
+            const size_t at = (row * shape->W * shape->S + column) * shape->C + c;
+            const double factor = op->factor.data ? mpt__ref_get(op->factor, at) : 1;
+            if (op->pass == MPT_FORWARD)
+                mpt__ref_put(op->y, at, mpt__ref_get(op->x, in) * factor, op->beta, none, 0, MPT_IDENTITY);
+            else sum += mpt__ref_get(op->y, at) * factor;
+        }
+    if (op->pass != MPT_FORWARD) mpt__ref_put(op->x, in, sum, op->beta, none, 0, MPT_IDENTITY);
+}
+
+/* y(N,H R,W S,C) from x(N,H,W,C), or dx from dy. fast: mpt__cpu_broadcast */
+static mpt_result mpt__ref_broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {
+    const mpt_broadcast_shape *shape = &op->shape;
+    size_t n, h, w, c;
+    (void)ctx;
+    for (n = 0; n < shape->N; n++)
+        for (h = 0; h < shape->H; h++)
+            for (w = 0; w < shape->W; w++)
+                for (c = 0; c < shape->C; c++) mpt__ref_broadcast_element(op, n, h, w, c);
+    return MPT_OK;
+}
+
 /* out(n), each element from those of the same index: the function that op->map names. fast: mpt__cpu_map */
 static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
     const uint64_t step = op->mask.step ? *op->mask.step : 0;
@@ -4436,6 +4511,7 @@ static void mpt__ref_backend(mpt_backend *backend) {
     backend->gemm = mpt__ref_gemm;
     backend->conv2d = mpt__ref_conv2d;
     backend->columns = mpt__ref_columns;
+    backend->broadcast = mpt__ref_broadcast;
     backend->map = mpt__ref_map;
     backend->pool2d = mpt__ref_pool2d;
     backend->norm = mpt__ref_norm;
@@ -5792,6 +5868,68 @@ static mpt_result mpt__cpu_columns(mpt_context *ctx, const mpt_columns_op *op) {
     return MPT_OK;
 }
 
+/* y of lines begin .. end, of N H R lines of W S pixels */
+static void mpt__broadcast_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__work *work = (const mpt__work *)arg;
+    const mpt_broadcast_op *op = (const mpt_broadcast_op *)work->op;
+    const mpt_broadcast_shape *shape = &op->shape;
+    const size_t C = shape->C, width = shape->W * shape->S;
+    float room[2][MPT__RUN];
+    size_t q, c;
+    (void)worker;
+    for (; begin < end; begin++)
+        for (q = 0; q < width; q++)
+            for (c = 0; c < C; c += MPT__RUN) {
+                const size_t n = mpt__min(C - c, MPT__RUN), at = (begin * width + q) * C + c;
+                const size_t in = (begin / shape->R * shape->W + q / shape->S) * C + c;
+                const float *x = mpt__read_run(work->ctx, op->x, in, n, room[0]);
+                float out[MPT__RUN] = {0};
+                if (op->factor.data) mpt__mul_add_run(out, x, mpt__read_run(work->ctx, op->factor, at, n, room[1]));
+                else mpt__scale_run(out, 1, x);
+                if (op->beta != 0) mpt__axpy_run(out, op->beta, mpt__read_run(work->ctx, op->y, at, n, room[0]));
+                mpt__write_run(work->ctx, op->y, at, n, out);
+            }
+}
+
+/* dx of begin .. end, of N H W pixels of so many runs of channels each */
+static void mpt__broadcast_sums_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__work *work = (const mpt__work *)arg;
+    const mpt_broadcast_op *op = (const mpt_broadcast_op *)work->op;
+    const mpt_broadcast_shape *shape = &op->shape;
+    const size_t C = shape->C, runs = mpt__pieces(C, MPT__RUN), width = shape->W * shape->S;
+    float room[2][MPT__RUN], ones[MPT__RUN], out[MPT__RUN];
+    size_t i, e;
+    (void)worker;
+    for (e = 0; e < MPT__RUN; e++) ones[e] = 1;
+    for (; begin < end; begin++) {
+        const size_t pixel = begin / runs, c = begin % runs * MPT__RUN, n = mpt__min(C - c, MPT__RUN);
+        const size_t first = pixel / shape->W * shape->R * width + pixel % shape->W * shape->S;
+        double sum[MPT__RUN] = {0};
+        for (i = 0; i < shape->R * shape->S; i++) {
+            const size_t at = (first + i / shape->S * width + i % shape->S) * C + c;
+            const float *dy = mpt__read_run(work->ctx, op->y, at, n, room[0]), *factor = ones;
+            if (op->factor.data) factor = mpt__read_run(work->ctx, op->factor, at, n, room[1]);
+            for (e = 0; e < MPT__RUN; e++) sum[e] += (double)dy[e] * (double)factor[e];
+        }
+        if (op->beta != 0) {
+            const float *old = mpt__read_run(work->ctx, op->x, pixel * C + c, n, room[0]);
+            for (e = 0; e < MPT__RUN; e++) sum[e] += (double)op->beta * (double)old[e];
+        }
+        for (e = 0; e < MPT__RUN; e++) out[e] = (float)sum[e];
+        mpt__write_run(work->ctx, op->x, pixel * C + c, n, out);
+    }
+}
+
+static mpt_result mpt__cpu_broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {
+    const mpt_broadcast_shape *shape = &op->shape;
+    const size_t lines = shape->N * shape->H * shape->R, count = lines * shape->W * shape->S * shape->C;
+    const size_t runs = shape->N * shape->H * shape->W * mpt__pieces(shape->C, MPT__RUN);
+    mpt__work w = {ctx, op};
+    if (op->pass == MPT_FORWARD) mpt__parallel(ctx, lines, count, mpt__broadcast_task, &w);
+    else mpt__parallel(ctx, runs, count, mpt__broadcast_sums_task, &w);
+    return MPT_OK;
+}
+
 /* -- Normalisation --
 
    Sums are in double, in an order that does not depend on the threads: over columns in a fixed number of blocks of
@@ -6824,6 +6962,7 @@ static mpt_backend mpt__cpu_backend(void) {
     b.gemm = mpt__cpu_gemm;
     b.conv2d = mpt__cpu_conv2d;
     b.columns = mpt__cpu_columns;
+    b.broadcast = mpt__cpu_broadcast;
     b.pool2d = mpt__cpu_pool2d;
     b.norm = mpt__cpu_norm;
     b.loss = mpt__cpu_loss;
@@ -7733,6 +7872,8 @@ typedef enum mpt__node_kind {
     MPT__LOSS,
     MPT__OWN,
     MPT__SLICE,
+    MPT__MULTIPLY,
+    MPT__UPSAMPLE,
     MPT__KINDS
 } mpt__node_kind;
 
@@ -7758,8 +7899,9 @@ typedef struct mpt__node {
     float p; /* dropout */
     mpt_pool_kind pool_kind;
     mpt_pool2d_shape pool;
-    int first;          /* channel of a slice */
-    mpt_activation act; /* of an activation node; of another, an activation fused into it */
+    int first;                  /* channel of a slice */
+    mpt_broadcast_shape spread; /* N = 1 */
+    mpt_activation act;         /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     mpt_loss_desc loss_desc;
     mpt_layer_desc own; /* of mpt_layer */
@@ -8659,17 +8801,21 @@ static mpt__kind mpt__kind_slice(void) {
 
 /* -- Sum -- y = act(a + b) */
 
-/* A node of two inputs of the same height and width; channels: and as many channels. NULL: failed, and remembered. */
-static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels) {
+/* A node of two inputs of the same height and width; channels: and as many channels; pixel: or the second has one pixel
+   only. NULL: failed, and remembered. */
+static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels,
+                            int pixel) {
     mpt__node *node = b ? mpt__node_new(net, kind, word, NULL, a) : NULL;
     const mpt__node *other;
+    int fits;
     if (!node) return NULL;
     if (b < 0 || b > net->count || mpt__node_of(net, b)->kind == MPT__LOSS) {
         mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: there is no node %d", node->name, b));
         return NULL;
     }
     other = mpt__node_of(net, b);
-    if (other->H != node->H || other->W != node->W || (channels && other->C != node->C)) {
+    fits = (other->H == node->H && other->W == node->W) || (pixel && other->H * other->W == 1);
+    if (!fits || (channels && other->C != node->C)) {
         mpt__layer_failed(net, mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %s is %dx%dx%d but %s is %dx%dx%d", node->name,
                                         mpt__node_of(net, a)->name, node->H, node->W, node->C, other->name, other->H,
                                         other->W, other->C));
@@ -8680,7 +8826,7 @@ static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *wor
 }
 
 MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
-    return mpt__join(net, MPT__ADD, "add", a, b, 1) ? mpt__layer_done(net, MPT_OK) : 0;
+    return mpt__join(net, MPT__ADD, "add", a, b, 1, 0) ? mpt__layer_done(net, MPT_OK) : 0;
 }
 
 static mpt_result mpt__sum_forward(const mpt__visit *v) {
@@ -8716,7 +8862,7 @@ static mpt__kind mpt__kind_sum(void) {
 /* -- Concatenation -- y = a's channels, then b's, pixel by pixel */
 
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b) {
-    mpt__node *node = mpt__join(net, MPT__CONCAT, "concat", a, b, 0);
+    mpt__node *node = mpt__join(net, MPT__CONCAT, "concat", a, b, 0, 0);
     size_t C;
     if (!node) return 0;
     C = (size_t)node->C + (size_t)mpt__node_of(net, b)->C;
@@ -8770,6 +8916,118 @@ static mpt__kind mpt__kind_concat(void) {
     k.follows = mpt__concat_follows;
     k.forward = mpt__concat_forward;
     k.data = mpt__concat_data;
+    return k;
+}
+
+/* -- Product -- y = a b, where b has each pixel of a or one for all of them */
+
+static mpt_broadcast_shape mpt__spread_shape(const mpt__node *small, const mpt__node *large) {
+    mpt_broadcast_shape shape = MPT_ZERO;
+    shape.N = 1;
+    shape.H = (size_t)small->H;
+    shape.W = (size_t)small->W;
+    shape.C = (size_t)small->C;
+    shape.R = (size_t)(large->H / small->H);
+    shape.S = (size_t)(large->W / small->W);
+    return shape;
+}
+
+MPT_DEF int mpt_multiply(mpt_model *net, int a, int b) {
+    mpt__node *node = mpt__join(net, MPT__MULTIPLY, "multiply", a, b, 1, 1);
+    if (!node) return 0;
+    node->spread = mpt__spread_shape(mpt__node_of(net, b), node);
+    return mpt__layer_done(net, MPT_OK);
+}
+
+static mpt_broadcast_op mpt__spread_op(const mpt__visit *v, mpt_pass pass) {
+    mpt_broadcast_op op = MPT_ZERO;
+    op.pass = pass;
+    op.shape = v->node->spread;
+    op.shape.N = v->N;
+    return op;
+}
+
+static int mpt__multiply_reads_x(MPT__UNUSED const mpt__node *node) { return 1; }
+
+static mpt_result mpt__multiply_forward(const mpt__visit *v) {
+    mpt_broadcast_op op = mpt__spread_op(v, MPT_FORWARD);
+    op.x = v->x[1];
+    op.factor = v->x[0];
+    op.y = v->y;
+    return mpt_op_broadcast(v->ctx, &op);
+}
+
+/* da = dy b, db = sums of dy a */
+static mpt_result mpt__multiply_data(const mpt__visit *v, int side) {
+    mpt_broadcast_op op = mpt__spread_op(v, side ? MPT_BACKWARD_DATA : MPT_FORWARD);
+    op.x = side ? v->dx[1] : v->x[1];
+    op.y = side ? v->dy : v->dx[0];
+    op.factor = side ? v->x[0] : v->dy;
+    op.beta = v->beta_x[side];
+    return mpt_op_broadcast(v->ctx, &op);
+}
+
+/* A factor of one pixel has the channels of an image in their order. */
+static int mpt__multiply_is_torchs(const mpt_model *net, const mpt__node *node) {
+    const mpt__node *b = mpt__node_of(net, node->in[1]);
+    if (b->H * b->W > 1) return 1;
+    return mpt__same_order(net, node->in[1], node->H * node->W > 1 ? 0 : node->in[0]);
+}
+
+static mpt__kind mpt__kind_multiply(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "elementwise";
+    k.reads_x = mpt__multiply_reads_x;
+    k.follows = mpt__follows_input;
+    k.is_torchs = mpt__multiply_is_torchs;
+    k.forward = mpt__multiply_forward;
+    k.data = mpt__multiply_data;
+    return k;
+}
+
+/* -- Upsampling -- y(H scale, W scale) = each pixel of x, scale x scale times */
+
+MPT_DEF int mpt_upsample(mpt_model *net, int in, int scale) {
+    mpt__node *node = mpt__node_new(net, MPT__UPSAMPLE, "upsample", NULL, in);
+    mpt_result r;
+    if (!node) return 0;
+    r = mpt__layer_positive(net, node, "scale", scale, 1);
+    if (r == MPT_OK && (node->H > MPT__MOST / scale || node->W > MPT__MOST / scale))
+        r = mpt_fail(net->ctx, MPT_ERROR_SHAPE, "%s: %dx%d times %d", node->name, node->H, node->W, scale);
+    if (r == MPT_OK)
+        r = mpt__layer_size(net, node, (size_t)node->H * (size_t)scale, (size_t)node->W * (size_t)scale,
+                            (size_t)node->C);
+    if (r == MPT_OK) node->spread = mpt__spread_shape(mpt__node_of(net, in), node);
+    return mpt__layer_done(net, r);
+}
+
+static mpt_result mpt__upsample_forward(const mpt__visit *v) {
+    mpt_broadcast_op op = mpt__spread_op(v, MPT_FORWARD);
+    op.x = v->x[0];
+    op.y = v->y;
+    return mpt_op_broadcast(v->ctx, &op);
+}
+
+static mpt_result mpt__upsample_data(const mpt__visit *v, int side) {
+    mpt_broadcast_op op = mpt__spread_op(v, MPT_BACKWARD_DATA);
+    op.x = v->dx[side];
+    op.y = v->dy;
+    op.beta = v->beta_x[side];
+    return mpt_op_broadcast(v->ctx, &op);
+}
+
+static int mpt__upsample_is_torchs(const mpt_model *net, const mpt__node *node) {
+    const mpt__node *in = mpt__node_of(net, node->in[0]);
+    return in->H * in->W > 1 || node->H * node->W == 1 || mpt__same_order(net, node->in[0], 0);
+}
+
+static mpt__kind mpt__kind_upsample(void) {
+    mpt__kind k = MPT_ZERO;
+    k.how = "copy";
+    k.follows = mpt__follows_input;
+    k.is_torchs = mpt__upsample_is_torchs;
+    k.forward = mpt__upsample_forward;
+    k.data = mpt__upsample_data;
     return k;
 }
 
@@ -9158,7 +9416,7 @@ static mpt__kind mpt__kind_of(const mpt__node *node) {
     static mpt__kind (*const kinds[MPT__KINDS])(void) = {
         mpt__kind_input,   mpt__kind_linear, mpt__kind_conv2d, mpt__kind_activation, mpt__kind_pool,
         mpt__kind_reshape, mpt__kind_sum,    mpt__kind_concat, mpt__kind_norm,       mpt__kind_dropout,
-        mpt__kind_loss,    mpt__kind_own,    mpt__kind_slice};
+        mpt__kind_loss,    mpt__kind_own,    mpt__kind_slice,  mpt__kind_multiply,   mpt__kind_upsample};
     return kinds[node->kind]();
 }
 
@@ -11180,8 +11438,8 @@ static int mpt__same_order(const mpt_model *net, int id, int other) {
 }
 
 /* Layers that compute something else on a flattened image than PyTorch, which has its elements in C, H, W order, so
-   that no order of their weights makes up for it: sums with what is in another order, groups of channels, slices of
-   it, and what it becomes in another shape. */
+   that no order of their weights makes up for it: sums and products with what is in another order, groups of
+   channels, slices of it, and what it becomes in another shape. */
 static mpt_result mpt__check_orders(const mpt__job *job) {
     const mpt_model *net = job->net;
     int id;
@@ -12580,9 +12838,9 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
           builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks, inputs as bytes
           or in device memory, batch norms folded for prediction.
-          Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs. mpt_name and mpt_find.
-          mpt_global_max_pool2d, averages of the image alone. train.clip_value. Norms without gamma and beta, in
-          mpt_op_norm as well.
+          Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs; mpt_multiply, mpt_upsample,
+          on mpt_op_broadcast; mpt_global_max_pool2d. mpt_name and mpt_find. Averages of the image alone. Norms without
+          gamma and beta, in mpt_op_norm as well. train.clip_value.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

@@ -34,7 +34,7 @@
      PRODUCTS          gemm by cuBLAS, epilogues, convolution as gather and gemm, depthwise convolution
      NORMALISATION     statistics, forward, backward, running statistics
      REDUCTIONS        scan, histogram, losses
-     POOLING           max and average, forward and backward
+     POOLING           max and average, forward and backward; pixels that stand for several
      OPTIMIZER         check, update with clipping, loss scale
      STEPS             training steps recorded once and launched as a graph
      TABLE             the backend, opening and closing
@@ -3089,6 +3089,78 @@ static mpt_result mptc__pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     return MPT_OK;
 }
 
+/* -- Small images and large ones, see mpt_broadcast_op -- */
+
+/* y(N,H R,W S,C) from x(N,H,W,C) */
+static __global__ void mptc__broadcast_k(mpt_broadcast_op op, mptc__grid grid, mptc__divider by_packs) {
+    const mpt_broadcast_shape z = op.shape;
+    const size_t count = z.N * z.H * z.R * z.W * z.S * by_packs.by;
+    for (size_t i = mptc__thread(); i < count; i += mptc__stride()) {
+        const unsigned row = mptc__divide((unsigned)i, by_packs);
+        const size_t c = (size_t)((unsigned)i - row * by_packs.by) * MPTC__PACK, out = row * z.C + c;
+        const mptc__position at = mptc__position_of(row, grid);
+        const size_t h = at.down / (unsigned)z.R, w = at.across / (unsigned)z.S;
+        const unsigned some = mptc__left(z.C, c);
+        float x[MPTC__PACK], other[MPTC__PACK];
+        mptc__load(op.x, ((at.n * z.H + h) * z.W + w) * z.C + c, some, x);
+        if (op.factor.data) {
+            mptc__load(op.factor, out, some, other);
+            MPTC__EACH(e) x[e] = mpt__mul_rn(x[e], other[e]);
+        }
+        if (op.beta != 0) {
+            mptc__load(op.y, out, some, other);
+            MPTC__EACH(e) x[e] = mpt__add_rn(x[e], mpt__mul_rn(op.beta, other[e]));
+        }
+        mptc__store(op.y, out, some, x);
+    }
+}
+
+/* dx(N,H,W,C) from dy(N,H R,W S,C): `lanes` threads, side by side in a warp, share the R S pixels of a pack. */
+static __global__ void mptc__broadcast_sums_k(mpt_broadcast_op op, mptc__grid grid, mptc__divider by_packs,
+                                              unsigned lanes) {
+    const mpt_broadcast_shape z = op.shape;
+    const unsigned R = (unsigned)z.R, S = (unsigned)z.S, lane = threadIdx.x % lanes;
+    const size_t count = z.N * z.H * z.W * by_packs.by;
+    for (size_t i = mptc__thread() / lanes; i < count; i += mptc__stride() / lanes) {
+        const unsigned row = mptc__divide((unsigned)i, by_packs);
+        const size_t c = (size_t)((unsigned)i - row * by_packs.by) * MPTC__PACK, in = row * z.C + c;
+        const mptc__position at = mptc__position_of(row, grid);
+        const size_t first = ((at.n * z.H + at.down) * R * z.W + at.across) * S;
+        const unsigned some = mptc__left(z.C, c);
+        float dy[MPTC__PACK], factor[MPTC__PACK];
+        double sum[MPTC__PACK] = {0};
+        MPTC__EACH(e) factor[e] = 1;
+        for (unsigned tap = lane; tap < R * S; tap += lanes) {
+            const size_t from = (first + tap / S * (z.W * S) + tap % S) * z.C + c;
+            mptc__load(op.y, from, some, dy);
+            if (op.factor.data) mptc__load(op.factor, from, some, factor);
+            MPTC__EACH(e) sum[e] += (double)dy[e] * (double)factor[e];
+        }
+        MPTC__EACH(e) sum[e] = mptc__warp_sum(sum[e], lanes);
+        if (lane) continue;
+        if (op.beta != 0) {
+            mptc__load(op.x, in, some, dy);
+            MPTC__EACH(e) sum[e] += (double)op.beta * (double)dy[e];
+        }
+        MPTC__EACH(e) dy[e] = (float)sum[e];
+        mptc__store(op.x, in, some, dy);
+    }
+}
+
+static mpt_result mptc__broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {
+    const mpt_broadcast_shape *z = &op->shape;
+    const size_t packs = mptc__divide_up(z->C, MPTC__PACK), window = z->R * z->S;
+    const size_t inputs = z->N * z->H * z->W * packs, outputs = inputs * window;
+    const unsigned lanes = window < MPTC__WARP ? 1 : MPTC__WARP;
+    MPTC__TRY(mptc__enter(ctx));
+    MPTC__TRY(mptc__need_positions(ctx, "broadcast", outputs)); /* of packs of channels */
+    if (op->pass == MPT_FORWARD)
+        return MPTC__SPREAD(mptc__broadcast_k, outputs, *op, mptc__grid_of(z->H * z->R, z->W * z->S),
+                            mptc__divider_of(packs));
+    return MPTC__SPREAD(mptc__broadcast_sums_k, inputs * lanes, *op, mptc__grid_of(z->H, z->W),
+                        mptc__divider_of(packs), lanes);
+}
+
 /* Is this the gradient of a ReLU in place, of what waits to be written there? Then that is written with it: the same
    bits, since 0 and the value itself are rounded as they are. */
 static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int *joins) {
@@ -3562,6 +3634,7 @@ static mpt_backend mptc__backend(void) {
     table.gemm = MPTC__VISIT(mptc__gemm);
     table.conv2d = MPTC__VISIT(mptc__conv2d);
     table.columns = MPTC__VISIT(mptc__columns_copy);
+    table.broadcast = MPTC__VISIT(mptc__broadcast);
     table.pool2d = MPTC__VISIT(mptc__pool2d);
     table.norm = MPTC__VISIT(mptc__norm);
     table.loss = MPTC__VISIT(mptc__loss);

@@ -110,7 +110,7 @@ MPT_DEF mpt_result lens_sweep_print(const mpt_histogram *h, int first, int last,
 
 /* ==== GRADIENTS ==== */
 
-enum { LENS_CHECKED = 64 };       /* most elements that are looked at in a tensor, spread over all of it */
+enum { LENS_CHECKED = 64 };         /* most elements that are looked at in a tensor, spread over all of it */
 #define LENS_GRADIENT_BOUND 0.03125 /* a relative error up to this may be the differences' own */
 
 /* Compares the parameter gradients of n <= batch samples with differences of their mean loss, as training computes it
@@ -1631,6 +1631,22 @@ static mpt_result lens__columns(mpt_context *ctx, const mpt_columns_op *op) {
     return r == MPT_OK ? lens__deliver(lens, &o, run.y) : r;
 }
 
+static mpt_result lens__broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {
+    lens_view *lens = lens__of(ctx);
+    const mpt_broadcast_shape *z = &op->shape;
+    const int forward = op->pass == MPT_FORWARD, alone = !op->factor.data;
+    const mpt_pass pass = mpt_context_place(ctx).pass; /* the gradient of a factor is made forward */
+    const size_t x = z->N * z->H * z->W * z->C, y = x * z->R * z->S, n = forward ? y : x;
+    lens__output o = lens__output_of(lens, alone ? "upsampling" : "product", pass, 1, n, n, op->beta);
+    mpt_broadcast_op run = *op;
+    mpt_array *written = forward ? &run.y : &run.x;
+    mpt_result r;
+    lens__output_reads(&o, forward ? op->x : op->y, forward ? x : y, op->factor, alone ? 0 : y);
+    LENS__TRY(lens__divert(lens, &o, written, NULL));
+    LENS__CALL(lens, r, inner, broadcast(ctx, &run));
+    return r == MPT_OK ? lens__deliver(lens, &o, *written) : r;
+}
+
 static mpt_result lens__pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     lens_view *lens = lens__of(ctx);
     const mpt_pool2d_shape *z = &op->shape;
@@ -1758,6 +1774,7 @@ MPT_DEF lens_view *lens_open(mpt_context *ctx) {
     table->gemm = lens__gemm;
     table->conv2d = lens__conv2d;
     table->columns = lens__columns;
+    table->broadcast = lens__broadcast;
     table->pool2d = lens__pool2d;
     table->norm = lens__norm;
     table->loss = lens__loss;

@@ -13,7 +13,15 @@
 
 #include <stddef.h>
 
-typedef enum test_op_kind { TEST_GEMM, TEST_CONV2D, TEST_POOL2D, TEST_MAP, TEST_COLUMNS, TEST_NORM } test_op_kind;
+typedef enum test_op_kind {
+    TEST_GEMM,
+    TEST_CONV2D,
+    TEST_POOL2D,
+    TEST_MAP,
+    TEST_COLUMNS,
+    TEST_NORM,
+    TEST_BROADCAST
+} test_op_kind;
 
 typedef union test_op_struct {
     mpt_gemm_op gemm;
@@ -22,6 +30,7 @@ typedef union test_op_struct {
     mpt_map_op map;
     mpt_columns_op columns;
     mpt_norm_op norm;
+    mpt_broadcast_op broadcast;
 } test_op_struct;
 
 enum { TEST_SLOTS = 10 };
@@ -84,6 +93,7 @@ static inline mpt_result test_op_call(mpt_context *ctx, test_op_kind kind, const
     case TEST_MAP: return mpt_op_map(ctx, &op->map);
     case TEST_COLUMNS: return mpt_op_columns(ctx, &op->columns);
     case TEST_NORM: return mpt_op_norm(ctx, &op->norm);
+    case TEST_BROADCAST: return mpt_op_broadcast(ctx, &op->broadcast);
     }
     return MPT_ERROR_ARGUMENT;
 }
@@ -177,6 +187,16 @@ static inline int test_columns_slots(const mpt_columns_op *op, test_slot *s) {
     return 2;
 }
 
+static inline int test_broadcast_slots(const mpt_broadcast_op *op, test_slot *s) {
+    const mpt_broadcast_shape *z = &op->shape;
+    const size_t x = z->N * z->H * z->W * z->C, window = z->R * z->S;
+    const int forward = op->pass == MPT_FORWARD, kept = op->beta != 0;
+    s[0] = test_vector(!forward, offsetof(mpt_broadcast_op, x), x, kept, (double)window + 1);
+    s[1] = test_vector(forward, offsetof(mpt_broadcast_op, y), x * window, kept, 2);
+    s[2] = test_vector(0, offsetof(mpt_broadcast_op, factor), x * window, 0, 0);
+    return 3;
+}
+
 /* Statistics are not of x unless a test takes them: means and variances of 0.5 to 1.5. */
 static inline int test_norm_slots(const mpt_norm_op *op, test_slot *s) {
     const mpt_norm_shape *z = &op->shape;
@@ -208,6 +228,7 @@ static inline int test_op_slots(const test_op *t, test_slot *s) {
     case TEST_POOL2D: return test_pool2d_slots(&t->op.pool2d, s);
     case TEST_MAP: return test_map_slots(&t->op.map, s);
     case TEST_COLUMNS: return test_columns_slots(&t->op.columns, s);
+    case TEST_BROADCAST: return test_broadcast_slots(&t->op.broadcast, s);
     case TEST_NORM: return test_norm_slots(&t->op.norm, s);
     }
     return 0;
@@ -247,8 +268,9 @@ static inline void test_op_fill(test_op *t) {
 
 /* op: the struct of this kind */
 static inline test_op test_op_new(mpt_context *ctx, test_op_kind kind, const void *op) {
-    static const size_t sizes[] = {sizeof(mpt_gemm_op), sizeof(mpt_conv2d_op),  sizeof(mpt_pool2d_op),
-                                   sizeof(mpt_map_op),  sizeof(mpt_columns_op), sizeof(mpt_norm_op)};
+    static const size_t sizes[] = {sizeof(mpt_gemm_op),     sizeof(mpt_conv2d_op),  sizeof(mpt_pool2d_op),
+                                   sizeof(mpt_map_op),      sizeof(mpt_columns_op), sizeof(mpt_norm_op),
+                                   sizeof(mpt_broadcast_op)};
     test_slot s[TEST_SLOTS];
     test_op t;
     int i, count;
@@ -304,6 +326,7 @@ static inline void test_op_absolute(test_op_kind kind, test_op_struct *op) {
         op->map.act = MPT_IDENTITY;
         break;
     case TEST_COLUMNS: op->columns.beta = (float)fabs((double)op->columns.beta); break;
+    case TEST_BROADCAST: op->broadcast.beta = (float)fabs((double)op->broadcast.beta); break;
     case TEST_NORM:
         op->norm.scale = (float)fabs((double)op->norm.scale);
         op->norm.scale_x = (float)fabs((double)op->norm.scale_x);
@@ -412,7 +435,7 @@ static inline void test_op_expect(const test_op *t, double *const *expected, dou
 /* ==== CHECKING ==== */
 
 static inline void test_op_print(const test_op *t) {
-    static const char *const names[] = {"gemm", "conv2d", "pool2d", "map", "columns", "norm"};
+    static const char *const names[] = {"gemm", "conv2d", "pool2d", "map", "columns", "norm", "broadcast"};
     const mpt_conv2d_shape *c = &t->op.conv2d.shape;
     const mpt_norm_shape *n = &t->op.norm.shape;
     int i;

@@ -108,6 +108,14 @@ def avg_pool(n, t):
     return channels_last(F.avg_pool2d(channels_first(t.x), *window(n), count_include_pad=not n.exclude_padding))
 
 
+def multiply(n, t):
+    return t.a * t.b
+
+
+def upsample(n, t):
+    return channels_last(F.interpolate(channels_first(t.x), scale_factor=n.R, mode="nearest"))
+
+
 def batch_norm_train(n, t):
     mean, var = t.running_mean.clone(), t.running_var.clone()
     y = F.batch_norm(channels_first(t.x), mean, var, t.gamma, t.beta, True, n.momentum, n.eps)
@@ -175,6 +183,18 @@ def avg_pool_terms(n):
 
 def avg_pool_rounds(n):
     return dict(dx=n.R * n.S + 1)
+
+
+def multiply_terms(n):
+    return dict(y=1, da=1, db=n.R * n.S)
+
+
+def multiply_rounds(n):
+    return dict(db=2 if n.R * n.S > 1 else 1)
+
+
+def upsample_terms(n):
+    return dict(y=0, dx=n.R * n.S)
 
 
 def exact(n, t, dy):
@@ -361,6 +381,25 @@ def add_op(count):
         a=("activation", -2, 2, (count,)), b=("activation", -2, 2, (count,))))
 
 
+def multiply_op(R=1, S=1, **shape):
+    """b is of 1 x 1, each of whose pixels stands for R x S of a; or of a's shape."""
+    n = SimpleNamespace(**shape)
+    numbers = dict(**shape, R=R, S=S)
+    return Op(multiply, multilinear(multiply, multiply_terms, rounds=multiply_rounds), numbers, dict(
+        a=("activation", -2, 2, (n.N, n.H * R, n.W * S, n.C)), b=("activation", -2, 2, (n.N, n.H, n.W, n.C))))
+
+
+def upsample_op(scale, **shape):
+    n = SimpleNamespace(**shape)
+    return Op(upsample, multilinear(upsample, upsample_terms), dict(**shape, R=scale, S=scale), dict(
+        x=("activation", -2, 2, (n.N, n.H, n.W, n.C))))
+
+
+def leaky_relu_op(slope):
+    return activation_op(lambda x: F.leaky_relu(x, slope), of_activation(
+        lambda x: F.leaky_relu(x, slope).abs(), lambda x: torch.where(x > 0, 1.0, slope)), slope=slope)
+
+
 def activation_op(function, bounds, count=61, **numbers):
     return Op(lambda n, t: function(t.x), bounds, dict(n=count, **numbers), dict(
         x=("activation", -5, 5, (count,))))
@@ -414,8 +453,7 @@ OPS = {
     "global_avg_pool": avg_pool_op(**IMAGE, R=7, S=6, stride=1, padding=0),
     "add": add_op(61),
     "relu": activation_op(F.relu, exact),
-    "leaky_relu": activation_op(lambda x: F.leaky_relu(x, 0.01), of_activation(
-        lambda x: F.leaky_relu(x, 0.01).abs(), lambda x: torch.where(x > 0, 1.0, 0.01)), slope=0.01),
+    "leaky_relu": leaky_relu_op(0.01),
     "gelu_erf": activation_op(F.gelu, of_activation(
         lambda x: x.abs() / 2 * (1 + torch.erf(x.abs())), gelu_erf_slope)),
     "gelu_tanh": activation_op(lambda x: F.gelu(x, approximate="tanh"), of_activation(
@@ -446,6 +484,10 @@ OPS = {
     "avg_pool_exclude": avg_pool_op(**IMAGE, R=3, S=2, stride=(2, 1), padding=(1, 1), exclude_padding=1),
     "bce_pos_weight": loss_op(bce, bce_bounds, targets=(0, 1), pos_weight=True),
     "huber_delta": loss_op(lambda n, t: F.huber_loss(t.x, t.target, delta=n.delta), huber_bounds, delta=0.75),
+    "multiply": multiply_op(N=2, H=5, W=3, C=3),
+    "multiply_channels": multiply_op(N=3, H=1, W=1, C=11, R=5, S=3),
+    "upsample": upsample_op(2, N=2, H=3, W=5, C=3),
+    "leaky_relu_slope": leaky_relu_op(0.2),
 }
 
 

@@ -218,6 +218,43 @@ static void run_add(run *r) {
     CHECK_OK(r->ctx, mpt_op_map(r->ctx, &op));
 }
 
+static mpt_broadcast_shape broadcast_shape(const run *r) {
+    mpt_broadcast_shape s = MPT_ZERO;
+    s.N = size(r, "N"), s.H = size(r, "H"), s.W = size(r, "W"), s.C = size(r, "C");
+    s.R = size(r, "R"), s.S = size(r, "S");
+    return s;
+}
+
+static void run_multiply(run *r) {
+    const mpt_array a = input(r, "a"), b = input(r, "b"), dy = input(r, "dy");
+    mpt_broadcast_op op = MPT_ZERO;
+    op.shape = broadcast_shape(r);
+    op.x = b;
+    op.factor = a;
+    op.y = output(r, "y");
+    CHECK_OK(r->ctx, mpt_op_broadcast(r->ctx, &op));
+    op.factor = dy;
+    op.y = output(r, "da");
+    CHECK_OK(r->ctx, mpt_op_broadcast(r->ctx, &op));
+    op.pass = MPT_BACKWARD_DATA;
+    op.factor = a;
+    op.y = dy;
+    op.x = output(r, "db");
+    CHECK_OK(r->ctx, mpt_op_broadcast(r->ctx, &op));
+}
+
+static void run_upsample(run *r) {
+    mpt_broadcast_op op = MPT_ZERO;
+    op.shape = broadcast_shape(r);
+    op.x = input(r, "x");
+    op.y = output(r, "y");
+    CHECK_OK(r->ctx, mpt_op_broadcast(r->ctx, &op));
+    op.pass = MPT_BACKWARD_DATA;
+    op.y = input(r, "dy");
+    op.x = output(r, "dx");
+    CHECK_OK(r->ctx, mpt_op_broadcast(r->ctx, &op));
+}
+
 static void run_activation(run *r) {
     const mpt_array x = input(r, "x"), y = output(r, "y");
     mpt_map_op op = MPT_ZERO;
@@ -373,6 +410,9 @@ static const operation operations[] = {
     {"op_huber", run_loss, MPT_LOSS_HUBER},
     {"op_bce_pos_weight", run_loss, MPT_LOSS_BCE_WITH_LOGITS},
     {"op_huber_delta", run_loss, MPT_LOSS_HUBER},
+    {"op_multiply", run_multiply, 0},
+    {"op_multiply_channels", run_multiply, 0},
+    {"op_upsample", run_upsample, 0},
 };
 
 static void test_operation(mpt_context *ctx, const operation *op) {

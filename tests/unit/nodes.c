@@ -220,20 +220,24 @@ static void test_slice_errors(mpt_context *ctx) {
 /* Files of weights: where PyTorch would slice or shape a flattened image in another order they are refused. */
 static void test_orders(mpt_context *ctx) {
     int kind;
-    for (kind = 0; kind < 6; kind++) {
+    for (kind = 0; kind < 8; kind++) {
         mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
         int h = mpt_input(net, 1, 1, 2 * 2 * 6);
         size_t size = 0;
-        if (kind < 4) h = mpt_conv2d(net, mpt_reshape(net, h, 2, 2, 6), 6, 1, NULL);
+        if (kind < 4 || kind > 5) h = mpt_conv2d(net, mpt_reshape(net, h, 2, 2, 6), 6, 1, NULL);
         if (kind == 0) h = mpt_slice(net, h, 2, 3);                   /* channels of an image */
         if (kind == 1) h = mpt_reshape(net, h, 1, 4, 6);              /* as many channels */
         if (kind == 2) h = mpt_slice(net, mpt_flatten(net, h), 0, 6); /* in C, H, W order not these */
         if (kind == 3) h = mpt_reshape(net, h, 4, 3, 2);
         if (kind == 4) h = mpt_slice(net, mpt_linear(net, h, 9, NULL), 3, 4);
         if (kind == 5) h = mpt_slice(net, mpt_reshape(net, mpt_linear(net, h, 9, NULL), 3, 3, 1), 0, 1);
+        if (kind == 6) h = mpt_multiply(net, mpt_flatten(net, h), mpt_linear(net, h, 24, NULL));
+        if (kind == 7) h = mpt_multiply(net, mpt_flatten(net, h), mpt_tanh(net, mpt_flatten(net, h)));
         mpt_softmax_cross_entropy(net, mpt_linear(net, h, 2, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(net, NULL));
-        if (kind == 2 || kind == 3)
+        if (kind == 6)
+            CHECK_ERROR(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32), MPT_ERROR_UNSUPPORTED, "multiply1");
+        else if (kind == 2 || kind == 3)
             CHECK_ERROR(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32), MPT_ERROR_UNSUPPORTED,
                         kind == 2 ? "slice1" : "reshape2");
         else CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32));
@@ -286,6 +290,75 @@ static void test_names(mpt_context *ctx) {
     net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
     CHECK_EQUAL(mpt_name(net, mpt_input(net, 1, 1, 4), NULL) + mpt_name(net, 2, "x"), 0);
     mpt_model_free(net);
+}
+
+/* -- Products and upsampling -- */
+
+/* Squeeze-and-excite, whose factors are of one pixel; or of all; or the value itself, squared. A third reads it, too. */
+static void test_multiply(mpt_context *ctx, int kind) {
+    graph g = graph_new(ctx);
+    const int h = mpt_tanh(g.net, test_same(g.net, mpt_input(g.net, 5, 3, 4), 6, 3));
+    int b = h;
+    if (kind == 0) b = mpt_sigmoid(g.net, mpt_linear(g.net, mpt_global_avg_pool2d(g.net, h), 6, NULL));
+    if (kind == 1) b = mpt_conv2d(g.net, h, 6, 1, NULL);
+    g.head[0] = mpt_multiply(g.net, h, b);
+    if (kind == 1) g.head[1] = mpt_multiply(g.net, b, mpt_tanh(g.net, b));
+    check_gradients(&g);
+    graph_free(&g);
+}
+
+/* A network that goes down and up again, with a skip. */
+static void test_upsample(mpt_context *ctx, int scale) {
+    graph g = graph_new(ctx);
+    const int in = mpt_input(g.net, 2 * scale, scale, 3);
+    int h = mpt_avg_pool2d(g.net, mpt_tanh(g.net, mpt_conv2d(g.net, in, 5, 1, NULL)), scale, NULL);
+    h = mpt_upsample(g.net, mpt_tanh(g.net, h), scale);
+    g.head[0] = mpt_conv2d(g.net, mpt_concat(g.net, in, h), 2, 1, NULL);
+    check_gradients(&g);
+    graph_free(&g);
+}
+
+/* The engine's steps are those of the plain loops, as near as the type's roundings: with E = 2^-11 or 2^-8 a value has
+   passed fewer than 40 of them, each of which moves it by E of the largest, at most 4. */
+static void test_half(mpt_context *ctx, mpt_context *reference, mpt_dtype type) {
+    float x[BATCH * 48], y[2][BATCH * 3];
+    const int32_t label[BATCH] = {0, 1, 2, 1};
+    mpt_train_desc train = MPT_ZERO;
+    int i, step;
+    train.batch = BATCH;
+    train.optimizer = mpt_sgd(0.05, 0.9);
+    test_floats(x, BATCH * 48, -1, 1, 5);
+    for (i = 0; i < 2; i++) {
+        mpt_model *m = mpt_model_new(i ? reference : ctx, mpt_policy_preset(MPT_O2, type));
+        int h = test_same(m, mpt_input(m, 4, 4, 3), 6, 3), a, b;
+        h = mpt_relu(m, mpt_batch_norm(m, h, NULL));
+        a = mpt_sigmoid(m, mpt_linear(m, mpt_global_avg_pool2d(m, h), 6, NULL));
+        b = mpt_upsample(m, mpt_max_pool2d(m, h, 2, NULL), 2);
+        h = mpt_multiply(m, mpt_multiply(m, h, a), mpt_leaky_relu(m, b));
+        h = mpt_concat(m, mpt_slice(m, h, 0, 2), mpt_slice(m, h, 1, 5));
+        mpt_softmax_cross_entropy(m, mpt_linear(m, mpt_reshape(m, h, 2, 8, 7), 3, NULL), NULL);
+        CHECK_OK(ctx, mpt_model_build(m, &train));
+        for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(m, x, label));
+        CHECK_OK(ctx, mpt_predict(m, x, BATCH, y[i]));
+        mpt_model_free(m);
+    }
+    for (i = 0; i < BATCH * 3; i++) CHECK_NEAR((double)y[0][i], (double)y[1][i], 40 * 4 * test_unit(type));
+}
+
+static void test_spread_errors(mpt_context *ctx) {
+    static const char *const words[] = {"multiply1", "multiply1", "scale", "upsample1", "upsample1"};
+    int kind;
+    for (kind = 0; kind < 5; kind++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        const int in = mpt_input(net, 3, 3, 4);
+        if (kind == 0) CHECK_EQUAL(mpt_multiply(net, mpt_global_avg_pool2d(net, in), in), 0);
+        if (kind == 1) CHECK_EQUAL(mpt_multiply(net, in, mpt_linear(net, in, 3, NULL)), 0);
+        if (kind == 2) CHECK_EQUAL(mpt_upsample(net, in, 0), 0);
+        if (kind == 3) CHECK_EQUAL(mpt_upsample(net, in, 0x7fffffff), 0);
+        if (kind == 4) CHECK_EQUAL(mpt_upsample(net, in, 100000), 0);
+        CHECK_ERROR(ctx, mpt_model_build(net, NULL), kind == 2 ? MPT_ERROR_ARGUMENT : MPT_ERROR_SHAPE, words[kind]);
+        mpt_model_free(net);
+    }
 }
 
 /* -- Norms without gamma and beta -- */
@@ -354,7 +427,7 @@ static void test_plain_norms(mpt_context *ctx, int kind) {
     graph g = graph_new(ctx);
     const int in = plain_norm(g.net, mpt_input(g.net, 3, 2, 4), kind, 1);
     g.h = 1.0f / 128;
-    g.head[0] = mpt_tanh(g.net, plain_norm(g.net, mpt_conv2d(g.net, in, 6, 3, NULL), kind, 1));
+    g.head[0] = mpt_tanh(g.net, plain_norm(g.net, test_same(g.net, in, 6, 3), kind, 1));
     check_gradients(&g);
     CHECK_EQUAL(mpt_params_tensors(mpt_model_params(g.net)), 2); /* of the convolution */
     graph_free(&g);
@@ -399,6 +472,11 @@ int main(int argc, char **argv) {
     RUN_TEST(test_slice_errors(ctx));
     RUN_TEST(test_orders(ctx));
     RUN_TEST(test_names(ctx));
+    for (kind = 0; kind < 3; kind++) RUN_TEST(test_multiply(ctx, kind));
+    for (kind = 1; kind <= 3; kind++) RUN_TEST(test_upsample(ctx, kind));
+    RUN_TEST(test_half(ctx, reference, MPT_F16));
+    RUN_TEST(test_half(ctx, reference, MPT_BF16));
+    RUN_TEST(test_spread_errors(ctx));
     RUN_TEST(test_plain_norm_op(ctx));
     RUN_TEST(test_plain_norm_op(reference));
     for (kind = 0; kind < 3; kind++) RUN_TEST(test_plain_norms(ctx, kind));

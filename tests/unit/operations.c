@@ -779,6 +779,76 @@ static void test_columns(void) {
         }
 }
 
+/* Shapes N, H, W, C, R, S: products of arrays and of channels, upsampling, windows that lines of threads share. */
+static void test_broadcast(void) {
+    static const size_t shapes[][6] = {
+        {1, 1, 1, 1, 1, 1}, {3, 1, 1, 5, 1, 1},  {2, 7, 5, 19, 1, 1}, {3, 1, 1, 35, 7, 5},  {2, 1, 1, 8, 31, 33},
+        {2, 3, 5, 3, 2, 2}, {1, 5, 2, 17, 3, 4}, {2, 2, 2, 9, 6, 7},  {1, 1, 1, 600, 4, 4}, {1, 13, 11, 64, 2, 3}};
+    size_t i;
+    int mix;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (mix = 0; mix < 9; mix++) {
+            mpt_broadcast_op op = MPT_ZERO;
+            mpt_broadcast_shape *z = &op.shape;
+            z->N = shapes[i][0], z->H = shapes[i][1], z->W = shapes[i][2], z->C = shapes[i][3];
+            z->R = shapes[i][4], z->S = shapes[i][5];
+            op.pass = (i + (size_t)mix) % 2 ? MPT_BACKWARD_DATA : MPT_FORWARD;
+            op.x = test_wanted((mpt_dtype)(mix % 3));
+            op.y = test_wanted((mpt_dtype)(mix / 3));
+            if ((i + (size_t)mix / 2) % 3) op.factor = test_wanted((mpt_dtype)((mix + (int)i) % 3));
+            op.beta = (i + (size_t)mix / 2) % 2 ? -0.5f : 0;
+            CHECK_ONCE(context, TEST_BROADCAST, &op);
+            op.pass = op.pass ? MPT_FORWARD : MPT_BACKWARD_DATA;
+            CHECK_ONCE(context, TEST_BROADCAST, &op);
+        }
+}
+
+/* The sum of 2^12 numbers whose fp32 sums would lose the small ones is right to the last place. */
+static void test_broadcast_sum(mpt_context *ctx) {
+    enum { SIDE = 64 };
+    test_tensor x = test_tensor_new(ctx, MPT_F32, 1), y = test_tensor_new(ctx, MPT_F32, SIDE * SIDE);
+    mpt_broadcast_op op = MPT_ZERO;
+    test_tensor_fill(&y, ldexp(1, -13), ldexp(1, -13), 1);
+    y.value[0] = 4096;
+    test_tensor_upload(&y);
+    op.pass = MPT_BACKWARD_DATA;
+    op.shape.N = op.shape.H = op.shape.W = op.shape.C = 1;
+    op.shape.R = op.shape.S = SIDE;
+    op.x = x.array;
+    op.y = y.array;
+    CHECK_OK(ctx, mpt_op_broadcast(ctx, &op));
+    test_tensor_download(&x);
+    CHECK_EQUAL(x.value[0], 4096.5);
+    test_tensor_free(&x);
+    test_tensor_free(&y);
+}
+
+static void test_broadcast_errors(void) {
+    test_tensor t = test_tensor_new(context, MPT_F32, 64);
+    const mpt_array fp8 = mpt_typed_array(t.array.data, MPT_E4M3);
+    const size_t huge = (size_t)-1 / 2;
+    mpt_broadcast_op good = MPT_ZERO, nothing;
+    good.shape.N = good.shape.H = good.shape.W = good.shape.C = good.shape.R = good.shape.S = 2;
+    good.x = good.y = good.factor = t.array;
+    CHECK(mpt_op_broadcast(NULL, &good) == MPT_ERROR_ARGUMENT);
+    CHECK_OK(context, mpt_op_broadcast(context, &good));
+    CHECK_SPOILT(broadcast, pass, MPT_BACKWARD_WEIGHT, MPT_ERROR_ARGUMENT, "pass");
+    CHECK_SPOILT(broadcast, x.data, NULL, MPT_ERROR_ARGUMENT, "x");
+    CHECK_SPOILT(broadcast, y.data, NULL, MPT_ERROR_ARGUMENT, "y");
+    CHECK_SPOILT(broadcast, x, fp8, MPT_ERROR_TYPE, "x");
+    CHECK_SPOILT(broadcast, y, fp8, MPT_ERROR_TYPE, "y");
+    CHECK_SPOILT(broadcast, factor, fp8, MPT_ERROR_TYPE, "factor");
+    CHECK_SPOILT(broadcast, shape.R, 0, MPT_ERROR_SHAPE, "R");
+    CHECK_SPOILT(broadcast, shape.S, 0, MPT_ERROR_SHAPE, "S");
+    CHECK_SPOILT(broadcast, shape.H, huge, MPT_ERROR_SHAPE, "overflow");
+    CHECK_SPOILT(broadcast, shape.N, huge, MPT_ERROR_SHAPE, "overflow");
+    nothing = good;
+    nothing.shape.N = 0;
+    nothing.x.data = nothing.y.data = NULL;
+    CHECK_OK(context, mpt_op_broadcast(context, &nothing));
+    test_tensor_free(&t);
+}
+
 /* Two rows (1 2) and (3 NaN) of x, 3 apart, go to y, 4 apart, which has 10 everywhere. */
 static void test_columns_by_hand(mpt_context *ctx) {
     static const double from[5] = {1, 2, 77, 3, 0}, to[6] = {6, 7, 10, 10, 8, 0};
@@ -2134,6 +2204,10 @@ int main(int argc, char **argv) {
     RUN_TEST(test_columns_by_hand(context));
     RUN_TEST(test_columns_by_hand(test_plain));
     RUN_TEST(test_columns_errors());
+    RUN_TEST(test_broadcast());
+    RUN_TEST(test_broadcast_sum(context));
+    RUN_TEST(test_broadcast_sum(test_plain));
+    RUN_TEST(test_broadcast_errors());
     RUN_TEST(test_dropouts());
     RUN_TEST(test_dropout_shares());
     RUN_TEST(test_dropout_errors());
