@@ -1161,10 +1161,11 @@ typedef struct mpt_train_desc {
     double clip_norm;             /* of mpt_train_step; 0: no clipping. In the parts, mpt_clip_norm does it */
     double clip_value;            /* the same of mpt_clip_value */
     uint64_t seed;                /* of the initial weights */
-    int inference;   /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
+    int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
                                      masters: gamma and beta of norms are of that type, too */
-    int fold; /* 1, with inference: a batch norm is computed where the convolution or linear layer before it has its
-                 value, if nothing else reads that or keeps it; and mpt_weights_load folds it into their weights */
+    int fold; /* 1, with inference: a batch norm with gamma and beta is computed where the convolution or linear layer
+                 before it has its value, if nothing else reads that or keeps it; and mpt_weights_load folds it into
+                 their weights */
     mpt_ranks ranks; /* all zero: one rank */
 } mpt_train_desc;
 
@@ -9551,8 +9552,7 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     if (net->failed != MPT_OK) return mpt_fail(net->ctx, net->failed, "%s", net->why);
     memset(t, 0, sizeof *t);
     if (train) *t = *train;
-    if (t->fold && !t->inference)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: fold without inference");
+    if (t->fold && !t->inference) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: fold without inference");
     t->batch = mpt__or_int(t->batch, 32);
     t->accumulate = mpt__or_int(t->accumulate, 1);
     if (t->batch < 1 || t->accumulate < 1)
@@ -9639,10 +9639,11 @@ static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
     in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
 }
 
-/* A batch norm that reads a product's value alone may write over it. */
+/* A batch norm that reads a product's value alone may write over it. (One without beta has no room for what its folding
+   adds.) */
 static int mpt__goes_in_place(const mpt_model *net, const mpt__node *node, const mpt__node *in) {
     if (!net->train.fold || !in || !mpt__is_batch_norm(node) || !mpt__kind_of(in).product) return 0;
-    return mpt__one_value(node, in) && !in->kept;
+    return mpt__one_value(node, in) && !in->kept && !node->no_affine;
 }
 
 /* Marks the node that computes output `id`, and those between it and the output: activations, reshapes, slices. */

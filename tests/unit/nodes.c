@@ -4,7 +4,16 @@
 #include "../../mpt.h"
 #include "../check.h"
 
-enum { BATCH = 4, HEADS = 2, WIDEST = 512 };
+enum {
+    BATCH = 4,
+    HEADS = 2,
+    WIDEST = 512,
+    SIDE = 4,
+    COLOURS = 3,
+    IMAGE = SIDE * SIDE * COLOURS,
+    VECTOR = 5,
+    ALL = IMAGE + VECTOR
+};
 
 /* -- A gradient checker -- the loss is the mean over the samples of sum r y + y^2 / 4 over the heads' elements y */
 
@@ -37,8 +46,8 @@ static double graph_loss(graph *g, int grad) {
         CHECK_OK(g->ctx, mpt_node_value(g->net, g->head[k], y));
         for (i = 0; i < count; i++) {
             const double v = (double)y[i], r = head_factor(g->head[k], i);
-            loss += (r * v + v * v / 4) / BATCH;
-            y[i] = (float)((r + v / 2) / BATCH);
+            loss += (r * v + v * v / 4) / (double)BATCH;
+            y[i] = (float)((r + v / 2) / (double)BATCH);
         }
         if (grad) CHECK_OK(g->ctx, mpt_output_grad(g->net, g->head[k], y));
         free(y);
@@ -120,8 +129,6 @@ static graph graph_new(mpt_context *ctx) {
 static void graph_free(graph *g) { mpt_model_free(g->net); }
 
 /* -- Several inputs -- one input, an image and a vector behind each other, is taken apart */
-
-enum { SIDE = 4, COLOURS = 3, IMAGE = SIDE * SIDE * COLOURS, VECTOR = 5, ALL = IMAGE + VECTOR };
 
 /* Two heads on what an image and a vector are joined to. */
 static void two_inputs(mpt_model *net, int *head) {
@@ -454,6 +461,35 @@ static void test_input_norm(mpt_context *ctx, mpt_policy policy, int relu) {
     for (i = 0; i < 8; i++) CHECK(fabs((double)running[0][i] - (double)start[i]) > 1e-3);
 }
 
+/* It is not folded, but predicts the same. */
+static void test_plain_fold(mpt_context *ctx) {
+    float x[BATCH * 24], running[12], y[2][BATCH * 6];
+    mpt_train_desc train = MPT_ZERO;
+    size_t size = 0;
+    void *file = NULL;
+    int i;
+    train.batch = BATCH;
+    test_floats(x, BATCH * 24, -1, 2, 5);
+    test_floats(running, 12, 0.5, 2, 6);
+    for (i = 0; i < 2; i++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        const int h = mpt_conv2d(net, mpt_input(net, 3, 2, 4), 6, 1, NULL), norm = plain_norm(net, h, 0, 1);
+        mpt_global_avg_pool2d(net, mpt_relu(net, norm));
+        train.inference = train.fold = i;
+        CHECK_OK(ctx, mpt_model_build(net, &train));
+        if (!i) {
+            CHECK_OK(ctx, mpt_model_set_running(net, norm, running));
+            CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32));
+            file = test_memory(size);
+            CHECK_OK(ctx, mpt_weights_save_memory(net, file, size, &size, MPT_F32));
+        } else CHECK_OK(ctx, mpt_weights_load_memory(net, file, size, NULL));
+        CHECK_OK(ctx, mpt_predict(net, x, BATCH, y[i]));
+        mpt_model_free(net);
+    }
+    CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
+    free(file);
+}
+
 int main(int argc, char **argv) {
     mpt_context_desc plain = MPT_ZERO;
     mpt_context *ctx, *reference;
@@ -482,6 +518,7 @@ int main(int argc, char **argv) {
     for (kind = 0; kind < 3; kind++) RUN_TEST(test_plain_norms(ctx, kind));
     for (level = 0; level < 3; level++)
         RUN_TEST(test_input_norm(ctx, mpt_policy_preset((mpt_level)level, MPT_BF16), level % 2));
+    RUN_TEST(test_plain_fold(ctx));
     mpt_close(ctx);
     mpt_close(reference);
     return test_finish("nodes");
