@@ -623,9 +623,10 @@ MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *op);
 /* What a loss call adds to, in the memory of the context's device; zero it first. The mean is loss / weight. */
 typedef struct mpt_loss_sum {
     double loss;      /* sum over rows of the row's loss, weighted */
-    double weight;    /* sum of the weights of their labels; without class weights the number of rows */
+    double weight;    /* sum of the class weights of their labels; without them, or without labels, number of rows */
     uint64_t rows;    /* rows seen, but for ignored ones */
-    uint64_t correct; /* of them: those whose largest logit is the label's (the first largest; cross-entropy only) */
+    uint64_t correct; /* of them: those whose largest logit is that of the label, or of the largest probability (the
+                         first largest; cross-entropy only) */
 } mpt_loss_sum;
 
 /* Options of losses, named as PyTorch's. Of a loss that does not have it an option is refused. Weights are in device
@@ -636,6 +637,7 @@ typedef struct mpt_loss_desc {
     const float *class_weights; /* (C); NULL: all 1 */
     int ignore;                 /* 1: rows whose label is ignore_index count for nothing */
     int32_t ignore_index;
+    int probabilities; /* 1: targets are probabilities of the classes, float(N,C), from 0 on (mixup), and no labels */
     /* binary cross-entropy with logits */
     const float *pos_weight; /* (C), multiplies the term of t; NULL: all 1 */
     /* Huber */
@@ -643,8 +645,8 @@ typedef struct mpt_loss_desc {
 } mpt_loss_desc;
 
 /* As torch.nn.functional names them. Row loss: of cross-entropy sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the
-   class weight of j times 1 for the label, smoothed, taken from the row's largest value so that nothing overflows; of
-   the others the mean over the row's C elements. */
+   class weight of j times the probability of j, which is 1 for the label, smoothed; it is taken from the row's largest
+   value so that nothing overflows. Of the others the mean over the row's C elements. */
 typedef enum mpt_loss_kind {
     MPT_LOSS_CROSS_ENTROPY = 0,
     MPT_LOSS_SQUARED_ERROR,   /* mse_loss: (x - t)^2 */
@@ -663,7 +665,7 @@ typedef struct mpt_loss_op {
     size_t N, C;
     mpt_array x;
     const void *target; /* device: cross-entropy int32_t(N) in 0..C-1, any other label that is not ignored makes that
-                           row's loss and gradient NaN; else float(N,C) */
+                           row's loss and gradient NaN, or probabilities; else float(N,C) */
     mpt_loss_desc desc;
     mpt_array dx;            /* (N,C), optional */
     float grad_scale;        /* 0: 1 */
@@ -1123,9 +1125,10 @@ MPT_DEF int mpt_name(mpt_model *net, int node, const char *name);
 /* The node of this name, as in mpt_node_grad(net, mpt_find(net, "features"), grad); 0: there is none. */
 MPT_DEF int mpt_find(const mpt_model *net, const char *name);
 /* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
-   nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample... */
+   nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample; with desc.probabilities
+   floats, as many a sample as the node has... */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_loss_desc *desc);
-/* ...or floats, as many a sample as the node has: see mpt_loss_kind. */
+/* ...and so they are of the others: see mpt_loss_kind. */
 MPT_DEF int mpt_mse(mpt_model *net, int node, const mpt_loss_desc *desc);
 MPT_DEF int mpt_bce_with_logits(mpt_model *net, int node, const mpt_loss_desc *desc);
 MPT_DEF int mpt_l1(mpt_model *net, int node, const mpt_loss_desc *desc);
@@ -1178,7 +1181,7 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
 /* One step on accumulate * batch samples in host memory: x(samples,H,W,C), floats unless mpt_input_desc says
    otherwise; target as the loss says.
    MPT_ERROR_VALUE, naming sample and value, if a label is out of range, an input or a target not finite, a target of
-   binary cross-entropy not in 0..1 or of any such loss an integer by its bits; nothing changed then.
+   binary cross-entropy not in 0..1, a probability negative or any float an integer by its bits; nothing changed then.
    MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
    whose labels are all ignored, or of classes of weight 0: it changes nothing, not even the scale. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const void *x, const void *target);
@@ -1850,7 +1853,28 @@ MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
 
 /* -- Losses -- */
 
-MPT_HD int mpt__row_ignored(const mpt_loss_desc *d, int32_t label) { return d->ignore && label == d->ignore_index; }
+MPT_HD int mpt__label_ignored(const mpt_loss_desc *d, int32_t label) { return d->ignore && label == d->ignore_index; }
+
+/* What a row of cross-entropy aims at */
+typedef struct mpt__aim {
+    const float *probabilities; /* (C); NULL: a label */
+    int32_t label;
+    int ignored;
+    int valid; /* a class, or probabilities */
+} mpt__aim;
+
+MPT_HD mpt__aim mpt__aim_of(const mpt_loss_op *op, size_t row) {
+    mpt__aim aim = MPT_ZERO;
+    aim.valid = 1;
+    if (op->desc.probabilities) {
+        aim.probabilities = (const float *)op->target + row * op->C;
+        return aim;
+    }
+    aim.label = ((const int32_t *)op->target)[row];
+    aim.valid = aim.label >= 0 && (size_t)aim.label < op->C;
+    aim.ignored = mpt__label_ignored(&op->desc, aim.label);
+    return aim;
+}
 
 MPT_HD float mpt__class_weight(const mpt_loss_desc *d, size_t c) {
     if (!d->class_weights) return 1;
@@ -1858,17 +1882,21 @@ MPT_HD float mpt__class_weight(const mpt_loss_desc *d, size_t c) {
 }
 
 /* Weight of a row in the mean. An invalid label makes the loss NaN, whatever its weight. */
-MPT_HD float mpt__row_weight(const mpt_loss_desc *d, size_t C, int32_t label) {
-    if (mpt__row_ignored(d, label)) return 0;
-    if (label < 0 || (size_t)label >= C) return 1;
-    return mpt__class_weight(d, (size_t)label);
+MPT_HD float mpt__row_weight(const mpt_loss_op *op, size_t row) {
+    mpt__aim aim;
+    if (op->kind != MPT_LOSS_CROSS_ENTROPY) return 1;
+    aim = mpt__aim_of(op, row);
+    if (aim.ignored) return 0;
+    if (aim.probabilities || !aim.valid) return 1;
+    return mpt__class_weight(&op->desc, (size_t)aim.label);
 }
 
-/* The target of class c: 1 for the label and 0 for the others, smoothed, times the weight of c */
-MPT_HD float mpt__class_target(const mpt_loss_desc *d, size_t C, int32_t label, size_t c) {
-    float target = d->label_smoothing / (float)C;
-    if (label >= 0 && (size_t)label == c) target += 1 - d->label_smoothing;
-    return mpt__class_weight(d, c) * target;
+/* The target of class c: its probability, smoothed, times its weight */
+MPT_HD float mpt__class_target(const mpt_loss_op *op, const mpt__aim *aim, size_t c) {
+    const float smooth = op->desc.label_smoothing;
+    float share = (float)(aim->valid && (size_t)aim->label == c);
+    if (aim->probabilities) share = aim->probabilities[c];
+    return mpt__class_weight(&op->desc, c) * (share * (1 - smooth) + smooth / (float)op->C);
 }
 
 /* The factor of every row's gradient, in a call whose rows have the total weight `weight` */
@@ -4045,11 +4073,14 @@ MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
 static mpt_result mpt__loss_desc_check(mpt_context *ctx, const char *name, mpt_loss_kind kind, mpt_loss_desc *d) {
     const char *other = NULL;
     if (kind != MPT_LOSS_CROSS_ENTROPY && d->ignore) other = "ignore";
+    if (kind != MPT_LOSS_CROSS_ENTROPY && d->probabilities) other = "probabilities";
     if (kind != MPT_LOSS_CROSS_ENTROPY && d->class_weights) other = "class_weights";
     if (kind != MPT_LOSS_CROSS_ENTROPY && !mpt__is_zero(d->label_smoothing)) other = "label_smoothing";
     if (kind != MPT_LOSS_BCE_WITH_LOGITS && d->pos_weight) other = "pos_weight";
     if (kind != MPT_LOSS_HUBER && !mpt__is_zero(d->delta)) other = "delta";
     if (other) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: %s is an option of another loss", name, other);
+    if (d->probabilities && d->ignore)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: ignore is for labels, and targets are probabilities", name);
     if (!mpt__finite(d->delta) || d->delta < 0)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: delta %g is not a finite number above 0", name, (double)d->delta);
     if (kind == MPT_LOSS_HUBER && mpt__is_zero(d->delta)) d->delta = 1;
@@ -6612,13 +6643,21 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
 
 /* -- Losses: one row after the other, so that the sum has one order -- */
 
+/* The class that a row aims at: the first of the largest probabilities, or the label */
+static size_t mpt__aim_class(const mpt_loss_op *op, const mpt__aim *aim) {
+    size_t c, best = 0;
+    if (!aim->probabilities) return (size_t)aim->label;
+    for (c = 1; c < op->C; c++)
+        if (aim->probabilities[c] > aim->probabilities[best]) best = c;
+    return best;
+}
+
 static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *op, size_t row, float scale,
                                      uint64_t *correct) {
-    const mpt_loss_desc *d = &op->desc;
-    const int32_t label = ((const int32_t *)op->target)[row];
-    const int valid = label >= 0 && (size_t)label < op->C;
+    const mpt__aim aim = mpt__aim_of(op, row);
+    const int unsure = op->desc.class_weights || aim.probabilities;
     float largest = mpt__get(ctx, op->x, row * op->C);
-    double sum = 0, aimed = 0, targets = d->class_weights ? 0 : 1; /* targets: their sum */
+    double sum = 0, aimed = 0, targets = unsure ? 0 : 1; /* targets: their sum */
     size_t c, best = 0;
     for (c = 1; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
@@ -6628,20 +6667,21 @@ static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *
         }
     }
     for (c = 0; c < op->C; c++) {
-        const float x = mpt__get(ctx, op->x, row * op->C + c) - largest, t = mpt__class_target(d, op->C, label, c);
+        const float x = mpt__get(ctx, op->x, row * op->C + c) - largest, t = mpt__class_target(op, &aim, c);
         sum += (double)expf(x);
         if (t > 0) aimed += (double)(t * x); /* 0 * -inf would be NaN */
-        if (d->class_weights) targets += (double)t;
+        if (unsure) targets += (double)t;
     }
     if (op->dx.data)
         for (c = 0; c < op->C; c++) {
             const float p = expf(mpt__get(ctx, op->x, row * op->C + c) - largest) / (float)sum;
-            float dx = (p * (float)targets - mpt__class_target(d, op->C, label, c)) * scale;
-            if (!valid) dx = mpt__float(0x7fc00000u);
+            float dx = (p * (float)targets - mpt__class_target(op, &aim, c)) * scale;
+            if (!aim.valid) dx = mpt__float(0x7fc00000u);
             mpt__store(ctx, op->dx, row * op->C + c, 1, &dx);
         }
-    *correct += valid && best == (size_t)label && !mpt__is_nan((float)sum); /* with NaN no logit is the largest */
-    if (!valid) return (double)mpt__float(0x7fc00000u);
+    /* with NaN no logit is the largest */
+    *correct += aim.valid && best == mpt__aim_class(op, &aim) && !mpt__is_nan((float)sum);
+    if (!aim.valid) return (double)mpt__float(0x7fc00000u);
     return targets * log(sum) - aimed;
 }
 
@@ -6660,23 +6700,20 @@ static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op
 }
 
 static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
-    const int32_t *labels = op->kind == MPT_LOSS_CROSS_ENTROPY ? (const int32_t *)op->target : NULL;
+    const int entropy = op->kind == MPT_LOSS_CROSS_ENTROPY;
     const float zero = 0;
-    double weight = (double)op->N;
+    double weight = 0;
     float scale;
     size_t row, c;
-    if (labels) {
-        weight = 0;
-        for (row = 0; row < op->N; row++) weight += (double)mpt__row_weight(&op->desc, op->C, labels[row]);
-    }
+    for (row = 0; row < op->N; row++) weight += (double)mpt__row_weight(op, row);
     scale = mpt__loss_factor(op, weight);
     for (row = 0; row < op->N; row++) {
-        if (labels && mpt__row_ignored(&op->desc, labels[row])) {
+        if (entropy && mpt__aim_of(op, row).ignored) {
             if (op->dx.data)
                 for (c = 0; c < op->C; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
             continue;
         }
-        if (labels) op->sum->loss += mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct);
+        if (entropy) op->sum->loss += mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct);
         else op->sum->loss += mpt__elementwise_row(ctx, op, row, scale);
         op->sum->rows++;
     }
@@ -9289,13 +9326,18 @@ MPT_DEF int mpt_huber(mpt_model *net, int in, const mpt_loss_desc *desc) {
     return mpt__loss_layer(net, in, "huber", MPT_LOSS_HUBER, desc);
 }
 
+/* Are targets labels? */
+static int mpt__has_labels(const mpt__node *loss) {
+    return loss->loss == MPT_LOSS_CROSS_ENTROPY && !loss->loss_desc.probabilities;
+}
+
 /* Elements of 4 bytes that a sample's target has: a label, or as many floats as the node; of heads the widest one's
    gradient. */
 static size_t mpt__target_width(const mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     size_t widest = 0;
     int id;
-    if (loss) return loss->loss == MPT_LOSS_CROSS_ENTROPY ? 1 : mpt__node_count(loss);
+    if (loss) return mpt__has_labels(loss) ? 1 : mpt__node_count(loss);
     for (id = 1; id <= net->count; id++)
         if (mpt__is_output(net, id)) widest = mpt__max(widest, mpt__node_count(mpt__node_of(net, id)));
     return widest;
@@ -9307,7 +9349,7 @@ static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mp
     size_t i;
     for (i = 0; i < samples; i++) {
         if (labels[i] >= 0 && (size_t)labels[i] < classes) continue;
-        if (mpt__row_ignored(&loss->loss_desc, labels[i])) continue;
+        if (mpt__label_ignored(&loss->loss_desc, labels[i])) continue;
         return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %zu is not in 0..%zu", call, loss->name,
                         (int)labels[i], i, classes - 1);
     }
@@ -9316,7 +9358,7 @@ static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mp
 
 static mpt_result mpt__targets_check(mpt_context *ctx, const char *call, const mpt__node *loss, const float *targets,
                                      size_t samples) {
-    const int shares = loss->loss == MPT_LOSS_BCE_WITH_LOGITS;
+    const int shares = loss->loss == MPT_LOSS_BCE_WITH_LOGITS, positive = shares || loss->loss_desc.probabilities;
     const size_t outputs = mpt__node_count(loss);
     size_t i;
     for (i = 0; i < samples * outputs; i++) {
@@ -9325,7 +9367,7 @@ static mpt_result mpt__targets_check(mpt_context *ctx, const char *call, const m
             return mpt_fail(ctx, MPT_ERROR_VALUE,
                             "%s: '%s': target %zu of sample %zu has the bits of the integer %d; targets are float",
                             call, loss->name, i % outputs, i / outputs, (int)magnitude);
-        if (!mpt__finite(targets[i]) || (shares && (targets[i] < 0 || targets[i] > 1)))
+        if (!mpt__finite(targets[i]) || (positive && targets[i] < 0) || (shares && targets[i] > 1))
             return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': target %zu of sample %zu is %g%s", call, loss->name,
                             i % outputs, i / outputs, (double)targets[i], shares ? ", not in 0..1" : "");
     }
@@ -10160,8 +10202,7 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const void 
         if (i < samples * features) return mpt__bad_input(net, call, (const float *)x, i);
     }
     if (!target) return MPT_OK;
-    if (loss->loss == MPT_LOSS_CROSS_ENTROPY)
-        return mpt__labels_check(net->ctx, call, loss, (const int32_t *)target, samples);
+    if (mpt__has_labels(loss)) return mpt__labels_check(net->ctx, call, loss, (const int32_t *)target, samples);
     return mpt__targets_check(net->ctx, call, loss, (const float *)target, samples);
 }
 
@@ -11685,6 +11726,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
     X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
     X(mpt_loss_kind, int, loss) X(float, float, loss_desc.label_smoothing) X(int, int, loss_desc.ignore) \
+    X(int, int, loss_desc.probabilities) \
     X(int32_t, int, loss_desc.ignore_index) X(float, float, loss_desc.delta) \
     X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
     X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
@@ -12847,7 +12889,8 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.
           mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
           mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
-          All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc: new are pos_weight and delta.
+          All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc: new are pos_weight, delta and, of
+          cross-entropy, probabilities as targets.
           Checkpoints of 0.1.0 are refused; files of weights are taken.
    0.1.0  The first one.                                                                                              */
 

@@ -2835,46 +2835,61 @@ typedef struct mptc__row { /* of one sample */
     unsigned counts, correct;
 } mptc__row;
 
+/* The largest of the lanes' values, and the first of its places */
+static __device__ unsigned mptc__warp_best(float *largest, unsigned best) {
+    for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
+        const float x = __shfl_xor_sync(0xffffffffu, *largest, width);
+        const unsigned c = __shfl_xor_sync(0xffffffffu, best, width);
+        if (x > *largest || (x == *largest && c < best)) *largest = x, best = c;
+    }
+    return best;
+}
+
+/* See mpt__aim_class. */
+static __device__ unsigned mptc__aim_class(const mpt_loss_op *op, const mpt__aim *aim) {
+    if (!aim->probabilities) return (unsigned)aim->label;
+    float largest = aim->probabilities[0];
+    unsigned best = 0;
+    for (unsigned c = threadIdx.x % MPTC__WARP; c < (unsigned)op->C; c += MPTC__WARP)
+        if (aim->probabilities[c] > largest) largest = aim->probabilities[c], best = c;
+    return mptc__warp_best(&largest, best);
+}
+
 /* x(C), dx(C) of this row; see mpt__cross_entropy_row */
 static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_t row, float scale) {
-    const mpt_loss_desc *d = &op->desc;
     const unsigned lane = threadIdx.x % MPTC__WARP, C = (unsigned)op->C;
-    const int32_t label = ((const int32_t *)op->target)[row];
-    const bool valid = label >= 0 && (unsigned)label < C, ignored = mpt__row_ignored(d, label);
+    const mpt__aim aim = mpt__aim_of(op, row);
     const size_t at = row * op->C;
     float largest = mptc__get(op->x, at);
     double sum = 0, aimed = 0, targets = 0; /* there may be a million classes */
     unsigned best = 0;
     mptc__row out = {0, 0, 0, 0};
-    for (unsigned c = lane; c < C && op->dx.data && ignored; c += MPTC__WARP) mptc__put(op->dx, at + c, 0);
-    if (ignored) return out;
+    for (unsigned c = lane; c < C && op->dx.data && aim.ignored; c += MPTC__WARP) mptc__put(op->dx, at + c, 0);
+    if (aim.ignored) return out;
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
         const float x = mptc__get(op->x, at + c);
         if (x > largest) largest = x, best = c;
     }
-    for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
-        const float x = __shfl_xor_sync(0xffffffffu, largest, width);
-        const unsigned c = __shfl_xor_sync(0xffffffffu, best, width);
-        if (x > largest || (x == largest && c < best)) largest = x, best = c;
-    }
+    best = mptc__warp_best(&largest, best);
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
-        const float x = mptc__get(op->x, at + c) - largest, t = mpt__class_target(d, C, label, c);
+        const float x = mptc__get(op->x, at + c) - largest, t = mpt__class_target(op, &aim, c);
         sum += (double)expf(x);
         if (t > 0) aimed += (double)(t * x); /* an x of -inf has no part in a target of 0 */
         targets += (double)t;
     }
     sum = mptc__warp_sum(sum);
     aimed = mptc__warp_sum(aimed);
-    targets = d->class_weights ? mptc__warp_sum(targets) : 1;
+    targets = op->desc.class_weights || aim.probabilities ? mptc__warp_sum(targets) : 1;
     for (unsigned c = lane; c < C && op->dx.data; c += MPTC__WARP) {
         const float softmax = expf(mptc__get(op->x, at + c) - largest) / (float)sum;
-        const float dx = (softmax * (float)targets - mpt__class_target(d, C, label, c)) * scale;
-        mptc__put(op->dx, at + c, valid ? dx : mpt__float(0x7fc00000u));
+        const float dx = (softmax * (float)targets - mpt__class_target(op, &aim, c)) * scale;
+        mptc__put(op->dx, at + c, aim.valid ? dx : mpt__float(0x7fc00000u));
     }
-    out.loss = valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
-    out.weight = mpt__row_weight(d, C, label);
+    out.loss = aim.valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
+    out.weight = mpt__row_weight(op, row);
     out.counts = 1;
-    out.correct = valid && best == (unsigned)label && !mpt__is_nan((float)sum); /* of NaN none is the largest */
+    out.correct = aim.valid && best == mptc__aim_class(op, &aim);
+    if (mpt__is_nan((float)sum)) out.correct = 0; /* of NaN none is the largest */
     return out;
 }
 
@@ -2901,7 +2916,7 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
         const size_t begin = chunk * MPTC__CHUNK, end = begin + MPTC__CHUNK < op.N ? begin + MPTC__CHUNK : op.N;
         double part = 0;
         for (size_t row = begin + threadIdx.x; row < end; row += MPTC__THREADS)
-            part += (double)mpt__row_weight(&op.desc, op.C, ((const int32_t *)op.target)[row]);
+            part += (double)mpt__row_weight(&op, row);
         part = mptc__team_sum(part);
         if (threadIdx.x == 0) parts[chunk] = part;
     }
