@@ -623,7 +623,8 @@ MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *op);
 /* What a loss call adds to, in the memory of the context's device; zero it first. The mean is loss / weight. */
 typedef struct mpt_loss_sum {
     double loss;      /* sum over rows of the row's loss, weighted */
-    double weight;    /* sum of the class weights of their labels; without them, or without labels, number of rows */
+    double weight;    /* sum over rows of the class weight of the label, 1 without them or without labels, times the
+                         weight of the sample */
     uint64_t rows;    /* rows seen, but for ignored ones */
     uint64_t correct; /* of them: those whose largest logit is that of the label, or of the largest probability (the
                          first largest; cross-entropy only) */
@@ -642,6 +643,11 @@ typedef struct mpt_loss_desc {
     const float *pos_weight; /* (C), multiplies the term of t; NULL: all 1 */
     /* Huber */
     float delta; /* 0: 1 */
+    /* of a model, any loss */
+    int per_position; /* 1: each of a node's H x W positions is a row of its C elements, as in segmentation: labels are
+                         int32_t(N,H,W), weights (C), and means and metrics are over all positions; 0: all H W C
+                         elements of a sample are one row */
+    int weighted;     /* 1: samples have weights: see mpt_sample_weights */
 } mpt_loss_desc;
 
 /* As torch.nn.functional names them. Row loss: of cross-entropy sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the
@@ -659,13 +665,17 @@ typedef enum mpt_loss_kind {
 } mpt_loss_kind;
 
 /* A loss of x(N,C), added to *sum, and its gradient, in fp32. Of one call, mean = sum of the rows' losses / sum of
-   their weights, and dx = d mean / dx * grad_scale * *loss_scale. If no row has any weight dx is 0. */
+   their weights, and dx = d mean / dx * grad_scale * *loss_scale. If no row has any weight dx is 0.
+   With sample_weights a row's loss and its weight in the mean are multiplied by that of its sample. In PyTorch:
+   reduction="none", then (w * loss).sum() / w.sum(), or with class weights / (w * class_weights[target]).sum(). */
 typedef struct mpt_loss_op {
     mpt_loss_kind kind;
     size_t N, C;
+    size_t positions; /* of a sample, 0: 1: x is (N, positions, C), and so are dx and floats; each position is a row */
     mpt_array x;
-    const void *target; /* device: cross-entropy int32_t(N) in 0..C-1, any other label that is not ignored makes that
+    const void *target; /* device: cross-entropy int32_t(rows) in 0..C-1, any other label that is not ignored makes that
                            row's loss and gradient NaN, or probabilities; else float(N,C) */
+    const float *sample_weights; /* (N), device, from 0 on; NULL: all 1 */
     mpt_loss_desc desc;
     mpt_array dx;            /* (N,C), optional */
     float grad_scale;        /* 0: 1 */
@@ -1125,8 +1135,8 @@ MPT_DEF int mpt_name(mpt_model *net, int node, const char *name);
 /* The node of this name, as in mpt_node_grad(net, mpt_find(net, "features"), grad); 0: there is none. */
 MPT_DEF int mpt_find(const mpt_model *net, const char *name);
 /* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
-   nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample; with desc.probabilities
-   floats, as many a sample as the node has... */
+   nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample, or one a position; with
+   desc.probabilities floats, as many a sample as the node has... */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_loss_desc *desc);
 /* ...and so they are of the others: see mpt_loss_kind. */
 MPT_DEF int mpt_mse(mpt_model *net, int node, const mpt_loss_desc *desc);
@@ -1183,15 +1193,23 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
    MPT_ERROR_VALUE, naming sample and value, if a label is out of range, an input or a target not finite, a target of
    binary cross-entropy not in 0..1, a probability negative or any float an integer by its bits; nothing changed then.
    MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
-   whose labels are all ignored, or of classes of weight 0: it changes nothing, not even the scale. */
+   whose labels are all ignored, or of classes of weight 0, or whose samples all weigh 0: it changes nothing, not even
+   the scale. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const void *x, const void *target);
 /* The same on 1 to accumulate * batch samples, as at the end of an epoch: passes of `batch`, the last of what is left.
    The step follows the mean over the samples that there are. */
 MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *target, size_t samples);
+/* Weights of the samples of the next mpt_train_step, mpt_train_samples, mpt_forward, mpt_evaluate or mpt_replay, whether
+   it succeeds or not, and of no later one: weights(samples) in host memory, which stays until then. The mean loss of a
+   step or an evaluation becomes the sum of weight times loss over the sum of the weights: see mpt_loss_op. `correct`
+   counts all samples alike. NULL, or no call: all 1. MPT_ERROR_ORDER if the loss was not made with desc.weighted. A
+   weight that is negative or not finite is MPT_ERROR_VALUE in the call it is for. A gradient in 16 bits is of weight
+   times loss: let weights be about 1. */
+MPT_DEF mpt_result mpt_sample_weights(mpt_model *net, const float *weights);
 
 /* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
-   their losses, times scale / (accumulate * batch), to the parameter gradients; the first call after a step overwrites
-   them. mpt_unscale divides by the weight of all passes instead: passes may have different numbers of samples, and
+   their losses, times scale / (accumulate * batch), and / (H W) if they are per position, to the parameter gradients;
+   the first call after a step overwrites them. mpt_unscale divides by the weight of all passes instead: passes may have different numbers of samples, and
    there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
@@ -1205,7 +1223,8 @@ MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int node, const float *grad);
    batch. Of a head until mpt_backward, of a node of mpt_keep at any time. Waits for the device. */
 MPT_DEF mpt_result mpt_node_value(mpt_model *net, int node, float *out);
 /* dloss/dvalue of a node of mpt_keep after mpt_backward and before mpt_scaler_update, without the loss scale: of the
-   sum of the losses of the pass, divided by `batch`; of a loss of your own, of that. */
+   sum of the losses of the pass, divided by `batch`, and by H W if they are per position; of a loss of your own, of
+   that. */
 MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int node, float *out);
 /* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. optimizer.zero_grad() in
    torch */
@@ -1229,7 +1248,7 @@ MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net);
 typedef struct mpt_metrics {
     double loss;               /* mean over the samples */
     double accuracy;           /* correct / samples; cross-entropy only */
-    uint64_t samples, correct; /* samples: but for ignored ones */
+    uint64_t samples, correct; /* samples: but for ignored ones; positions, if the loss is per position */
 } mpt_metrics;
 
 MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *target, size_t samples, mpt_metrics *out);
@@ -1452,9 +1471,9 @@ typedef struct mpt_backend {
                         int32_t *stuck);
     /* Both or none. Between them stand the calls of a training step, scale being the last. They and their arguments are
        the same while the bytes of *op are, but for what uploads and feeds bring; so a device may record them and do
-       them when scale comes. What is fed, or uploaded as targets, is read by the next map or loss alone. A feed that
-       finds a bad float ends the step by MPT_ERROR_VALUE before any other call. end is told the calls' result and
-       returns it; *again = 1: nothing was done, call all once more. */
+       them when scale comes. What is fed, or uploaded as targets or weights of samples, is read by the next map or
+       loss alone. A feed that finds a bad float ends the step by MPT_ERROR_VALUE before any other call. end is told
+       the calls' result and returns it; *again = 1: nothing was done, call all once more. */
     mpt_result (*begin)(mpt_context *ctx, const mpt_update_op *op, const void *staging);
     mpt_result (*end)(mpt_context *ctx, mpt_result result, int *again);
 } mpt_backend;
@@ -1881,14 +1900,21 @@ MPT_HD float mpt__class_weight(const mpt_loss_desc *d, size_t c) {
     return d->class_weights[c];
 }
 
+/* Of the sample that a row belongs to */
+MPT_HD float mpt__sample_weight(const mpt_loss_op *op, size_t row) {
+    if (!op->sample_weights) return 1;
+    return op->sample_weights[row / op->positions];
+}
+
 /* Weight of a row in the mean. An invalid label makes the loss NaN, whatever its weight. */
 MPT_HD float mpt__row_weight(const mpt_loss_op *op, size_t row) {
+    const float weight = mpt__sample_weight(op, row);
     mpt__aim aim;
-    if (op->kind != MPT_LOSS_CROSS_ENTROPY) return 1;
+    if (op->kind != MPT_LOSS_CROSS_ENTROPY) return weight;
     aim = mpt__aim_of(op, row);
     if (aim.ignored) return 0;
-    if (aim.probabilities || !aim.valid) return 1;
-    return mpt__class_weight(&op->desc, (size_t)aim.label);
+    if (aim.probabilities || !aim.valid) return weight;
+    return weight * mpt__class_weight(&op->desc, (size_t)aim.label);
 }
 
 /* The target of class c: its probability, smoothed, times its weight */
@@ -4100,7 +4126,10 @@ MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *user) {
     if (!op.sum) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: sum is NULL");
     if (!op.C) return mpt_fail(ctx, MPT_ERROR_SHAPE, "loss: C is 0");
     MPT__TRY(mpt__loss_desc_check(ctx, "loss", op.kind, &op.desc));
-    MPT__TRY(mpt__need_size(ctx, "loss", "x", op.N, op.C, 1, 1));
+    if (op.kind == MPT_LOSS_GRADIENT && op.sample_weights)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "loss: sample_weights of a gradient, which has no mean");
+    if (!op.positions) op.positions = 1;
+    MPT__TRY(mpt__need_size(ctx, "loss", "x", op.N, op.positions, op.C, 1));
     return ctx->backend.loss(ctx, &op);
 }
 
@@ -6641,7 +6670,17 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     return MPT_OK;
 }
 
-/* -- Losses: one row after the other, so that the sum has one order -- */
+/* -- Losses: one row after the other, so that the sum has one order; of many positions in parts -- */
+
+enum { MPT__LOSS_PARTS = 16 };
+
+typedef struct mpt__loss_work {
+    mpt_context *ctx;
+    const mpt_loss_op *op;
+    size_t rows;
+    float scale;
+    mpt_loss_sum sums[MPT__LOSS_PARTS];
+} mpt__loss_work;
 
 /* The class that a row aims at: the first of the largest probabilities, or the label */
 static size_t mpt__aim_class(const mpt_loss_op *op, const mpt__aim *aim) {
@@ -6699,25 +6738,54 @@ static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op
     return sum / (double)op->C;
 }
 
-static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
+/* Adds rows begin .. end to *sum, but for their weights. */
+static void mpt__loss_rows(const mpt__loss_work *w, size_t begin, size_t end, mpt_loss_sum *sum) {
+    const mpt_loss_op *op = w->op;
     const int entropy = op->kind == MPT_LOSS_CROSS_ENTROPY;
     const float zero = 0;
-    double weight = 0;
-    float scale;
     size_t row, c;
-    for (row = 0; row < op->N; row++) weight += (double)mpt__row_weight(op, row);
-    scale = mpt__loss_factor(op, weight);
-    for (row = 0; row < op->N; row++) {
+    for (row = begin; row < end; row++) {
+        const float weight = mpt__sample_weight(op, row);
+        double loss;
         if (entropy && mpt__aim_of(op, row).ignored) {
             if (op->dx.data)
-                for (c = 0; c < op->C; c++) mpt__store(ctx, op->dx, row * op->C + c, 1, &zero);
+                for (c = 0; c < op->C; c++) mpt__store(w->ctx, op->dx, row * op->C + c, 1, &zero);
             continue;
         }
-        if (entropy) op->sum->loss += mpt__cross_entropy_row(ctx, op, row, scale, &op->sum->correct);
-        else op->sum->loss += mpt__elementwise_row(ctx, op, row, scale);
-        op->sum->rows++;
+        if (entropy) loss = mpt__cross_entropy_row(w->ctx, op, row, w->scale * weight, &sum->correct);
+        else loss = mpt__elementwise_row(w->ctx, op, row, w->scale * weight);
+        sum->loss += loss * (double)weight;
+        sum->rows++;
     }
+}
+
+static void mpt__loss_task(void *arg, size_t begin, size_t end, MPT__UNUSED int worker) {
+    mpt__loss_work *w = (mpt__loss_work *)arg;
+    const size_t each = (w->rows + MPT__LOSS_PARTS - 1) / MPT__LOSS_PARTS;
+    for (; begin < end; begin++)
+        mpt__loss_rows(w, mpt__min(begin * each, w->rows), mpt__min((begin + 1) * each, w->rows), &w->sums[begin]);
+}
+
+static mpt_result mpt__cpu_loss(mpt_context *ctx, const mpt_loss_op *op) {
+    mpt__loss_work w = MPT_ZERO;
+    double weight = 0;
+    size_t i;
+    w.ctx = ctx;
+    w.op = op;
+    w.rows = op->N * op->positions;
+    for (i = 0; i < w.rows; i++) weight += (double)mpt__row_weight(op, i);
+    w.scale = mpt__loss_factor(op, weight);
     op->sum->weight += weight;
+    if (op->positions == 1) {
+        mpt__loss_rows(&w, 0, w.rows, op->sum);
+        return MPT_OK;
+    }
+    mpt__parallel(ctx, MPT__LOSS_PARTS, w.rows * op->C * 8, mpt__loss_task, &w);
+    for (i = 0; i < MPT__LOSS_PARTS; i++) {
+        op->sum->loss += w.sums[i].loss;
+        op->sum->rows += w.sums[i].rows;
+        op->sum->correct += w.sums[i].correct;
+    }
     return MPT_OK;
 }
 
@@ -8079,6 +8147,10 @@ struct mpt_model {
     float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host */
     int rows;                         /* samples of the last forward pass of any kind */
     int forward_rows;                 /* samples of the forward pass that waits for its backward pass; 0: none does */
+    /* Weights of samples, where the loss has them: a batch's, in device memory; the host's for the next call, and for
+       the passes of this one that are still to come. */
+    float *sample_weights;
+    const float *given, *weights;
 };
 
 static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
@@ -9290,9 +9362,15 @@ static const float *mpt__loss_weights(const mpt__node *node) {
     return d->pos_weight ? d->pos_weight : d->class_weights;
 }
 
+/* Rows of a sample, and elements of a row */
+static size_t mpt__loss_positions(const mpt__node *node) {
+    return node->loss_desc.per_position ? (size_t)node->H * (size_t)node->W : 1;
+}
+static size_t mpt__loss_outputs(const mpt__node *node) { return mpt__node_count(node) / mpt__loss_positions(node); }
+
 static mpt_result mpt__loss_check(mpt_model *net, mpt__node *node) {
     const float *weights = mpt__loss_weights(node);
-    const size_t outputs = mpt__node_count(node);
+    const size_t outputs = mpt__loss_outputs(node);
     size_t c;
     MPT__TRY(mpt__loss_desc_check(net->ctx, node->name, node->loss, &node->loss_desc));
     for (c = 0; weights && c < outputs; c++)
@@ -9337,7 +9415,7 @@ static size_t mpt__target_width(const mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     size_t widest = 0;
     int id;
-    if (loss) return mpt__has_labels(loss) ? 1 : mpt__node_count(loss);
+    if (loss) return mpt__has_labels(loss) ? mpt__loss_positions(loss) : mpt__node_count(loss);
     for (id = 1; id <= net->count; id++)
         if (mpt__is_output(net, id)) widest = mpt__max(widest, mpt__node_count(mpt__node_of(net, id)));
     return widest;
@@ -9345,13 +9423,15 @@ static size_t mpt__target_width(const mpt_model *net) {
 
 static mpt_result mpt__labels_check(mpt_context *ctx, const char *call, const mpt__node *loss, const int32_t *labels,
                                     size_t samples) {
-    const size_t classes = mpt__node_count(loss);
+    const size_t classes = mpt__loss_outputs(loss), positions = mpt__loss_positions(loss);
+    char position[40] = "";
     size_t i;
-    for (i = 0; i < samples; i++) {
+    for (i = 0; i < samples * positions; i++) {
         if (labels[i] >= 0 && (size_t)labels[i] < classes) continue;
         if (mpt__label_ignored(&loss->loss_desc, labels[i])) continue;
-        return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %zu is not in 0..%zu", call, loss->name,
-                        (int)labels[i], i, classes - 1);
+        if (positions > 1) mpt__print(position, sizeof position, ", position %zu,", i % positions);
+        return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': label %d of sample %zu%s is not in 0..%zu", call, loss->name,
+                        (int)labels[i], i / positions, position, classes - 1);
     }
     return MPT_OK;
 }
@@ -9371,6 +9451,16 @@ static mpt_result mpt__targets_check(mpt_context *ctx, const char *call, const m
             return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': target %zu of sample %zu is %g%s", call, loss->name,
                             i % outputs, i / outputs, (double)targets[i], shares ? ", not in 0..1" : "");
     }
+    return MPT_OK;
+}
+
+static mpt_result mpt__weights_check(mpt_context *ctx, const char *call, const mpt__node *loss, const float *weights,
+                                     size_t samples) {
+    size_t i;
+    for (i = 0; i < samples; i++)
+        if (!mpt__finite(weights[i]) || weights[i] < 0)
+            return mpt_fail(ctx, MPT_ERROR_VALUE, "%s: '%s': the weight of sample %zu is %g, not finite or negative",
+                            call, loss->name, i, (double)weights[i]);
     return MPT_OK;
 }
 
@@ -9496,13 +9586,14 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->target);
     mpt_free(ctx, net->sums);
     mpt_free(ctx, net->loss_weights);
+    mpt_free(ctx, net->sample_weights);
     mpt_free(ctx, net->channels);
     mpt_free(ctx, net->running);
     mpt_free(ctx, net->pending);
     mpt_free(ctx, net->sums_apart);
     mpt_free(ctx, net->slots);
     mpt__host_free(ctx, net->slots_host);
-    net->loss_weights = net->channels = net->running = net->pending = net->sums_apart = NULL;
+    net->sample_weights = net->loss_weights = net->channels = net->running = net->pending = net->sums_apart = NULL;
     net->slots = net->slots_host = NULL;
     net->opt = NULL;
     net->scaler = NULL;
@@ -9953,9 +10044,15 @@ static size_t mpt__sums_apart_bytes(mpt_model *net) {
     return (size_t)net->sums_apart_count * net->params->trained * sizeof(float);
 }
 
+static size_t mpt__sample_weights_bytes(const mpt_model *net) {
+    const mpt__node *loss = mpt__loss_of(net);
+    return loss && loss->loss_desc.weighted ? (size_t)net->train.batch * sizeof(float) : 0;
+}
+
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
-    const size_t batch = (size_t)net->train.batch, outputs = mpt__node_count(mpt__node_of(net, mpt__output_of(net)));
+    const size_t batch = (size_t)net->train.batch, outputs = loss ? mpt__loss_outputs(loss) : 0;
+    const size_t positions = loss ? mpt__loss_positions(loss) : 1;
     const float *weights = loss ? mpt__loss_weights(loss) : NULL;
     int i, failed = 0;
     net->statistics = 0; /* of all batch norms: mean(C) and variance(C) of one after the other */
@@ -9972,6 +10069,7 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->sums = (mpt_loss_sum *)mpt__build_alloc(net, MPT__SUMS * sizeof *net->sums, &failed);
     net->staging = (float *)mpt__build_alloc(net, net->staging_bytes, &failed);
     net->loss_weights = (float *)mpt__build_alloc(net, weights ? outputs * sizeof *weights : 0, &failed);
+    net->sample_weights = (float *)mpt__build_alloc(net, mpt__sample_weights_bytes(net), &failed);
     net->channels = (float *)mpt__build_alloc(net, mpt__channels_bytes(net), &failed);
     net->running = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
@@ -9981,7 +10079,7 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->weights_sum = 0;
     if (weights) net->weights_sum = mpt__weights_hash(weights, outputs);
     if (loss) net->opt->op.loss = &net->sums[0];
-    net->opt->op.unit = mpt__passes(net) * (double)net->train.batch;
+    net->opt->op.unit = mpt__passes(net) * (double)(batch * positions);
     net->opt->gather = mpt__gather_gradients;
     net->opt->gather_user = net;
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
@@ -10202,6 +10300,7 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const void 
         if (i < samples * features) return mpt__bad_input(net, call, (const float *)x, i);
     }
     if (!target) return MPT_OK;
+    if (net->weights) MPT__TRY(mpt__weights_check(net->ctx, call, loss, net->weights, samples));
     if (mpt__has_labels(loss)) return mpt__labels_check(net->ctx, call, loss, (const int32_t *)target, samples);
     return mpt__targets_check(net->ctx, call, loss, (const float *)target, samples);
 }
@@ -10245,10 +10344,16 @@ static mpt_result mpt__input_forward(mpt_model *net, const void *fed, size_t row
 static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows, int train) {
     const mpt__node *loss = mpt__loss_of(net);
     mpt_loss_op op = MPT_ZERO;
+    if (net->weights) {
+        MPT__TRY(mpt_upload(net->ctx, net->sample_weights, net->weights, rows * sizeof *net->weights));
+        op.sample_weights = net->sample_weights;
+        net->weights += rows;
+    }
     MPT__TRY(mpt_upload(net->ctx, net->target, target, rows * mpt__target_width(net) * sizeof(float)));
     op.kind = loss->loss;
     op.N = rows;
-    op.C = mpt__node_count(loss);
+    op.positions = mpt__loss_positions(loss);
+    op.C = mpt__loss_outputs(loss);
     op.x = mpt__value(net, loss->in[0]);
     op.target = net->target;
     op.desc = loss->loss_desc;
@@ -10258,7 +10363,7 @@ static mpt_result mpt__run_loss(mpt_model *net, const void *target, size_t rows,
     op.grad_scale = (float)(1 / mpt__passes(net));
     op.loss_scale = &net->scaler->state->scale;
     op.sum = &net->sums[train ? 0 : 1];
-    if (train) op.unit = (double)net->train.batch;
+    if (train) op.unit = (double)((size_t)net->train.batch * op.positions);
     return mpt_op_loss(net->ctx, &op);
 }
 
@@ -10327,6 +10432,22 @@ static mpt_result mpt__train_forward(mpt_model *net, const void *fed, const void
     return MPT_OK;
 }
 
+MPT_DEF mpt_result mpt_sample_weights(mpt_model *net, const float *weights) {
+    const mpt__node *loss;
+    MPT__TRY(mpt__need_built(net, "sample_weights"));
+    loss = mpt__loss_of(net);
+    if (!loss || !loss->loss_desc.weighted)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "sample_weights: the loss was not made with desc.weighted");
+    net->given = weights;
+    return MPT_OK;
+}
+
+/* What was handed over is for this call, and for no later one. */
+static void mpt__take_weights(mpt_model *net) {
+    net->weights = net->given;
+    net->given = NULL;
+}
+
 /* Is there anything to train? */
 static mpt_result mpt__need_training(const mpt_model *net, const char *call) {
     if (net->train.inference) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model was built for inference", call);
@@ -10336,6 +10457,7 @@ static mpt_result mpt__need_training(const mpt_model *net, const char *call) {
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n) {
     const void *fed;
     MPT__TRY(mpt__need_built(net, "forward"));
+    mpt__take_weights(net);
     MPT__TRY(mpt__need_training(net, "forward"));
     if (n < 1 || n > net->train.batch)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n,
@@ -10482,6 +10604,7 @@ static mpt_result mpt__train_calls(mpt_model *net, const char *call, const void 
 static int mpt__step_known(const mpt_model *net) {
     int i;
     if (!net->ctx->backend.begin || net->opt->phase != MPT__READY || mpt__has_gradients(net)) return 0;
+    if (mpt__sample_weights_bytes(net) && !net->weights) return 0; /* what is recorded uploads them */
     if (net->train.ranks.ranks > 1) return 0; /* they tell each other of their losses by way of the host */
     for (i = 1; i <= net->count; i++)
         if (mpt__node_of(net, i)->kind == MPT__OWN) return 0;
@@ -10684,8 +10807,11 @@ static mpt_result mpt__check_samples(mpt_model *net, const char *call, const voi
 
 static mpt_result mpt__train(mpt_model *net, const char *call, const void *x, const void *target, size_t samples) {
     const size_t whole = (size_t)net->train.batch * (size_t)net->train.accumulate;
+    const float *weights;
     mpt_result r;
     int known, tries, again = 1;
+    mpt__take_weights(net);
+    weights = net->weights;
     MPT__TRY(mpt__need_training(net, call));
     if (!net->params->trained) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: every layer is frozen", call);
     MPT__TRY(mpt__need_loss(net, call));
@@ -10693,8 +10819,10 @@ static mpt_result mpt__train(mpt_model *net, const char *call, const void *x, co
     r = mpt__check_samples(net, call, x, target, samples);
     known = samples == whole && mpt__step_known(net);
     net->opt->op.loss = &net->sums[0];
-    for (tries = 0; r == MPT_OK && again; tries++) /* a recording that fails twice is given up */
+    for (tries = 0; r == MPT_OK && again; tries++) { /* a recording that fails twice is given up */
+        net->weights = weights;
         r = mpt__train_once(net, call, x, (const float *)target, samples, known && tries < 3, &again);
+    }
     if (r != MPT_OK && net->train.ranks.ranks > 1 && net->opt->phase == MPT__READY && r != MPT_ERROR_DIVERGED)
         mpt__join_failed(net);
     return r;
@@ -10753,6 +10881,7 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *targe
     const void *fed;
     size_t i, rows, width;
     MPT__TRY(mpt__need_built(net, "evaluate"));
+    mpt__take_weights(net);
     if (!target || !out || !samples)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "evaluate: target or out is NULL, or there are no samples");
     MPT__TRY(mpt__need_loss(net, "evaluate"));
@@ -11049,6 +11178,7 @@ static size_t mpt__device_arrays(const mpt_model *net) {
     if (p->low) count++;
     if (net->staging) count++;
     if (net->loss_weights) count++;
+    if (net->sample_weights) count++;
     if (net->channels) count++;
     if (net->statistics) count += 2; /* running and pending */
     return count;
@@ -11081,7 +11211,8 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums;
     m.workspace += sizeof *net->scaler->state + sizeof *net->opt->op.state + slices;
     m.workspace += 2 * net->statistics * sizeof(float);
-    if (net->loss_weights) m.workspace += mpt_model_outputs(net) * sizeof(float);
+    if (net->loss_weights) m.workspace += mpt__loss_outputs(mpt__loss_of(net)) * sizeof(float);
+    m.workspace += mpt__sample_weights_bytes(net);
     m.workspace += mpt__channels_bytes(net);
     if (net->slots) {
         m.workspace += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
@@ -11726,7 +11857,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
     X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
     X(mpt_loss_kind, int, loss) X(float, float, loss_desc.label_smoothing) X(int, int, loss_desc.ignore) \
-    X(int, int, loss_desc.probabilities) \
+    X(int, int, loss_desc.probabilities) X(int, int, loss_desc.per_position) X(int, int, loss_desc.weighted) \
     X(int32_t, int, loss_desc.ignore_index) X(float, float, loss_desc.delta) \
     X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
     X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
@@ -12890,7 +13021,8 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
           mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
           All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc: new are pos_weight, delta and, of
-          cross-entropy, probabilities as targets.
+          cross-entropy, probabilities as targets; rows that are positions (segmentation), and weights of samples:
+          mpt_sample_weights.
           Checkpoints of 0.1.0 are refused; files of weights are taken.
    0.1.0  The first one.                                                                                              */
 

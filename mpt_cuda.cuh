@@ -2829,9 +2829,8 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
 
 /* -- Losses: a warp to a row -- */
 
-typedef struct mptc__row { /* of one sample */
-    double loss;
-    float weight;
+typedef struct mptc__row { /* of one, whose weight is not there yet, or the sums of some */
+    double loss, weight;
     unsigned counts, correct;
 } mptc__row;
 
@@ -2886,7 +2885,6 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
         mptc__put(op->dx, at + c, aim.valid ? dx : mpt__float(0x7fc00000u));
     }
     out.loss = aim.valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
-    out.weight = mpt__row_weight(op, row);
     out.counts = 1;
     out.correct = aim.valid && best == mptc__aim_class(op, &aim);
     if (mpt__is_nan((float)sum)) out.correct = 0; /* of NaN none is the largest */
@@ -2899,7 +2897,7 @@ static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t 
     const float each = mpt__loss_share(op);
     double sum = 0;
     float slope;
-    mptc__row out = {0, 1, 1, 0};
+    mptc__row out = {0, 0, 1, 0};
     for (size_t c = threadIdx.x % MPTC__WARP; c < op->C; c += MPTC__WARP) {
         sum += (double)mpt__loss_element(op, c, mptc__get(op->x, row * op->C + c), target[c], &slope);
         if (op->dx.data) mptc__put(op->dx, row * op->C + c, slope * (each * scale));
@@ -2911,9 +2909,10 @@ static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t 
 /* Sum of the weights of all rows: a block to a chunk of labels, and in the last block every 256th chunk a thread */
 static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double *parts, double *weight,
                                            unsigned *ticket) {
+    const size_t rows = op.N * op.positions;
     double sum = 0;
     for (size_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-        const size_t begin = chunk * MPTC__CHUNK, end = begin + MPTC__CHUNK < op.N ? begin + MPTC__CHUNK : op.N;
+        const size_t begin = chunk * MPTC__CHUNK, end = begin + MPTC__CHUNK < rows ? begin + MPTC__CHUNK : rows;
         double part = 0;
         for (size_t row = begin + threadIdx.x; row < end; row += MPTC__THREADS)
             part += (double)mpt__row_weight(&op, row);
@@ -2926,26 +2925,35 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
     if (threadIdx.x == 0) *weight = sum;
 }
 
-/* x(N,C) += bias(C), if there is one; then rows(N); then, in the last block, their sums, every 256th row a thread.
-   weight: of all rows; NULL: N */
+/* x(N, positions, C) += bias(C), if there is one; then sums of `each` rows by a warp; then, in the last block, of those,
+   every 256th a thread. weight: of all rows; NULL: their number */
 static __global__ void __launch_bounds__(MPTC__THREADS, 4)
-mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *rows, unsigned *ticket) {
-    const float scale = mpt__loss_factor(&op, weight ? *weight : (double)op.N);
+mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, mptc__row *sums, unsigned *ticket) {
+    const size_t rows = op.N * op.positions, count = (rows + each - 1) / each;
+    const float scale = mpt__loss_factor(&op, weight ? *weight : (double)rows);
     double loss = 0, weights = 0, counts = 0, correct = 0; /* whole numbers are exact */
-    for (size_t row = mptc__thread() / MPTC__WARP; row < op.N; row += mptc__stride() / MPTC__WARP) {
-        for (size_t c = threadIdx.x % MPTC__WARP; c < op.C && bias.data; c += MPTC__WARP)
-            mptc__put(op.x, row * op.C + c, mptc__get(op.x, row * op.C + c) + mptc__get(bias, c));
-        __syncwarp();
-        const mptc__row r = op.kind == MPT_LOSS_CROSS_ENTROPY ? mptc__cross_entropy_row(&op, row, scale)
-                                                              : mptc__elementwise_row(&op, row, scale);
-        if (threadIdx.x % MPTC__WARP == 0) rows[row] = r;
+    for (size_t i = mptc__thread() / MPTC__WARP; i < count; i += mptc__stride() / MPTC__WARP) {
+        mptc__row sum = {0, 0, 0, 0};
+        for (size_t row = i * each; row < rows && row < (i + 1) * each; row++) {
+            const float own = mpt__sample_weight(&op, row);
+            for (size_t c = threadIdx.x % MPTC__WARP; c < op.C && bias.data; c += MPTC__WARP)
+                mptc__put(op.x, row * op.C + c, mptc__get(op.x, row * op.C + c) + mptc__get(bias, c));
+            __syncwarp();
+            const mptc__row r = op.kind == MPT_LOSS_CROSS_ENTROPY ? mptc__cross_entropy_row(&op, row, scale * own)
+                                                                  : mptc__elementwise_row(&op, row, scale * own);
+            sum.loss += r.loss * (double)own;
+            sum.weight += (double)mpt__row_weight(&op, row);
+            sum.counts += r.counts;
+            sum.correct += r.correct;
+        }
+        if (threadIdx.x % MPTC__WARP == 0) sums[i] = sum;
     }
     if (!mptc__last_block(ticket, gridDim.x)) return;
-    for (size_t row = threadIdx.x; row < op.N; row += MPTC__THREADS) {
-        loss += __ldcg(&rows[row].loss);
-        weights += (double)__ldcg(&rows[row].weight);
-        counts += __ldcg(&rows[row].counts);
-        correct += __ldcg(&rows[row].correct);
+    for (size_t i = threadIdx.x; i < count; i += MPTC__THREADS) {
+        loss += __ldcg(&sums[i].loss);
+        weights += __ldcg(&sums[i].weight);
+        counts += __ldcg(&sums[i].counts);
+        correct += __ldcg(&sums[i].correct);
     }
     loss = mptc__team_sum(loss), weights = mptc__team_sum(weights);
     counts = mptc__team_sum(counts), correct = mptc__team_sum(correct);
@@ -2960,7 +2968,7 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, mptc__row *ro
 static mpt_array mptc__held_bias(mptc__device *device, const mpt_loss_op *op) {
     const mpt_gemm_op *g = &device->held.product;
     const mpt_array none = MPT_ZERO;
-    if (!device->held.finish || g->c.data != op->x.data || g->m != op->N || g->n != op->C) return none;
+    if (!device->held.finish || g->c.data != op->x.data || g->m != op->N * op->positions || g->n != op->C) return none;
     device->held.finish = 0;
     return g->bias;
 }
@@ -2970,20 +2978,22 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     mpt_loss_op op = *user;
     const mpt_loss_desc *d = &op.desc;
     const int mean = op.dx.data && !(op.unit > 0); /* dx needs the weight of all rows */
-    const int weighted = mean && op.kind == MPT_LOSS_CROSS_ENTROPY && (d->class_weights || d->ignore);
-    const size_t chunks = mptc__divide_up(op.N, MPTC__CHUNK);
+    const int unequal = op.kind == MPT_LOSS_CROSS_ENTROPY && (d->class_weights || d->ignore);
+    const int weighted = mean && (unequal || op.sample_weights);
+    const size_t rows = op.N * op.positions, chunks = mptc__divide_up(rows, MPTC__CHUNK);
+    const size_t each = op.positions > 1 ? MPTC__WARP : 1, count = mptc__divide_up(rows, each);
     if (!op.N) return MPT_OK;
     const mpt_array bias = mptc__held_bias(device, &op);
     op.target = mptc__fed(ctx, mpt_typed_array(op.target, MPT_F32).data);
     MPTC__TRY(mptc__enter(ctx));
     MPTC__TRY(mptc__need_positions(ctx, "loss: classes", op.C));
-    MPTC__TRY(mptc__grow(ctx, &device->scratch, op.N * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
-    mptc__row *rows = (mptc__row *)(void *)device->scratch.at;
-    double *weight = weighted ? (double *)(void *)(rows + op.N) : NULL;
+    MPTC__TRY(mptc__grow(ctx, &device->scratch, count * sizeof(mptc__row) + (chunks + 1) * sizeof(double)));
+    mptc__row *sums = (mptc__row *)(void *)device->scratch.at;
+    double *weight = weighted ? (double *)(void *)(sums + count) : NULL;
     if (weighted)
         MPTC__TRY(MPTC__SPREAD(mptc__loss_weight_k, chunks * MPTC__THREADS, op, chunks, weight + 1, weight,
                                device->tickets));
-    return MPTC__SPREAD(mptc__loss_k, op.N * MPTC__WARP, op, bias, weight, rows, device->tickets);
+    return MPTC__SPREAD(mptc__loss_k, count * MPTC__WARP, op, bias, weight, each, sums, device->tickets);
 }
 
 /* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
@@ -3398,6 +3408,15 @@ static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const 
    step that cannot be recorded is launched call by call, and the next one tried again: what broke the recording may
    have been another thread's call or a shortage of memory. The third failure is the last. */
 
+/* What lies in the feed goes to where it was uploaded to. */
+static mpt_result mptc__held_copy(mpt_context *ctx, void *to) {
+    mptc__device *device = mptc__of(ctx);
+    const mptc__held *held = &device->held;
+    if (device->step.mode == MPTC__REPLAY) return MPT_OK;
+    MPTC__CUDA(cudaMemcpyAsync(to, held->fed, held->bytes, cudaMemcpyDeviceToDevice, device->stream));
+    return MPT_OK;
+}
+
 static mpt_result mptc__held_do(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     mptc__held *held = &device->held;
@@ -3408,8 +3427,7 @@ static mpt_result mptc__held_do(mpt_context *ctx) {
     held->to = held->clear = NULL;
     held->finish = held->bias = held->pool = held->few = held->slope = held->running = held->update = 0;
     if (clear) MPTC__TRY(mptc__clear(ctx, clear, held->cleared));
-    if (to && device->step.mode != MPTC__REPLAY)
-        MPTC__CUDA(cudaMemcpyAsync(to, held->fed, held->bytes, cudaMemcpyDeviceToDevice, device->stream));
+    if (to) MPTC__TRY(mptc__held_copy(ctx, to));
     if (finish) MPTC__TRY(mptc__finish(ctx, &held->product, held->product.c, held->product.ldc, 0));
     if (bias) MPTC__TRY(mptc__sums_run(ctx, &held->sums));
     if (pool) MPTC__TRY(mptc__pool_backward(ctx, &held->pooling, none, held->pooled));
@@ -3440,6 +3458,7 @@ static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op) {
         op->first = mpt__first_bad((const float *)op->x, op->floats);
     }
     op->at = op->staging;
+    if (device->held.to) MPTC__TRY(mptc__held_copy(ctx, device->held.to));
     device->held.fed = device->feeds[step->reads].device + at;
     device->held.to = op->staging;
     device->held.bytes = op->bytes;

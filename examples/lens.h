@@ -1735,7 +1735,7 @@ static mpt_result lens__loss_scale(lens_view *lens, const float *loss_scale) {
 
 static mpt_result lens__loss(mpt_context *ctx, const mpt_loss_op *op) {
     lens_view *lens = lens__of(ctx);
-    const size_t n = op->N * op->C;
+    const size_t n = op->N * op->positions * op->C;
     lens__output o = lens__output_of(lens, "loss", MPT_BACKWARD_DATA, 1, n, n, 0);
     mpt_loss_op run = *op;
     mpt_result r;
