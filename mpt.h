@@ -1199,18 +1199,18 @@ MPT_DEF mpt_result mpt_train_step(mpt_model *net, const void *x, const void *tar
 /* The same on 1 to accumulate * batch samples, as at the end of an epoch: passes of `batch`, the last of what is left.
    The step follows the mean over the samples that there are. */
 MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *target, size_t samples);
-/* Weights of the samples of the next mpt_train_step, mpt_train_samples, mpt_forward, mpt_evaluate or mpt_replay, whether
-   it succeeds or not, and of no later one: weights(samples) in host memory, which stays until then. The mean loss of a
-   step or an evaluation becomes the sum of weight times loss over the sum of the weights: see mpt_loss_op. `correct`
-   counts all samples alike. NULL, or no call: all 1. MPT_ERROR_ORDER if the loss was not made with desc.weighted. A
-   weight that is negative or not finite is MPT_ERROR_VALUE in the call it is for. A gradient in 16 bits is of weight
-   times loss: let weights be about 1. */
+/* Weights of the samples of the next mpt_train_step, mpt_train_samples, mpt_forward, mpt_evaluate or mpt_replay,
+   whether it succeeds or not, and of no later one: weights(samples) in host memory, which stays until then. The mean
+   loss of a step or an evaluation becomes the sum of weight times loss over the sum of the weights: see mpt_loss_op.
+   `correct` counts all samples alike. NULL, or no call: all 1. MPT_ERROR_ORDER if the loss was not made with
+   desc.weighted. A weight that is negative or not finite is MPT_ERROR_VALUE in the call it is for. A gradient in 16
+   bits is of weight times loss: let weights be about 1. */
 MPT_DEF mpt_result mpt_sample_weights(mpt_model *net, const float *weights);
 
 /* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
    their losses, times scale / (accumulate * batch), and / (H W) if they are per position, to the parameter gradients;
-   the first call after a step overwrites them. mpt_unscale divides by the weight of all passes instead: passes may have different numbers of samples, and
-   there may be more or fewer of them than `accumulate`. */
+   the first call after a step overwrites them. mpt_unscale divides by the weight of all passes instead: passes may have
+   different numbers of samples, and there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 

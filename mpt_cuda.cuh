@@ -2925,7 +2925,7 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
     if (threadIdx.x == 0) *weight = sum;
 }
 
-/* x(N, positions, C) += bias(C), if there is one; then sums of `each` rows by a warp; then, in the last block, of those,
+/* x(N, positions, C) += bias(C), if there is one; then sums of `each` rows by a warp; then, in the last block, of all,
    every 256th a thread. weight: of all rows; NULL: their number */
 static __global__ void __launch_bounds__(MPTC__THREADS, 4)
 mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, mptc__row *sums, unsigned *ticket) {

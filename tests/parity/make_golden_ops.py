@@ -135,9 +135,28 @@ def group_norm(n, t):
     return channels_last(F.group_norm(channels_first(t.x), n.groups, t.gamma, t.beta, n.eps))
 
 
+def weighted_mean(loss, weights, sample_weights):
+    """Of losses(N, ...) that are weighted already: their sum over that of the weights, both times those of the samples."""
+    own = sample_weights.reshape(-1, *[1] * (loss.dim() - 1)).expand(loss.shape)
+    return (own * loss).sum() / (own * weights).sum()
+
+
 def cross_entropy(n, t):
-    return F.cross_entropy(t.x, t.target.long(), weight=getattr(t, "class_weights", None),
-                           ignore_index=n.ignore_index, label_smoothing=n.label_smoothing)
+    soft, image, weights = hasattr(n, "probabilities"), hasattr(n, "H"), getattr(t, "class_weights", None)
+    x = channels_first(t.x) if image else t.x
+    target = t.target if soft else t.target.long()
+    options = dict(weight=weights, label_smoothing=n.label_smoothing)
+    if soft:
+        target = channels_first(target) if image else target
+    else:
+        options["ignore_index"] = n.ignore_index
+    if not hasattr(t, "sample_weights"):
+        return F.cross_entropy(x, target, **options)
+    loss = F.cross_entropy(x, target, **options, reduction="none")
+    rows = torch.ones_like(loss) if soft else (target != n.ignore_index).to(loss.dtype)
+    if weights is not None and not soft:
+        rows = rows * weights[torch.where(rows > 0, target, 0)]
+    return weighted_mean(loss, rows, t.sample_weights)
 
 
 # -- Bounds -- functions of numbers, doubles and the gradient of y; a dict with one for every output
@@ -285,29 +304,42 @@ def group_norm_bounds(n, t, dy):
     return of_norm(*parts, n.eps, (1, 2, 4), (0, 1, 2))
 
 
+def cross_entropy_shares(n, t):
+    """(rows, C): what the mean makes of every log p."""
+    weights = getattr(t, "class_weights", torch.ones(n.C, dtype=torch.double))
+    if hasattr(n, "probabilities"):
+        shares = t.target.reshape(-1, n.C)
+        counted = row_weights = torch.ones(len(shares), dtype=torch.double)
+    else:
+        label = t.target.long().flatten()
+        counted = (label != n.ignore_index).double()
+        label = torch.where(counted > 0, label, 0)
+        shares, row_weights = F.one_hot(label, n.C), weights[label] * counted
+    own = getattr(t, "sample_weights", torch.ones(n.N, dtype=torch.double)).repeat_interleave(len(shares) // n.N)
+    q = shares * (1 - n.label_smoothing) + n.label_smoothing / n.C
+    return q * weights * (counted * own)[:, None] / (row_weights * own).sum()
+
+
 def cross_entropy_bounds(n, t, dy):
     """e: error of log p, from that of x - max, of the sum of exponentials and of its logarithm. q: what the loss makes
     of log p. 8 more terms: a few units for each of exp and log."""
-    weights = getattr(t, "class_weights", torch.ones(n.C, dtype=torch.double))
-    label = t.target.long()
-    counted = (label != n.ignore_index).double()
-    label = torch.where(counted > 0, label, 0)
-    q = F.one_hot(label, n.C) * (1 - n.label_smoothing) + n.label_smoothing / n.C
-    q = q * weights * counted[:, None] / (weights[label] * counted).sum()
-    below = (t.x - t.x.max(1, keepdim=True).values).abs()
-    p = torch.softmax(t.x, 1)
+    x, q = t.x.reshape(-1, n.C), cross_entropy_shares(n, t)
+    below = (x - x.max(1, keepdim=True).values).abs()
+    p = torch.softmax(x, 1)
     spread = 1 + (p * below).sum(1, keepdim=True)
     e = below + torch.logsumexp(-below, 1, keepdim=True) + spread
     loss = (q * e).sum()
     dx = q.sum(1, keepdim=True) * p * (1 + below + spread) + q
-    return dict(y=Bound(n.C + n.N + 8, loss), dx=Bound(n.C + n.N + 8, dx))
+    return dict(y=Bound(n.C + len(x) + 8, loss), dx=Bound(n.C + len(x) + 8, dx))
 
 
 def elementwise_loss(value, slope):
-    """Means over all elements, from the terms of an element's loss and slope."""
+    """Means over all elements, weighted by samples, from the terms of an element's loss and slope."""
     def bounds(n, t, dy):
-        count = n.N * n.C
-        return dict(y=Bound(count + 8, value(t.x, t.target).mean()), dx=Bound(8, slope(t.x, t.target) / count))
+        own = getattr(t, "sample_weights", torch.ones(n.N, dtype=torch.double))[:, None]
+        total = own.sum() * n.C
+        return dict(y=Bound(n.N * n.C + 8, (value(t.x, t.target) * own).sum() / total),
+                    dx=Bound(8, slope(t.x, t.target) * own / total))
     return bounds
 
 
@@ -317,8 +349,12 @@ def huber_bounds(n, t, dy):
     return elementwise_loss(lambda x, target: value, lambda x, target: d.clamp(max=delta))(n, t, dy)
 
 
-def bce(n, t):
-    return F.binary_cross_entropy_with_logits(t.x, t.target, pos_weight=getattr(t, "pos_weight", None))
+def bce(n, t, **options):
+    return F.binary_cross_entropy_with_logits(t.x, t.target, pos_weight=getattr(t, "pos_weight", None), **options)
+
+
+def huber(n, t, **options):
+    return F.huber_loss(t.x, t.target, delta=getattr(n, "delta", 1.0), **options)
 
 
 def bce_bounds(n, t, dy):
@@ -414,23 +450,38 @@ def norm_op(function, bounds, shape, running=False, **numbers):
     return Op(function, bounds, {**dict(zip("NHWC" if len(shape) == 4 else "NC", shape)), **numbers}, inputs)
 
 
-def cross_entropy_op(N, C, weights=False, **options):
-    inputs = dict(x=("logits", -4, 4, (N, C)), target=("labels", 0, C, (N,)))
+def cross_entropy_op(N, C, weights=False, sample_weights=False, **options):
+    rows = (N, options["H"], options["W"]) if "H" in options else (N,)
+    inputs = dict(x=("logits", -4, 4, (*rows, C)), target=("labels", 0, C, rows))
+    if "probabilities" in options:
+        inputs["target"] = ("target", 0, 1, (*rows, C))
     if weights:
         inputs["class_weights"] = ("target", 0.25, 2, (C,))
+    if sample_weights:
+        inputs["sample_weights"] = ("target", 0, 3, (N,))
     return Op(cross_entropy, cross_entropy_bounds,
               {**dict(N=N, C=C, ignore_index=-100, label_smoothing=0.0), **options}, inputs)
 
 
-def loss_op(function, bounds, targets=(-2, 2), N=7, C=9, pos_weight=False, **options):
+def loss_op(function, bounds, targets=(-2, 2), N=7, C=9, pos_weight=False, sample_weights=False, **options):
+    def weighted(n, t):
+        loss = function(n, t, reduction="none").mean(1)
+        return weighted_mean(loss, torch.ones_like(loss), t.sample_weights)
     inputs = dict(x=("logits", -3, 3, (N, C)), target=("target", *targets, (N, C)))
     if pos_weight:
         inputs["pos_weight"] = ("target", 0.25, 4, (C,))
-    return Op(function, bounds, dict(N=N, C=C, **options), inputs)
+    if sample_weights:
+        inputs["sample_weights"] = ("target", 0, 3, (N,))
+    return Op(weighted if sample_weights else function, bounds, dict(N=N, C=C, **options), inputs)
 
 
-def plain_loss(function, bounds):
-    return loss_op(lambda n, t: function(t.x, t.target), bounds)
+def plain_loss(function, bounds, **options):
+    return loss_op(lambda n, t, **how: function(t.x, t.target, **how), bounds, **options)
+
+
+def mse_op(**options):
+    return plain_loss(F.mse_loss, elementwise_loss(
+        lambda x, t: (x - t) ** 2, lambda x, t: 2 * (x - t).abs()), **options)
 
 
 IMAGE = dict(N=2, H=7, W=6, C=3)
@@ -473,21 +524,32 @@ OPS = {
     "cross_entropy_weights": cross_entropy_op(7, 10, weights=True),
     "cross_entropy_ignore": cross_entropy_op(23, 5, ignore_index=3),
     "cross_entropy_all": cross_entropy_op(23, 5, weights=True, ignore_index=3, label_smoothing=0.1),
-    "mse": plain_loss(F.mse_loss, elementwise_loss(
-        lambda x, t: (x - t) ** 2, lambda x, t: 2 * (x - t).abs())),
+    "mse": mse_op(),
     "bce_with_logits": loss_op(bce, bce_bounds, targets=(0, 1)),
     "l1": plain_loss(F.l1_loss, elementwise_loss(lambda x, t: (x - t).abs(), lambda x, t: torch.ones_like(x))),
-    "huber": plain_loss(F.huber_loss, huber_bounds),
+    "huber": loss_op(huber, huber_bounds),
     "conv2d_axes": conv2d_op(**SMALL, R=3, S=2, stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
     "conv2d_same": conv2d_op(**SMALL, R=4, S=2, dilation=(1, 3), same=1),
     "max_pool_axes": max_pool_op(**IMAGE, R=3, S=2, stride=(3, 1), padding=(1, 0)),
     "avg_pool_exclude": avg_pool_op(**IMAGE, R=3, S=2, stride=(2, 1), padding=(1, 1), exclude_padding=1),
     "bce_pos_weight": loss_op(bce, bce_bounds, targets=(0, 1), pos_weight=True),
-    "huber_delta": loss_op(lambda n, t: F.huber_loss(t.x, t.target, delta=n.delta), huber_bounds, delta=0.75),
+    "huber_delta": loss_op(huber, huber_bounds, delta=0.75),
     "multiply": multiply_op(N=2, H=5, W=3, C=3),
     "multiply_channels": multiply_op(N=3, H=1, W=1, C=11, R=5, S=3),
     "upsample": upsample_op(2, N=2, H=3, W=5, C=3),
     "leaky_relu_slope": leaky_relu_op(0.2),
+    "cross_entropy_soft": cross_entropy_op(7, 10, probabilities=1),
+    "cross_entropy_soft_all": cross_entropy_op(23, 5, weights=True, label_smoothing=0.1, probabilities=1),
+    "cross_entropy_positions": cross_entropy_op(3, 6, H=4, W=5, weights=True, ignore_index=2, label_smoothing=0.1),
+    "cross_entropy_soft_positions": cross_entropy_op(2, 4, H=5, W=3, weights=True, probabilities=1),
+    "cross_entropy_sample_weights": cross_entropy_op(23, 5, weights=True, sample_weights=True, ignore_index=3,
+                                                     label_smoothing=0.1),
+    "cross_entropy_positions_weighted": cross_entropy_op(5, 4, H=3, W=2, weights=True, sample_weights=True,
+                                                         ignore_index=1),
+    "cross_entropy_soft_weighted": cross_entropy_op(11, 6, sample_weights=True, label_smoothing=0.2, probabilities=1),
+    "mse_sample_weights": mse_op(sample_weights=True),
+    "bce_sample_weights": loss_op(bce, bce_bounds, targets=(0, 1), pos_weight=True, sample_weights=True),
+    "huber_sample_weights": loss_op(huber, huber_bounds, delta=0.75, sample_weights=True),
 }
 
 

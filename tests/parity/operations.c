@@ -340,18 +340,23 @@ static void run_loss(run *r) {
     op.kind = (mpt_loss_kind)r->option;
     op.N = size(r, "N");
     op.C = size(r, "C");
+    if (golden_find(r->g, "", "number", "H")) op.positions = size(r, "H") * size(r, "W");
     op.x = input(r, "x");
     op.dx = output(r, "dx");
     op.sum = (mpt_loss_sum *)mpt_alloc(r->ctx, sizeof *op.sum);
     CHECK_OK(r->ctx, mpt_upload(r->ctx, op.sum, &host, sizeof host));
+    op.desc.probabilities = golden_find(r->g, "", "number", "probabilities") != NULL;
     if (op.kind == MPT_LOSS_CROSS_ENTROPY) {
-        op.target = labels(r);
         op.desc.label_smoothing = (float)golden_number(r->g, "label_smoothing");
-        op.desc.ignore = 1;
+        op.desc.ignore = !op.desc.probabilities;
         op.desc.ignore_index = (int32_t)golden_number(r->g, "ignore_index");
         if (golden_find(r->g, "", "input", "class_weights"))
             op.desc.class_weights = (const float *)input(r, "class_weights").data;
-    } else op.target = input(r, "target").data;
+    }
+    if (op.desc.ignore) op.target = labels(r);
+    else op.target = input(r, "target").data;
+    if (golden_find(r->g, "", "input", "sample_weights"))
+        op.sample_weights = (const float *)input(r, "sample_weights").data;
     if (golden_find(r->g, "", "input", "pos_weight")) op.desc.pos_weight = (const float *)input(r, "pos_weight").data;
     if (golden_find(r->g, "", "number", "delta")) op.desc.delta = (float)golden_number(r->g, "delta");
     CHECK_OK(r->ctx, mpt_op_loss(r->ctx, &op));
@@ -413,6 +418,16 @@ static const operation operations[] = {
     {"op_multiply", run_multiply, 0},
     {"op_multiply_channels", run_multiply, 0},
     {"op_upsample", run_upsample, 0},
+    {"op_cross_entropy_soft", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_soft_all", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_soft_weighted", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_soft_positions", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_positions", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_positions_weighted", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_cross_entropy_sample_weights", run_loss, MPT_LOSS_CROSS_ENTROPY},
+    {"op_mse_sample_weights", run_loss, MPT_LOSS_SQUARED_ERROR},
+    {"op_bce_sample_weights", run_loss, MPT_LOSS_BCE_WITH_LOGITS},
+    {"op_huber_sample_weights", run_loss, MPT_LOSS_HUBER},
 };
 
 static void test_operation(mpt_context *ctx, const operation *op) {

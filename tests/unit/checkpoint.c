@@ -999,6 +999,9 @@ static void test_loss_options(mpt_context *ctx) {
     mpt_loss_desc d = MPT_ZERO;
     d.delta = 2, check_option(ctx, mpt_huber, &d, "delta");
     d = zero, d.pos_weight = weights, check_option(ctx, mpt_bce_with_logits, &d, "pos_weight");
+    d = zero, d.probabilities = 1, check_option(ctx, mpt_softmax_cross_entropy, &d, "probabilities");
+    d = zero, d.per_position = 1, check_option(ctx, mpt_softmax_cross_entropy, &d, "per_position");
+    d = zero, d.weighted = 1, check_option(ctx, mpt_mse, &d, "weighted");
 }
 
 /* The layers' descriptors as test_descriptors knows them: with one more member they have another size, and that member
@@ -1030,8 +1033,10 @@ static void test_known_members(void) {
         const float *b;
         int c;
         int32_t d;
-        const float *e;
-        float f;
+        int e;
+        const float *f;
+        float g;
+        int h, i;
     } loss;
     typedef struct {
         int a, b;
