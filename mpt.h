@@ -428,7 +428,7 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
 typedef enum mpt_activation {
     MPT_IDENTITY = 0,
     MPT_RELU,       /* y: max(x, 0) */
-    MPT_LEAKY_RELU, /* y: x, or 0.01 x below 0 */
+    MPT_LEAKY_RELU, /* y: x, or 0.01 x below 0; see mpt_map_op for other slopes */
     MPT_TANH,       /* y */
     MPT_SIGMOID,    /* y: 1 / (1 + exp(-x)) */
     MPT_GELU,       /* x: x Phi(x), by erf (Hendrycks and Gimpel 2016) */
@@ -544,6 +544,7 @@ typedef struct mpt_map_op {
     mpt_array out; /* may be a or b, but not overlap them otherwise */
     float beta;
     mpt_activation act;
+    float negative_slope;  /* of MPT_LEAKY_RELU, from 0 on; 0: 0.01 */
     mpt_rounding rounding; /* MPT_MAP_CAST */
     mpt_mask mask;         /* MPT_MAP_DROPOUT */
     size_t C;              /* MPT_MAP_BYTES: element i is of channel i % C... */
@@ -1066,9 +1067,9 @@ MPT_DEF int mpt_group_norm(mpt_model *net, int node, int groups, const mpt_norm_
 /* Drops elements with probability p in training; nothing in evaluation. The mask is named by train.seed, the number of
    applied steps, the micro-batch, the node and the element. */
 MPT_DEF int mpt_dropout(mpt_model *net, int node, float p);
-/* See mpt_activation. */
+/* See mpt_activation. negative_slope is from 0 on; 0: 0.01, the only one that the layer before computes in passing. */
 MPT_DEF int mpt_relu(mpt_model *net, int node);
-MPT_DEF int mpt_leaky_relu(mpt_model *net, int node);
+MPT_DEF int mpt_leaky_relu(mpt_model *net, int node, float negative_slope);
 MPT_DEF int mpt_tanh(mpt_model *net, int node);
 MPT_DEF int mpt_sigmoid(mpt_model *net, int node);
 MPT_DEF int mpt_gelu(mpt_model *net, int node);
@@ -1653,10 +1654,13 @@ MPT_HD float mpt__gelu_argument(float x) {
     return 0.7978845608f * (near + 0.044715f * near * near * near);
 }
 
+/* x, times the slope of a leaky ReLU where `saved`, its input or its value, is not positive */
+MPT_HD float mpt__leaky(float slope, float saved, float x) { return mpt__not_positive(saved) ? slope * x : x; }
+
 MPT_HD float mpt__activate(mpt_activation act, float x) {
     switch (act) {
     case MPT_RELU: return mpt__not_positive(x) ? 0.0f : x;
-    case MPT_LEAKY_RELU: return mpt__not_positive(x) ? 0.01f * x : x;
+    case MPT_LEAKY_RELU: return mpt__leaky(0.01f, x, x);
     case MPT_TANH: return tanhf(x);
     case MPT_SIGMOID: return mpt__sigmoid(x);
     case MPT_GELU: return 0.5f * x * (1 + erff(0.7071067812f * x));
@@ -1664,6 +1668,16 @@ MPT_HD float mpt__activate(mpt_activation act, float x) {
     case MPT_SILU: return x * mpt__sigmoid(x);
     default: return x;
     }
+}
+
+MPT_HD float mpt__map_slope(const mpt_map_op *op) {
+    if (mpt__bits(op->negative_slope) << 1) return op->negative_slope;
+    return 0.01f;
+}
+
+MPT_HD float mpt__map_activate(const mpt_map_op *op, float x) {
+    if (op->act == MPT_LEAKY_RELU) return mpt__leaky(mpt__map_slope(op), x, x);
+    return mpt__activate(op->act, x);
 }
 
 /* d/dx of GELU: Phi(x) + x phi(x), and of its approximation */
@@ -1681,7 +1695,7 @@ MPT_HD float mpt__activate_backward(mpt_activation act, float saved, float dy) {
     float s;
     switch (act) {
     case MPT_RELU: return mpt__not_positive(saved) ? 0.0f : dy;
-    case MPT_LEAKY_RELU: return mpt__not_positive(saved) ? 0.01f * dy : dy;
+    case MPT_LEAKY_RELU: return mpt__leaky(0.01f, saved, dy);
     case MPT_TANH: return dy * (1 - saved * saved);
     case MPT_SIGMOID: return dy * saved * (1 - saved);
     case MPT_GELU:
@@ -1689,6 +1703,11 @@ MPT_HD float mpt__activate_backward(mpt_activation act, float saved, float dy) {
     case MPT_SILU: s = mpt__sigmoid(saved); return dy * s * (1 + saved * mpt__sigmoid(-saved));
     default: return dy;
     }
+}
+
+MPT_HD float mpt__map_activate_backward(const mpt_map_op *op, float saved, float dy) {
+    if (op->act == MPT_LEAKY_RELU) return mpt__leaky(mpt__map_slope(op), saved, dy);
+    return mpt__activate_backward(op->act, saved, dy);
 }
 
 /* -- Casts -- */
@@ -3924,6 +3943,9 @@ static mpt_result mpt__map_check(mpt_context *ctx, const mpt_map_op *op) {
     if (op->map == MPT_MAP_ACTIVATION_GRADIENT || op->map == MPT_MAP_ADD) MPT__TRY(mpt__need(ctx, "map", "b", op->b));
     MPT__TRY(mpt__need(ctx, "map", "out", op->out));
     MPT__TRY(mpt__need_act(ctx, "map", op->act));
+    if (!mpt__finite(op->negative_slope) || op->negative_slope < 0)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "map: negative_slope %g is not a finite number from 0 on",
+                        (double)op->negative_slope);
     return op->map == MPT_MAP_DROPOUT ? mpt__need_share(ctx, "map", "mask.p", op->mask.p, 1) : MPT_OK;
 }
 
@@ -4375,12 +4397,12 @@ static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
         float x = op->map == MPT_MAP_BYTES ? (float)((const uint8_t *)op->a.data)[i] : (float)mpt__ref_get(op->a, i);
         switch (op->map) {
         case MPT_MAP_CAST: rounding = &op->rounding; break;
-        case MPT_MAP_ACTIVATION: x = mpt__activate(op->act, x); break;
+        case MPT_MAP_ACTIVATION: x = mpt__map_activate(op, x); break;
         case MPT_MAP_ACTIVATION_GRADIENT:
-            x = mpt__activate_backward(op->act, x, (float)mpt__ref_get(op->b, i));
+            x = mpt__map_activate_backward(op, x, (float)mpt__ref_get(op->b, i));
             x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
             break;
-        case MPT_MAP_ADD: x = mpt__activate(op->act, (float)((double)x + mpt__ref_old(op->b, i, op->beta))); break;
+        case MPT_MAP_ADD: x = mpt__map_activate(op, (float)((double)x + mpt__ref_old(op->b, i, op->beta))); break;
         case MPT_MAP_DROPOUT:
             x = mpt__mul_rn(x, mpt__mask_factor(&op->mask, step, i));
             x = (float)((double)x + mpt__ref_old(op->out, i, op->beta));
@@ -5845,6 +5867,13 @@ static void mpt__cast_elements(const mpt_context *ctx, const mpt_map_op *op, siz
         }
 }
 
+/* out[e] = x[e], times the slope of a leaky ReLU where saved[e] is not positive; out may be x. */
+MPT__INLINE void mpt__leaky_run(const mpt_map_op *op, float *out, const float *saved, const float *x) {
+    const float slope = mpt__map_slope(op);
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) out[e] = mpt__leaky(slope, saved[e], x[e]);
+}
+
 /* Any map but a cast. beta scales b in an addition, else the old content; an activation ignores it. */
 MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     const mpt_array old = op->map == MPT_MAP_ADD ? op->b : op->out;
@@ -5852,14 +5881,19 @@ MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size
     float out[MPT__RUN], room[2][MPT__RUN];
     const float *a = mpt__read_run(ctx, op->a, i, n, room[0]);
     size_t e;
-    if (op->map == MPT_MAP_ACTIVATION_GRADIENT)
-        mpt__gradient_run(op->act, out, a, mpt__read_run(ctx, op->b, i, n, room[1]));
-    else mpt__scale_run(out, 1, a);
+    if (op->map == MPT_MAP_ACTIVATION_GRADIENT) {
+        const float *dy = mpt__read_run(ctx, op->b, i, n, room[1]);
+        if (op->act == MPT_LEAKY_RELU) mpt__leaky_run(op, out, a, dy);
+        else mpt__gradient_run(op->act, out, a, dy);
+    } else mpt__scale_run(out, 1, a);
     if (op->map == MPT_MAP_DROPOUT)
         for (e = 0; e < n; e++) out[e] *= mpt__mask_factor(&op->mask, step, i + e);
     if (op->beta != 0 && op->map != MPT_MAP_ACTIVATION)
         mpt__axpy_run(out, op->beta, mpt__read_run(ctx, old, i, n, room[0]));
-    if (op->map == MPT_MAP_ACTIVATION || op->map == MPT_MAP_ADD) mpt__activate_run(op->act, out);
+    if (op->map == MPT_MAP_ACTIVATION || op->map == MPT_MAP_ADD) {
+        if (op->act == MPT_LEAKY_RELU) mpt__leaky_run(op, out, out, out);
+        else mpt__activate_run(op->act, out);
+    }
     mpt__write_run(ctx, op->out, i, n, out);
 }
 
@@ -8007,6 +8041,7 @@ typedef struct mpt__node {
     mpt_pool2d_shape pool;
     int first;                  /* channel of a slice */
     mpt_broadcast_shape spread; /* N = 1 */
+    float negative_slope;       /* of a leaky ReLU; 0: 0.01 */
     mpt_activation act;         /* of an activation node; of another, an activation fused into it */
     mpt_loss_kind loss;
     mpt_loss_desc loss_desc;
@@ -8643,8 +8678,15 @@ static int mpt__activation_layer(mpt_model *net, int in, const char *word, mpt_a
 }
 
 MPT_DEF int mpt_relu(mpt_model *net, int in) { return mpt__activation_layer(net, in, "relu", MPT_RELU); }
-MPT_DEF int mpt_leaky_relu(mpt_model *net, int in) {
-    return mpt__activation_layer(net, in, "leaky_relu", MPT_LEAKY_RELU);
+MPT_DEF int mpt_leaky_relu(mpt_model *net, int in, float negative_slope) {
+    mpt__node *node = mpt__node_new(net, MPT__ACTIVATION, "leaky_relu", NULL, in);
+    const int usual = mpt__bits(negative_slope) == mpt__bits(0.01f);
+    if (!node) return 0;
+    node->act = MPT_LEAKY_RELU;
+    node->negative_slope = usual ? 0 : negative_slope;
+    if (mpt__finite(negative_slope) && negative_slope >= 0) return mpt__layer_done(net, MPT_OK);
+    return mpt__layer_done(net, mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: negative_slope %g is not from 0 on",
+                                         node->name, (double)negative_slope));
 }
 MPT_DEF int mpt_tanh(mpt_model *net, int in) { return mpt__activation_layer(net, in, "tanh", MPT_TANH); }
 MPT_DEF int mpt_sigmoid(mpt_model *net, int in) { return mpt__activation_layer(net, in, "sigmoid", MPT_SIGMOID); }
@@ -8658,6 +8700,7 @@ static int mpt__activation_takes_slope(MPT__UNUSED const mpt__node *node) { retu
 static mpt_result mpt__activation_forward(const mpt__visit *v) {
     mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION, v->x[0], v->y);
     op.act = v->node->act;
+    op.negative_slope = v->node->negative_slope;
     return v->node->fused ? MPT_OK : mpt_op_map(v->ctx, &op);
 }
 
@@ -8666,6 +8709,7 @@ static mpt_result mpt__activation_data(const mpt__visit *v, int side) {
     mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION_GRADIENT, saved, v->dx[side]);
     op.b = v->dy;
     op.act = v->node->act;
+    op.negative_slope = v->node->negative_slope;
     op.beta = v->beta_x[side];
     return mpt_op_map(v->ctx, &op);
 }
@@ -9755,10 +9799,11 @@ static int mpt__one_value(const mpt__node *node, const mpt__node *in) {
     return in->consumers == 1 && node->type == in->type && node->grad_type == in->grad_type;
 }
 
-/* An activation behind a layer that can compute it in passing, and that nobody reads without it. */
+/* An activation behind a layer that can compute it in passing, and that nobody reads without it. Layers know one leaky
+   ReLU, that of slope 0.01. */
 static void mpt__fuse(mpt__node *node, mpt__node *in) {
     if (!mpt__one_value(node, in) || !mpt__kind_of(in).fuses || in->kept || node->kept) return;
-    if (in->act || mpt__act_saves_input(node->act)) return;
+    if (in->act || mpt__act_saves_input(node->act) || !mpt__is_zero(node->negative_slope)) return;
     node->fused = 1;
     in->act = in->slope = node->act;
 }
@@ -11856,6 +11901,7 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
     X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
     X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
+    X(float, float, negative_slope) \
     X(mpt_loss_kind, int, loss) X(float, float, loss_desc.label_smoothing) X(int, int, loss_desc.ignore) \
     X(int, int, loss_desc.probabilities) X(int, int, loss_desc.per_position) X(int, int, loss_desc.weighted) \
     X(int32_t, int, loss_desc.ignore_index) X(float, float, loss_desc.delta) \
@@ -13014,7 +13060,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           or in device memory, batch norms folded for prediction.
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs; mpt_multiply, mpt_upsample,
           on mpt_op_broadcast; mpt_global_max_pool2d. mpt_name and mpt_find. Averages of the image alone. Norms without
-          gamma and beta, in mpt_op_norm as well. train.clip_value.
+          gamma and beta, in mpt_op_norm as well. train.clip_value. mpt_leaky_relu is told its slope.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

@@ -836,6 +836,14 @@ static __device__ __forceinline__ float mptc__activate_backward(mpt_activation a
     return act == MPT_RELU ? mptc__relu_slope(saved, dy) : mpt__activate_backward(act, saved, dy);
 }
 
+static __device__ __forceinline__ float mptc__map_activate(const mpt_map_op *op, float x) {
+    return op->act == MPT_RELU ? mptc__relu_slope(x, x) : mpt__map_activate(op, x);
+}
+
+static __device__ __forceinline__ float mptc__map_activate_backward(const mpt_map_op *op, float saved, float dy) {
+    return op->act == MPT_RELU ? mptc__relu_slope(saved, dy) : mpt__map_activate_backward(op, saved, dy);
+}
+
 /* out(n) from a(n), b(n): see mpt_map_op; and clear(words) = 0. A thread takes a pack at a time. Only of its own copies
    does the compiler see that what the hash makes of them is the same for all elements. */
 static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned words) {
@@ -852,16 +860,16 @@ static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned word
             continue;
         }
         if (op.map == MPT_MAP_ACTIVATION) {
-            MPTC__EACH(e) a[e] = mptc__activate(op.act, a[e]);
+            MPTC__EACH(e) a[e] = mptc__map_activate(&op, a[e]);
         } else if (op.map == MPT_MAP_ADD) {
             if (op.beta != 0) mptc__load(op.b, i, n, b);
             MPTC__EACH(e) {
                 if (op.beta != 0) a[e] = mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e]));
-                a[e] = mptc__activate(op.act, a[e]);
+                a[e] = mptc__map_activate(&op, a[e]);
             }
         } else if (op.map == MPT_MAP_ACTIVATION_GRADIENT) {
             mptc__load(op.b, i, n, b);
-            MPTC__EACH(e) a[e] = mptc__activate_backward(op.act, a[e], b[e]);
+            MPTC__EACH(e) a[e] = mptc__map_activate_backward(&op, a[e], b[e]);
             if (op.beta != 0) mptc__load(op.out, i, n, b);
             MPTC__EACH(e) if (op.beta != 0) a[e] = mpt__add_rn(a[e], mpt__mul_rn(op.beta, b[e]));
         } else if (op.map == MPT_MAP_DROPOUT) {

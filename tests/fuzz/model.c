@@ -46,9 +46,9 @@ static mpt_policy take_policy(fuzz_bytes *b) {
 
 /* One more layer on node h, or beside the node `other`. */
 static int layer(fuzz_bytes *b, mpt_model *net, int h, int other) {
-    static int (*const plain[])(mpt_model *, int) = {mpt_relu, mpt_leaky_relu, mpt_tanh, mpt_sigmoid,
-                                                     mpt_gelu, mpt_gelu_tanh,  mpt_silu, mpt_flatten};
-    switch (fuzz_take(b, 16)) {
+    static int (*const plain[])(mpt_model *, int) = {mpt_relu, mpt_global_max_pool2d, mpt_tanh, mpt_sigmoid,
+                                                     mpt_gelu, mpt_gelu_tanh,         mpt_silu, mpt_flatten};
+    switch (fuzz_take(b, 20)) {
     case 0: return mpt_linear(net, h, number(b, 12), NULL);
     case 1: return convolution(b, net, h);
     case 2: return pool(b, net, h, 1);
@@ -63,6 +63,11 @@ static int layer(fuzz_bytes *b, mpt_model *net, int h, int other) {
     case 11: mpt_policy_push(net, take_policy(b)); return h;
     case 12: mpt_policy_pop(net); return h;
     case 13: return other;
+    case 14: return mpt_leaky_relu(net, h, (float)fuzz_take(b, 4) / 10 - 0.1f);
+    case 15: return mpt_slice(net, h, number(b, 6) - 1, number(b, 6));
+    case 16: return mpt_reshape(net, h, number(b, 9), number(b, 9), number(b, 9));
+    case 17: return mpt_multiply(net, h, other);
+    case 18: return mpt_upsample(net, h, number(b, 3));
     default: return plain[fuzz_take(b, 8)](net, h);
     }
 }

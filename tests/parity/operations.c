@@ -260,6 +260,7 @@ static void run_activation(run *r) {
     mpt_map_op op = MPT_ZERO;
     op.map = MPT_MAP_ACTIVATION;
     op.act = (mpt_activation)r->option;
+    if (op.act == MPT_LEAKY_RELU) op.negative_slope = (float)golden_number(r->g, "slope");
     op.n = size(r, "n");
     op.a = x;
     op.out = y;
@@ -428,6 +429,7 @@ static const operation operations[] = {
     {"op_mse_sample_weights", run_loss, MPT_LOSS_SQUARED_ERROR},
     {"op_bce_sample_weights", run_loss, MPT_LOSS_BCE_WITH_LOGITS},
     {"op_huber_sample_weights", run_loss, MPT_LOSS_HUBER},
+    {"op_leaky_relu_slope", run_activation, MPT_LEAKY_RELU},
 };
 
 static void test_operation(mpt_context *ctx, const operation *op) {

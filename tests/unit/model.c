@@ -86,7 +86,7 @@ static int curved_layers(mpt_model *net, int h) {
     h = test_same(net, h, 4, 3);
     a = mpt_gelu(net, h);
     h = mpt_tanh(net, h);
-    h = mpt_leaky_relu(net, mpt_add(net, a, h));
+    h = mpt_leaky_relu(net, mpt_add(net, a, h), 0);
     h = mpt_silu(net, halving_conv(net, h, 6, 0, 0));
     h = mpt_sigmoid(net, mpt_linear(net, h, 9, NULL));
     h = mpt_gelu_tanh(net, mpt_linear(net, h, 8, NULL));

@@ -301,6 +301,46 @@ static void test_names(mpt_context *ctx) {
 
 /* -- Products and upsampling -- */
 
+/* A leaky ReLU of any slope, behind a convolution, which does not compute it in passing unless the slope is 0.01. */
+static void test_leaky_slope(mpt_context *ctx, float slope) {
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+    const float factor = slope > 0 ? slope : 0.01f;
+    const int in = mpt_keep(net, mpt_input(net, 2, 2, 6));
+    const int h = mpt_leaky_relu(net, mpt_conv2d(net, in, 6, 1, NULL), slope);
+    const int last = mpt_leaky_relu(net, in, slope), other = mpt_linear(net, h, 3, NULL);
+    float x[BATCH * 24], y[BATCH * 24], dx[BATCH * 24];
+    mpt_train_desc train = MPT_ZERO;
+    mpt_node_info info;
+    size_t i;
+    train.batch = BATCH;
+    test_floats(x, BATCH * 24, -1, 1, 5);
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    CHECK_OK(ctx, mpt_model_node(net, h, &info));
+    CHECK_EQUAL(info.fused_into > 0, test_bits(factor) == test_bits(0.01f));
+    CHECK_OK(ctx, mpt_forward(net, x, NULL, BATCH));
+    CHECK_OK(ctx, mpt_node_value(net, last, y));
+    for (i = 0; i < BATCH * 24; i++) CHECK(test_bits(y[i]) == test_bits(x[i] > 0 ? x[i] : factor * x[i]));
+    memset(y, 0, sizeof y);
+    CHECK_OK(ctx, mpt_output_grad(net, other, y));
+    for (i = 0; i < BATCH * 24; i++) y[i] = (float)i;
+    CHECK_OK(ctx, mpt_output_grad(net, last, y));
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_OK(ctx, mpt_node_grad(net, in, dx));
+    for (i = 0; i < BATCH * 24; i++) CHECK(dx[i] == (x[i] > 0 ? y[i] : factor * y[i]));
+    mpt_model_free(net);
+}
+
+static void test_leaky_errors(mpt_context *ctx) {
+    const float wrong[] = {-0.5f, test_float(0x7f800000u), test_float(0x7fc00000u)};
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        CHECK_EQUAL(mpt_leaky_relu(net, mpt_input(net, 2, 2, 6), wrong[i]), 0);
+        CHECK_ERROR(ctx, mpt_model_build(net, NULL), MPT_ERROR_ARGUMENT, "negative_slope");
+        mpt_model_free(net);
+    }
+}
+
 /* Squeeze-and-excite, whose factors are of one pixel; or of all; or the value itself, squared. A third reads it, too. */
 static void test_multiply(mpt_context *ctx, int kind) {
     graph g = graph_new(ctx);
@@ -341,7 +381,7 @@ static void test_half(mpt_context *ctx, mpt_context *reference, mpt_dtype type) 
         h = mpt_relu(m, mpt_batch_norm(m, h, NULL));
         a = mpt_sigmoid(m, mpt_linear(m, mpt_global_avg_pool2d(m, h), 6, NULL));
         b = mpt_upsample(m, mpt_max_pool2d(m, h, 2, NULL), 2);
-        h = mpt_multiply(m, mpt_multiply(m, h, a), mpt_leaky_relu(m, b));
+        h = mpt_multiply(m, mpt_multiply(m, h, a), mpt_leaky_relu(m, b, 0.25f));
         h = mpt_concat(m, mpt_slice(m, h, 0, 2), mpt_slice(m, h, 1, 5));
         mpt_softmax_cross_entropy(m, mpt_linear(m, mpt_reshape(m, h, 2, 8, 7), 3, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(m, &train));
@@ -513,6 +553,9 @@ int main(int argc, char **argv) {
     RUN_TEST(test_half(ctx, reference, MPT_F16));
     RUN_TEST(test_half(ctx, reference, MPT_BF16));
     RUN_TEST(test_spread_errors(ctx));
+    for (kind = 0; kind < 4; kind++) RUN_TEST(test_leaky_slope(ctx, (float)(kind * kind) * 0.01f)); /* 0, 0.01... */
+    RUN_TEST(test_leaky_slope(ctx, 2));
+    RUN_TEST(test_leaky_errors(ctx));
     RUN_TEST(test_plain_norm_op(ctx));
     RUN_TEST(test_plain_norm_op(reference));
     for (kind = 0; kind < 3; kind++) RUN_TEST(test_plain_norms(ctx, kind));

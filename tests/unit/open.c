@@ -575,7 +575,7 @@ static void test_own_layer(mpt_context *ctx, mpt_policy policy) {
     for (i = 0; i < 2; i++) {
         net[i] = mpt_model_new(ctx, policy);
         h = test_same(net[i], mpt_input(net[i], SIDE, SIDE, CHANNELS), CHANNELS, 3);
-        h = mpt_add(net[i], h, i ? mpt_layer(net[i], h, &d) : mpt_leaky_relu(net[i], h));
+        h = mpt_add(net[i], h, i ? mpt_layer(net[i], h, &d) : mpt_leaky_relu(net[i], h, 0));
         mpt_softmax_cross_entropy(net[i], mpt_linear(net[i], h, OUTPUTS, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(net[i], &train));
         for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(net[i], p.x, p.label));

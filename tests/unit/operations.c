@@ -671,6 +671,7 @@ static void check_maps(size_t n, mpt_activation act, float beta, mpt_dtype a, mp
     for (i = 0; i < sizeof maps / sizeof *maps; i++) {
         mpt_map_op op = map_of(maps[i], n, act, beta);
         test_op t;
+        if (act == MPT_LEAKY_RELU) op.negative_slope = beta != 0 ? 0.3f : 0;
         op.a = test_wanted(a);
         op.b = test_wanted(b);
         op.out = test_wanted(out);
@@ -687,8 +688,8 @@ static void test_elementwise(void) {
     static const size_t sizes[] = {0, 1, 7, 64, 65, 1001, 200003};
     size_t i;
     int mix, act;
-    for (act = MPT_IDENTITY; act <= MPT_RELU; act++) {
-        for (i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+    for (act = MPT_IDENTITY; act <= MPT_LEAKY_RELU; act++) {
+        for (i = 0; i < sizeof sizes / sizeof *sizes && act <= MPT_RELU; i++) {
             check_maps(sizes[i], (mpt_activation)act, i % 2 ? 0 : -0.5f, MPT_F32, MPT_F32, MPT_F32);
             check_maps(sizes[i], (mpt_activation)act, i % 2 ? 0 : -0.5f, MPT_F16, MPT_F16, MPT_F16);
         }
@@ -754,6 +755,7 @@ static void test_elementwise_errors(void) {
     good.map = MPT_MAP_ACTIVATION;
     CHECK_SPOILT(map, act, MPT_ACTIVATION_COUNT, MPT_ERROR_ARGUMENT, "activation");
     CHECK_SPOILT(map, map, (mpt_map)test_number(99), MPT_ERROR_ARGUMENT, "map");
+    CHECK_SPOILT(map, negative_slope, -1, MPT_ERROR_ARGUMENT, "negative_slope");
     test_tensor_free(&t);
 }
 
