@@ -157,6 +157,9 @@
    gradients or moments, and activations live from one layer to the next. With train.fold = 1 loading multiplies
    weights by what the batch norm behind them would, which is then not computed; mpt_model_print tells where.
 
+   Averaging. With train.ema_decay = 0.999 the model keeps moving averages of its weights; after mpt_use_average(net, 1)
+   evaluation, prediction and saved weights are theirs.
+
    12. Several ranks. Processes on one machine or on many train one model together: train.ranks names the rank and a
    call that sums an array over all of them. The steps are those of one process, to the bit; see mpt_ranks.
 
@@ -1175,6 +1178,7 @@ typedef struct mpt_train_desc {
     double clip_norm;             /* of mpt_train_step; 0: no clipping. In the parts, mpt_clip_norm does it */
     double clip_value;            /* the same of mpt_clip_value */
     uint64_t seed;                /* of the initial weights */
+    double ema_decay;             /* of averages of the weights, see mpt_use_average; 0: there are none */
     int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
                                      masters: gamma and beta of norms are of that type, too */
     int fold; /* 1, with inference: a batch norm with gamma and beta is computed where the convolution or linear layer
@@ -1255,6 +1259,12 @@ typedef struct mpt_metrics {
 MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *target, size_t samples, mpt_metrics *out);
 /* out(samples, outputs): what the loss would read (logits), as fp32. */
 MPT_DEF mpt_result mpt_predict(mpt_model *net, const void *x, size_t samples, float *out);
+/* With train.ema_decay an applied step makes average = decay average + (1 - decay) weight, in fp32, of every weight
+   that is not frozen; the first one copies. use 1: from now on mpt_evaluate, mpt_predict and mpt_weights_save read
+   these averages (before the first step the weights), and all else as it is; use 0: the weights again.
+   torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay)), whose running statistics of batch
+   norm are those of the net as well. MPT_ERROR_ORDER if there are none. */
+MPT_DEF mpt_result mpt_use_average(mpt_model *net, int use);
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
@@ -1301,7 +1311,7 @@ typedef struct mpt_memory {
     size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
     size_t masters;     /* fp32 masters of 16-bit weights; or the low bits or compensation instead */
     size_t gradients;   /* of the parameters */
-    size_t moments;     /* of the optimizer */
+    size_t moments;     /* of the optimizer; and averages of the weights, as they are kept and as they are read */
     size_t activations; /* values kept for backward, and their gradients, after reuse */
     size_t workspace;   /* staging of inputs and targets, sums, running statistics, state */
     size_t bookkeeping; /* the graph itself, names, tables; always host memory */
@@ -1383,14 +1393,14 @@ MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path, const mpt_
 MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size, const mpt_load_desc *desc);
 
 /* The whole training state: weights as the policy keeps them (masters; or 16 bits and what goes with them), moments,
-   running statistics, counters, journal and lr of the optimizer, lr_factor and weight_decay of its groups, the scaler.
-   A run that goes on from here on the same kind of device, with any number of threads, has the same bits as one that
-   never stopped. */
+   averages, running statistics, counters, journal and lr of the optimizer, lr_factor and weight_decay of its groups,
+   the scaler. A run that goes on from here on the same kind of device, with any number of threads, has the same bits as
+   one that never stopped. */
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
 /* Into a model built with the same nodes, policy, batch, accumulate x ranks, clip limits, seed and optimizer: what is
    not restored must be the same, to every member of every layer's descriptor. Of several ranks one saves, and all
-   load. */
+   load. ema_decay may be another; from a file without averages they begin anew. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
@@ -1423,6 +1433,9 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     float *moment[3]; /* NULL from the first that is not there */
     size_t commits;   /* see mpt_optimizer_commit */
     float *pending, *committed;
+    float *average; /* (count), or NULL: an applied step moves it, the first after number average_from copies */
+    double average_decay;
+    uint64_t average_from;
 } mpt_update_op;
 
 typedef struct mpt_feed_op { /* a batch of inputs, to be read by the next cast or map alone */
@@ -2297,6 +2310,14 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
         skip->reason = s->found;
         skip->reserved = 0;
     }
+}
+
+/* An averaged weight a after a step has made the weight p, whose value is kept. torch.lerp with 1 - decay */
+MPT_HD float mpt__average(const mpt_update_op *op, float a, float p) {
+    const float weight = (float)(1 - op->average_decay), way = mpt__add_rn(p, -a);
+    if (op->state->applied <= op->average_from + 1) return p;
+    if (weight < 0.5f) return mpt__add_rn(a, mpt__mul_rn(weight, way));
+    return mpt__add_rn(p, -mpt__mul_rn(way, 1 - weight));
 }
 
 /* -- Windows -- */
@@ -7028,6 +7049,20 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
+/* All weights, padding too, once they are updated */
+static void mpt__average_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__update_work *w = (const mpt__update_work *)arg;
+    const mpt_update_op *op = w->op;
+    float p[MPT__RUN];
+    size_t e;
+    (void)worker;
+    for (; begin < end; begin++) {
+        const size_t i = begin * MPT__RUN, n = mpt__min(op->count - i, MPT__RUN);
+        mpt__weights_read(w->ctx, op, i, n, p);
+        for (e = 0; e < n; e++) op->average[i + e] = mpt__average(op, op->average[i + e], p[e]);
+    }
+}
+
 static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
     mpt_optimizer_state *state = op->state;
     const int found = mpt__step_found(op) != 0;
@@ -7052,6 +7087,10 @@ static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
     if (op->commits && found) memcpy(op->pending, op->committed, op->commits * sizeof *op->pending);
     else if (op->commits) memcpy(op->committed, op->pending, op->commits * sizeof *op->pending);
     mpt__state_stepped(op);
+    w.ctx = ctx;
+    w.op = op;
+    if (op->average && !found)
+        mpt__parallel(ctx, (op->count + MPT__RUN - 1) / MPT__RUN, op->count * 2, mpt__average_task, &w);
     return MPT_OK;
 }
 
@@ -8171,6 +8210,9 @@ struct mpt_model {
     uint32_t bytes_sum;   /* a hash of them */
     size_t statistics;    /* floats of all running means and variances */
     float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
+    mpt_array averages;       /* device: those of opt->op as products read them, made by each evaluation */
+    int use_average;          /* as told */
+    int averaged;             /* the pass that runs, or ran last, reads them */
     mpt__stage stage;         /* as of the step number `stage_step`: see mpt__stage_of */
     uint64_t stage_step;
     int micro; /* backward passes in this step */
@@ -9621,6 +9663,7 @@ MPT_DEF mpt_model *mpt_model_new(mpt_context *ctx, mpt_policy policy) {
 /* Frees what a build allocated. */
 static void mpt__model_clear(mpt_model *net) {
     mpt_context *ctx = net->ctx;
+    if (net->opt) mpt_free(ctx, net->opt->op.average);
     mpt_optimizer_free(net->opt);
     mpt_scaler_free(net->scaler);
     mpt_params_free(net->params);
@@ -9632,6 +9675,8 @@ static void mpt__model_clear(mpt_model *net) {
     mpt_free(ctx, net->loss_weights);
     mpt_free(ctx, net->sample_weights);
     mpt_free(ctx, net->channels);
+    mpt_free(ctx, net->averages.data);
+    net->averages.data = NULL;
     mpt_free(ctx, net->running);
     mpt_free(ctx, net->pending);
     mpt_free(ctx, net->sums_apart);
@@ -9730,6 +9775,9 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     memset(t, 0, sizeof *t);
     if (train) *t = *train;
     if (t->fold && !t->inference) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: fold without inference");
+    if (!mpt__not_negative(t->ema_decay) || t->ema_decay >= 1 || (t->ema_decay > 0 && t->inference))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "model_build: ema_decay %g%s", t->ema_decay,
+                        t->inference ? " with inference" : ", not in 0..1, 1 excluded");
     t->batch = mpt__or_int(t->batch, 32);
     t->accumulate = mpt__or_int(t->accumulate, 1);
     if (t->batch < 1 || t->accumulate < 1)
@@ -10094,6 +10142,18 @@ static size_t mpt__sample_weights_bytes(const mpt_model *net) {
     return loss && loss->loss_desc.weighted ? (size_t)net->train.batch * sizeof(float) : 0;
 }
 
+static size_t mpt__averages_bytes(const mpt_model *net) { /* as products read them; fp32 as they are */
+    return net->params->copy.data ? net->params->trained * mpt_dtype_size(net->params->copy.type) : 0;
+}
+
+static void mpt__build_averages(mpt_model *net, int *failed) {
+    mpt_update_op *op = &net->opt->op;
+    if (!(net->train.ema_decay > 0)) return;
+    op->average_decay = net->train.ema_decay;
+    op->average = (float *)mpt__build_alloc(net, net->params->trained * sizeof(float), failed);
+    net->averages = mpt_typed_array(mpt__build_alloc(net, mpt__averages_bytes(net), failed), net->params->copy.type);
+}
+
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     const size_t batch = (size_t)net->train.batch, outputs = loss ? mpt__loss_outputs(loss) : 0;
@@ -10119,6 +10179,7 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->running = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->pending = (float *)mpt__build_alloc(net, net->statistics * sizeof(float), &failed);
     net->sums_apart = (float *)mpt__build_alloc(net, mpt__sums_apart_bytes(net), &failed);
+    mpt__build_averages(net, &failed);
     if (failed) return MPT_ERROR_NO_MEMORY;
     if (weights) MPT__TRY(mpt_upload(net->ctx, net->loss_weights, weights, outputs * sizeof *weights));
     net->weights_sum = 0;
@@ -10202,10 +10263,13 @@ static mpt_array mpt__grad(const mpt_model *net, int id) {
    beta: fp32 wherever there are masters. */
 static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, int tensor) {
     const mpt_array none = MPT_ZERO;
+    const int averaged = net->averaged && tensor <= net->opt->op.tensors;
     float *master;
     if (!tensor) return none;
     master = mpt_params_master(net->params, tensor);
     if (mpt__kind_of(node).product) master = node->policy.compute == MPT_F32 ? master : NULL;
+    if (averaged && master) return mpt_f32_array(net->opt->op.average + mpt__params_offset(net->params, tensor));
+    if (averaged) return mpt__array_at(net->averages, mpt__params_offset(net->params, tensor));
     return master ? mpt_f32_array(master) : mpt_params_weight(net->params, tensor);
 }
 
@@ -10456,6 +10520,7 @@ static mpt_result mpt__start_forward(mpt_model *net) {
     const mpt__stage stage = mpt__stage_of(net);
     int id;
     net->forward_rows = 0;
+    net->averaged = 0;
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->given = 0;
     if (!mpt__has_gradients(net)) {
         net->micro = 0;
@@ -10921,6 +10986,30 @@ static mpt_result mpt__need_activations(const mpt_model *net, const char *call) 
                     "%s: a forward pass waits for mpt_backward; call that, or mpt_zero_grad to forget it", call);
 }
 
+/* Are there averages, and do evaluations read them? */
+static int mpt__uses_average(const mpt_model *net, uint64_t applied) {
+    return net->use_average && applied > net->opt->op.average_from;
+}
+
+/* Of the weights that an evaluation reads */
+static mpt_result mpt__choose_weights(mpt_model *net) {
+    mpt_optimizer_state *state = &net->opt->mirror;
+    net->averaged = 0;
+    if (!net->use_average) return MPT_OK;
+    MPT__TRY(mpt_optimizer_get_state(net->opt, state));
+    net->averaged = mpt__uses_average(net, state->applied);
+    if (!net->averaged || !net->averages.data) return MPT_OK;
+    return mpt_cast(net->ctx, net->params->trained, mpt_f32_array(net->opt->op.average), net->averages, NULL);
+}
+
+MPT_DEF mpt_result mpt_use_average(mpt_model *net, int use) {
+    MPT__TRY(mpt__need_built(net, "use_average"));
+    if (!net->opt->op.average)
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "use_average: built without ema_decay, or all is frozen");
+    net->use_average = use;
+    return MPT_OK;
+}
+
 MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *target, size_t samples, mpt_metrics *out) {
     mpt_loss_sum sum = MPT_ZERO;
     const void *fed;
@@ -10933,6 +11022,7 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *targe
     MPT__TRY(mpt__need_activations(net, "evaluate"));
     MPT__TRY(mpt__check_batch(net, "evaluate", x, target, samples));
     width = mpt__target_width(net);
+    MPT__TRY(mpt__choose_weights(net));
     MPT__TRY(net->ctx->backend.zero(net->ctx, &net->sums[1], sizeof sum));
     for (i = 0; i < samples; i += rows) {
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -10964,6 +11054,7 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const void *x, size_t samples, fl
     MPT__TRY(mpt__need_activations(net, "predict"));
     MPT__TRY(mpt__check_batch(net, "predict", x, NULL, samples));
     outputs = mpt_model_outputs(net);
+    MPT__TRY(mpt__choose_weights(net));
     for (i = 0; i < samples; i += rows) {
         mpt_array logits = mpt__value(net, mpt__output_of(net));
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -11225,6 +11316,8 @@ static size_t mpt__device_arrays(const mpt_model *net) {
     if (net->loss_weights) count++;
     if (net->sample_weights) count++;
     if (net->channels) count++;
+    if (net->opt->op.average) count++;
+    if (net->averages.data) count++;
     if (net->statistics) count += 2; /* running and pending */
     return count;
 }
@@ -11244,6 +11337,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.gradients = p->trained * 4 * (size_t)(1 + net->sums_apart_count);
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) m.moments += p->trained * 4;
+    if (net->opt->op.average) m.moments += p->trained * 4 + mpt__averages_bytes(net);
     if (net->policy.param == MPT_F32) {
         m.weights = p->elements * 4;
         if (p->copy.data) m.weights += p->elements * 2; /* O1 */
@@ -11575,7 +11669,7 @@ typedef struct mpt__part { /* a tensor of a file, as the model has it */
     char name[80];
     mpt__part_kind kind;
     int id;         /* which state; node of a running statistic; tensor of values */
-    int moment;     /* RAW: of the optimizer, 1..3; 0: none */
+    int moment;     /* RAW: of the optimizer, 1..3; of averages, which are judged as the first: 1; 0: none */
     int type, dims; /* in the file */
     uint64_t shape[4];
     size_t count;            /* of all elements */
@@ -11603,6 +11697,7 @@ typedef struct mpt__job {
     void *file;
     int full; /* a checkpoint, else weights of this type */
     int type;
+    int averages; /* the checkpoint has them */
     mpt__part *parts;
     int count;
     mpt__state *state;
@@ -11777,6 +11872,23 @@ static void mpt__list_moments(mpt__job *job) {
     }
 }
 
+static int mpt__has_averages(const mpt__job *job) {
+    static const char first[] = "mpt.average.";
+    int i;
+    if (!job->entries) return job->state->optimizer.applied > job->net->opt->op.average_from; /* to be saved */
+    for (i = 0; i < job->entry_count; i++)
+        if (strncmp(job->entries[i].name, first, sizeof first - 1) == 0) return 1;
+    return 0;
+}
+
+static void mpt__list_averages(mpt__job *job) {
+    const mpt_update_op *op = &job->net->opt->op;
+    int i = job->count;
+    job->averages = op->average && mpt__has_averages(job);
+    if (job->averages) mpt__list_some(job, "mpt.average.", MPT__RAW, MPT_F32, op->average, op->tensors);
+    for (; i < job->count; i++) job->parts[i].moment = 1;
+}
+
 /* The weights of a checkpoint as the policy keeps them: masters, or 16 bits and what goes with them. */
 static void mpt__list_kept(mpt__job *job) {
     const mpt_params *params = job->net->params;
@@ -11790,7 +11902,7 @@ static void mpt__list_kept(mpt__job *job) {
 /* All tensors, those of wide elements first: then PyTorch finds each at a multiple of its element's size. */
 static mpt_result mpt__list(mpt__job *job) {
     const size_t nodes = (size_t)job->net->count, tensors = (size_t)job->net->params->count;
-    const size_t most = MPT__STATES + 1 + 2 * nodes + 5 * tensors;
+    const size_t most = MPT__STATES + 1 + 2 * nodes + 6 * tensors;
     job->parts = (mpt__part *)mpt__host_alloc(job->ctx, most * sizeof *job->parts);
     if (!job->parts) return MPT_ERROR_NO_MEMORY;
     if (!job->full) {
@@ -11800,6 +11912,7 @@ static mpt_result mpt__list(mpt__job *job) {
     }
     mpt__list_states(job);
     mpt__list_moments(job);
+    mpt__list_averages(job);
     mpt__list_running(job);
     mpt__list_kept(job);
     mpt__part_add(job, "mpt.sum", "", "", MPT__SUM, MPT__U8, 8);
@@ -12051,13 +12164,24 @@ static mpt_result mpt__pack(const mpt__job *job, const mpt__part *part, const vo
     return MPT_OK;
 }
 
+/* A tensor of weights as it is to be saved */
+static mpt_result mpt__read_weights(const mpt__job *job, const mpt__part *part, float *out) {
+    const mpt_model *net = job->net;
+    const float *average = net->opt->op.average;
+    const int frozen = part->id > net->opt->op.tensors;
+    if (job->full || frozen || !mpt__uses_average(net, job->state->optimizer.applied))
+        return mpt_params_get(net->params, part->id, out);
+    average += mpt__params_offset(net->params, part->id);
+    return mpt_download(job->ctx, out, average, part->count * sizeof *out);
+}
+
 static mpt_result mpt__write_part(mpt__job *job, const mpt__part *part, uint64_t *sum) {
     const size_t bytes = mpt__part_bytes(part);
     void *raw = job->staging;
     if (part->kind == MPT__STATE) mpt__walk_state(job, part->id, job->data, 0);
     else if (part->kind == MPT__SUM) mpt__put_bytes(job->data, *sum, bytes);
     else {
-        if (part->kind == MPT__VALUES) MPT__TRY(mpt_params_get(job->net->params, part->id, (float *)raw));
+        if (part->kind == MPT__VALUES) MPT__TRY(mpt__read_weights(job, part, (float *)raw));
         else MPT__TRY(mpt_download(job->ctx, raw, part->device, bytes));
         MPT__TRY(mpt__pack(job, part, raw));
     }
@@ -12883,6 +13007,7 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     if (table) memcpy(opt->slices, state->slices, table);
     MPT__TRY(mpt_optimizer_set_lr(opt, state->lr)); /* uploads them */
     MPT__TRY(mpt_optimizer_set_state(opt, &state->optimizer));
+    opt->op.average_from = job->averages ? 0 : state->optimizer.applied;
     return mpt_scaler_set_state(job->net->scaler, &state->scaler);
 }
 
@@ -13057,7 +13182,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           mpt_node_info has the shape of a convolution as mpt_conv2d_shape.
           New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
           builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks, inputs as bytes
-          or in device memory, batch norms folded for prediction.
+          or in device memory, batch norms folded for prediction, averages of the weights.
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs; mpt_multiply, mpt_upsample,
           on mpt_op_broadcast; mpt_global_max_pool2d. mpt_name and mpt_find. Averages of the image alone. Norms without
           gamma and beta, in mpt_op_norm as well. train.clip_value. mpt_leaky_relu is told its slope.

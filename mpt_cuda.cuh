@@ -3332,13 +3332,27 @@ static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, m
     if (stuck) *stuck = scaler->stuck;
 }
 
+/* All weights, padding too, once they are updated and the step is counted */
+static __global__ void mptc__average_k(mpt_update_op op) {
+    if (op.state->found) return;
+    for (size_t i = mptc__thread() * MPTC__PACK; i < op.count; i += mptc__stride() * MPTC__PACK) {
+        const unsigned n = mptc__left(op.count, i);
+        float p[MPTC__PACK], a[MPTC__PACK];
+        mptc__weights_load(&op, i, n, p);
+        mptc__load(mpt_f32_array(op.average), i, n, a);
+        MPTC__EACH(e) a[e] = mpt__average(&op, a[e], p[e]);
+        mptc__store(mpt_f32_array(op.average), i, n, a);
+    }
+}
+
 /* scaler: whose only optimizer this is; NULL: mptc__scale follows. stuck: its mirror in pinned memory, or NULL */
 static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler,
                                    int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
-    return MPTC__SPREAD(mptc__update_k, mptc__divide_up(op->count, MPTC__PACK), *op,
-                        (const mpt__rates *)(void *)device->rates.at, scaler, stuck,
-                        (mptc__meter *)(void *)device->zeros, device->tickets);
+    const size_t packs = mptc__divide_up(op->count, MPTC__PACK);
+    MPTC__TRY(MPTC__SPREAD(mptc__update_k, packs, *op, (const mpt__rates *)(void *)device->rates.at, scaler, stuck,
+                           (mptc__meter *)(void *)device->zeros, device->tickets));
+    return op->average ? MPTC__SPREAD(mptc__average_k, packs, *op) : MPT_OK;
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the golden files net_*.txt of tests/parity: whole nets, trained by PyTorch for 20 steps.
+"""Writes the golden files net_*.txt of tests/parity: whole nets, trained by PyTorch for 20 steps; and ema.txt.
 
     python3 tests/parity/make_golden_nets.py         needs PyTorch >= 2.6; the CPU is enough
 
@@ -214,12 +214,51 @@ def write_net(name, net):
     (GOLDEN / f"net_{name}.txt").write_text("\n".join([head, *lines]) + "\n", encoding="ascii")
 
 
+# -- Averages --
+
+AVERAGED = dict(steps=7, outputs=3, inputs=5, lr=0.5, decay=0.9)
+
+
+def write_averages():
+    """ema.txt: averages of the weights of a linear layer (outputs x inputs, then bias) after SGD on given gradients.
+
+    Element i of the weight, or of the bias behind it, starts at 2 u(SEED, 0, 201, i) - 1; its gradient in step 1, 2, ...
+    is 2 u(SEED, step, 202, i) - 1.
+    """
+    O, I, steps = AVERAGED["outputs"], AVERAGED["inputs"], AVERAGED["steps"]
+    layer = torch.nn.Linear(I, O)
+
+    def draw(step, tensor):
+        return torch.tensor((2 * uniform(SEED, step, tensor, O * I + O) - 1).astype(numpy.float32))
+
+    def both(values):
+        return zip(layer.parameters(), (values[:O * I].reshape(O, I), values[O * I:]))
+
+    for parameter, value in both(draw(0, 201)):
+        parameter.data.copy_(value)
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGED["decay"])
+    average = torch.optim.swa_utils.AveragedModel(layer, multi_avg_fn=decay)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=AVERAGED["lr"], foreach=False, fused=False)
+    lines = [number_line(k, v) for k, v in dict(AVERAGED, seed=SEED).items()]
+    lines.append("mode f32")
+    for step in range(1, steps + 1):
+        for parameter, value in both(draw(step, 202)):
+            parameter.grad = value.clone()
+        optimizer.step()
+        average.update_parameters(layer)
+        values = torch.cat([p.detach().flatten() for p in average.module.parameters()])
+        lines.append(output_line(f"step{step}", values, 1))
+    head = f"# averages of weights; PyTorch {torch.__version__}; make_golden_nets.py"
+    (GOLDEN / "ema.txt").write_text("\n".join([head, *lines]) + "\n", encoding="ascii")
+
+
 def main():
     torch.set_num_threads(1)
     GOLDEN.mkdir(exist_ok=True)
     for name, net in NETS.items():
         write_net(name, net)
-    print(f"PyTorch {torch.__version__}: {len(NETS)} files in {GOLDEN}")
+    write_averages()
+    print(f"PyTorch {torch.__version__}: {len(NETS) + 1} files in {GOLDEN}")
 
 
 if __name__ == "__main__":

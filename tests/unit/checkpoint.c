@@ -1007,6 +1007,11 @@ static void test_loss_options(mpt_context *ctx) {
 /* The layers' descriptors as test_descriptors knows them: with one more member they have another size, and that member
    must be compared, and changed above. */
 static void test_known_members(void) {
+    typedef struct { /* see unit/feeds */
+        int a;
+        const float *b, *c;
+        int d; /* in_device: a checkpoint does not ask where inputs lie */
+    } input;
     typedef struct {
         const char *name;
         int a, b, c, d, e, f, g, h, i, j;
@@ -1044,7 +1049,8 @@ static void test_known_members(void) {
         mpt_scaler_desc d;
         double e, i;
         uint64_t f;
-        int g;       /* inference: has no checkpoint */
+        double j;    /* ema_decay: may be another */
+        int g, k;    /* inference, fold: has no checkpoint */
         mpt_ranks h; /* a checkpoint goes on with any number of ranks */
     } train;
     typedef struct {
@@ -1067,6 +1073,7 @@ static void test_known_members(void) {
         float e, f;
         int g, h, i, j, k, l, m, n;
     } scaler;
+    CHECK_EQUAL(sizeof(mpt_input_desc), sizeof(input));
     CHECK_EQUAL(sizeof(mpt_conv2d_desc), sizeof(conv));
     CHECK_EQUAL(sizeof(mpt_norm_desc), sizeof(norm));
     CHECK_EQUAL(sizeof(mpt_pool2d_desc), sizeof(pool));
