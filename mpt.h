@@ -1168,6 +1168,9 @@ typedef struct mpt_ranks {
     mpt_result (*sum)(void *user, float *x, size_t n);
     void *user;
     int local_statistics; /* 1: running statistics stay those of the rank's own samples, as in PyTorch's DDP; 0: mean */
+    /* 1: sum puts work on the context's stream and does not wait, as NCCL's calls do. CUDA records it with the step; in a
+       step that is recorded already it calls sum once, with n 0, to be told of an error of the engine. */
+    int on_stream;
 } mpt_ranks;
 
 typedef struct mpt_train_desc {
@@ -1448,6 +1451,16 @@ typedef struct mpt_feed_op { /* a batch of inputs, to be read by the next cast o
     const void *at; /* ...and filled in: where it is to be read */
 } mpt_feed_op;
 
+typedef struct mpt_ranks_op { /* what a step has from the other ranks */
+    const mpt_ranks *ranks; /* host memory; all else is the device's */
+    float *slots;           /* (ranks,16), scratch */
+    mpt_loss_sum *sum;      /* of this rank's samples; becomes that of all */
+    float *grad;            /* (count), becomes the sum over all ranks */
+    size_t count;           /* 0: none */
+    float *pending;         /* (statistics), becomes the mean */
+    size_t statistics;      /* 0: none */
+} mpt_ranks_op;
+
 /* What runs now: for a table that stands before another and looks on. */
 typedef struct mpt_place {
     int node;      /* of a model; 0: no pass of a model */
@@ -1477,6 +1490,7 @@ typedef struct mpt_backend {
     mpt_result (*pool2d)(mpt_context *ctx, const mpt_pool2d_op *op);
     mpt_result (*norm)(mpt_context *ctx, const mpt_norm_op *op);
     mpt_result (*loss)(mpt_context *ctx, const mpt_loss_op *op);
+    mpt_result (*ranks)(mpt_context *ctx, const mpt_ranks_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
     mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
     /* mpt__scaler_follow with the flags of the `count` optimizers that took part, pointers into device memory, at most
@@ -2235,6 +2249,45 @@ MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m
     if (r->maximize) g = -g;
     if (r->kind == MPT_SGD) return mpt__sgd_element(r, p, g, m);
     return mpt__adam_element(r, p, g, m, v, largest);
+}
+
+/* -- Ranks --
+
+   What each rank says to all are MPT__SLOT_WORDS words of 64 bits. They pass a sum of floats as 16 bits each, in a slot
+   of its own, to which the others' zeros are added without rounding. */
+
+enum { MPT__SLOT_WORDS = 4, MPT__SLOT = 4 * MPT__SLOT_WORDS };
+
+/* Element i of slots(ranks,SLOT), where this rank says `words` */
+MPT_HD float mpt__slot_put(const uint64_t *words, int rank, size_t i) {
+    const size_t part = i % MPT__SLOT;
+    return i / MPT__SLOT == (size_t)rank ? (float)(words[part / 4] >> part % 4 * 16 & 0xffff) : 0.0f;
+}
+
+/* Word i of what a rank has said */
+MPT_HD uint64_t mpt__slot_word(const float *slots, int rank, int i) {
+    const float *slot = slots + (size_t)rank * MPT__SLOT + (size_t)i * 4;
+    uint64_t word = 0;
+    int part;
+    for (part = 3; part >= 0; part--) word = word << 16 | (uint64_t)slot[part];
+    return word;
+}
+
+/* Word i of an mpt_loss_sum, where each rank has said its own: added in the order of ranks */
+MPT_HD uint64_t mpt__slot_total(const float *slots, int ranks, int i) {
+    const int real = i < 2; /* loss and weight; rows and correct are integers */
+    double sum = 0;
+    uint64_t total = 0;
+    int r;
+    for (r = 0; r < ranks; r++) {
+        const uint64_t word = mpt__slot_word(slots, r, i);
+        double x;
+        memcpy(&x, &word, sizeof x);
+        if (real) sum += x;
+        total += word;
+    }
+    if (real) memcpy(&total, &sum, sizeof total);
+    return total;
 }
 
 /* -- Optimizers: one step -- */
@@ -7102,6 +7155,27 @@ static mpt_result mpt__cpu_scale(mpt_context *ctx, mpt_scaler_state *scaler, con
     return MPT_OK;
 }
 
+/* -- Ranks -- */
+
+static mpt_result mpt__cpu_ranks(mpt_context *ctx, const mpt_ranks_op *op) {
+    const mpt_ranks *r = op->ranks;
+    const size_t slots = (size_t)r->ranks * MPT__SLOT;
+    const float share = 1.0f / (float)r->ranks;
+    uint64_t words[MPT__SLOT_WORDS];
+    size_t i;
+    int w;
+    (void)ctx;
+    memcpy(words, op->sum, sizeof words);
+    for (i = 0; i < slots; i++) op->slots[i] = mpt__slot_put(words, r->rank, i);
+    MPT__TRY(r->sum(r->user, op->slots, slots));
+    if (op->count) MPT__TRY(r->sum(r->user, op->grad, op->count));
+    if (op->statistics) MPT__TRY(r->sum(r->user, op->pending, op->statistics));
+    for (i = 0; i < op->statistics; i++) op->pending[i] = mpt__mul_rn(op->pending[i], share);
+    for (w = 0; w < MPT__SLOT_WORDS; w++) words[w] = mpt__slot_total(op->slots, r->ranks, w);
+    memcpy(op->sum, words, sizeof words);
+    return MPT_OK;
+}
+
 /* -- The table -- */
 
 static mpt_result mpt__cpu_copy(mpt_context *ctx, void *dst, const void *src, size_t bytes) {
@@ -7145,6 +7219,7 @@ static mpt_backend mpt__cpu_backend(void) {
     b.pool2d = mpt__cpu_pool2d;
     b.norm = mpt__cpu_norm;
     b.loss = mpt__cpu_loss;
+    b.ranks = mpt__cpu_ranks;
     b.check = mpt__cpu_check;
     b.update = mpt__cpu_update;
     b.scale = mpt__cpu_scale;
@@ -8180,7 +8255,6 @@ typedef enum mpt__stage {
 } mpt__stage;
 
 enum { MPT__POLICIES = 8, MPT__BUFFERS = 5 /* of a node */, MPT__SUMS = 3, MPT__SUM_DEPTH = 32 };
-enum { MPT__SLOT_WORDS = 4, MPT__SLOT = 4 * MPT__SLOT_WORDS };
 
 struct mpt_model {
     mpt_context *ctx;
@@ -8221,7 +8295,8 @@ struct mpt_model {
     float *sums_apart;                /* device */
     int sums_apart_count, sums_count; /* how many there is room for; how many sums there are */
     int sums_of[MPT__SUM_DEPTH];      /* passes in each */
-    float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host */
+    float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host.
+                                         On the device one more follows, for words of this rank's own */
     int rows;                         /* samples of the last forward pass of any kind */
     int forward_rows;                 /* samples of the forward pass that waits for its backward pass; 0: none does */
     /* Weights of samples, where the loss has them: a batch's, in device memory; the host's for the next call, and for
@@ -10215,9 +10290,9 @@ static mpt_result mpt__build_training(mpt_model *net) {
 static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built);
 
 static mpt_result mpt__build_slots(mpt_model *net) {
-    const size_t bytes = (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
+    const size_t slot = MPT__SLOT * sizeof(float), bytes = (size_t)net->train.ranks.ranks * slot;
     if (net->train.ranks.ranks < 2) return MPT_OK;
-    net->slots = (float *)mpt_alloc(net->ctx, bytes);
+    net->slots = (float *)mpt_alloc(net->ctx, bytes + slot);
     net->slots_host = (float *)mpt__host_alloc(net->ctx, bytes);
     return net->slots && net->slots_host ? MPT_OK : MPT_ERROR_NO_MEMORY;
 }
@@ -10715,7 +10790,7 @@ static int mpt__step_known(const mpt_model *net) {
     int i;
     if (!net->ctx->backend.begin || net->opt->phase != MPT__READY || mpt__has_gradients(net)) return 0;
     if (mpt__sample_weights_bytes(net) && !net->weights) return 0; /* what is recorded uploads them */
-    if (net->train.ranks.ranks > 1) return 0; /* they tell each other of their losses by way of the host */
+    if (net->train.ranks.ranks > 1 && !net->train.ranks.on_stream) return 0;
     for (i = 1; i <= net->count; i++)
         if (mpt__node_of(net, i)->kind == MPT__OWN) return 0;
     for (i = 0; i < MPT_OPTIMIZERS; i++)
@@ -10756,35 +10831,24 @@ static mpt_result mpt__train_once(mpt_model *net, const char *call, const void *
 
 /* -- Ranks -- */
 
-static mpt_result mpt__ranks_sum(mpt_model *net, float *x, size_t n) {
+static mpt_result mpt__ranks_failed(mpt_model *net) {
     const mpt_ranks *r = &net->train.ranks;
     char why[sizeof net->ctx->why];
-    if (!n || r->sum(r->user, x, n) == MPT_OK) return MPT_OK;
     memcpy(why, net->ctx->why, sizeof why);
     return mpt_fail(net->ctx, MPT_ERROR_DEVICE, "rank %d of %d: the sum over all ranks failed: %s", r->rank, r->ranks,
                     why);
 }
 
-/* What each rank says to all, in MPT__SLOT_WORDS words of 64 bits: as floats of 16 bits each, which the others' zeros
-   are added to without rounding. The answer is in slots_host; see mpt__slot_word. */
-static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *mine) {
+/* Says words(SLOT_WORDS) to all ranks; what each has said is in slots_host. */
+static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
     const size_t n = (size_t)net->train.ranks.ranks * MPT__SLOT;
-    float *slot = net->slots_host + (size_t)net->train.ranks.rank * MPT__SLOT;
-    int i;
-    memset(net->slots_host, 0, n * sizeof(float));
-    for (i = 0; i < MPT__SLOT; i++) slot[i] = (float)(mine[i / 4] >> i % 4 * 16 & 0xffff);
-    MPT__TRY(mpt_upload(net->ctx, net->slots, net->slots_host, n * sizeof(float)));
-    MPT__TRY(mpt__ranks_sum(net, net->slots, n));
+    mpt_ranks_op op = MPT_ZERO;
+    op.ranks = &net->train.ranks;
+    op.slots = net->slots;
+    op.sum = (mpt_loss_sum *)(void *)(net->slots + n);
+    MPT__TRY(mpt_upload(net->ctx, op.sum, words, MPT__SLOT_WORDS * sizeof *words));
+    if (net->ctx->backend.ranks(net->ctx, &op) != MPT_OK) return mpt__ranks_failed(net);
     return mpt_download(net->ctx, net->slots_host, net->slots, n * sizeof(float));
-}
-
-/* Word i of what a rank has said */
-static uint64_t mpt__slot_word(const mpt_model *net, int rank, int i) {
-    const float *slot = net->slots_host + (size_t)rank * MPT__SLOT + (size_t)i * 4;
-    uint64_t word = 0;
-    int part;
-    for (part = 3; part >= 0; part--) word = word << 16 | (uint64_t)slot[part];
-    return word;
 }
 
 /* A hash of what must be the same on all ranks: layers, settings, initial weights. *failed: there was no memory for
@@ -10835,9 +10899,9 @@ static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
     MPT__TRY(r);
     if (failed) return MPT_ERROR_NO_MEMORY;
     for (i = 0; i < ranks; i++) {
-        if (!mpt__slot_word(net, i, 0))
+        if (!mpt__slot_word(net->slots_host, i, 0))
             return mpt_fail(net->ctx, MPT_ERROR_DEVICE, "model_build: rank %d could not build its model", i);
-        if (mpt__slot_word(net, i, 1) != mpt__slot_word(net, 0, 1))
+        if (mpt__slot_word(net->slots_host, i, 1) != mpt__slot_word(net->slots_host, 0, 1))
             return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT,
                             "model_build: rank %d has another model, seed or setting than rank 0 (this is rank %d)", i,
                             rank);
@@ -10845,42 +10909,20 @@ static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
     return MPT_OK;
 }
 
-/* The sums of the losses of all ranks take the place of this one's. */
-static mpt_result mpt__ranks_losses(mpt_model *net) {
-    mpt_loss_sum sum = MPT_ZERO, all = MPT_ZERO;
-    mpt_loss_sum *at = &net->sums[net->opt->op.loss == &net->sums[2] ? 2 : 0];
-    uint64_t mine[MPT__SLOT_WORDS];
-    int i;
-    MPT__TRY(mpt_download(net->ctx, &sum, at, sizeof sum));
-    memcpy(&mine[0], &sum.loss, sizeof sum.loss);
-    memcpy(&mine[1], &sum.weight, sizeof sum.weight);
-    mine[2] = sum.rows;
-    mine[3] = sum.correct;
-    MPT__TRY(mpt__ranks_tell(net, mine));
-    for (i = 0; i < net->train.ranks.ranks; i++) {
-        const uint64_t loss = mpt__slot_word(net, i, 0), weight = mpt__slot_word(net, i, 1);
-        memcpy(&sum.loss, &loss, sizeof sum.loss);
-        memcpy(&sum.weight, &weight, sizeof sum.weight);
-        all.loss += sum.loss;
-        all.weight += sum.weight;
-        all.rows += mpt__slot_word(net, i, 2);
-        all.correct += mpt__slot_word(net, i, 3);
-    }
-    return mpt_upload(net->ctx, at, &all, sizeof all);
-}
-
 /* Before the gradients are checked: the sums of the passes become one, and with other ranks that of all ranks. */
 static mpt_result mpt__gather_gradients(void *user) {
     mpt_model *net = (mpt_model *)user;
-    const mpt_ranks *r = &net->train.ranks;
-    mpt_scan scan;
+    mpt_ranks_op op = MPT_ZERO;
     while (net->micro && net->sums_count > 1) MPT__TRY(mpt__sums_join(net));
-    if (r->ranks < 2) return MPT_OK;
-    MPT__TRY(mpt__ranks_losses(net));
-    MPT__TRY(mpt__ranks_sum(net, mpt_params_grad(net->params, 0), net->params->trained));
-    if (!net->statistics || r->local_statistics) return MPT_OK;
-    MPT__TRY(mpt__ranks_sum(net, net->pending, net->statistics));
-    return mpt_scale_array(net->ctx, net->statistics, 1.0f / (float)r->ranks, mpt_f32_array(net->pending), &scan);
+    if (net->train.ranks.ranks < 2) return MPT_OK;
+    op.ranks = &net->train.ranks;
+    op.slots = net->slots;
+    op.sum = &net->sums[net->opt->op.loss == &net->sums[2] ? 2 : 0];
+    op.grad = mpt_params_grad(net->params, 0);
+    op.count = net->params->trained;
+    op.pending = net->pending;
+    if (!op.ranks->local_statistics) op.statistics = net->statistics;
+    return net->ctx->backend.ranks(net->ctx, &op) == MPT_OK ? MPT_OK : mpt__ranks_failed(net);
 }
 
 /* A rank that cannot make its passes joins the others with a gradient that is none: all skip the step, and nobody
@@ -11354,7 +11396,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     m.workspace += mpt__sample_weights_bytes(net);
     m.workspace += mpt__channels_bytes(net);
     if (net->slots) {
-        m.workspace += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float);
+        m.workspace += ((size_t)net->train.ranks.ranks + 1) * MPT__SLOT * sizeof(float);
         m.bookkeeping += (size_t)net->train.ranks.ranks * MPT__SLOT * sizeof(float) + host;
     }
     m.bookkeeping += mpt__device_arrays(net) * net->ctx->backend.overhead;

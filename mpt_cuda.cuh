@@ -35,6 +35,7 @@
      NORMALISATION     statistics, forward, backward, running statistics
      REDUCTIONS        scan, histogram, losses
      POOLING           max and average, forward and backward; pixels that stand for several
+     RANKS             what a step has from other ranks
      OPTIMIZER         check, update with clipping, loss scale
      STEPS             training steps recorded once and launched as a graph
      TABLE             the backend, opening and closing
@@ -75,7 +76,8 @@
 
    7. Training steps. The second mpt_train_step of a model records its work as a CUDA graph; later ones are one launch,
    and an upload of the batch that goes ahead while the step before runs. Learning rates, group settings, scale and
-   weights may be set between steps.                                                                                  */
+   weights may be set between steps. With ranks the sum over them is part of the graph if mpt_ranks.on_stream says that
+   it can be; examples/nccl.cuh is such a sum.                                                                        */
 
 #ifndef MPT_CUDA_H
 #define MPT_CUDA_H
@@ -3211,6 +3213,37 @@ static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int 
     return pool ? mptc__pool_backward(ctx, &pooling, op->a, held->pooled) : mptc__few_run(ctx, &product, op->a);
 }
 
+/* ==== RANKS ==== */
+
+/* slots(ranks,SLOT) = what this rank says of its losses */
+static __global__ void mptc__tell_k(const mpt_loss_sum *sum, float *slots, int rank, int ranks) {
+    uint64_t words[MPT__SLOT_WORDS];
+    memcpy(words, sum, sizeof words);
+    for (size_t i = mptc__thread(); i < (size_t)ranks * MPT__SLOT; i += mptc__stride())
+        slots[i] = mpt__slot_put(words, rank, i);
+}
+
+/* sum = what all have said, and the mean of pending(n) */
+static __global__ void mptc__hear_k(const float *slots, int ranks, mpt_loss_sum *sum, float *pending, size_t n) {
+    const float share = 1.0f / (float)ranks;
+    if (blockIdx.x == 0 && threadIdx.x < MPT__SLOT_WORDS)
+        ((uint64_t *)sum)[threadIdx.x] = mpt__slot_total(slots, ranks, (int)threadIdx.x);
+    for (size_t i = mptc__thread(); i < n; i += mptc__stride()) pending[i] = mpt__mul_rn(pending[i], share);
+}
+
+/* In a graph the sums are launched with it; then a call for nothing lets the engine tell its errors. */
+static mpt_result mptc__ranks(mpt_context *ctx, const mpt_ranks_op *op) {
+    const mpt_ranks *r = op->ranks;
+    const size_t slots = (size_t)r->ranks * MPT__SLOT;
+    MPTC__TRY(mptc__enter(ctx));
+    if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return r->sum(r->user, NULL, 0);
+    MPTC__TRY(MPTC__SPREAD(mptc__tell_k, slots, op->sum, op->slots, r->rank, r->ranks));
+    MPTC__TRY(r->sum(r->user, op->slots, slots));
+    if (op->count) MPTC__TRY(r->sum(r->user, op->grad, op->count));
+    if (op->statistics) MPTC__TRY(r->sum(r->user, op->pending, op->statistics));
+    return MPTC__SPREAD(mptc__hear_k, op->statistics, op->slots, r->ranks, op->sum, op->pending, op->statistics);
+}
+
 /* ==== OPTIMIZER ==== the rules of mpt.h, one launch for all tensors */
 
 static mpt_result mptc__check(mpt_context *ctx, const mpt_update_op *op) {
@@ -3694,6 +3727,7 @@ static mpt_backend mptc__backend(void) {
     table.pool2d = MPTC__VISIT(mptc__pool2d);
     table.norm = MPTC__VISIT(mptc__norm);
     table.loss = MPTC__VISIT(mptc__loss);
+    table.ranks = MPTC__VISIT(mptc__ranks);
     table.check = MPTC__VISIT(mptc__check);
     table.update = MPTC__VISIT(mptc__update);
     table.scale = MPTC__VISIT(mptc__scale);

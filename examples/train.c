@@ -217,7 +217,7 @@ static void print_help(const option *table, size_t count) {
 }
 
 static options parse_options(int argc, char **argv) {
-    options o = {NULL, NULL, NULL, NULL, ALL, ALL, ALL, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, {0, 1, NULL, NULL, 0}};
+    options o = MPT_ZERO;
     const option table[] = {
         {"--data", "DIR", "folder of the images; default " DIGITS, TEXT, &o.data, 0, 0},
         {"--model", "mlp|cnn|resnet|all", "resnet: not for the digits", CHOICE, &o.model, 0, 0},
@@ -244,6 +244,9 @@ static options parse_options(int argc, char **argv) {
          &o.resume, 0, 0},
     };
     const size_t count = sizeof table / sizeof *table;
+    o.model = o.level = o.type = ALL;
+    o.seeds = o.accumulate = o.ranks.ranks = 1;
+    o.seed = 1;
     for (int i = 1; i < argc; i++) {
         const size_t length = strcspn(argv[i], "=");
         const char *value = argv[i][length] ? argv[i] + length + 1 : NULL;

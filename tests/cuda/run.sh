@@ -5,7 +5,7 @@
 # no TEST.c a GPU runs all of them and the runner the short ones, or all with ALL=1.
 #
 # Both headers are compiled once and linked to the tests, which only include them. A test with private names, mpt__, has
-# the CPU's half to itself, one that names mptc__ or stands before the CUDA calls has both.
+# the CPU's half to itself, one that names mptc__ or stands before the CUDA calls has both. Ranks over NCCL need nccl.h.
 NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
 warnings="-Wall,-Wextra"
@@ -79,7 +79,10 @@ declared="-DMPT__IMPLEMENTED -include cuda_runtime.h"
 
 # test_program PROGRAM SOURCE: compiles and links it
 test_program() {
-    if grep -qE 'mptc__|define cuda' "$2"; then
+    more=
+    if grep -q 'nccl.cuh' "$2"; then
+        flags="-x cu -lineinfo $declared -DMPT__CUDA_IMPLEMENTED" objects="$cpu $cuda" more=-lnccl
+    elif grep -qE 'mptc__|define cuda' "$2"; then
         flags="-x cu -lineinfo" objects=
     elif grep -q 'mpt__' "$2"; then
         flags="-x c++ -include cuda_runtime.h" objects=$cuda
@@ -87,12 +90,14 @@ test_program() {
         flags="-x c++ $declared" objects="$cpu $cuda"
     fi
     # shellcheck disable=SC2086
-    compile "$1.o" "$2" $flags && "$NVCC" $target "$1.o" $objects -o "$1" $libraries
+    compile "$1.o" "$2" $flags && "$NVCC" $target "$1.o" $objects -o "$1" $libraries $more
 }
 
 # JOBS of them at a time
 programs='' started=0
+nccl=$(echo '#include <nccl.h>' | "$NVCC" -x cu -E - >/dev/null 2>&1 && echo yes)
 for source; do
+    [ -n "$nccl" ] || ! grep -q 'nccl.cuh' "$source" || { echo "no nccl.h: without $source"; continue; }
     program=$build/$(echo "$source" | tr / - | sed 's/\.c$//')
     programs="$programs $program"
     newer "$program" $headers "$source" tests/*.h tests/*/*.h examples/*.h examples/*.c && continue
