@@ -1,8 +1,9 @@
 #!/bin/sh
-# Usage: [CUDACPU=FOLDER] [NVCC=nvcc] [JOBS=2] [ALL=1] tests/cuda/run.sh [TEST.c...]
+# Usage: [CUDACPU=FOLDER] [NVCC=nvcc] [JOBS=2] [ALL=1] [LINEINFO=1] tests/cuda/run.sh [TEST.c...]
 # Builds the tests with nvcc and runs them with device = cuda: on a GPU if there is one, else on the runner whose
 # sources are in CUDACPU. With neither it compiles and links for all architectures and says that nothing was run. With
-# no TEST.c a GPU runs all of them and the runner the short ones, or all with ALL=1.
+# no TEST.c a GPU runs all of them and the runner the short ones, or all with ALL=1. The runner's reports name lines of
+# the source with LINEINFO=1, for which each program takes half a minute to start.
 #
 # Both headers are compiled once and linked to the tests, which only include them. A test with private names, mpt__, has
 # the CPU's half to itself, one that names mptc__ or stands before the CUDA calls has both. Ranks over NCCL need nccl.h.
@@ -17,10 +18,11 @@ command -v "$NVCC" >/dev/null || { echo "no nvcc: nothing was compiled"; echo "0
 libraries="-lcublas -lcublasLt"
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then
     target="-arch=native"
+    LINEINFO=1
     ALL=1
 elif [ -n "${CUDACPU:-}" ]; then
     runner=$PWD/$build/runner
-    make -s -C "$CUDACPU" BUILD="$runner" >/dev/null || exit 1
+    make -s -C "$CUDACPU" BUILD="$runner" CXXFLAGS=-O3 >/dev/null || exit 1 # -O3: it counts lines, byte by byte
     target="-gencode arch=compute_75,code=compute_75 -cudart none"
     libraries="$build/runner.o -L$runner -lcudacpu -Xlinker -rpath -Xlinker $runner"
     defines="$defines -DMPT_TEST_RUNNER"
@@ -35,7 +37,8 @@ else
 fi
 
 # newer OUTPUT FILE...: is the output there, newer than all files, and made with these flags?
-made="$target $defines"
+lines=${LINEINFO:+-lineinfo}
+made="$target $lines $defines"
 newer() {
     output=$1
     shift
@@ -63,7 +66,7 @@ headers="mpt.h mpt_cuda.cuh"
 cpu=$build/cpu.o cuda=$build/cuda.o
 if ! newer "$cuda" $headers; then
     printf '#include "mpt_cuda.cuh"\n' >"$build/cuda.cu"
-    compile "$cuda" "$build/cuda.cu" -x cu -lineinfo -DMPT_CUDA_IMPLEMENTATION &
+    compile "$cuda" "$build/cuda.cu" -x cu $lines -DMPT_CUDA_IMPLEMENTATION &
     compiling=$!
 fi
 if ! newer "$cpu" $headers; then
@@ -81,9 +84,9 @@ declared="-DMPT__IMPLEMENTED -include cuda_runtime.h"
 test_program() {
     more=
     if grep -q 'nccl.cuh' "$2"; then
-        flags="-x cu -lineinfo $declared -DMPT__CUDA_IMPLEMENTED" objects="$cpu $cuda" more=-lnccl
+        flags="-x cu $lines $declared -DMPT__CUDA_IMPLEMENTED" objects="$cpu $cuda" more=-lnccl
     elif grep -qE 'mptc__|define cuda' "$2"; then
-        flags="-x cu -lineinfo" objects=
+        flags="-x cu $lines" objects=
     elif grep -q 'mpt__' "$2"; then
         flags="-x c++ -include cuda_runtime.h" objects=$cuda
     else
