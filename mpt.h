@@ -1168,8 +1168,8 @@ typedef struct mpt_ranks {
     mpt_result (*sum)(void *user, float *x, size_t n);
     void *user;
     int local_statistics; /* 1: running statistics stay those of the rank's own samples, as in PyTorch's DDP; 0: mean */
-    /* 1: sum puts work on the context's stream and does not wait, as NCCL's calls do. CUDA records it with the step; in a
-       step that is recorded already it calls sum once, with n 0, to be told of an error of the engine. */
+    /* 1: sum puts work on the context's stream and does not wait, as NCCL's calls do. CUDA records it with the step; in
+       a step that is recorded already it calls sum once, with n 0, to be told of an error of the engine. */
     int on_stream;
 } mpt_ranks;
 
