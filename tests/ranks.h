@@ -58,7 +58,7 @@ static void *live(void *user) {
     rank *me = (rank *)user;
     const size_t mine = (size_t)me->accumulate * BATCH, all = (size_t)me->ranks * mine;
     mpt_train_desc train = MPT_ZERO;
-    mpt_cross_entropy_desc loss = MPT_ZERO;
+    mpt_loss_desc loss = MPT_ZERO;
     mpt_context *ctx;
     mpt_model *net;
     int step;
