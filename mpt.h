@@ -845,9 +845,15 @@ typedef struct mpt_schedule {
     double warmup_start;
     uint64_t steps; /* at least 1 where it is used */
     double low, start, peak;
+    /* In one cycle the momentum of SGD, or Adam's beta1, goes the other way: from max_momentum down to base_momentum at
+       the peak, and up again. One of 0 stays 0. */
+    int no_cycle_momentum;              /* 1: it stays as it is (cycle_momentum=False) */
+    double base_momentum, max_momentum; /* 0: 0.85 and 0.95 */
 } mpt_schedule;
 
 MPT_HD double mpt_schedule_factor(const mpt_schedule *schedule, uint64_t applied);
+/* The momentum or beta1 of that step; `momentum` is the optimizer's own. */
+MPT_HD double mpt_schedule_momentum(const mpt_schedule *schedule, uint64_t applied, double momentum);
 
 typedef enum mpt_optimizer_kind { MPT_OPTIMIZER_DEFAULT = 0, MPT_SGD, MPT_ADAM, MPT_ADAMW } mpt_optimizer_kind;
 
@@ -938,7 +944,7 @@ typedef struct mpt_optimizer_state {
     uint32_t version;                     /* MPT_OPTIMIZER_STATE_VERSION */
     int32_t found;                        /* last check: mpt_skip_reason; 0 if the step is not to be skipped */
     uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
-    double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction */
+    double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction where betas stay */
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
     double inv_scale;                     /* last check: 1 / S; of a model, times accumulate * W / weight of all */
     double schedule;                      /* last check: factor of desc.schedule */
@@ -2098,25 +2104,50 @@ MPT_HD double mpt__anneal(int cosine, double from, double to, double share) {
     return mpt__mul_add(to - from, share, from);
 }
 
-MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
+/* x to the power of n, by squaring: the same bits everywhere, as libm's are not */
+MPT_HD double mpt__power(double x, uint64_t n) {
+    double product = 1;
+    for (; n; n /= 2) {
+        if (n % 2) product *= x;
+        x *= x;
+    }
+    return product;
+}
+
+MPT_HD int mpt__is_one_cycle(const mpt_schedule *s) {
+    return s->kind == MPT_SCHEDULE_ONE_CYCLE || s->kind == MPT_SCHEDULE_ONE_CYCLE_LINEAR;
+}
+
+/* What is at `first` when one cycle begins, at `middle` at its peak, at `last` at its end. t: steps since its begin */
+MPT_HD double mpt__one_cycle(const mpt_schedule *s, double t, double first, double middle, double last) {
     const double steps = (double)s->steps, top = mpt__mul_add(s->peak, steps, -1);
-    const int cosine = s->kind != MPT_SCHEDULE_ONE_CYCLE_LINEAR;
-    double t, power = s->low, factor = 1;
-    uint64_t i;
+    const int cosine = s->kind == MPT_SCHEDULE_ONE_CYCLE;
+    if (t <= top) return mpt__anneal(cosine, first, middle, t / top);
+    return mpt__anneal(cosine, middle, last, fmin((t - top) / (steps - 1 - top), 1.0));
+}
+
+MPT_HD int mpt__cycles_momentum(const mpt_schedule *s, double momentum) {
+    return mpt__is_one_cycle(s) && !s->no_cycle_momentum && momentum > 0;
+}
+
+MPT_HD double mpt__max_momentum(const mpt_schedule *s) { return s->max_momentum > 0 ? s->max_momentum : 0.95; }
+
+MPT_HD double mpt_schedule_momentum(const mpt_schedule *s, uint64_t applied, double momentum) {
+    const double high = mpt__max_momentum(s), low = s->base_momentum > 0 ? s->base_momentum : 0.85;
+    if (!mpt__cycles_momentum(s, momentum)) return momentum;
+    if (applied < s->warmup) return high;
+    return mpt__one_cycle(s, (double)(applied - s->warmup), high, low, high);
+}
+
+MPT_HD double mpt_schedule_factor(const mpt_schedule *s, uint64_t applied) {
+    double t;
     if (applied < s->warmup) return mpt__anneal(0, s->warmup_start, 1, (double)applied / (double)s->warmup);
     t = (double)(applied - s->warmup);
     switch (s->kind) {
-    case MPT_SCHEDULE_COSINE: return mpt__anneal(1, 1, s->low, fmin(t / steps, 1.0));
-    case MPT_SCHEDULE_STEP: /* low to the power of the number of periods, by squaring */
-        for (i = (applied - s->warmup) / (s->steps ? s->steps : 1); i; i /= 2) {
-            if (i % 2) factor *= power;
-            power *= power;
-        }
-        return factor;
+    case MPT_SCHEDULE_COSINE: return mpt__anneal(1, 1, s->low, fmin(t / (double)s->steps, 1.0));
+    case MPT_SCHEDULE_STEP: return mpt__power(s->low, (applied - s->warmup) / (s->steps ? s->steps : 1));
     case MPT_SCHEDULE_ONE_CYCLE:
-    case MPT_SCHEDULE_ONE_CYCLE_LINEAR:
-        if (t <= top) return mpt__anneal(cosine, s->start, 1, t / top);
-        return mpt__anneal(cosine, 1, s->low, fmin((t - top) / (steps - 1 - top), 1.0));
+    case MPT_SCHEDULE_ONE_CYCLE_LINEAR: return mpt__one_cycle(s, t, s->start, 1, s->low);
     default: return 1;
     }
 }
@@ -2176,7 +2207,10 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_tensor_slice 
     const mpt_optimizer_desc *d = &op->desc;
     const mpt_optimizer_state *s = op->state;
     const double lr = slice->lr * s->schedule;
+    const double beta1 = mpt_schedule_momentum(&d->schedule, s->applied, d->beta1);
+    double power = s->beta1_power; /* of beta1 in the steps before this one */
     mpt__rates r;
+    if (mpt__cycles_momentum(&d->schedule, d->beta1)) power = mpt__power(beta1, s->applied);
     r.kind = d->kind;
     r.nesterov = d->nesterov;
     r.first = s->applied == 0;
@@ -2189,12 +2223,12 @@ MPT_HD mpt__rates mpt__rates_of(const mpt_update_op *op, const mpt_tensor_slice 
     r.lr = (float)lr;
     r.decay = (float)slice->weight_decay;
     if (d->kind == MPT_ADAMW) r.decay = (float)mpt__mul_add(-lr, slice->weight_decay, 1);
-    r.momentum = (float)d->momentum;
+    r.momentum = (float)mpt_schedule_momentum(&d->schedule, s->applied, d->momentum);
     r.undamped = (float)(1 - d->dampening);
-    r.lerp = (float)(1 - d->beta1);
+    r.lerp = (float)(1 - beta1);
     r.beta2 = (float)d->beta2;
     r.square = (float)(1 - d->beta2);
-    r.step_size = (float)(lr / mpt__mul_add(-s->beta1_power, d->beta1, 1));
+    r.step_size = (float)(lr / mpt__mul_add(-power, beta1, 1));
     r.root = (float)sqrt(mpt__mul_add(-s->beta2_power, d->beta2, 1));
     r.eps = (float)d->eps;
     return r;
@@ -2333,11 +2367,13 @@ MPT_HD void mpt__state_checked(const mpt_update_op *op, const mpt_scan *scan, in
 MPT_HD int32_t mpt__step_found(const mpt_update_op *op) {
     const mpt_optimizer_desc *d = &op->desc;
     const double undamped = 1 - fmin(d->dampening, 0.0);
+    const int cycles = mpt__cycles_momentum(&d->schedule, d->momentum);
+    const double momentum = cycles ? mpt__max_momentum(&d->schedule) : d->momentum;
     double largest = op->state->grad_norm * mpt__clip_factor(op->state, op->max_norm);
     double limit = 9223372036854775808.0; /* 2^63 */
     if (op->max_value > 0) largest = fmin(largest, op->max_value);
-    if (op->state->found || (d->kind == MPT_SGD && (d->momentum <= 0 || d->momentum >= 1))) return op->state->found;
-    if (d->kind == MPT_SGD) limit *= limit * (1 - d->momentum) / (4 * undamped);
+    if (op->state->found || (d->kind == MPT_SGD && (momentum <= 0 || momentum >= 1))) return op->state->found;
+    if (d->kind == MPT_SGD) limit *= limit * (1 - momentum) / (4 * undamped);
     return largest > limit ? MPT_SKIP_MOMENT : MPT_SKIP_NONE;
 }
 
@@ -7791,7 +7827,7 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
 static int mpt__not_negative(double x) { return mpt__finite((float)x) && x >= 0; }
 
 static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
-    const int one_cycle = s->kind == MPT_SCHEDULE_ONE_CYCLE || s->kind == MPT_SCHEDULE_ONE_CYCLE_LINEAR;
+    const double low = s->base_momentum, high = s->max_momentum;
     if ((unsigned)s->kind > MPT_SCHEDULE_ONE_CYCLE_LINEAR)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: unknown kind %d", (int)s->kind);
     if (!mpt__not_negative(s->warmup_start) || !mpt__not_negative(s->low) || !mpt__not_negative(s->start))
@@ -7799,7 +7835,11 @@ static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
                         "schedule: warmup_start %g, low %g, start %g must be finite and at least 0", s->warmup_start,
                         s->low, s->start);
     if (s->kind != MPT_SCHEDULE_CONSTANT && !s->steps) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: steps is 0");
-    if (one_cycle && !(mpt__mul_add(s->peak, (double)s->steps, -1) > 0 && s->peak < 1)) /* see mpt_schedule_factor */
+    if (!mpt__not_negative(low) || !mpt__not_negative(high) || low >= 1 || high >= 1)
+        return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: base_momentum %g and max_momentum %g must be in [0, 1)",
+                        low, high);
+    if (mpt__is_one_cycle(s) &&
+        !(mpt__mul_add(s->peak, (double)s->steps, -1) > 0 && s->peak < 1)) /* see mpt_schedule_factor */
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "schedule: peak %g of %zu steps is not between the first and the last",
                         s->peak, (size_t)s->steps);
     return MPT_OK;
@@ -12044,7 +12084,9 @@ static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
     X(double, double, optimizer.eps) X(mpt_schedule_kind, int, optimizer.schedule.kind) \
     X(uint64_t, uint64_t, optimizer.schedule.warmup) X(double, double, optimizer.schedule.warmup_start) \
     X(uint64_t, uint64_t, optimizer.schedule.steps) X(double, double, optimizer.schedule.low) \
-    X(double, double, optimizer.schedule.start) X(double, double, optimizer.schedule.peak)
+    X(double, double, optimizer.schedule.start) X(double, double, optimizer.schedule.peak) \
+    X(int, int, optimizer.schedule.no_cycle_momentum) X(double, double, optimizer.schedule.base_momentum) \
+    X(double, double, optimizer.schedule.max_momentum)
 #define MPT__NODE_MEMBERS(X) \
     X(mpt__node_kind, int, kind) X(int, int, in[0]) X(int, int, in[1]) X(int, int, no_bias) \
     X(mpt_init, int, init) X(mpt_activation, int, act) X(float, float, p) \
@@ -13228,6 +13270,8 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs; mpt_multiply, mpt_upsample,
           on mpt_op_broadcast; mpt_global_max_pool2d. mpt_name and mpt_find. Averages of the image alone. Norms without
           gamma and beta, in mpt_op_norm as well. train.clip_value. mpt_leaky_relu is told its slope.
+          With a one-cycle schedule momentum, or beta1, follows the cycle, as in PyTorch: no_cycle_momentum = 1 is as it
+          was.
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.

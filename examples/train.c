@@ -559,6 +559,7 @@ static mpt_optimizer_desc optimizer_desc(const loop *t) {
     desc.schedule.steps = (uint64_t)t->r->epochs * steps_per_epoch(t);
     desc.schedule.start = 0.1;
     desc.schedule.peak = 0.2;
+    desc.schedule.no_cycle_momentum = 1;
     return desc;
 }
 

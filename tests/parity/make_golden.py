@@ -15,7 +15,7 @@ digits, doubles as C's %a.
                      unscaled ones
     <case>.txt       hyperparameters, then for each attempt lr, clip factor, parameters and moments after it
     scaler_*.txt     GradScaler over a long row of events
-    schedules.txt    learning rates of torch.optim.lr_scheduler
+    schedules.txt    learning rates of torch.optim.lr_scheduler, and momenta
 """
 
 import math
@@ -35,7 +35,8 @@ SCALER = dict(init_scale=1024.0, growth_factor=2.0, backoff_factor=0.5, growth_i
 
 # Hyperparameters in the order of the files, named as in torch.optim and mpt_optimizer_desc. group_*: of tensors 2, 3.
 # warmup: number of applied steps over which lr rises (LinearLR, from a tenth). exact_root: PyTorch's square root on the
-# CPU is MKL's, one ulp off for a sixth of all values; 1 puts a correctly rounded one in its place.
+# CPU is MKL's, one ulp off for a sixth of all values; 1 puts a correctly rounded one in its place. one_cycle: steps of
+# OneCycleLR with its defaults, where momentum or beta1 goes with lr; only in the files of such cases.
 DEFAULTS = dict(kind="sgd", lr=1e-3, momentum=0.0, dampening=0.0, nesterov=0, beta1=0.9, beta2=0.999, eps=1e-8,
                 weight_decay=0.0, amsgrad=0, maximize=0, clip_norm=0.0, clip_value=0.0, group_lr_factor=1.0,
                 group_weight_decay=None, warmup=0, exact_root=0)
@@ -65,6 +66,9 @@ CASES = {
     "adamw_clip_norm": dict(kind="adamw", lr=0.01, weight_decay=0.05, clip_norm=0.5),
     "adamw_groups": dict(kind="adamw", lr=0.01, weight_decay=0.05, group_lr_factor=0.3, group_weight_decay=0.0),
     "adamw_warmup": dict(kind="adamw", lr=0.01, weight_decay=0.05, warmup=8),
+    "sgd_one_cycle": dict(lr=0.1, momentum=0.9, nesterov=1, weight_decay=0.05, one_cycle=17),
+    "adam_one_cycle": dict(kind="adam", lr=0.01, beta1=0.8, one_cycle=17),
+    "adamw_one_cycle": dict(kind="adamw", lr=0.01, weight_decay=0.05, exact_root=1, one_cycle=17),
 }
 
 
@@ -160,6 +164,8 @@ def attempts(case, first_params, grads):
     schedule = None
     if case["warmup"]:
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=case["warmup"])
+    if case.get("one_cycle"):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=case["lr"], total_steps=case["one_cycle"])
     scaler = torch.amp.GradScaler(device="cpu", **SCALER)
     for tensors in grads:
         scale = scaler.scale(torch.ones(())).item()
@@ -234,16 +240,16 @@ def write_scalers():
                  growth_interval=2)
 
 
-def learning_rates(make, steps=50, lr=0.1):
-    """lr that each of the steps 0, 1, ... uses."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+def scheduled(make, key="lr", steps=50, lr=0.1):
+    """lr, or momentum, that each of the steps 0, 1, ... uses."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
     schedule = make(optimizer)
-    rates = [optimizer.param_groups[0]["lr"]]
+    values = [optimizer.param_groups[0][key]]
     for _ in range(1, steps):
         optimizer.step()
         schedule.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    return rates
+        values.append(optimizer.param_groups[0][key])
+    return values
 
 
 def write_schedules():
@@ -255,16 +261,19 @@ def write_schedules():
         "cosine_min": lambda o: s.CosineAnnealingLR(o, T_max=50, eta_min=0.01),
         "step": lambda o: s.StepLR(o, step_size=10, gamma=0.5),
         "step_odd": lambda o: s.StepLR(o, step_size=7, gamma=0.3),
-        "one_cycle": lambda o: s.OneCycleLR(o, max_lr=0.1, total_steps=50, cycle_momentum=False),
+        "one_cycle": lambda o: s.OneCycleLR(o, max_lr=0.1, total_steps=50),
         "one_cycle_linear": lambda o: s.OneCycleLR(o, max_lr=0.1, total_steps=50, pct_start=0.25, div_factor=10.0,
                                                    final_div_factor=100.0, anneal_strategy="linear",
-                                                   cycle_momentum=False),
+                                                   base_momentum=0.7, max_momentum=0.8),
         "warmup_cosine": lambda o: s.SequentialLR(o, [s.LinearLR(o, start_factor=0.1, total_iters=10),
                                                       s.CosineAnnealingLR(o, T_max=40)], milestones=[10]),
     }
     lines = []
     for name, make in schedules.items():
-        lines.append(f"schedule {name} " + " ".join(lr.hex() for lr in learning_rates(make)))
+        lines.append(f"schedule {name} " + " ".join(lr.hex() for lr in scheduled(make)))
+    for name in ("one_cycle", "one_cycle_linear"):
+        momenta = scheduled(schedules[name], "momentum")
+        lines.append(f"momentum {name} " + " ".join(momentum.hex() for momentum in momenta))
     write("schedules.txt", "torch.optim.lr_scheduler, lr 0.1, 50 steps", lines)
 
 

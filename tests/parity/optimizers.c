@@ -42,6 +42,7 @@ typedef struct golden {
     const char *name;
     mpt_optimizer_desc desc;
     int moments, exact; /* exact: no square root of MKL's in it */
+    int one_cycle;      /* lr follows the schedule, and is not set */
     double clip_norm, clip_value, group_lr_factor, group_weight_decay;
     outcome attempt[ATTEMPTS];
 } golden;
@@ -136,6 +137,17 @@ static mpt_optimizer_kind read_kind(FILE *file) {
     return strcmp(word, "sgd") == 0 ? MPT_SGD : strcmp(word, "adam") == 0 ? MPT_ADAM : MPT_ADAMW;
 }
 
+/* torch.optim.lr_scheduler.OneCycleLR's defaults */
+static mpt_schedule one_cycle(uint64_t steps) {
+    mpt_schedule s = MPT_ZERO;
+    s.kind = MPT_SCHEDULE_ONE_CYCLE;
+    s.steps = steps;
+    s.peak = 0.3;
+    s.start = 1 / 25.0;
+    s.low = 1 / 25.0 / 1e4;
+    return s;
+}
+
 static void read_options(FILE *file, golden *g) {
     mpt_optimizer_desc *d = &g->desc;
     d->kind = read_kind(file);
@@ -155,6 +167,8 @@ static void read_options(FILE *file, golden *g) {
     g->group_weight_decay = read_number(file, "group_weight_decay");
     read_int(file, "warmup"); /* the attempts say their lr */
     g->exact = read_int(file, "exact_root") || d->kind == MPT_SGD;
+    g->one_cycle = strstr(g->name, "one_cycle") != NULL;
+    if (g->one_cycle) d->schedule = one_cycle((uint64_t)read_int(file, "one_cycle"));
     g->moments = d->kind != MPT_SGD ? 2 + d->amsgrad : d->momentum > 0;
 }
 
@@ -306,7 +320,7 @@ static void check_param(run *r, const golden *g, int attempt, const float *befor
 static void attempt_step(const run *r, const golden *g, const input *in, const outcome *expected) {
     put(r, GRAD, in->grad);
     CHECK_EQUAL(mpt_scaler_scale(r->scaler), in->scale);
-    CHECK_OK(r->ctx, mpt_optimizer_set_lr(r->opt, expected->lr));
+    if (!g->one_cycle) CHECK_OK(r->ctx, mpt_optimizer_set_lr(r->opt, expected->lr));
     CHECK_OK(r->ctx, mpt_unscale(r->opt));
     if (g->clip_norm > 0) CHECK_OK(r->ctx, mpt_clip_norm(r->opt, g->clip_norm));
     if (g->clip_value > 0) CHECK_OK(r->ctx, mpt_clip_value(r->opt, g->clip_value));
@@ -340,6 +354,9 @@ static void test_case(const golden *g, const inputs *in, int alone) {
 static void test_optimizers(void) {
     static const char *const names[] = {"sgd",
                                         "sgd_weight_decay",
+                                        "sgd_one_cycle",
+                                        "adam_one_cycle",
+                                        "adamw_one_cycle",
                                         "sgd_momentum",
                                         "sgd_dampening",
                                         "sgd_nesterov",
@@ -396,6 +413,19 @@ static void test_scaler(const char *name) {
 
 /* ==== SCHEDULES ==== */
 
+/* The momentum of 50 steps, bounded as lr is below */
+static void test_momenta(FILE *file, const char *name, const mpt_schedule *schedule) {
+    char word[32] = "";
+    uint64_t step;
+    read_key(file, "momentum");
+    CHECK(fscanf(file, "%31s", word) == 1 && strcmp(word, name) == 0);
+    for (step = 0; step < 50; step++) {
+        double momentum = 0;
+        CHECK(fscanf(file, "%lf", &momentum) == 1);
+        CHECK_NEAR(mpt_schedule_momentum(schedule, step, 0.9), momentum, ldexp(200, -53));
+    }
+}
+
 /* lr of 50 steps. PyTorch goes from step to step with at most 4 roundings in each, so its own error grows to 200 units
    of 2^-53; ours has a few. */
 static void test_schedule(FILE *file, const char *name, const mpt_schedule *schedule) {
@@ -413,19 +443,28 @@ static void test_schedule(FILE *file, const char *name, const mpt_schedule *sche
 static void test_schedules(void) {
     static const struct {
         const char *name;
-        mpt_schedule schedule; /* kind, warmup, warmup_start, steps, low, start, peak */
-    } cases[] = {{"constant", {MPT_SCHEDULE_CONSTANT, 0, 0, 0, 0, 0, 0}},
-                 {"linear_warmup", {MPT_SCHEDULE_CONSTANT, 10, 0.1, 0, 0, 0, 0}},
-                 {"cosine", {MPT_SCHEDULE_COSINE, 0, 0, 50, 0, 0, 0}},
-                 {"cosine_min", {MPT_SCHEDULE_COSINE, 0, 0, 50, 0.1, 0, 0}},
-                 {"step", {MPT_SCHEDULE_STEP, 0, 0, 10, 0.5, 0, 0}},
-                 {"step_odd", {MPT_SCHEDULE_STEP, 0, 0, 7, 0.3, 0, 0}},
-                 {"one_cycle", {MPT_SCHEDULE_ONE_CYCLE, 0, 0, 50, 1 / 25.0 / 1e4, 1 / 25.0, 0.3}},
-                 {"one_cycle_linear", {MPT_SCHEDULE_ONE_CYCLE_LINEAR, 0, 0, 50, 1 / 10.0 / 100, 1 / 10.0, 0.25}},
-                 {"warmup_cosine", {MPT_SCHEDULE_COSINE, 10, 0.1, 40, 0, 0, 0}}};
+        mpt_schedule schedule; /* kind, warmup, warmup_start, steps, low, start, peak, and of momentum */
+    } cases[] = {
+        {"constant", {MPT_SCHEDULE_CONSTANT, 0, 0, 0, 0, 0, 0, 0, 0, 0}},
+        {"linear_warmup", {MPT_SCHEDULE_CONSTANT, 10, 0.1, 0, 0, 0, 0, 0, 0, 0}},
+        {"cosine", {MPT_SCHEDULE_COSINE, 0, 0, 50, 0, 0, 0, 0, 0, 0}},
+        {"cosine_min", {MPT_SCHEDULE_COSINE, 0, 0, 50, 0.1, 0, 0, 0, 0, 0}},
+        {"step", {MPT_SCHEDULE_STEP, 0, 0, 10, 0.5, 0, 0, 0, 0, 0}},
+        {"step_odd", {MPT_SCHEDULE_STEP, 0, 0, 7, 0.3, 0, 0, 0, 0, 0}},
+        {"one_cycle", {MPT_SCHEDULE_ONE_CYCLE, 0, 0, 50, 1 / 25.0 / 1e4, 1 / 25.0, 0.3, 0, 0, 0}},
+        {"one_cycle_linear", {MPT_SCHEDULE_ONE_CYCLE_LINEAR, 0, 0, 50, 1 / 10.0 / 100, 1 / 10.0, 0.25, 0, 0.7, 0.8}},
+        {"warmup_cosine", {MPT_SCHEDULE_COSINE, 10, 0.1, 40, 0, 0, 0, 0, 0, 0}}};
+    mpt_schedule still = cases[6].schedule;
     FILE *file = open_golden("schedules");
     size_t i;
     for (i = 0; i < sizeof cases / sizeof *cases; i++) test_schedule(file, cases[i].name, &cases[i].schedule);
+    for (i = 6; i < 8; i++) test_momenta(file, cases[i].name, &cases[i].schedule);
+    CHECK_EQUAL(mpt_schedule_momentum(&still, 10, 0), 0);
+    still.warmup = 10;
+    CHECK_EQUAL(mpt_schedule_momentum(&still, 5, 0.9), 0.95);
+    still.no_cycle_momentum = 1;
+    CHECK_EQUAL(mpt_schedule_momentum(&still, 10, 0.9), 0.9);
+    CHECK_EQUAL(mpt_schedule_momentum(&cases[2].schedule, 10, 0.9), 0.9);
     fclose(file);
 }
 

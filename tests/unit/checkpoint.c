@@ -836,7 +836,7 @@ static void test_kinds(mpt_context *ctx) {
 
 /* ==== SETTINGS ==== */
 
-enum { SETTINGS = 21 };
+enum { SETTINGS = 24 };
 
 /* Changes one setting; returns the word that the refusal has. */
 static const char *change(mpt_train_desc *t, mpt_policy *p, int i) {
@@ -862,6 +862,9 @@ static const char *change(mpt_train_desc *t, mpt_policy *p, int i) {
     case 17: p->param = MPT_F32; return "param";
     case 18: p->output = MPT_F16; return "linear2";
     case 19: t->clip_value = 1; return "clip_value";
+    case 20: o->schedule.no_cycle_momentum = 1; return "no_cycle_momentum";
+    case 21: o->schedule.base_momentum = 0.5; return "base_momentum";
+    case 22: o->schedule.max_momentum = 0.5; return "max_momentum";
     default: p->master = MPT_MASTER_NONE; return "masters";
     }
 }
@@ -878,7 +881,7 @@ static void test_settings(mpt_context *ctx) {
         mpt_policy p = policy;
         const char *word = change(&t, &p, i);
         other = build(ctx, mlp, p, &t);
-        CHECK_ERROR(ctx, load(other, "kept"), i == 20 ? MPT_ERROR_TYPE : MPT_ERROR_VALUE, i == 20 ? "F16" : word);
+        CHECK_ERROR(ctx, load(other, "kept"), i == 23 ? MPT_ERROR_TYPE : MPT_ERROR_VALUE, i == 23 ? "F16" : word);
         CHECK_EQUAL(mpt_steps_applied(other), 0);
         mpt_model_free(other);
     }
@@ -1065,6 +1068,8 @@ static void test_known_members(void) {
         double c;
         uint64_t d;
         double e, f, g;
+        int h;
+        double i, j;
     } schedule;
     typedef struct {
         mpt_scaler_mode a;

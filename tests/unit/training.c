@@ -662,6 +662,8 @@ static void check_bad_schedules(trainer *t) {
     d.schedule.kind = MPT_SCHEDULE_ONE_CYCLE;
     bad = d, bad.schedule.peak = 0.1, check_bad_optimizer(t, &bad, "peak"); /* is the first step */
     bad = d, bad.schedule.peak = 1, check_bad_optimizer(t, &bad, "peak");
+    bad = d, bad.schedule.base_momentum = -0.1, check_bad_optimizer(t, &bad, "base_momentum");
+    bad = d, bad.schedule.max_momentum = 1, check_bad_optimizer(t, &bad, "max_momentum");
 }
 
 /* Gradients to 0; what follows a step must have both arrays. */
