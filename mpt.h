@@ -14,7 +14,7 @@
      CONTEXT           results, allocator, reason text, device memory
      NUMBERS           floor 0: half types, scalar casts, rounding, counter-based random numbers
      ARRAYS            floor 1: typed arrays; bulk cast, scan, exponent histogram
-     OPERATIONS        floor 2: gemm, linear, conv2d, pooling, activations, losses, forward and backward
+     OPERATIONS        floor 2: gemm, conv2d, pooling, elementwise, norms, losses, forward and backward
      TRAINING          floor 3: loss scaler, parameter block, optimizers, clipping, the step protocol
      MODEL             floor 4: graph of layers, precision policy, memory plan, training and evaluation
      FILES             floor 5: the plan and its bytes; weights and checkpoints as safetensors

@@ -217,12 +217,12 @@ static inline void *test_counter_alloc(size_t bytes, void *user) {
 static inline void test_counter_release(void *p, size_t bytes, void *user) {
     test_counter *counter = (test_counter *)user;
     unsigned char *block = (unsigned char *)p - TEST_HEADER;
-    size_t asked, i;
+    size_t requested, i;
     if (!p) return;
-    memcpy(&asked, block, sizeof asked);
-    if (asked != bytes) counter->wrong_size = 1;
-    for (i = 0; i < TEST_GUARD; i++) counter->overrun |= block[TEST_HEADER + asked + i] != 0xa5;
-    counter->bytes -= asked;
+    memcpy(&requested, block, sizeof requested);
+    if (requested != bytes) counter->wrong_size = 1;
+    for (i = 0; i < TEST_GUARD; i++) counter->overrun |= block[TEST_HEADER + requested + i] != 0xa5;
+    counter->bytes -= requested;
     counter->blocks--;
     free(block);
 }
