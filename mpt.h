@@ -6043,10 +6043,47 @@ MPT__INLINE void mpt__map_task_body(void *arg, size_t begin, size_t end, int wor
 }
 MPT__TASKS(mpt__map_task)
 
+/* Whether an element of the result is 0 or, bit for bit, one of dy: the gradient of a ReLU in one 16-bit type */
+static int mpt__map_selects(const mpt_map_op *op) {
+    return op->map == MPT_MAP_ACTIVATION_GRADIENT && op->act == MPT_RELU && op->beta == 0 && op->a.type == op->b.type &&
+           op->b.type == op->out.type && (op->a.type == MPT_F16 || op->a.type == MPT_BF16);
+}
+
+/* to = dy where the saved value is over 0 or NaN (see mpt__not_positive), else 0 */
+MPT__INLINE void mpt__slope_run(int16_t inf, const int16_t *MPT__RESTRICT saved, const int16_t *MPT__RESTRICT dy,
+                                int16_t *MPT__RESTRICT to) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) {
+        const int16_t above = (int16_t) - (saved[e] > 0), nan = (int16_t) - ((int16_t)(saved[e] & 0x7fff) > inf);
+        to[e] = (int16_t)(dy[e] & (above | nan));
+    }
+}
+
+MPT__INLINE void mpt__slope_task_body(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__work *w = (const mpt__work *)arg;
+    const mpt_map_op *op = (const mpt_map_op *)w->op;
+    const int16_t *saved = (const int16_t *)op->a.data, *dy = (const int16_t *)op->b.data;
+    const int16_t inf = op->a.type == MPT_F16 ? 0x7c00 : 0x7f80;
+    int16_t *out = (int16_t *)op->out.data, to[MPT__RUN], room[2][MPT__RUN] = {{0}, {0}};
+    size_t i = begin * MPT__RUN, last = mpt__min(end * MPT__RUN, op->n);
+    (void)worker;
+    for (; i + MPT__RUN <= last; i += MPT__RUN) {
+        mpt__slope_run(inf, saved + i, dy + i, to); /* out may be dy */
+        memcpy(out + i, to, sizeof to);
+    }
+    if (i == last) return;
+    memcpy(room[0], saved + i, (last - i) * sizeof *saved);
+    memcpy(room[1], dy + i, (last - i) * sizeof *dy);
+    mpt__slope_run(inf, room[0], room[1], to);
+    memcpy(out + i, to, (last - i) * sizeof *to);
+}
+MPT__TASKS(mpt__slope_task)
+
 static mpt_result mpt__cpu_map(mpt_context *ctx, const mpt_map_op *op) {
     mpt__work w = {ctx, op};
     const size_t runs = op->n / MPT__RUN + (op->n % MPT__RUN != 0);
     if (op->map == MPT_MAP_CAST) mpt__parallel(ctx, runs, op->n, mpt__cast_task, &w);
+    else if (mpt__map_selects(op)) mpt__parallel(ctx, runs, op->n, MPT__TASK(ctx, mpt__slope_task), &w);
     else mpt__parallel(ctx, runs, op->n, MPT__TASK(ctx, mpt__map_task), &w);
     return MPT_OK;
 }
@@ -6067,9 +6104,20 @@ MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int
 }
 MPT__TASKS(mpt__columns_task)
 
+/* The same where nothing is rounded or added */
+static void mpt__columns_copy_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt_columns_op *op = (const mpt_columns_op *)((const mpt__work *)arg)->op;
+    const size_t bytes = op->C * mpt_dtype_size(op->x.type);
+    (void)worker;
+    for (; begin < end; begin++)
+        memcpy(mpt__array_at(op->y, begin * op->y_stride).data, mpt__array_at(op->x, begin * op->x_stride).data, bytes);
+}
+
 static mpt_result mpt__cpu_columns(mpt_context *ctx, const mpt_columns_op *op) {
+    const int copies = op->x.type == op->y.type && op->beta == 0;
     mpt__work w = {ctx, op};
-    mpt__parallel(ctx, op->rows, op->rows * op->C, MPT__TASK(ctx, mpt__columns_task), &w);
+    if (copies) mpt__parallel(ctx, op->rows, op->rows * op->C, mpt__columns_copy_task, &w);
+    else mpt__parallel(ctx, op->rows, op->rows * op->C, MPT__TASK(ctx, mpt__columns_task), &w);
     return MPT_OK;
 }
 

@@ -731,6 +731,38 @@ static void test_elementwise_by_hand(mpt_context *ctx) {
     test_tensor_free(&dx);
 }
 
+/* The gradient of a ReLU in one 16-bit type, in place, at every saved value: dy, or 0 where that is not over 0. */
+static void check_relu_slopes(mpt_context *ctx, mpt_dtype type) {
+    enum { COUNT = 65536 + 7 };
+    uint16_t *saved = (uint16_t *)test_memory(COUNT * sizeof *saved), *dy = (uint16_t *)test_memory(COUNT * sizeof *dy);
+    mpt_map_op op = map_of(MPT_MAP_ACTIVATION_GRADIENT, COUNT, MPT_RELU, 0);
+    int i, wrong = 0;
+    for (i = 0; i < COUNT; i++) {
+        saved[i] = (uint16_t)i;
+        dy[i] = (uint16_t)(1 + i % 30000); /* finite in both types */
+    }
+    op.a = mpt_typed_array(saved, type);
+    op.b = op.out = mpt_typed_array(dy, type);
+    CHECK_OK(ctx, mpt_op_map(ctx, &op));
+    for (i = 0; i < COUNT; i++) {
+        const float x = mpt_widen(saved[i], type);
+        wrong += dy[i] != (x <= 0 ? 0 : 1 + i % 30000);
+    }
+    CHECK_EQUAL(wrong, 0);
+    free(saved);
+    free(dy);
+}
+
+static void test_relu_slopes(void) {
+    int engine;
+    for (engine = 0; engine < ENGINES; engine++) {
+        if (!contexts[engine][0]) continue;
+        check_relu_slopes(contexts[engine][0], MPT_F16);
+        check_relu_slopes(contexts[engine][0], MPT_BF16);
+    }
+    check_relu_slopes(test_plain, MPT_BF16);
+}
+
 static void test_elementwise_errors(void) {
     test_tensor t = test_tensor_new(context, MPT_F32, 64);
     const mpt_array fp8 = mpt_typed_array(t.array.data, MPT_E4M3);
@@ -2201,6 +2233,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_elementwise());
     RUN_TEST(test_elementwise_by_hand(context));
     RUN_TEST(test_elementwise_by_hand(test_plain));
+    RUN_TEST(test_relu_slopes());
     RUN_TEST(test_elementwise_errors());
     RUN_TEST(test_columns());
     RUN_TEST(test_columns_by_hand(context));
