@@ -88,7 +88,7 @@ static mpt_model *identity(mpt_context *ctx, const torch_case *t, int batch, int
     train.optimizer = mpt_sgd(0.1, 0);
     CHECK_OK(ctx, mpt_model_build(net, &train));
     for (i = 0; i < t->C; i++) w[i * t->C + i] = 1;
-    CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 0, w));
+    CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 1, w));
     free(w);
     return net;
 }
