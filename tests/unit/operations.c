@@ -1452,13 +1452,6 @@ static void test_norm_errors(void) {
 /* A loss is a row's sum, which no backend has a loop of its own for: these formulas are all that they are held against,
    beside PyTorch's values. */
 
-/* Weight of class j in the target of a row. weights(C); NULL: all 1. */
-static double target_of(size_t C, size_t label, double smoothing, const double *weights, size_t j) {
-    const double t = (j == label ? 1 - smoothing : 0) + smoothing / (double)C;
-    return weights ? weights[j] * t : t;
-}
-
-/* log(sum of exp x) - largest x */
 static double log_of_sum(const double *x, size_t C, double *largest) {
     double sum = 0;
     size_t j;
@@ -1468,23 +1461,22 @@ static double log_of_sum(const double *x, size_t C, double *largest) {
     return log(sum);
 }
 
-/* Loss of one row of logits. */
-static double row_cross_entropy(const double *x, size_t C, size_t label, double smoothing, const double *weights) {
+/* Loss of one row of logits, whose target is t(C). */
+static double row_cross_entropy(const double *x, size_t C, const double *t) {
     double largest, loss = 0;
     const double log_sum = log_of_sum(x, C, &largest);
     size_t j;
-    for (j = 0; j < C; j++) loss += target_of(C, label, smoothing, weights, j) * (log_sum - (x[j] - largest));
+    for (j = 0; j < C; j++) loss += t[j] * (log_sum - (x[j] - largest));
     return loss;
 }
 
 /* Its slope at x[j]. */
-static double cross_entropy_slope(const double *x, size_t C, size_t label, double smoothing, const double *weights,
-                                  size_t j) {
+static double cross_entropy_slope(const double *x, size_t C, const double *t, size_t j) {
     double largest, total = 0;
     const double log_sum = log_of_sum(x, C, &largest);
     size_t i;
-    for (i = 0; i < C; i++) total += target_of(C, label, smoothing, weights, i);
-    return total * exp(x[j] - largest - log_sum) - target_of(C, label, smoothing, weights, j);
+    for (i = 0; i < C; i++) total += t[i];
+    return total * exp(x[j] - largest - log_sum) - t[j];
 }
 
 /* One element of the other losses. w: pos_weight */
@@ -1522,15 +1514,18 @@ typedef struct loss_case {
     double width;   /* logits lie in +-width */
     float scale;    /* *loss_scale; 0: the pointer is NULL */
     int weighted;   /* classes have weights; of binary cross-entropy: positives */
+    int sampled;    /* samples have weights */
 } loss_case;
 
 /* The case's struct with arrays in device memory; what the host knows of them. Where the label to be ignored is no
    class, every third row has it. */
 typedef struct loss_data {
     mpt_loss_op op;
-    test_tensor x, dx, target, weights;
+    test_tensor x, dx, target, weights, samples;
     int32_t *label;
 } loss_data;
+
+static size_t rows_of(const mpt_loss_op *op) { return op->N * (op->positions ? op->positions : 1); }
 
 static void *on_device(const void *host, size_t bytes) {
     void *device = mpt_alloc(context, bytes);
@@ -1540,11 +1535,12 @@ static void *on_device(const void *host, size_t bytes) {
 
 static void put_labels(loss_data *d) {
     void *labels = (void *)(uintptr_t)d->op.target;
-    CHECK_OK(context, mpt_upload(context, labels, d->label, d->op.N * sizeof *d->label));
+    CHECK_OK(context, mpt_upload(context, labels, d->label, rows_of(&d->op) * sizeof *d->label));
 }
 
 static loss_data loss_new(const loss_case *c) {
-    const size_t N = c->op.N, C = c->op.C;
+    const size_t N = rows_of(&c->op), C = c->op.C;
+    const int shares = c->op.kind == MPT_LOSS_BCE_WITH_LOGITS || c->op.desc.probabilities;
     const mpt_loss_sum zero = MPT_ZERO;
     loss_data d;
     size_t i;
@@ -1553,9 +1549,11 @@ static loss_data loss_new(const loss_case *c) {
     test_tensor_fill(&d.x, -c->width, c->width, 1);
     d.dx = test_tensor_new(context, c->op.dx.type, N * C);
     d.target = test_tensor_new(context, MPT_F32, N * C);
-    test_tensor_fill(&d.target, c->op.kind == MPT_LOSS_BCE_WITH_LOGITS ? 0 : -1, 1, 2);
+    test_tensor_fill(&d.target, shares ? 0 : -1, 1, 2);
     d.weights = test_tensor_new(context, MPT_F32, C);
     test_tensor_fill(&d.weights, 0.25, 2, 4);
+    d.samples = test_tensor_new(context, MPT_F32, c->op.N);
+    test_tensor_fill(&d.samples, 0, 3, 5);
     d.label = (int32_t *)test_memory(N * sizeof *d.label);
     for (i = 0; i < N; i++) {
         const mpt_loss_desc *e = &c->op.desc;
@@ -1567,6 +1565,7 @@ static loss_data loss_new(const loss_case *c) {
     d.op.target = on_device(d.label, N * sizeof *d.label);
     d.op.loss_scale = (float *)on_device(&c->scale, sizeof c->scale);
     d.op.sum = (mpt_loss_sum *)on_device(&zero, sizeof zero);
+    if (c->sampled) d.op.sample_weights = (const float *)d.samples.array.data;
     if (c->weighted && c->op.kind == MPT_LOSS_CROSS_ENTROPY)
         d.op.desc.class_weights = (const float *)d.weights.array.data;
     if (c->weighted && c->op.kind == MPT_LOSS_BCE_WITH_LOGITS)
@@ -1579,6 +1578,7 @@ static void loss_free(loss_data *d) {
     test_tensor_free(&d->dx);
     test_tensor_free(&d->target);
     test_tensor_free(&d->weights);
+    test_tensor_free(&d->samples);
     mpt_free(context, (void *)(uintptr_t)d->op.target);
     mpt_free(context, (void *)(uintptr_t)d->op.loss_scale);
     mpt_free(context, d->op.sum);
@@ -1594,7 +1594,7 @@ static mpt_loss_sum call_loss(mpt_context *ctx, const loss_case *c, const loss_d
     sum.rows = 10;
     sum.correct = 5;
     op.dx = dx;
-    if (op.kind != MPT_LOSS_CROSS_ENTROPY) op.target = d->target.array.data;
+    if (op.kind != MPT_LOSS_CROSS_ENTROPY || op.desc.probabilities) op.target = d->target.array.data;
     if (!(c->scale > 0)) op.loss_scale = NULL;
     CHECK_OK(context, mpt_upload(context, op.sum, &sum, sizeof sum));
     CHECK_OK(ctx, mpt_op_loss(ctx, &op));
@@ -1606,10 +1606,26 @@ static int is_ignored(const loss_case *c, const loss_data *d, size_t row) {
     return c->op.desc.ignore && d->label[row] == c->op.desc.ignore_index;
 }
 
+static double sample_weight(const loss_case *c, const loss_data *d, size_t row) {
+    return c->sampled ? d->samples.value[row / (rows_of(&c->op) / c->op.N)] : 1;
+}
+
 /* What a row weighs in the mean. */
 static double row_weight(const loss_case *c, const loss_data *d, size_t row) {
+    const double own = sample_weight(c, d, row);
     if (is_ignored(c, d, row)) return 0;
-    return d->op.desc.class_weights ? d->weights.value[d->label[row]] : 1;
+    return d->op.desc.class_weights && !c->op.desc.probabilities ? own * d->weights.value[d->label[row]] : own;
+}
+
+/* The target t(C) of a row of cross-entropy */
+static void row_target(const loss_case *c, const loss_data *d, size_t row, double *t) {
+    const double smoothing = (double)c->op.desc.label_smoothing, classes = (double)c->op.C;
+    size_t j;
+    for (j = 0; j < c->op.C; j++) {
+        t[j] = c->op.desc.probabilities ? d->target.value[row * c->op.C + j] : (double)(j == (size_t)d->label[row]);
+        t[j] = t[j] * (1 - smoothing) + smoothing / classes;
+        if (c->weighted) t[j] *= d->weights.value[j];
+    }
 }
 
 /* Loss of a row, its slopes, and how far fp32 arithmetic may take both off. u is the unit roundoff; expf, logf and
@@ -1617,27 +1633,26 @@ static double row_weight(const loss_case *c, const loss_data *d, size_t row) {
 
    With d = x - max, the loss is sum_j t_j (L + |d_j|), L the logarithm of a sum of C exponentials of which one is 1. d
    has error u |d|, so exp d has relative error (|d| + 4) u; as e^d |d| < 0.4 the sum has relative error under (2 C + 4)
-   u, which is L's absolute error, with 4 u of itself. A t_j passes 4 roundings; `terms` of them are not 0. The loss,
+   u, which is L's absolute error, with 4 u of itself. A t_j passes 5 roundings; `terms` of them are not 0. The loss,
    all terms of which are positive, passes terms + 10 roundings on top. A probability has relative error (2 C + 9 + |d|)
    u, and times the sum of t terms + 5 more; a slope that of t, and its own. */
 static double cross_entropy_row(const loss_case *c, const loss_data *d, size_t row, double *slope, double *slope_error,
                                 double *error) {
-    const double u = test_unit(MPT_F32), classes = (double)c->op.C, *x = d->x.value + row * c->op.C,
-                 s = (double)c->op.desc.label_smoothing;
-    const double *weights = c->weighted ? d->weights.value : NULL, terms = s > 0 ? classes : 1;
-    const size_t label = (size_t)d->label[row];
-    const double loss = row_cross_entropy(x, c->op.C, label, s, weights);
-    double largest, total = 0;
+    const double u = test_unit(MPT_F32), classes = (double)c->op.C, *x = d->x.value + row * c->op.C;
+    const double terms = c->op.desc.label_smoothing > 0 || c->op.desc.probabilities ? classes : 1;
+    double largest, total = 0, loss, *t = test_doubles(c->op.C);
     size_t j;
+    row_target(c, d, row, t);
+    loss = row_cross_entropy(x, c->op.C, t);
     log_of_sum(x, c->op.C, &largest);
-    for (j = 0; j < c->op.C; j++) total += target_of(c->op.C, label, s, weights, j);
+    for (j = 0; j < c->op.C; j++) total += t[j];
     for (j = 0; j < c->op.C; j++) {
-        const double t = target_of(c->op.C, label, s, weights, j);
-        slope[j] = cross_entropy_slope(x, c->op.C, label, s, weights, j);
-        slope_error[j] = u * ((slope[j] + t) * (2 * classes + 14 + terms + largest - x[j]) + 4 * t + fabs(slope[j]));
-        slope_error[j] += total * test_tiny(MPT_F32);
+        slope[j] = cross_entropy_slope(x, c->op.C, t, j);
+        slope_error[j] = (slope[j] + t[j]) * (2 * classes + 14 + terms + largest - x[j]) + 5 * t[j] + fabs(slope[j]);
+        slope_error[j] = u * slope_error[j] + total * test_tiny(MPT_F32);
     }
     *error = u * (total * (2 * classes + 4) + (terms + 10) * loss);
+    free(t);
     return loss;
 }
 
@@ -1664,26 +1679,28 @@ static double elementwise_row(const loss_case *c, const loss_data *d, size_t row
     return loss;
 }
 
-/* Sum of the losses, and what each dx shall be: slope * scale / weight, 5 roundings. Returns how far it may be off. */
+/* Sum of the losses, and what each dx shall be: slope * sample's weight * scale / weight, 6 roundings. Returns how far it may be off. */
 static double expect_loss(const loss_case *c, const loss_data *d, double *dx, double *tolerance, mpt_loss_sum *sum) {
     const double scale = (double)c->op.grad_scale * (c->scale != 0 ? (double)c->scale : 1);
     double bound = 0, factor;
     size_t row, i;
     memset(sum, 0, sizeof *sum);
-    for (row = 0; row < c->op.N; row++) {
-        double *slope = dx + row * c->op.C, *slope_error = tolerance + row * c->op.C, error = 0;
+    for (row = 0; row < rows_of(&c->op); row++) {
+        double *slope = dx + row * c->op.C, *slope_error = tolerance + row * c->op.C, error = 0, loss;
+        const double own = sample_weight(c, d, row);
         if (is_ignored(c, d, row)) continue;
-        sum->loss += (c->op.kind == MPT_LOSS_CROSS_ENTROPY ? cross_entropy_row : elementwise_row)(c, d, row, slope,
-                                                                                                  slope_error, &error);
+        loss = (c->op.kind == MPT_LOSS_CROSS_ENTROPY ? cross_entropy_row : elementwise_row)(c, d, row, slope,
+                                                                                            slope_error, &error);
+        sum->loss += own * loss;
         sum->weight += row_weight(c, d, row);
         sum->rows++;
-        bound += error;
+        bound += own * error;
     }
-    factor = sum->weight > 0 ? scale / sum->weight : 0;
-    for (i = 0; i < c->op.N * c->op.C; i++) {
+    for (i = 0; i < rows_of(&c->op) * c->op.C; i++) {
         if (is_ignored(c, d, i / c->op.C)) continue; /* both are 0 */
+        factor = sum->weight > 0 ? sample_weight(c, d, i / c->op.C) * scale / sum->weight : 0;
         dx[i] *= factor;
-        tolerance[i] = fabs(factor) * tolerance[i] + 5 * test_unit(MPT_F32) * fabs(dx[i]);
+        tolerance[i] = fabs(factor) * tolerance[i] + 6 * test_unit(MPT_F32) * fabs(dx[i]);
         tolerance[i] += test_unit(c->op.dx.type) * (fabs(dx[i]) + tolerance[i]) + test_tiny(c->op.dx.type);
     }
     return bound + 1e-12 * sum->loss;
@@ -1704,8 +1721,11 @@ static void test_loss(const loss_case *c) {
     size_t row, correct = 0;
     int i, ok = 1;
     bound = expect_loss(c, &d, expected, tolerance, &sum);
-    for (row = 0; row < c->op.N; row++)
-        correct += !is_ignored(c, &d, row) && first_largest(d.x.value + row * c->op.C, c->op.C) == (size_t)d.label[row];
+    for (row = 0; row < rows_of(&c->op); row++) {
+        size_t aim = (size_t)d.label[row];
+        if (c->op.desc.probabilities) aim = first_largest(d.target.value + row * c->op.C, c->op.C);
+        correct += !is_ignored(c, &d, row) && first_largest(d.x.value + row * c->op.C, c->op.C) == aim;
+    }
     for (i = 0; i < THREADS; i++) {
         test_tensor_poison(&d.dx);
         sums[i] = call_loss(contexts[DEFAULT][i], c, &d, d.dx.array);
@@ -1716,15 +1736,17 @@ static void test_loss(const loss_case *c) {
     test_tensor_download(&d.dx);
     ok &= CHECK_ALL(d.dx.value, d.dx.count, expected, tolerance);
     ok &= CHECK_NEAR(sums[0].loss, 1 + sum.loss, bound);
-    ok &= CHECK_NEAR(sums[0].weight, 20 + sum.weight, 1e-12 * sum.weight);
+    ok &= CHECK_NEAR(sums[0].weight, 20 + sum.weight, (c->sampled ? test_unit(MPT_F32) : 1e-12) * sum.weight);
     ok &= CHECK_EQUAL(sums[0].rows, 10 + sum.rows);
     ok &= CHECK_EQUAL(sums[0].correct, 5 + (c->op.kind == MPT_LOSS_CROSS_ENTROPY ? correct : 0));
     plain = call_loss(context, c, &d, no_array); /* dx is optional */
     ok &= CHECK(memcmp(&plain, &sums[0], sizeof plain) == 0);
     if (!ok)
-        printf("    in loss %d of N %lu C %lu, width %g, smoothing %g, weighted %d, ignore %d\n", (int)c->op.kind,
-               (unsigned long)c->op.N, (unsigned long)c->op.C, c->width, (double)c->op.desc.label_smoothing,
-               c->weighted, c->op.desc.ignore);
+        printf(
+            "    in loss %d of N %lu positions %lu C %lu, width %g, smoothing %g, weighted %d, sampled %d, ignore %d, "
+            "probabilities %d\n",
+            (int)c->op.kind, (unsigned long)c->op.N, (unsigned long)c->op.positions, (unsigned long)c->op.C, c->width,
+            (double)c->op.desc.label_smoothing, c->weighted, c->sampled, c->op.desc.ignore, c->op.desc.probabilities);
     free(expected);
     free(tolerance);
     free(first);
@@ -1763,17 +1785,47 @@ static void test_losses(void) {
         }
 }
 
+/* Positions, probabilities, and weights of samples, of any loss; large ones fall into parts. */
+static void test_loss_options(void) {
+    static const size_t shapes[][3] = {{1, 1, 1}, {7, 1, 10}, {3, 35, 4}, {5, 6, 130}, {2, 12007, 3}};
+    static const mpt_loss_kind kinds[] = {MPT_LOSS_CROSS_ENTROPY, MPT_LOSS_BCE_WITH_LOGITS, MPT_LOSS_SQUARED_ERROR,
+                                          MPT_LOSS_HUBER};
+    size_t i;
+    int mix, kind;
+    for (i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (mix = 0; mix < 9; mix++) {
+            loss_case c = MPT_ZERO;
+            if (shapes[i][1] > 10000 && mix % 4) continue;
+            c.op.N = shapes[i][0], c.op.positions = shapes[i][1], c.op.C = shapes[i][2];
+            c.op.x.type = (mpt_dtype)(mix % 3), c.op.dx.type = (mpt_dtype)(mix / 3);
+            c.op.grad_scale = 1, c.scale = mix % 2 ? 1024.0f : 0;
+            c.sampled = mix % 4 != 3;
+            for (kind = 0; kind < 4; kind++) {
+                c.op.kind = kinds[kind];
+                c.width = kind < 2 ? 10 : 2;
+                c.weighted = kind < 2 && mix % 2;
+                c.op.desc.delta = kind == 3 ? 0.75f : 0;
+                c.op.desc.ignore = kind == 0 && mix > 4, c.op.desc.ignore_index = -100;
+                test_loss(&c);
+            }
+            c.op.kind = MPT_LOSS_CROSS_ENTROPY;
+            c.op.desc.ignore = 0, c.op.desc.delta = 0, c.weighted = mix % 3 == 1;
+            c.op.desc.probabilities = 1, c.op.desc.label_smoothing = mix % 2 ? 0 : 0.1f;
+            test_loss(&c);
+        }
+}
+
 /* The slopes of the formulas: step 2^-13, third derivatives at most 2 (softmax and sigmoid, weighted) or 0, so the
    truncation error is at most h^2 / 3 < 6e-9; rounding, 2^-53 |loss| C / h, is far below. No value is near a kink. */
 typedef struct loss_objective {
     const loss_case *c;
     double *x, *target, *weights;
-    size_t label;
+    double t[10]; /* of cross-entropy */
 } loss_objective;
 
 static double loss_value(const loss_objective *o) {
     if (o->c->op.kind != MPT_LOSS_CROSS_ENTROPY) return row_loss(&o->c->op, o->x, o->target, o->weights);
-    return row_cross_entropy(o->x, o->c->op.C, o->label, (double)o->c->op.desc.label_smoothing, o->weights);
+    return row_cross_entropy(o->x, o->c->op.C, o->t);
 }
 
 static double loss_slope(const loss_objective *o, size_t j) {
@@ -1789,8 +1841,9 @@ static double loss_slope(const loss_objective *o, size_t j) {
 
 static void test_loss_formulas(void) {
     int kind;
-    for (kind = -3; kind < MPT_LOSS_GRADIENT; kind++) { /* below 0: with options */
-        static const mpt_loss_kind optional[] = {MPT_LOSS_CROSS_ENTROPY, MPT_LOSS_BCE_WITH_LOGITS, MPT_LOSS_HUBER};
+    for (kind = -4; kind < MPT_LOSS_GRADIENT; kind++) { /* below 0: with options */
+        static const mpt_loss_kind optional[] = {MPT_LOSS_CROSS_ENTROPY, MPT_LOSS_BCE_WITH_LOGITS, MPT_LOSS_HUBER,
+                                                 MPT_LOSS_CROSS_ENTROPY};
         double slope[10], slope_error[10], error, kink;
         loss_case c = MPT_ZERO;
         loss_objective o;
@@ -1801,7 +1854,8 @@ static void test_loss_formulas(void) {
         c.width = 3;
         c.op.kind = kind >= 0 ? (mpt_loss_kind)kind : optional[-1 - kind];
         c.weighted = kind < 0 && c.op.kind != MPT_LOSS_HUBER;
-        if (kind == -1) c.op.desc.label_smoothing = 0.25f;
+        c.op.desc.probabilities = kind == -4;
+        if (c.weighted && c.op.kind == MPT_LOSS_CROSS_ENTROPY) c.op.desc.label_smoothing = 0.25f;
         if (kind == -3) c.op.desc.delta = 1.5f;
         kink = kind == -3 ? 1.5 : 1;
         d = loss_new(&c);
@@ -1810,7 +1864,7 @@ static void test_loss_formulas(void) {
         o.c = &c;
         o.x = d.x.value;
         o.target = d.target.value;
-        o.label = (size_t)d.label[0];
+        row_target(&c, &d, 0, o.t);
         o.weights = c.weighted ? d.weights.value : NULL;
         for (j = 0; j < c.op.C; j++) {
             const double distance = fabs(o.x[j] - o.target[j]);
@@ -1968,6 +2022,13 @@ static void test_loss_errors(void) {
     CHECK_SPOILT(loss, desc.label_smoothing, 1.5f, MPT_ERROR_ARGUMENT, "label_smoothing");
     CHECK_SPOILT(loss, desc.pos_weight, (const float *)t.array.data, MPT_ERROR_ARGUMENT, "pos_weight");
     CHECK_SPOILT(loss, desc.delta, 1, MPT_ERROR_ARGUMENT, "delta");
+    CHECK_SPOILT(loss, positions, (size_t)-1 / 3, MPT_ERROR_SHAPE, "overflow");
+    good.desc.ignore = 1;
+    CHECK_SPOILT(loss, desc.probabilities, 1, MPT_ERROR_ARGUMENT, "probabilities");
+    good.desc.ignore = 0;
+    good.kind = MPT_LOSS_GRADIENT;
+    CHECK_SPOILT(loss, sample_weights, (const float *)t.array.data, MPT_ERROR_ARGUMENT, "sample_weights");
+    CHECK_SPOILT(loss, desc.probabilities, 1, MPT_ERROR_ARGUMENT, "probabilities");
     good.kind = MPT_LOSS_HUBER;
     CHECK_SPOILT(loss, desc.delta, -1, MPT_ERROR_ARGUMENT, "delta");
     CHECK_SPOILT(loss, desc.delta, nan_value(), MPT_ERROR_ARGUMENT, "delta");
@@ -2256,6 +2317,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_norm_shape_errors());
     RUN_TEST(test_norm_errors());
     RUN_TEST(test_losses());
+    RUN_TEST(test_loss_options());
     RUN_TEST(test_loss_formulas());
     RUN_TEST(test_bad_labels());
     RUN_TEST(test_all_ignored());
