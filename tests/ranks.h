@@ -9,6 +9,7 @@ enum { MOST = 4, BATCH = 4, SIDE = 6, CHANNELS = 2, PIXELS = SIDE * SIDE * CHANN
 typedef struct problem {
     float x[STEPS * MOST * BATCH * PIXELS];
     int32_t label[STEPS * MOST * BATCH];
+    float weight[STEPS * MOST * BATCH]; /* of samples: for the perceptron */
 } problem;
 
 typedef struct rank {
@@ -67,6 +68,7 @@ static void *live(void *user) {
     loss.class_weights = class_weights;
     loss.ignore = 1;
     loss.ignore_index = -100;
+    loss.weighted = me->net == 0;
     mpt_softmax_cross_entropy(net, layers(net, me->net), &loss);
     train.batch = BATCH;
     train.accumulate = me->accumulate;
@@ -82,6 +84,7 @@ static void *live(void *user) {
         memcpy(label, me->p->label + first, mine * sizeof *label);
         memcpy(x, me->p->x + first * PIXELS, mine * PIXELS * sizeof *x);
         if (step == me->bad) label[1] = 99;
+        if (loss.weighted) mpt_sample_weights(net, me->p->weight + first);
         if (step == me->large) x[PIXELS + 1] = 3e38f;
         me->step[step] = mpt_train_step(net, x, label);
         if (step == me->bad) snprintf(me->why, sizeof me->why, "%s", mpt_why(ctx));
@@ -145,6 +148,7 @@ static problem *problem_new(void) {
     problem *p = (problem *)test_memory(sizeof *p);
     size_t i;
     test_floats(p->x, sizeof p->x / sizeof *p->x, -1, 1, 1);
+    test_floats(p->weight, sizeof p->weight / sizeof *p->weight, 0, 2, 3);
     for (i = 0; i < sizeof p->label / sizeof *p->label; i++) {
         p->label[i] = (int32_t)(mpt_hash(2, 0, 0, i) % (CLASSES + 1));
         if (p->label[i] == CLASSES) p->label[i] = -100;
