@@ -156,6 +156,7 @@
    fits and tells what did not if asked to. train.inference = 1 builds a model that predicts only: no masters,
    gradients or moments, and activations live from one layer to the next. With train.fold = 1 loading multiplies
    weights by what the batch norm behind them would, which is then not computed; mpt_model_print tells where.
+   examples/resnet18.h loads torchvision's ResNet-18.
 
    Averaging. With train.ema_decay = 0.999 the model keeps moving averages of its weights; after mpt_use_average(net, 1)
    evaluation, prediction and saved weights are theirs.

@@ -222,8 +222,8 @@ AVERAGED = dict(steps=7, outputs=3, inputs=5, lr=0.5, decay=0.9)
 def write_averages():
     """ema.txt: averages of the weights of a linear layer (outputs x inputs, then bias) after SGD on given gradients.
 
-    Element i of the weight, or of the bias behind it, starts at 2 u(SEED, 0, 201, i) - 1; its gradient in step 1, 2, ...
-    is 2 u(SEED, step, 202, i) - 1.
+    Element i of the weight, or of the bias behind it, starts at 2 u(SEED, 0, 201, i) - 1; its gradient in step
+    1, 2, ... is 2 u(SEED, step, 202, i) - 1.
     """
     O, I, steps = AVERAGED["outputs"], AVERAGED["inputs"], AVERAGED["steps"]
     layer = torch.nn.Linear(I, O)
