@@ -1102,6 +1102,7 @@ MPT_DEF int mpt_multiply(mpt_model *net, int a, int b);
 MPT_DEF int mpt_upsample(mpt_model *net, int node, int scale);
 /* a's channels, then b's, of the same height and width. */
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b);
+
 /* -- Your own layer -- */
 
 /* What its calls are given: arrays in the memory of the context's device, of the types that their nodes have. */
@@ -1136,6 +1137,8 @@ typedef struct mpt_layer_desc {
    context's stream. */
 MPT_DEF int mpt_layer(mpt_model *net, int node, const mpt_layer_desc *desc);
 
+/* -- Looking into a model -- */
+
 /* Keeps the value of a node, and the gradient of it, from one pass to the next: see mpt_node_value, mpt_node_grad. Of
    an input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
    passing where the value before it is kept. Returns the node. */
@@ -1145,9 +1148,14 @@ MPT_DEF int mpt_keep(mpt_model *net, int node);
 MPT_DEF int mpt_name(mpt_model *net, int node, const char *name);
 /* The node of this name, as in mpt_node_grad(net, mpt_find(net, "features"), grad); 0: there is none. */
 MPT_DEF int mpt_find(const mpt_model *net, const char *name);
-/* Losses, at most one a model, last: mean over the batch. A model without one ends in one or more heads, which are the
-   nodes that nothing reads: see mpt_output_grad. Targets are int32_t classes, one a sample, or one a position; with
-   desc.probabilities floats, as many a sample as the node has... */
+
+/* -- Losses --
+
+   At most one a model, as its last node: the mean over the batch. A model without one ends in heads, the nodes that
+   nothing reads: see mpt_output_grad. */
+
+/* Targets are int32_t classes, one a sample, or one a position; with desc.probabilities floats, as many a sample as the
+   node has... */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_loss_desc *desc);
 /* ...and so they are of the others: see mpt_loss_kind. */
 MPT_DEF int mpt_mse(mpt_model *net, int node, const mpt_loss_desc *desc);
@@ -1155,11 +1163,15 @@ MPT_DEF int mpt_bce_with_logits(mpt_model *net, int node, const mpt_loss_desc *d
 MPT_DEF int mpt_l1(mpt_model *net, int node, const mpt_loss_desc *desc);
 MPT_DEF int mpt_huber(mpt_model *net, int node, const mpt_loss_desc *desc);
 
+/* -- Another policy for some layers -- */
+
 /* Nodes made from here on follow this policy instead of the model's, until mpt_policy_pop: how a layer or a range of
    them is kept in fp32. One model has one 16-bit type and one kind of masters; an fp32 layer among 16-bit ones needs
    fp32 masters. At most 8 deep. */
 MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy);
 MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
+
+/* -- Several ranks -- */
 
 /* One of several ranks that train one model together, each on its own samples: processes on one machine or on many,
    joined by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one rank
@@ -1180,6 +1192,8 @@ typedef struct mpt_ranks {
     int on_stream;
 } mpt_ranks;
 
+/* -- The build -- */
+
 typedef struct mpt_train_desc {
     int batch;                    /* most samples in one forward pass; 0: 32 */
     int accumulate;               /* micro-batches whose gradients make one step; 0: 1 */
@@ -1189,8 +1203,8 @@ typedef struct mpt_train_desc {
     double clip_value;            /* the same of mpt_clip_value */
     uint64_t seed;                /* of the initial weights */
     double ema_decay;             /* of averages of the weights, see mpt_use_average; 0: there are none */
-    int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no
-                                     masters: gamma and beta of norms are of that type, too */
+    int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no masters:
+                      gamma and beta of norms are of that type, too */
     int fold; /* 1, with inference: a batch norm with gamma and beta is computed where the convolution or linear layer
                  before it has its value, if nothing else reads that or keeps it; and mpt_weights_load folds it into
                  their weights */
@@ -1459,13 +1473,13 @@ typedef struct mpt_feed_op { /* a batch of inputs, to be read by the next cast o
 } mpt_feed_op;
 
 typedef struct mpt_ranks_op { /* what a step has from the other ranks */
-    const mpt_ranks *ranks; /* host memory; all else is the device's */
-    float *slots;           /* (ranks,16), scratch */
-    mpt_loss_sum *sum;      /* of this rank's samples; becomes that of all */
-    float *grad;            /* (count), becomes the sum over all ranks */
-    size_t count;           /* 0: none */
-    float *pending;         /* (statistics), becomes the mean */
-    size_t statistics;      /* 0: none */
+    const mpt_ranks *ranks;   /* host memory; all else is the device's */
+    float *slots;             /* (ranks,16), scratch */
+    mpt_loss_sum *sum;        /* of this rank's samples; becomes that of all */
+    float *grad;              /* (count), becomes the sum over all ranks */
+    size_t count;             /* 0: none */
+    float *pending;           /* (statistics), becomes the mean */
+    size_t statistics;        /* 0: none */
 } mpt_ranks_op;
 
 /* What runs now: for a table that stands before another and looks on. */
