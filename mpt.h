@@ -8269,6 +8269,7 @@ typedef struct mpt__node {
     size_t running;       /* batch norm: where its mean is in the statistics */
     int trains;           /* it has tensors that are not frozen */
     int consumers;        /* nodes that read this one */
+    int shaped;           /* of a linear layer: the reshape that makes an image of its value; see mpt__torch_index */
     int in_place;         /* a batch norm that has its value where its input has it, and may be folded into it */
     int folds;            /* of a product: the batch norm that its weights do the work of; 0: none */
     int kept;             /* its value outlives the pass: told so by mpt_keep, or a head */
@@ -10070,6 +10071,20 @@ static int mpt__weights_of(const mpt__node *node, size_t *count) {
     return !kind.fan_in || mpt__size_mul(count, kind.fan_in(node), (size_t)node->C);
 }
 
+/* Finds the linear layer whose outputs reshape `id` makes an image of. */
+static void mpt__mark_shaped(mpt_model *net, int id) {
+    const mpt__node *image = mpt__node_of(net, id);
+    int at = image->kind == MPT__RESHAPE ? image->in[0] : 0;
+    while (at) {
+        mpt__node *node = mpt__node_of(net, at);
+        const mpt__kind kind = mpt__kind_of(node);
+        size_t i = 0;
+        if (node->H * node->W > 1 || mpt__node_count(node) != mpt__node_count(image)) return;
+        if (kind.weight_dims == 2 && !node->shaped) node->shaped = id;
+        at = kind.follows ? kind.follows(net, node, &i) : 0;
+    }
+}
+
 /* Types of values and gradients, what needs a gradient, which activations their input node computes. */
 static void mpt__build_types(mpt_model *net) {
     size_t weights;
@@ -10091,7 +10106,9 @@ static void mpt__build_types(mpt_model *net) {
         if (in) mpt__delay_slope(net, node, in);
         node->in_place = mpt__goes_in_place(net, node, in);
         node->folds = 0;
+        node->shaped = 0;
     }
+    for (id = 1; id <= net->count; id++) mpt__mark_shaped(net, id);
 }
 
 /* Weight and bias of a node, where it has them. */
@@ -11820,6 +11837,7 @@ typedef struct mpt__part { /* a tensor of a file, as the model has it */
     size_t count;            /* of all elements */
     size_t columns, inner;   /* of a row; filters: channels inside, which PyTorch has outside */
     int reads;               /* node whose value the columns go with; 0: in the model's order */
+    int makes;               /* the same of the rows */
     void *device;            /* RAW, RUNNING */
     int half;                /* loading partly: of a pair of running statistics, the other is not there */
     const mpt__entry *entry; /* loading: where it comes from... */
@@ -11872,12 +11890,12 @@ static size_t mpt__part_bytes(const mpt__part *part) { return part->count * mpt_
 
 /* Where PyTorch, which flattens images in C, H, W order, has element i of a node's value. A value of one pixel has the
    order of the input that its layer says it follows: a concatenation of the one that *i, which it changes, falls
-   into. */
+   into; what a linear layer makes has that of the image it becomes. */
 static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     size_t before = 0; /* elements of the inputs to the left */
     while (id) {
-        const mpt__node *node = mpt__node_of(net, id);
-        const size_t pixels = (size_t)node->H * (size_t)node->W, C = (size_t)node->C, here = i;
+        const mpt__node *node = mpt__node_of(net, id), *image = mpt__node_of(net, node->shaped ? node->shaped : id);
+        const size_t pixels = (size_t)image->H * (size_t)image->W, C = (size_t)image->C, here = i;
         const mpt__kind kind = mpt__kind_of(node);
         if (pixels > 1) return before + i % C * pixels + i / C;
         id = kind.follows ? kind.follows(net, node, &i) : 0;
@@ -11916,7 +11934,8 @@ static mpt_result mpt__check_orders(const mpt__job *job) {
 
 /* Where element i of the model's order stands in the file. */
 static size_t mpt__part_index(const mpt_model *net, const mpt__part *part, size_t i) {
-    const size_t column = i % part->columns, row = i - column;
+    const size_t column = i % part->columns, number = i / part->columns;
+    const size_t row = (part->makes ? mpt__torch_index(net, part->makes, number) : number) * part->columns;
     if (part->inner) {
         const size_t channel = column % part->inner, tap = column / part->inner;
         const size_t there = part->reads ? mpt__torch_index(net, part->reads, channel) : channel;
@@ -11951,6 +11970,8 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     part->id = tensor;
     part->device = elements ? (char *)elements + at : NULL;
     if (dims == 1 && node->H * node->W == 1) part->reads = node->in[0];
+    if (node->shaped && tensor == node->bias) part->reads = (int)(node - job->net->nodes) + 1;
+    if (node->shaped && tensor == node->weight) part->makes = (int)(node - job->net->nodes) + 1;
     if (dims < 2 || tensor == node->bias) return;
     part->dims = dims;
     part->shape[0] = (size_t)node->C;

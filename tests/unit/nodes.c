@@ -252,6 +252,50 @@ static void test_orders(mpt_context *ctx) {
     }
 }
 
+/* What a linear layer makes, if an image is made of it, has in files the order that PyTorch's image has: row t of its
+   weights is channel t / pixels. A batch norm between goes with it. */
+static void test_made_image(mpt_context *ctx) {
+    enum { HIGH = 2, WIDE = 3, DEEP = 4, MADE = HIGH * WIDE * DEEP, READ = 5, N = 4 };
+    float w[MADE * READ], b[MADE], x[N * READ], y[2][N * MADE];
+    mpt_train_desc train = MPT_ZERO;
+    size_t size = 0, length = 0, i;
+    unsigned char *file = NULL;
+    int kind;
+    train.batch = N;
+    test_floats(x, N * READ, -1, 1, 9);
+    for (i = 0; i < MADE * READ; i++) w[i] = (float)i;
+    for (i = 0; i < MADE; i++) b[i] = (float)i / 4;
+    for (kind = 0; kind < 2; kind++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        int h = mpt_batch_norm(net, mpt_linear(net, mpt_input(net, 1, 1, READ), MADE, NULL), NULL);
+        h = mpt_upsample(net, mpt_reshape(net, mpt_relu(net, h), HIGH, WIDE, DEEP), 2);
+        mpt_avg_pool2d(net, mpt_conv2d(net, h, DEEP, 1, NULL), 2, NULL);
+        train.seed = (uint64_t)kind;
+        CHECK_OK(ctx, mpt_model_build(net, &train));
+        if (!kind) {
+            CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 1, w));
+            CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 2, b));
+            CHECK_OK(ctx, mpt_params_set(mpt_model_params(net), 3, b));
+            CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &size, MPT_F32));
+            file = (unsigned char *)test_memory(size);
+            CHECK_OK(ctx, mpt_weights_save_memory(net, file, size, &size, MPT_F32));
+        } else CHECK_OK(ctx, mpt_weights_load_memory(net, file, size, NULL));
+        CHECK_OK(ctx, mpt_predict(net, x, N, y[kind]));
+        mpt_model_free(net);
+    }
+    CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
+    for (i = 8; i > 0; i--) length = length << 8 | file[i - 1];
+    for (i = 0; i < MADE * (READ + 2); i++) { /* weight, bias, gamma, behind the statistics */
+        const size_t row = i < MADE * READ ? i / READ : i % MADE,
+                     ours = row % (HIGH * WIDE) * DEEP + row / (HIGH * WIDE);
+        const float expected = i < MADE * READ ? w[ours * READ + i % READ] : b[ours];
+        const unsigned char *at = file + 8 + length + 4 * (2 * MADE + i);
+        CHECK(test_float((uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24) ==
+              expected);
+    }
+    free(file);
+}
+
 /* A name is any node's, each one's own, and leads back to it. */
 static void test_names(mpt_context *ctx) {
     static const char *const wrong[] = {"", "a name of 32 characters, one more", "mpt.x", "quote\"", "tab\t", "joined"};
@@ -547,6 +591,7 @@ int main(int argc, char **argv) {
     }
     RUN_TEST(test_slice_errors(ctx));
     RUN_TEST(test_orders(ctx));
+    RUN_TEST(test_made_image(ctx));
     RUN_TEST(test_names(ctx));
     for (kind = 0; kind < 3; kind++) RUN_TEST(test_multiply(ctx, kind));
     for (kind = 1; kind <= 3; kind++) RUN_TEST(test_upsample(ctx, kind));
