@@ -11289,7 +11289,8 @@ static mpt__fold mpt__fold_places(float *room, size_t C, size_t count) {
 
 static mpt_result mpt__fold_read(mpt_model *net, const mpt__node *norm, const mpt__node *in, const mpt__fold *f) {
     MPT__TRY(mpt_params_get(net->params, in->weight, f->w));
-    if (in->bias) MPT__TRY(mpt_params_get(net->params, in->bias, f->bias)); /* else 0, as it was allocated */
+    memset(f->bias, 0, f->C * sizeof(float));
+    if (in->bias) MPT__TRY(mpt_params_get(net->params, in->bias, f->bias));
     MPT__TRY(mpt_params_get(net->params, norm->weight, f->gamma));
     MPT__TRY(mpt_params_get(net->params, norm->bias, f->beta));
     return mpt_download(net->ctx, f->mean, net->running + norm->running, 2 * f->C * sizeof(float));
@@ -11324,21 +11325,28 @@ static mpt_result mpt__fold_norm(mpt_model *net, int id, float *room) {
     return MPT_OK;
 }
 
-/* All that can be, of weights that are as they were loaded. */
-static mpt_result mpt__fold_all(mpt_model *net) {
-    mpt_result r = MPT_OK;
+/* May this node be folded into the one before it? */
+static int mpt__folds_away(const mpt__node *node) { return node->in_place && node->bias; }
+
+/* Floats that the largest takes on the host; 0: there is none */
+static size_t mpt__fold_room(const mpt_model *net) {
+    size_t most = 0;
     int id;
-    for (id = 1; id <= net->count && r == MPT_OK; id++) {
+    for (id = 1; id <= net->count; id++) {
         const mpt__node *norm = mpt__node_of(net, id);
-        size_t count;
-        float *room;
-        if (!norm->in_place || !norm->bias) continue;
-        count = mpt_params_count(net->params, mpt__node_of(net, norm->in[0])->weight) + 5 * (size_t)norm->C;
-        room = (float *)mpt__host_alloc(net->ctx, count * sizeof *room);
-        r = room ? mpt__fold_norm(net, id, room) : MPT_ERROR_NO_MEMORY;
-        mpt__host_free(net->ctx, room);
+        if (!mpt__folds_away(norm)) continue;
+        most = mpt__max(most, mpt_params_count(net->params, mpt__node_of(net, norm->in[0])->weight) +
+                                  5 * (size_t)norm->C);
     }
-    return r;
+    return most;
+}
+
+/* All that can be, of weights that are as they were loaded. */
+static mpt_result mpt__fold_all(mpt_model *net, float *room) {
+    int id;
+    for (id = 1; id <= net->count; id++)
+        if (mpt__folds_away(mpt__node_of(net, id))) MPT__TRY(mpt__fold_norm(net, id, room));
+    return MPT_OK;
 }
 
 /* -- The plan as told -- */
@@ -11860,7 +11868,8 @@ typedef struct mpt__job {
     void *file;
     int full; /* a checkpoint, else weights of this type */
     int type;
-    int averages; /* the checkpoint has them */
+    int averages;   /* the checkpoint has them */
+    float *folding; /* room for it */
     mpt__part *parts;
     int count;
     mpt__state *state;
@@ -13171,7 +13180,7 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     mpt__stage_set(job->net, MPT__BETWEEN); /* no backward pass can follow */
     for (i = 1; i <= job->net->count; i++) mpt__node_of(job->net, i)->folds = 0;
     for (i = 0; i < job->count; i++) MPT__TRY(mpt__upload_part(job, &job->parts[i]));
-    if (!job->full) return mpt__fold_all(job->net);
+    if (!job->full) return mpt__fold_all(job->net, job->folding);
     if (table) memcpy(opt->slices, state->slices, table);
     MPT__TRY(mpt_optimizer_set_lr(opt, state->lr)); /* uploads them */
     MPT__TRY(mpt_optimizer_set_state(opt, &state->optimizer));
@@ -13195,7 +13204,8 @@ static mpt_result mpt__take(mpt__job *job) {
         MPT__TRY(mpt__read_states(job));
     }
     MPT__TRY(mpt__part_stage(job));
-    return mpt__upload_all(job);
+    job->folding = (float *)mpt__host_alloc(job->ctx, mpt__fold_room(job->net) * sizeof(float));
+    return job->folding ? mpt__upload_all(job) : MPT_ERROR_NO_MEMORY;
 }
 
 static mpt_result mpt__load_buffer(mpt__job *job) {
@@ -13235,6 +13245,7 @@ static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt
     mpt__host_free(job->ctx, job->entries);
     mpt__host_free(job->ctx, job->data);
     mpt__host_free(job->ctx, job->staging);
+    mpt__host_free(job->ctx, job->folding);
     return r;
 }
 

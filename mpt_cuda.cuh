@@ -44,7 +44,7 @@
 
    1. Use. mpt_cuda_open(NULL) in place of mpt_open(NULL); all else is the API of mpt.h. Arrays that floor 1 and 2 take,
    labels and targets included, are device memory there: mpt_alloc, mpt_upload, mpt_download. A model takes host arrays
-   as on the CPU.
+   as on the CPU, or inputs in device memory (mpt_input_desc).
 
    2. Needs CUDA 11.8 or later and a GPU of compute capability 7.5 or later. -arch=all-major builds for all of them and
    adds PTX, which newer devices compile for themselves; -arch=native builds for this machine's alone, in a fraction of

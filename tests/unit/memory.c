@@ -168,7 +168,45 @@ static mpt_result live_model(mpt_context *ctx, const host *h, mpt_level level) {
     return r;
 }
 
-enum { LIVES = 6 };
+/* Inputs as bytes, averages; then prediction alone, with batch norms folded into what is loaded. */
+static mpt_result live_open(mpt_context *ctx, const host *h) {
+    enum { BYTES = 16384 };
+    mpt_train_desc train = MPT_ZERO;
+    mpt_input_desc in = MPT_ZERO;
+    uint8_t x[2 * 12] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+    float out[2 * 3];
+    const int32_t label[2] = {0, 2};
+    void *file = test_memory(BYTES);
+    mpt_result r = MPT_OK;
+    size_t size = 0;
+    int i;
+    in.bytes = 1;
+    train.batch = 2;
+    for (i = 0; i < 2; i++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_BF16));
+        train.ema_decay = i ? 0 : 0.5;
+        train.inference = train.fold = i;
+        if (net) {
+            int last = mpt_batch_norm(net, mpt_linear(net, mpt_input_with(net, 2, 2, 3, &in), 8, NULL), NULL);
+            last = mpt_softmax_cross_entropy(net, mpt_linear(net, mpt_relu(net, last), 3, NULL), NULL);
+            if (r == MPT_OK) r = build(h, net, &train, last);
+        }
+        NEED(net);
+        if (i) {
+            RUN(mpt_weights_load_memory(net, file, size, NULL));
+        } else {
+            RUN(mpt_train_step(net, x, label));
+            RUN(mpt_use_average(net, 1));
+            RUN(mpt_weights_save_memory(net, file, BYTES, &size, MPT_F32));
+        }
+        RUN(mpt_predict(net, x, 2, out));
+        mpt_model_free(net);
+    }
+    free(file);
+    return r;
+}
+
+enum { LIVES = 7 };
 
 static mpt_result live(mpt_context *ctx, const host *h, int kind) {
     switch (kind) {
@@ -177,6 +215,7 @@ static mpt_result live(mpt_context *ctx, const host *h, int kind) {
     case 2: return live_training(ctx, MPT_MASTER_F32);
     case 3: return live_training(ctx, MPT_MASTER_NONE);
     case 4: return live_model(ctx, h, MPT_O1);
+    case 5: return live_open(ctx, h);
     default: return live_model(ctx, h, MPT_O3);
     }
 }
