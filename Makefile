@@ -70,6 +70,7 @@ test-long: detect $(LONG)
 test-cuda: detect
 	@BUILD=$(BUILD) JOBS=$(JOBS) sh tests/cuda/run.sh
 	@BUILD=$(BUILD) JOBS=$(JOBS) sh tests/cuda/ways.sh
+	@BUILD=$(BUILD) sh tests/cuda/nccl.sh
 	@BUILD=$(BUILD) sh tests/cuda/library.sh
 	@BUILD=$(BUILD) sh tests/cuda/static.sh
 
@@ -97,6 +98,11 @@ $(BUILD)/examples/train_mpi: examples/train.c $(HEADERS) $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(COMPILE) $(DEFINES) -DMPT_TRAINER_MPI -I. $< -o $@ $(MPI) $(LIBS)
 
+$(BUILD)/examples/train_nccl: examples/train.c $(HEADERS)
+	@mkdir -p $(@D)
+	nvcc -ccbin mpicxx -x cu -O2 -std=c++17 -arch=native -DMPT_TRAINER_CUDA -DMPT_TRAINER_MPI -DMPT_TRAINER_NCCL -I. \
+		$< -o $@ -lcublas -lcublasLt -lnccl
+
 $(BUILD)/tests/bench/peers: tests/bench/peers.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++11 -Wall -Wextra -Wpedantic $(OPTIMISE) -I. $(patsubst %,-DBENCH_%,$(PEERS)) $< -o $@ $(LIBS) \
@@ -113,6 +119,7 @@ clean:
 help: detect
 	@echo 'make            builds the examples in build/examples'
 	@echo 'make build/examples/train_mpi  the trainer for several ranks, where mpicc is; make builds it, too'
+	@echo 'make build/examples/train_nccl  the same for several GPUs, with nvcc, mpicxx and NCCL'
 	@echo 'make run        trains on the digits and writes build/digits.csv'
 	@echo 'make course     runs the lessons of examples/README.md, and draws build/figures where gnuplot is'
 	@echo 'make test       runs all tests; the last line is their sum'

@@ -15,7 +15,8 @@
    with --accumulate 2 and of one with --accumulate 4 (not the running statistics of batch norm: see mpt_ranks), and a
    run goes on from a checkpoint at another number of ranks if batch and ranks x accumulate are the same; every rank
    reads the data and that file. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
-   saved. (mpirun hands it on; Ctrl-C it takes for itself.)                                                           */
+   saved. (mpirun hands it on; Ctrl-C it takes for itself.) On several GPUs: `make build/examples/train_nccl`, which
+   takes nvcc and NCCL besides, then `mpirun -np 4 build/examples/train_nccl --nccl`.                                 */
 
 #define _POSIX_C_SOURCE 200809L
 #define MPT_IMPLEMENTATION
@@ -29,6 +30,9 @@
 #include "readers.h"
 #ifdef MPT_TRAINER_MPI
 #include "mpi.h"
+#endif
+#ifdef MPT_TRAINER_NCCL
+#include "nccl.cuh"
 #endif
 
 #include <signal.h>
@@ -132,9 +136,12 @@ typedef struct options {
     int model, level, type;                 /* index in the task's nets, mpt_level, index in TYPES; or ALL */
     int epochs, batch;                      /* 0: the task's */
     double lr;                              /* 0: the net's */
-    int seeds, shift, flip, threads, cuda, mpi, accumulate;
+    int seeds, shift, flip, threads, cuda, mpi, nccl, accumulate;
     uint64_t seed;
-    mpt_ranks ranks;
+    mpt_ranks ranks, processes; /* which sum the gradients; which sum what is in host memory, by MPI */
+#ifdef MPT_TRAINER_CUDA
+    mpt_cuda_desc gpu;
+#endif
 } options;
 
 /* What a rank takes of a step, and the whole of it */
@@ -237,6 +244,7 @@ static options parse_options(int argc, char **argv) {
         {"--device", "cpu|cuda", "default cpu", CHOICE, &o.cuda, 0, 0},
         {"--mpi", "", "this is one of several ranks, started by mpirun: a step has the passes of all", FLAG, &o.mpi, 0,
          0},
+        {"--nccl", "", "the same, each rank on a GPU of its own", FLAG, &o.nccl, 0, 0},
         {"--csv", "FILE", "writes one row per run", TEXT, &o.csv, 0, 0},
         {"--save", "FILE", "writes a checkpoint of the one run selected, at its end or after Ctrl-C", TEXT, &o.save, 0,
          0},
@@ -267,6 +275,7 @@ static options parse_options(int argc, char **argv) {
             FAIL(BAD_USE, "%s wants a value; see --help", table[at].name);
         option_set(&table[at], value);
     }
+    if (o.nccl) o.mpi = o.cuda = 1;
     return o;
 }
 
@@ -365,16 +374,13 @@ static mpt_context *open_context(const options *o) {
     desc.threads = o->threads;
     if (o->cuda) {
 #ifdef MPT_TRAINER_CUDA
-        ctx = mpt_cuda_open(NULL);
+        ctx = mpt_cuda_open(&o->gpu);
         if (!ctx) FAIL(BAD_USE, "--device cuda: no usable CUDA device");
         return ctx;
 #else
         FAIL(BAD_USE, "--device cuda: this build has no CUDA");
 #endif
     }
-#ifndef MPT_TRAINER_MPI
-    if (o->mpi) FAIL(BAD_USE, "--mpi: this build has no MPI: `make build/examples/train_mpi`");
-#endif
     ctx = mpt_open(&desc);
     if (!ctx) FAIL(BAD_RUN, "no memory or no threads");
     return ctx;
@@ -383,13 +389,16 @@ static mpt_context *open_context(const options *o) {
 /* ---- Ranks ---- */
 
 #ifdef MPT_TRAINER_MPI
-/* A rank that fails ends with a status other than 0 and leaves the others to mpirun, which ends them. */
-static void join_ranks(mpi_adapter *mpi, mpt_context *ctx, options *o) {
+static void start_mpi(void) {
     int threads;
-    if (o->cuda) FAIL(BAD_USE, "--mpi: on the CPU alone, not with --device cuda");
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &threads) != MPI_SUCCESS || threads < MPI_THREAD_FUNNELED)
         FAIL(BAD_RUN, "--mpi: MPI_Init_thread fails, or this MPI knows no threads");
-    if (mpi_ranks(mpi, ctx, MPI_COMM_WORLD, &o->ranks) != MPT_OK) FAIL(BAD_RUN, "--mpi: %s", mpt_why(ctx));
+}
+
+/* A rank that fails ends with a status other than 0 and leaves the others to mpirun, which ends them. */
+static void join_ranks(mpi_adapter *mpi, mpt_context *ctx, options *o) {
+    if (mpi_ranks(mpi, ctx, MPI_COMM_WORLD, &o->processes) != MPT_OK) FAIL(BAD_RUN, "--mpi: %s", mpt_why(ctx));
+    o->ranks = o->processes;
     if (o->ranks.rank == 0) return;
     o->csv = o->save = NULL;
     if (!freopen("/dev/null", "w", stdout)) FAIL(BAD_RUN, "/dev/null: %s", strerror(errno));
@@ -400,6 +409,73 @@ static void leave_ranks(mpi_adapter *mpi) {
     MPI_Finalize();
 }
 #endif
+
+#ifdef MPT_TRAINER_NCCL
+/* A rank's GPU has the rank's number among those of its machine. */
+static void choose_gpu(options *o) {
+    MPI_Comm machine;
+    cudaStream_t stream = NULL;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &o->gpu.device);
+    MPI_Comm_free(&machine);
+    if (cudaSetDevice(o->gpu.device) != cudaSuccess ||
+        cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess)
+        FAIL(BAD_USE, "--nccl: no GPU %d on this machine", o->gpu.device);
+    o->gpu.stream = stream;
+    setenv("NCCL_GRAPH_REGISTER", "0", 0); /* see nccl.cuh */
+}
+
+static void join_gpus(nccl_adapter *nccl, mpt_context *ctx, options *o) {
+    const int rank = o->processes.rank, ranks = o->processes.ranks;
+    ncclUniqueId id;
+    if (rank == 0 && ncclGetUniqueId(&id) != ncclSuccess) FAIL(BAD_RUN, "--nccl: ncclGetUniqueId fails");
+    MPI_Bcast(&id, (int)sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    if (nccl_ranks(nccl, ctx, &o->gpu, id, rank, ranks, &o->ranks) != MPT_OK) FAIL(BAD_RUN, "--nccl: %s", mpt_why(ctx));
+}
+#endif
+
+/* The context, joined to the other ranks if there are any */
+typedef struct machine {
+    mpt_context *ctx;
+#ifdef MPT_TRAINER_MPI
+    mpi_adapter mpi;
+#endif
+#ifdef MPT_TRAINER_NCCL
+    nccl_adapter nccl;
+#endif
+} machine;
+
+static void machine_open(machine *m, options *o) {
+#ifdef MPT_TRAINER_MPI
+    if (o->mpi && o->cuda && !o->nccl) FAIL(BAD_USE, "--mpi: on the CPU alone, not with --device cuda: see --nccl");
+    if (o->mpi) start_mpi();
+#else
+    if (o->mpi) FAIL(BAD_USE, "--mpi: this build has no MPI: `make build/examples/train_mpi`");
+#endif
+#ifdef MPT_TRAINER_NCCL
+    if (o->nccl) choose_gpu(o);
+#else
+    if (o->nccl) FAIL(BAD_USE, "--nccl: this build has no NCCL: `make build/examples/train_nccl`");
+#endif
+    m->ctx = open_context(o);
+#ifdef MPT_TRAINER_MPI
+    if (o->mpi) join_ranks(&m->mpi, m->ctx, o);
+#endif
+#ifdef MPT_TRAINER_NCCL
+    if (o->nccl) join_gpus(&m->nccl, m->ctx, o);
+#endif
+}
+
+static void machine_close(machine *m, const options *o) {
+#ifdef MPT_TRAINER_NCCL
+    if (o->nccl) nccl_ranks_free(&m->nccl);
+#endif
+#ifdef MPT_TRAINER_MPI
+    if (o->mpi) leave_ranks(&m->mpi);
+#endif
+    (void)o;
+    mpt_close(m->ctx);
+}
 
 static double seconds(void) {
     struct timespec t;
@@ -435,7 +511,7 @@ static mpt_result agree_to_end(const options *o) {
     float ranks_asked = (float)asked;
     mpt_result result;
     if (!o->mpi) return MPT_OK;
-    result = o->ranks.sum(o->ranks.user, &ranks_asked, 1);
+    result = o->processes.sum(o->processes.user, &ranks_asked, 1);
     if (ranks_asked > 0) interrupted = 1;
     return result;
 }
@@ -907,27 +983,21 @@ static int compare_scaling(mpt_context *ctx, const options *o, const image_data 
 
 int main(int argc, char **argv) {
     options o = parse_options(argc, argv);
-    mpt_context *ctx = open_context(&o);
-#ifdef MPT_TRAINER_MPI
-    mpi_adapter mpi;
-    if (o.mpi) join_ranks(&mpi, ctx, &o);
-#endif
+    machine m;
+    machine_open(&m, &o);
     char *folder = o.data ? join(o.data, "", "") : find_digits(argv[0]);
     image_data data = image_data_load(folder);
     const task *work = data.small ? &digits_task : &images_task;
     int count, status, half = 0;
     run *runs = select_runs(&o, work, &count);
     if (!o.batch) o.batch = work->batch;
-    status = train_all(ctx, &o, &data, work->within, runs, count);
+    status = train_all(m.ctx, &o, &data, work->within, runs, count);
     for (int i = 0; i < count; i++) half |= runs[i].type == MPT_F16;
-    if (data.small && half && !interrupted) status |= compare_scaling(ctx, &o, &data);
+    if (data.small && half && !interrupted) status |= compare_scaling(m.ctx, &o, &data);
     free(runs);
     free(folder);
     image_data_free(&data);
-#ifdef MPT_TRAINER_MPI
-    if (o.mpi) leave_ranks(&mpi);
-#endif
-    mpt_close(ctx);
+    machine_close(&m, &o);
     if (fflush(stdout) == 0 && !ferror(stdout)) return interrupted ? INTERRUPTED : status;
     complain("standard output: %s", strerror(errno));
     return BAD_USE;

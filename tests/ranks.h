@@ -2,6 +2,8 @@
    engine joins that the file which includes this has. */
 #ifndef MPT_TEST_RANKS_H
 #define MPT_TEST_RANKS_H
+#include <float.h>
+#include <math.h>
 #include <pthread.h>
 
 enum { MOST = 4, BATCH = 4, SIDE = 6, CHANNELS = 2, PIXELS = SIDE * SIDE * CHANNELS, CLASSES = 3, STEPS = 4 };
@@ -14,12 +16,13 @@ typedef struct problem {
 
 typedef struct rank {
     seat at;                            /* in the engine */
-    int number, ranks, accumulate, net; /* net 0: perceptron, 1: convolutions */
+    int number, ranks, accumulate, net; /* net 0: perceptron, 1: convolutions, 2: batch norm of the input */
     mpt_policy policy;
     uint64_t seed;
     int bad;   /* step in which this rank has a bad label; -1: none */
     int large; /* step in which it has an input that is an inf in 16 bits; -1: none */
     const problem *p;
+    int local; /* see mpt_ranks */
     /* what it comes to */
     mpt_result built, step[STEPS];
     char why[256];
@@ -29,6 +32,7 @@ typedef struct rank {
     float scale;
     uint64_t applied, skipped;
     mpt_optimizer_state state;
+    float running[2 * CHANNELS]; /* net 2 */
 } rank;
 
 /* -- What the engine does -- */
@@ -48,6 +52,7 @@ static int layers(mpt_model *net, int kind) {
         h = mpt_dropout(net, mpt_gelu(net, mpt_linear(net, h, 37, NULL)), 0.25f);
         return mpt_linear(net, h, CLASSES, NULL);
     }
+    if (kind == 2) return mpt_linear(net, mpt_batch_norm(net, h, NULL), CLASSES, NULL);
     h = mpt_relu(net, mpt_batch_norm(net, test_same(net, h, 8, 3), NULL));
     h = mpt_dropout(net, mpt_max_pool2d(net, h, 2, NULL), 0.1f);
     h = mpt_add(net, h, mpt_relu(net, test_same(net, h, 8, 3)));
@@ -76,6 +81,7 @@ static void *live(void *user) {
     train.clip_norm = 1;
     train.seed = me->seed;
     if (me->ranks > 1) CHECK_OK(ctx, rank_join(me, ctx, &train.ranks));
+    train.ranks.local_statistics = me->local;
     me->built = mpt_model_build(net, &train);
     for (step = 0; step < STEPS && me->built == MPT_OK; step++) {
         const size_t first = (size_t)step * all + (size_t)me->number * mine;
@@ -94,6 +100,7 @@ static void *live(void *user) {
         me->weights = (float *)malloc(me->count * sizeof *me->weights);
         if (me->weights) mpt_params_get(mpt_model_params(net), 0, me->weights);
         me->loss = mpt_loss(net);
+        if (me->net == 2) CHECK_OK(ctx, mpt_download(ctx, me->running, mpt_model_running(net, 2), sizeof me->running));
         me->scale = mpt_loss_scale(net);
         me->applied = mpt_steps_applied(net);
         me->skipped = mpt_steps_skipped(net);
@@ -235,6 +242,43 @@ static void test_large_input(int ranks) {
         CHECK_EQUAL((double)some[r].skipped, 1);
         CHECK_EQUAL(some[r].scale, some[0].scale);
         CHECK(memcmp(some[r].weights, some[0].weights, some[0].count * sizeof(float)) == 0);
+    }
+    clear_ranks(some, MOST);
+    free(p);
+}
+
+/* Adds `share` of the mean and the unbiased variance of each channel in one rank's samples of a step. */
+static void add_statistics(const problem *p, size_t batch, double share, double *running) {
+    const float *x = p->x + batch * BATCH * PIXELS;
+    const size_t count = BATCH * SIDE * SIDE;
+    size_t c, i;
+    for (c = 0; c < CHANNELS; c++) {
+        double mean = 0, squares = 0;
+        for (i = 0; i < count; i++) mean += (double)x[i * CHANNELS + c] / (double)count;
+        for (i = 0; i < count; i++) squares += pow((double)x[i * CHANNELS + c] - mean, 2);
+        running[c] += share * mean;
+        running[CHANNELS + c] += share * squares / (double)(count - 1);
+    }
+}
+
+/* Running statistics: where each rank's have moved, by 0.1 of the way to those of its samples; or the mean of that. */
+static void test_running(int ranks, int local) {
+    problem *p = problem_new();
+    rank like = like_of(2, mpt_policy_preset(MPT_O0, MPT_F16), p), some[MOST];
+    int r, step, from, i;
+    like.local = local;
+    reset(some, MOST);
+    run(some, &like, ranks, 1);
+    for (r = 0; r < ranks; r++) {
+        double running[2 * CHANNELS] = {0};
+        for (i = 0; i < CHANNELS; i++) running[CHANNELS + i] = 1;
+        for (step = 0; step < STEPS; step++) {
+            for (i = 0; i < 2 * CHANNELS; i++) running[i] *= 0.9;
+            for (from = local ? r : 0; from < (local ? r + 1 : ranks); from++)
+                add_statistics(p, (size_t)(step * ranks + from), local ? 0.1 : 0.1 / ranks, running);
+        }
+        for (i = 0; i < 2 * CHANNELS; i++) CHECK_NEAR(some[r].running[i], running[i], STEPS * 8 * FLT_EPSILON);
+        CHECK(!r || local == (memcmp(some[r].running, some[0].running, sizeof some[r].running) != 0));
     }
     clear_ranks(some, MOST);
     free(p);

@@ -238,6 +238,8 @@ int main(int argc, char **argv) {
     }
     test_bad_label(2);
     test_large_input(2);
+    test_running(2, 0);
+    test_running(2, 1);
     if (devices >= 3) test_other_models();
     if (devices >= 3) test_sum(3);
     if (devices >= 4) test_sum(4);

@@ -117,6 +117,8 @@ int main(int argc, char **argv) {
         }
     RUN_TEST(test_bad_label(3));
     RUN_TEST(test_large_input(3));
+    RUN_TEST(test_running(3, 0));
+    RUN_TEST(test_running(3, 1));
     RUN_TEST(test_other_models());
     RUN_TEST(test_rank_errors());
     return test_finish("ranks");
