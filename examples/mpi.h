@@ -15,6 +15,8 @@
 
 #ifndef MPT_MPI_H
 #define MPT_MPI_H
+#define OMPI_SKIP_MPICXX 1  /* C++ bindings, which MPI 3 has no longer */
+#define MPICH_SKIP_MPICXX 1 /* the same */
 #include <mpi.h>
 #ifndef MPI_VERSION
 #error "<mpi.h> is this file and not MPI's: take its folder out of the include path"
