@@ -26,7 +26,7 @@ static int convolution(fuzz_bytes *b, mpt_model *net, int h) {
     d.dilation = number(b, 3) - 1, d.groups = number(b, 4) - 1, d.no_bias = (int)fuzz_take(b, 2);
     d.init = (mpt_init)fuzz_take(b, MPT_INIT_COUNT + 1);
     d.kernel_w = number(b, 6) - 1, d.stride_w = number(b, 3) - 1, d.dilation_w = number(b, 3) - 1;
-    d.padding_w = number(b, 4) - 2;
+    d.padding_w = (int)fuzz_take(b, 5) - 1;
     return mpt_conv2d(net, h, filters, kernel, &d);
 }
 
@@ -34,7 +34,7 @@ static int pool(fuzz_bytes *b, mpt_model *net, int h, int largest) {
     mpt_pool2d_desc d = MPT_ZERO;
     const int window = number(b, 4);
     d.stride = number(b, 4) - 1, d.padding = number(b, 3) - 1, d.exclude_padding = (int)fuzz_take(b, 2);
-    d.window_w = number(b, 5) - 1, d.stride_w = number(b, 4) - 1, d.padding_w = number(b, 4) - 2;
+    d.window_w = number(b, 5) - 1, d.stride_w = number(b, 4) - 1, d.padding_w = (int)fuzz_take(b, 5) - 1;
     return largest ? mpt_max_pool2d(net, h, window, &d) : mpt_avg_pool2d(net, h, window, &d);
 }
 
@@ -108,8 +108,9 @@ static float value(fuzz_bytes *b) {
 }
 
 /* A step that is refused leaves the parameters as they are. */
-static void step(fuzz_bytes *b, mpt_context *ctx, mpt_model *net, const mpt_train_desc *t, int classes) {
-    const size_t samples = (size_t)t->batch * (t->accumulate ? (size_t)t->accumulate : 1);
+static void step(fuzz_bytes *b, mpt_context *ctx, mpt_model *net, int classes) {
+    const mpt_train_desc t = mpt_model_train_desc(net);
+    const size_t samples = (size_t)t.batch * (size_t)t.accumulate;
     const size_t outputs = mpt_model_outputs(net), count = mpt_params_count(mpt_model_params(net), 0);
     mpt_node_info in;
     size_t inputs, i;
@@ -157,7 +158,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (net) {
         classes = graph(&b, net);
         train = take_train(&b);
-        if (mpt_model_build(net, &train) == MPT_OK) step(&b, ctx, net, &train, classes);
+        if (mpt_model_build(net, &train) == MPT_OK) step(&b, ctx, net, classes);
         else CHECK(*mpt_why(ctx));
     }
     mpt_model_free(net);

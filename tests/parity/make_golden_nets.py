@@ -134,6 +134,19 @@ def resnet(p, x, r):
     return r.logits(linear(p, h, r))
 
 
+def excite(p, x, r):
+    """Squeeze-and-excite behind a norm without gamma and beta, and beside it a slice of what goes down and up again."""
+    h = r.stored(conv2d(p, r.stored(x), r, bias=False))
+    h = r.stored(F.batch_norm(channels_first(h), None, None, None, None, True).permute(0, 2, 3, 1))
+    h = r.stored(F.leaky_relu(h, 0.2))
+    s = r.stored(h.float().mean((1, 2)))
+    s = r.stored(torch.sigmoid(linear(p, s, r)))
+    h = r.stored(h * s[:, None, None, :])
+    low = F.interpolate(channels_first(r.stored(max_pool(h))), scale_factor=2).permute(0, 2, 3, 1)
+    h = torch.cat([h, low[..., 4:9]], 3)
+    return r.logits(linear(p, r.stored(h.float().mean((1, 2))), r))
+
+
 class Net(NamedTuple):
     function: Callable
     shape: tuple  # H, W, C of a sample
@@ -161,6 +174,8 @@ NETS = {
     "resnet": Net(resnet, (16, 16, 3), 16, 0.02, [
         *conv_norm(16, 3, 3), *conv_norm(16, 3, 16), *conv_norm(16, 3, 16), *conv_norm(32, 3, 16),
         *conv_norm(32, 3, 32), *conv_norm(32, 1, 16), *dense(CLASSES, 32)]),
+    "excite": Net(excite, (16, 16, 3), 16, 0.02, [
+        *filters(16, 3, 3, bias=False), *dense(16, 16), *dense(CLASSES, 21)]),
 }
 MOMENTUM = 0.9
 

@@ -53,6 +53,22 @@ static int resnet(mpt_model *net, int h) {
     return mpt_linear(net, mpt_global_avg_pool2d(net, h), CLASSES, NULL);
 }
 
+/* Squeeze-and-excite behind a norm without gamma and beta, and beside it a slice of what goes down and up again */
+static int excite(mpt_model *net, int h) {
+    mpt_conv2d_desc conv = MPT_ZERO;
+    mpt_norm_desc plain = MPT_ZERO;
+    int s;
+    conv.padding = 1;
+    conv.no_bias = 1;
+    plain.no_affine = 1;
+    h = mpt_batch_norm(net, mpt_conv2d(net, h, 16, 3, &conv), &plain);
+    h = mpt_leaky_relu(net, h, 0.2f);
+    s = mpt_sigmoid(net, mpt_linear(net, mpt_global_avg_pool2d(net, h), 16, NULL));
+    h = mpt_multiply(net, h, s);
+    s = mpt_slice(net, mpt_upsample(net, mpt_max_pool2d(net, h, 2, NULL), 2), 4, 5);
+    return mpt_linear(net, mpt_global_avg_pool2d(net, mpt_concat(net, h, s)), CLASSES, NULL);
+}
+
 typedef struct network {
     const char *golden; /* file */
     int (*layers)(mpt_model *net, int input);
@@ -81,6 +97,13 @@ static const network networks[] = {
      {27 + 144 + 144 + 144 + 288 + 3 * 4096 + 2 * 1024 + 64 + 32, 7 + 12 + 1, 7 + 12 + 1 + 1 + 1},
      {10 + 288 + 288 + 144 + 144 + 6 * 4096 + 4 * 1024 + 4096, 12 + 2 + 2, 12 + 2 + 2 + 4 * 9 + 16 + 1},
      {27, 0, 0, 144, 0, 0, 144, 0, 0, 144, 0, 0, 288, 0, 0, 16, 0, 0, 32, 32}},
+    /* Means are sums over 256 pixels. Kept are the input, what convolution, norm, leaky ReLU, sigmoid and product
+       compute, two pooled values, 5 copies; `autocast` also rounds before the sigmoid. 3 gradients have two parts. */
+    {"net_excite",
+     excite,
+     {27 + 4096 + 256 + 16 + 256 + 21, 1 + 5 + 2 + 5, 1 + 5 + 2 + 5 + 1 + 1},
+     {10 + 16 + 2 * 256 + 2 * 4096 + 4096, 7 + 3, 7 + 3 + 1 + 9 + 16 + 1},
+     {27, 16, 16, 21, 21}},
 };
 
 /* ==== WEIGHTS AND SAMPLES ==== as make_golden_nets.py draws them */

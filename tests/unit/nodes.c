@@ -385,7 +385,7 @@ static void test_leaky_errors(mpt_context *ctx) {
     }
 }
 
-/* Squeeze-and-excite, whose factors are of one pixel; or of all; or the value itself, squared. A third reads it, too. */
+/* Squeeze-and-excite, whose factors are of one pixel; or of all; or the value itself, squared. */
 static void test_multiply(mpt_context *ctx, int kind) {
     graph g = graph_new(ctx);
     const int h = mpt_tanh(g.net, test_same(g.net, mpt_input(g.net, 5, 3, 4), 6, 3));
