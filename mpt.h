@@ -2110,7 +2110,8 @@ MPT_HD double mpt__cos_pi(double t) {
     const double pi = 3.14159265358979323846, u = t > 0.5 ? 1 - t : t; /* cos(pi t) = -cos(pi (1 - t)) */
     const double x = pi * (0.5 - u);
     const double cosine = u > 0.25 ? mpt__taylor(x, 19) * x : mpt__taylor(pi * u, 18); /* cos y = sin(pi / 2 - y) */
-    return t > 0.5 ? -cosine : cosine;
+    if (t > 0.5) return -cosine;
+    return cosine;
 }
 
 /* Goes from `from` to `to` as share goes from 0 to 1. */
@@ -2310,7 +2311,8 @@ enum { MPT__SLOT_WORDS = 4, MPT__SLOT = 4 * MPT__SLOT_WORDS };
 /* Element i of slots(ranks,SLOT), where this rank says `words` */
 MPT_HD float mpt__slot_put(const uint64_t *words, int rank, size_t i) {
     const size_t part = i % MPT__SLOT;
-    return i / MPT__SLOT == (size_t)rank ? (float)(words[part / 4] >> part % 4 * 16 & 0xffff) : 0.0f;
+    if (i / MPT__SLOT == (size_t)rank) return (float)(words[part / 4] >> part % 4 * 16 & 0xffff);
+    return 0.0f;
 }
 
 /* Word i of what a rank has said */
@@ -2389,7 +2391,8 @@ MPT_HD int32_t mpt__step_found(const mpt_update_op *op) {
     if (op->max_value > 0) largest = fmin(largest, op->max_value);
     if (op->state->found || (d->kind == MPT_SGD && (momentum <= 0 || momentum >= 1))) return op->state->found;
     if (d->kind == MPT_SGD) limit *= limit * (1 - momentum) / (4 * undamped);
-    return largest > limit ? MPT_SKIP_MOMENT : MPT_SKIP_NONE;
+    if (largest > limit) return MPT_SKIP_MOMENT;
+    return MPT_SKIP_NONE;
 }
 
 /* Sets the state after a step: counts it if it was applied, else writes it to the journal. */
@@ -2434,7 +2437,10 @@ MPT_HD int mpt__conv2d_is_product(const mpt_conv2d_shape *s) {
 /* Pixels of an axis that the window of output `out` holds, from a padding of at most half of it on */
 MPT_HD size_t mpt__window_inside(size_t out, size_t stride, size_t padding, size_t window, size_t size) {
     const size_t begin = out * stride, end = begin + window; /* both `padding` further on than in the image */
-    return (end < size + padding ? end : size + padding) - (begin > padding ? begin : padding);
+    size_t inside = window;
+    if (begin < padding) inside -= padding - begin;
+    if (end > size + padding) inside -= end - (size + padding);
+    return inside;
 }
 
 /* What the sum of output (p,q) of an average pool is divided by */
@@ -3874,6 +3880,12 @@ static mpt_result mpt__need(mpt_context *ctx, const char *call, const char *name
                     mpt_dtype_name(a.type));
 }
 
+/* What an operation on images reads and writes: x and y, or dx and dy. */
+static mpt_result mpt__need_images(mpt_context *ctx, const char *call, mpt_pass pass, mpt_array x, mpt_array y) {
+    MPT__TRY(mpt__need(ctx, call, pass == MPT_BACKWARD_DATA ? "x (dx)" : "x", x));
+    return mpt__need(ctx, call, pass == MPT_FORWARD ? "y" : "y (dy)", y);
+}
+
 static mpt_result mpt__need_act(mpt_context *ctx, const char *call, mpt_activation act) {
     if ((unsigned)act < MPT_ACTIVATION_COUNT) return MPT_OK;
     return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: unknown activation %d", call, (int)act);
@@ -3891,12 +3903,14 @@ static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char 
 
 static mpt_result mpt__need_context(mpt_context *ctx) {
     mpt__forget(ctx);
-    return ctx ? MPT_OK : MPT_ERROR_ARGUMENT;
+    if (ctx) return MPT_OK;
+    return MPT_ERROR_ARGUMENT;
 }
 
 static mpt_result mpt__need_op(mpt_context *ctx, const char *call, const void *op) {
     MPT__TRY(mpt__need_context(ctx));
-    return op ? MPT_OK : mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: op is NULL", call);
+    if (op) return MPT_OK;
+    return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: op is NULL", call);
 }
 
 MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out) {
@@ -3921,12 +3935,22 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
 
 MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     mpt_gemm_op op = MPT_ZERO;
-    size_t a_row, b_row;
+    size_t a_rows, a_row, b_rows, b_row; /* how many there are, and elements of one */
     MPT__TRY(mpt__need_op(ctx, "gemm", user));
     op = *user;
     if (!op.m || !op.n) return MPT_OK;
-    a_row = op.trans_a ? op.m : op.k;
-    b_row = op.trans_b ? op.k : op.n;
+    a_rows = op.m;
+    a_row = op.k;
+    b_rows = op.k;
+    b_row = op.n;
+    if (op.trans_a) {
+        a_rows = op.k;
+        a_row = op.m;
+    }
+    if (op.trans_b) {
+        b_rows = op.n;
+        b_row = op.k;
+    }
     if (!op.lda) op.lda = a_row;
     if (!op.ldb) op.ldb = b_row;
     if (!op.ldc) op.ldc = op.n;
@@ -3940,8 +3964,8 @@ MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *user) {
         return mpt_fail(ctx, MPT_ERROR_SHAPE,
                         "gemm: lda %zu, ldb %zu or ldc %zu is shorter than its row (m %zu, n %zu, k %zu)", op.lda,
                         op.ldb, op.ldc, op.m, op.n, op.k);
-    MPT__TRY(mpt__need_size(ctx, "gemm", "a", op.trans_a ? op.k : op.m, op.lda, 1, 1));
-    MPT__TRY(mpt__need_size(ctx, "gemm", "b", op.trans_b ? op.n : op.k, op.ldb, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "gemm", "a", a_rows, op.lda, 1, 1));
+    MPT__TRY(mpt__need_size(ctx, "gemm", "b", b_rows, op.ldb, 1, 1));
     MPT__TRY(mpt__need_size(ctx, "gemm", "c", op.m, op.ldc, 1, 1));
     if (op.a_sums.data) {
         MPT__TRY(mpt__need(ctx, "gemm", "a_sums", op.a_sums));
@@ -3957,7 +3981,8 @@ enum { MPT__MOST = 0x7fffffff }; /* a stride or dilation: sums of it and a size 
 
 /* Output positions of a window of `reach` along `size`: 0 if it does not fit even once. */
 static size_t mpt__window_count(size_t size, size_t padding, size_t reach, size_t stride) {
-    return size + 2 * padding < reach ? 0 : (size + 2 * padding - reach) / stride + 1;
+    if (size + 2 * padding < reach) return 0;
+    return (size + 2 * padding - reach) / stride + 1;
 }
 
 /* One axis of a convolution: `kernel` taps on `size` inputs. Returns 0 if that does not fit; else fills in the defaults
@@ -4001,7 +4026,7 @@ static mpt_result mpt__conv2d_plan(mpt_context *ctx, const char *call, mpt_conv2
             s->R, s->S, s->stride_h, s->stride_w, s->dilation_h, s->dilation_w, s->H, s->W, s->padding_h, s->padding_w,
             s->same ? " and same" : "");
     MPT__TRY(mpt__need_size(ctx, call, "y", s->N, op->P, op->Q, s->K));
-    return mpt__need_size(ctx, call, "taps", s->R, s->S, s->C > s->K ? s->C : s->K, 1);
+    return mpt__need_size(ctx, call, "taps", s->R, s->S, mpt__max(s->C, s->K), 1);
 }
 
 MPT_DEF mpt_result mpt_conv2d_output(mpt_context *ctx, const mpt_conv2d_shape *shape, size_t *P, size_t *Q) {
@@ -4025,9 +4050,8 @@ MPT_DEF mpt_result mpt_op_conv2d(mpt_context *ctx, const mpt_conv2d_op *user) {
     if ((unsigned)op.pass > MPT_BACKWARD_WEIGHT)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "conv2d: unknown pass %d", (int)op.pass);
     MPT__TRY(mpt__conv2d_plan(ctx, "conv2d", &op));
-    MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_BACKWARD_DATA ? "x (dx)" : "x", op.x));
+    MPT__TRY(mpt__need_images(ctx, "conv2d", op.pass, op.x, op.y));
     MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_BACKWARD_WEIGHT ? "w (dw)" : "w", op.w));
-    MPT__TRY(mpt__need(ctx, "conv2d", op.pass == MPT_FORWARD ? "y" : "y (dy)", op.y));
     if (op.pass == MPT_BACKWARD_DATA) op.bias.data = NULL;
     if (op.bias.data) MPT__TRY(mpt__need(ctx, "conv2d", "bias", op.bias));
     MPT__TRY(mpt__need_act(ctx, "conv2d", op.act));
@@ -4071,7 +4095,8 @@ static mpt_result mpt__map_check(mpt_context *ctx, const mpt_map_op *op) {
     if (!mpt__finite(op->negative_slope) || op->negative_slope < 0)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "map: negative_slope %g is not a finite number from 0 on",
                         (double)op->negative_slope);
-    return op->map == MPT_MAP_DROPOUT ? mpt__need_share(ctx, "map", "mask.p", op->mask.p, 1) : MPT_OK;
+    if (op->map == MPT_MAP_DROPOUT) return mpt__need_share(ctx, "map", "mask.p", op->mask.p, 1);
+    return MPT_OK;
 }
 
 MPT_DEF mpt_result mpt_op_map(mpt_context *ctx, const mpt_map_op *op) {
@@ -4120,8 +4145,7 @@ MPT_DEF mpt_result mpt_op_broadcast(mpt_context *ctx, const mpt_broadcast_op *op
                         z->S);
     MPT__TRY(mpt__need_size(ctx, "broadcast", "y", z->N, height, width, z->C));
     if (!z->N || !z->H || !z->W || !z->C) return MPT_OK;
-    MPT__TRY(mpt__need(ctx, "broadcast", op->pass == MPT_FORWARD ? "x" : "x (dx)", op->x));
-    MPT__TRY(mpt__need(ctx, "broadcast", op->pass == MPT_FORWARD ? "y" : "y (dy)", op->y));
+    MPT__TRY(mpt__need_images(ctx, "broadcast", op->pass, op->x, op->y));
     if (op->factor.data) MPT__TRY(mpt__need(ctx, "broadcast", "factor", op->factor));
     return ctx->backend.broadcast(ctx, op);
 }
@@ -4159,7 +4183,8 @@ static mpt_result mpt__norm_backward_check(mpt_context *ctx, const mpt_norm_op *
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "norm: activation %d behind a backward pass; it may be ReLU (%d)",
                         (int)op->act, (int)MPT_RELU);
     MPT__TRY(mpt__need(ctx, "norm", "saved", op->saved));
-    return op->beta.data ? mpt__need(ctx, "norm", "beta", op->beta) : MPT_OK;
+    if (op->beta.data) return mpt__need(ctx, "norm", "beta", op->beta);
+    return MPT_OK;
 }
 
 MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
@@ -4236,8 +4261,7 @@ MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     if ((unsigned)op.kind > MPT_POOL_AVERAGE || (unsigned)op.pass > MPT_BACKWARD_DATA)
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: unknown kind %d or pass %d", (int)op.kind, (int)op.pass);
     MPT__TRY(mpt__pool2d_plan(ctx, "pool2d", &op));
-    MPT__TRY(mpt__need(ctx, "pool2d", op.pass == MPT_FORWARD ? "x" : "x (dx)", op.x));
-    MPT__TRY(mpt__need(ctx, "pool2d", op.pass == MPT_FORWARD ? "y" : "y (dy)", op.y));
+    MPT__TRY(mpt__need_images(ctx, "pool2d", op.pass, op.x, op.y));
     if (op.kind == MPT_POOL_MAX && !op.index) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "pool2d: index is NULL");
     return ctx->backend.pool2d(ctx, &op);
 }
@@ -4627,7 +4651,8 @@ static void mpt__ref_norm_stats(const mpt_norm_op *op, size_t sets, size_t count
 
 /* gamma or beta of a channel: `otherwise` where there is none */
 static double mpt__ref_affine(mpt_array a, size_t c, double otherwise) {
-    return a.data ? mpt__ref_get(a, c) : otherwise;
+    if (a.data) return mpt__ref_get(a, c);
+    return otherwise;
 }
 
 /* (x - mean) / sqrt(variance + eps) of an element */
@@ -6403,7 +6428,8 @@ MPT__INLINE void mpt__norm_sum(const mpt__norm_work *w, size_t i, size_t rows, s
 
 /* Rows to sum at a time: four, or one near the end of the block or of a sample */
 static size_t mpt__norm_four(size_t i, size_t last, size_t pixels) {
-    return i + 4 <= last && i % pixels + 4 <= pixels ? 4 : 1;
+    if (i + 4 <= last && i % pixels + 4 <= pixels) return 4;
+    return 1;
 }
 
 MPT__INLINE void mpt__norm_columns_task_body(void *arg, size_t begin, size_t end, int worker) {
@@ -8411,12 +8437,19 @@ struct mpt_model {
 
 static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
 
+/* NULL: it reads none. */
+static mpt__node *mpt__input_of(const mpt_model *net, const mpt__node *node) {
+    if (!node->in[0]) return NULL;
+    return mpt__node_of(net, node->in[0]);
+}
+
 static size_t mpt__node_count(const mpt__node *node) { return (size_t)node->H * (size_t)node->W * (size_t)node->C; }
 
 /* The loss node; NULL: the model ends in heads. */
 static const mpt__node *mpt__loss_of(const mpt_model *net) {
     const mpt__node *last = net->count ? mpt__node_of(net, net->count) : NULL;
-    return last && last->kind == MPT__LOSS ? last : NULL;
+    if (last && last->kind == MPT__LOSS) return last;
+    return NULL;
 }
 
 /* The last node that has a value: the last one but for the loss. */
@@ -8425,7 +8458,8 @@ static int mpt__last_value(const mpt_model *net) { return mpt__loss_of(net) ? ne
 /* Is the node's value what the model is asked for: what the loss reads, or what nobody reads? */
 static int mpt__is_output(const mpt_model *net, int id) {
     const mpt__node *loss = mpt__loss_of(net);
-    return loss ? id == loss->in[0] : !mpt__node_of(net, id)->consumers;
+    if (loss) return id == loss->in[0];
+    return !mpt__node_of(net, id)->consumers;
 }
 
 /* Passes whose gradients make one step, of all ranks. */
@@ -8436,7 +8470,8 @@ static double mpt__passes(const mpt_model *net) {
 /* What mpt_predict tells: the only output, or the last. */
 static int mpt__output_of(const mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
-    return loss ? loss->in[0] : net->count;
+    if (loss) return loss->in[0];
+    return net->count;
 }
 
 /* -- Adding a node -- */
@@ -8452,7 +8487,8 @@ static int mpt__layer_failed(mpt_model *net, mpt_result result) {
 
 MPT_DEF int mpt_find(const mpt_model *net, const char *name) {
     int id;
-    for (id = 1; net && name && id <= net->count; id++)
+    if (!net || !name) return 0;
+    for (id = 1; id <= net->count; id++)
         if (strcmp(mpt__node_of(net, id)->name, name) == 0) return id;
     return 0;
 }
@@ -8526,7 +8562,8 @@ static mpt__node *mpt__node_new(mpt_model *net, mpt__node_kind kind, const char 
 
 /* Ends what mpt__node_new began. Returns the node's id, or 0. */
 static int mpt__layer_done(mpt_model *net, mpt_result r) {
-    return r == MPT_OK ? ++net->count : mpt__layer_failed(net, r);
+    if (r == MPT_OK) return ++net->count;
+    return mpt__layer_failed(net, r);
 }
 
 /* Sizes of a sample are ints; what does not fit into one is refused here. */
@@ -8615,7 +8652,8 @@ MPT_DEF int mpt_name(mpt_model *net, int id, const char *name) {
     mpt_result r;
     if (!net || !id) return 0;
     r = mpt__rename(net, id, name);
-    return r == MPT_OK ? id : mpt__layer_failed(net, r);
+    if (r == MPT_OK) return id;
+    return mpt__layer_failed(net, r);
 }
 
 /* -- Input -- its value is brought by the forward pass */
@@ -8627,9 +8665,9 @@ static float mpt__input_shift(const mpt_input_desc *d, size_t c) { return d->shi
 static mpt_result mpt__input_check(mpt_model *net, const mpt__node *node) {
     const mpt_input_desc *d = &node->input;
     size_t c;
-    if (!d->bytes && (d->scale || d->shift))
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "input: scale or shift without bytes");
-    for (c = 0; d->bytes && c < (size_t)node->C; c++) {
+    if (!d->bytes && !d->scale && !d->shift) return MPT_OK;
+    if (!d->bytes) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "input: scale or shift without bytes");
+    for (c = 0; c < (size_t)node->C; c++) {
         const float channel[2] = {mpt__input_scale(d, c), mpt__input_shift(d, c)};
         if (!mpt__finite(channel[1]) || !mpt__finite(mpt__of_byte(255, channel, 1, 0)))
             return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "input: scale %g, shift %g of channel %zu",
@@ -8675,7 +8713,8 @@ MPT_DEF int mpt_input_with(mpt_model *net, int H, int W, int C, const mpt_input_
 }
 
 static const char *mpt__input_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
-    return node->input.bytes ? "bytes" : "cast";
+    if (node->input.bytes) return "bytes";
+    return "cast";
 }
 
 static mpt__kind mpt__kind_input(void) {
@@ -8870,7 +8909,8 @@ static mpt_result mpt__conv2d_data(const mpt__visit *v, int side) {
 static const char *mpt__conv2d_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
     const mpt_conv2d_shape *s = &node->conv;
     if (s->groups == 1) return "convolution";
-    return s->groups == s->C && s->C == s->K ? "depthwise" : "grouped";
+    if (s->groups == s->C && s->C == s->K) return "depthwise";
+    return "grouped";
 }
 
 static mpt__kind mpt__kind_conv2d(void) {
@@ -8922,7 +8962,8 @@ static mpt_result mpt__activation_forward(const mpt__visit *v) {
     mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION, v->x[0], v->y);
     op.act = v->node->act;
     op.negative_slope = v->node->negative_slope;
-    return v->node->fused ? MPT_OK : mpt_op_map(v->ctx, &op);
+    if (v->node->fused) return MPT_OK;
+    return mpt_op_map(v->ctx, &op);
 }
 
 static mpt_result mpt__activation_data(const mpt__visit *v, int side) {
@@ -8936,7 +8977,8 @@ static mpt_result mpt__activation_data(const mpt__visit *v, int side) {
 }
 
 static const char *mpt__activation_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
-    return node->fused ? "epilogue" : "elementwise";
+    if (node->fused) return "epilogue";
+    return "elementwise";
 }
 
 static mpt__kind mpt__kind_activation(void) {
@@ -9043,7 +9085,8 @@ static mpt_result mpt__pool_data(const mpt__visit *v, int side) {
 /* Of one pixel, it keeps the order of its input. */
 static int mpt__pool_follows(const mpt_model *net, const mpt__node *node, MPT__UNUSED size_t *i) {
     const mpt__node *in = mpt__node_of(net, node->in[0]);
-    return in->H * in->W > 1 ? 0 : node->in[0];
+    if (in->H * in->W > 1) return 0;
+    return node->in[0];
 }
 
 static mpt__kind mpt__kind_pool(void) {
@@ -9201,7 +9244,8 @@ static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *wor
 }
 
 MPT_DEF int mpt_add(mpt_model *net, int a, int b) {
-    return mpt__join(net, MPT__ADD, "add", a, b, 1, 0) ? mpt__layer_done(net, MPT_OK) : 0;
+    if (mpt__join(net, MPT__ADD, "add", a, b, 1, 0)) return mpt__layer_done(net, MPT_OK);
+    return 0;
 }
 
 static mpt_result mpt__sum_forward(const mpt__visit *v) {
@@ -9219,7 +9263,8 @@ static int mpt__sum_is_torchs(const mpt_model *net, const mpt__node *node) {
 static int mpt__shared_side(const mpt_model *net, int id);
 
 static const char *mpt__sum_told(const mpt_model *net, const mpt__node *node) {
-    return mpt__shared_side(net, (int)(node - net->nodes) + 1) < 0 ? "elementwise" : "sum, dy shared";
+    if (mpt__shared_side(net, (int)(node - net->nodes) + 1) < 0) return "elementwise";
+    return "sum, dy shared";
 }
 
 static mpt__kind mpt__kind_sum(void) {
@@ -9483,7 +9528,8 @@ static int mpt__norm_reads_x(const mpt__node *node) {
 }
 
 static size_t mpt__norm_groups(const mpt__node *node) {
-    return node->norm == MPT__NORM_GROUP ? node->norm_shape.groups : 1;
+    if (node->norm == MPT__NORM_GROUP) return node->norm_shape.groups;
+    return 1;
 }
 
 /* gamma and the running variances start at 1, beta and the running means at 0, as all memory does. */
@@ -9565,7 +9611,8 @@ static int mpt__is_folded(const mpt_model *net, const mpt__node *node) {
 static const char *mpt__norm_told(const mpt_model *net, const mpt__node *node) {
     if (net->train.fold && mpt__is_folded(net, node)) return "folded";
     if (net->train.fold && mpt__is_batch_norm(node)) return node->in_place ? "norm in place" : "norm apart";
-    return mpt__norm_takes_slope(node) ? "norm with slope" : "normalisation";
+    if (mpt__norm_takes_slope(node)) return "norm with slope";
+    return "normalisation";
 }
 
 static mpt__kind mpt__kind_norm(void) {
@@ -9624,12 +9671,14 @@ static mpt__kind mpt__kind_dropout(void) {
 /* Weights of the loss that are its own, for each of its outputs; NULL: it has none */
 static const float *mpt__loss_weights(const mpt__node *node) {
     const mpt_loss_desc *d = &node->loss_desc;
-    return d->pos_weight ? d->pos_weight : d->class_weights;
+    if (d->pos_weight) return d->pos_weight;
+    return d->class_weights;
 }
 
 /* Rows of a sample, and elements of a row */
 static size_t mpt__loss_positions(const mpt__node *node) {
-    return node->loss_desc.per_position ? (size_t)node->H * (size_t)node->W : 1;
+    if (node->loss_desc.per_position) return (size_t)node->H * (size_t)node->W;
+    return 1;
 }
 static size_t mpt__loss_outputs(const mpt__node *node) { return mpt__node_count(node) / mpt__loss_positions(node); }
 
@@ -9638,7 +9687,8 @@ static mpt_result mpt__loss_check(mpt_model *net, mpt__node *node) {
     const size_t outputs = mpt__loss_outputs(node);
     size_t c;
     MPT__TRY(mpt__loss_desc_check(net->ctx, node->name, node->loss, &node->loss_desc));
-    for (c = 0; weights && c < outputs; c++)
+    if (!weights) return MPT_OK;
+    for (c = 0; c < outputs; c++)
         if (!mpt__finite(weights[c]) || weights[c] < 0)
             return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s %zu is %g, not a finite number from 0 on", node->name,
                             node->loss_desc.pos_weight ? "pos_weight" : "class weight", c, (double)weights[c]);
@@ -9793,7 +9843,8 @@ static mpt_result mpt__own_backward(const mpt__visit *v) {
     p.beta_x = v->beta_x[0];
     p.dweight = (float *)v->dweight.data;
     p.beta = v->beta;
-    return p.dx.data || p.dweight ? v->node->own.backward(&p) : MPT_OK;
+    if (p.dx.data || p.dweight) return v->node->own.backward(&p);
+    return MPT_OK;
 }
 
 static mpt__kind mpt__kind_own(void) {
@@ -10003,7 +10054,7 @@ static int mpt__only_products(const mpt_model *net, int id) {
    loss reads has the output type, and with it the activations between the two. */
 static void mpt__node_type(mpt_model *net, int id) {
     mpt__node *node = mpt__node_of(net, id);
-    const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+    const mpt__node *in = mpt__input_of(net, node);
     const mpt__kind kind = mpt__kind_of(node);
     node->type = node->grad_type = node->policy.compute;
     node->reason = kind.reason ? kind.reason : "policy";
@@ -10093,7 +10144,7 @@ static void mpt__build_types(mpt_model *net) {
     for (id = 1; id <= mpt__last_value(net); id++)
         if (mpt__is_output(net, id)) mpt__mark_logits(net, id);
     for (id = 1; id <= net->count; id++) {
-        mpt__node *node = mpt__node_of(net, id), *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+        mpt__node *node = mpt__node_of(net, id), *in = mpt__input_of(net, node);
         node->fused = 0;
         if (node->kind != MPT__ACTIVATION) node->act = MPT_IDENTITY;
         mpt__node_type(net, id);
@@ -10220,7 +10271,7 @@ static int mpt__shared_side(const mpt_model *net, int id) {
 /* The buffers that node `id` has of its own, which runs forward at moment `first` and backward at `last`. */
 static void mpt__plan_node(mpt_model *net, int id, int first, int last) {
     mpt__node *node = mpt__node_of(net, id);
-    const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+    const mpt__node *in = mpt__input_of(net, node);
     const mpt__kind kind = mpt__kind_of(node);
     const size_t batch = (size_t)net->train.batch, count = batch * mpt__node_count(node);
     const int shares = node->fused || node->in_place || (in && !kind.forward), side = mpt__shared_side(net, id);
@@ -10315,11 +10366,13 @@ static size_t mpt__staging_width(const mpt_model *net) {
         widest = mpt__max(widest, mpt__node_count(node));
         needed |= node->type != MPT_F32 || node->grad_type != MPT_F32;
     }
-    return needed ? widest : 0;
+    if (needed) return widest;
+    return 0;
 }
 
 static size_t mpt__channels_bytes(const mpt_model *net) {
-    return net->nodes[0].input.bytes ? 2 * (size_t)net->nodes[0].C * sizeof(float) : 0;
+    if (net->nodes[0].input.bytes) return 2 * (size_t)net->nodes[0].C * sizeof(float);
+    return 0;
 }
 
 static mpt_result mpt__gather_gradients(void *user);
@@ -10334,11 +10387,13 @@ static size_t mpt__sums_apart_bytes(mpt_model *net) {
 
 static size_t mpt__sample_weights_bytes(const mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
-    return loss && loss->loss_desc.weighted ? (size_t)net->train.batch * sizeof(float) : 0;
+    if (loss && loss->loss_desc.weighted) return (size_t)net->train.batch * sizeof(float);
+    return 0;
 }
 
 static size_t mpt__averages_bytes(const mpt_model *net) { /* as products read them; fp32 as they are */
-    return net->params->copy.data ? net->params->trained * mpt_dtype_size(net->params->copy.type) : 0;
+    if (net->params->copy.data) return net->params->trained * mpt_dtype_size(net->params->copy.type);
+    return 0;
 }
 
 static void mpt__build_averages(mpt_model *net, int *failed) {
@@ -10391,7 +10446,8 @@ static mpt_result mpt__node_tuning(mpt_model *net, const mpt__node *node) {
     const double decay = net->opt->op.desc.weight_decay * (told < 0 ? 0 : mpt__or(told, 1));
     if (!node->trains || (lr >= 1 && lr <= 1 && !(told < 0 || told > 0))) return MPT_OK;
     MPT__TRY(mpt_optimizer_tensor(net->opt, node->weight, lr, decay));
-    return node->bias ? mpt_optimizer_tensor(net->opt, node->bias, lr, decay) : MPT_OK;
+    if (node->bias) return mpt_optimizer_tensor(net->opt, node->bias, lr, decay);
+    return MPT_OK;
 }
 
 static mpt_result mpt__build_training(mpt_model *net) {
@@ -10414,7 +10470,8 @@ static mpt_result mpt__build_slots(mpt_model *net) {
     if (net->train.ranks.ranks < 2) return MPT_OK;
     net->slots = (float *)mpt_alloc(net->ctx, bytes + slot);
     net->slots_host = (float *)mpt__host_alloc(net->ctx, bytes);
-    return net->slots && net->slots_host ? MPT_OK : MPT_ERROR_NO_MEMORY;
+    if (net->slots && net->slots_host) return MPT_OK;
+    return MPT_ERROR_NO_MEMORY;
 }
 
 static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *train) {
@@ -10465,7 +10522,8 @@ static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, 
     if (mpt__kind_of(node).product) master = node->policy.compute == MPT_F32 ? master : NULL;
     if (averaged && master) return mpt_f32_array(net->opt->op.average + mpt__params_offset(net->params, tensor));
     if (averaged) return mpt__array_at(net->averages, mpt__params_offset(net->params, tensor));
-    return master ? mpt_f32_array(master) : mpt_params_weight(net->params, tensor);
+    if (master) return mpt_f32_array(master);
+    return mpt_params_weight(net->params, tensor);
 }
 
 /* Where the gradient of a tensor goes in this pass: into the last of the sums. data NULL: it is frozen. */
@@ -10527,7 +10585,8 @@ static mpt_result mpt__node_forward(mpt_model *net, int id, size_t N, int train)
     if (mpt__is_folded(net, node)) return MPT_OK;
     mpt__enter(net, id, MPT_FORWARD, id);
     if (node->cast) MPT__TRY(mpt_cast(net->ctx, N * node->inputs, mpt__value(net, node->in[0]), v.x[0], NULL));
-    return kind.forward ? kind.forward(&v) : MPT_OK;
+    if (kind.forward) return kind.forward(&v);
+    return MPT_OK;
 }
 
 /* Where a node hands the gradient of an input to. The first one that flows into it in this pass is written, those after
@@ -10537,7 +10596,7 @@ static void mpt__visit_input(mpt_model *net, mpt__visit *v, int side) {
     mpt__node *in = to ? mpt__node_of(net, to) : NULL;
     if (!in || !in->needs_gradient) return;
     v->dx[side] = mpt__grad(net, to);
-    v->beta_x[side] = in->grad_started ? 1.0f : 0.0f;
+    v->beta_x[side] = (float)in->grad_started;
     in->grad_started = 1;
     if (v->dx[side].data == v->dy.data) v->dx[side].data = NULL;
 }
@@ -10575,7 +10634,8 @@ static mpt_result mpt__node_backward(mpt_model *net, int id, size_t N) {
 static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
     if (!net) return MPT_ERROR_ARGUMENT;
     mpt__forget(net->ctx);
-    return net->built ? MPT_OK : mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
+    if (net->built) return MPT_OK;
+    return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
 }
 
 /* The next samples of x, which has any type */
@@ -10624,7 +10684,8 @@ static mpt_result mpt__feed(mpt_model *net, const char *call, const void *x, siz
     op.staging = net->staging;
     MPT__TRY(net->ctx->backend.feed(net->ctx, &op));
     *at = op.at;
-    return op.first < op.floats ? mpt__bad_input(net, call, (const float *)x, op.first) : MPT_OK;
+    if (op.first < op.floats) return mpt__bad_input(net, call, (const float *)x, op.first);
+    return MPT_OK;
 }
 
 /* The value of the input from what was fed */
@@ -10688,7 +10749,8 @@ static mpt_result mpt__run_forward(mpt_model *net, const void *fed, const void *
 
 /* mpt_step, of which the optimizer alone hears, ends a step in any stage. */
 static mpt__stage mpt__stage_of(const mpt_model *net) {
-    return net->opt->steps == net->stage_step ? net->stage : MPT__BETWEEN;
+    if (net->opt->steps == net->stage_step) return net->stage;
+    return MPT__BETWEEN;
 }
 
 static void mpt__stage_set(mpt_model *net, mpt__stage stage) {
@@ -10993,7 +11055,8 @@ static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
         hash = hash << 24 ^ mpt_hash(hash, (uint64_t)node->kind, (uint64_t)node->in[0] << 32 | (uint64_t)node->in[1],
                                      mpt__node_count(node));
     }
-    for (i = 0; i < count && !*failed; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
+    if (!*failed)
+        for (i = 0; i < count; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
     mpt__host_free(net->ctx, weights);
     return hash;
 }
@@ -11042,7 +11105,8 @@ static mpt_result mpt__gather_gradients(void *user) {
     op.count = net->params->trained;
     op.pending = net->pending;
     if (!op.ranks->local_statistics) op.statistics = net->statistics;
-    return net->ctx->backend.ranks(net->ctx, &op) == MPT_OK ? MPT_OK : mpt__ranks_failed(net);
+    if (net->ctx->backend.ranks(net->ctx, &op) == MPT_OK) return MPT_OK;
+    return mpt__ranks_failed(net);
 }
 
 /* A rank that cannot make its passes joins the others with a gradient that is none: all skip the step, and nobody
@@ -11074,7 +11138,8 @@ static mpt_result mpt__check_samples(mpt_model *net, const char *call, const voi
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: samples %zu, not in 1..%zu (accumulate * batch)", call,
                         samples, whole);
     MPT__TRY(mpt__check_batch(net, call, x, target, samples));
-    return samples % batch ? mpt__check_norms(net, samples % batch) : MPT_OK;
+    if (samples % batch) return mpt__check_norms(net, samples % batch);
+    return MPT_OK;
 }
 
 static mpt_result mpt__train(mpt_model *net, const char *call, const void *x, const void *target, size_t samples) {
@@ -11121,7 +11186,8 @@ MPT_DEF double mpt_loss(mpt_model *net) {
     left_out = net->stage == MPT__RESUMED && mpt__stage_of(net) == MPT__BETWEEN; /* its last pass, by the step */
     if (mpt_download(net->ctx, &sum, &net->sums[left_out ? 2 : 0], sizeof sum) != MPT_OK)
         return (double)mpt__float(0x7fc00000u);
-    return sum.weight > 0 ? sum.loss / sum.weight : 0;
+    if (sum.weight > 0) return sum.loss / sum.weight;
+    return 0;
 }
 
 MPT_DEF float mpt_loss_scale(mpt_model *net) { return net && net->built ? mpt_scaler_scale(net->scaler) : 0.0f; }
@@ -11129,7 +11195,8 @@ MPT_DEF float mpt_loss_scale(mpt_model *net) { return net && net->built ? mpt_sc
 static uint64_t mpt__steps(mpt_model *net, int skipped) {
     mpt_optimizer_state *s = net && net->built ? &net->opt->mirror : NULL;
     if (!s || mpt_optimizer_get_state(net->opt, s) != MPT_OK) return UINT64_MAX;
-    return skipped ? s->skipped : s->applied;
+    if (skipped) return s->skipped;
+    return s->applied;
 }
 
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net) { return mpt__steps(net, 0); }
@@ -11138,7 +11205,8 @@ MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net) { return mpt__steps(net, 1); 
 /* -- Evaluation -- */
 
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net) {
-    return net && net->built ? mpt__node_count(mpt__node_of(net, mpt__output_of(net))) : 0;
+    if (net && net->built) return mpt__node_count(mpt__node_of(net, mpt__output_of(net)));
+    return 0;
 }
 
 /* An evaluation writes over the activations that a backward pass would read. */
@@ -11335,8 +11403,8 @@ static size_t mpt__fold_room(const mpt_model *net) {
     for (id = 1; id <= net->count; id++) {
         const mpt__node *norm = mpt__node_of(net, id);
         if (!mpt__folds_away(norm)) continue;
-        most = mpt__max(most, mpt_params_count(net->params, mpt__node_of(net, norm->in[0])->weight) +
-                                  5 * (size_t)norm->C);
+        most =
+            mpt__max(most, mpt_params_count(net->params, mpt__node_of(net, norm->in[0])->weight) + 5 * (size_t)norm->C);
     }
     return most;
 }
@@ -11355,12 +11423,14 @@ MPT_DEF int mpt_model_nodes(const mpt_model *net) { return net ? net->count : 0;
 
 MPT_DEF mpt_train_desc mpt_model_train_desc(const mpt_model *net) {
     const mpt_train_desc none = MPT_ZERO;
-    return net && net->built ? net->train : none;
+    if (net && net->built) return net->train;
+    return none;
 }
 
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int id) {
     const mpt__node *node = net && net->built && id > 0 && id <= net->count ? mpt__node_of(net, id) : NULL;
-    return node && mpt__is_batch_norm(node) ? net->running + node->running : NULL;
+    if (node && mpt__is_batch_norm(node)) return net->running + node->running;
+    return NULL;
 }
 
 /* The one judge of running statistics: means(C) are finite, and the variances(C) behind them not negative, too. */
@@ -11462,7 +11532,7 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     if (node->kind == MPT__LOSS) return MPT_OK;
     for (i = 0; i < MPT__BUFFERS; i++) {
         const int own[MPT__BUFFERS] = {node->value, node->grad, node->index, node->stats, node->cast};
-        const mpt__node *in = node->in[0] ? mpt__node_of(net, node->in[0]) : NULL;
+        const mpt__node *in = mpt__input_of(net, node);
         if (own[i] && !(in && (own[i] == in->value || own[i] == in->grad)))
             out->bytes += net->buffers[own[i] - 1].bytes;
     }
@@ -11794,7 +11864,8 @@ static uint64_t mpt__get_bytes(const unsigned char *at, size_t bytes) {
 
 /* Element i of an array of 16- or 32-bit elements, as this machine has them. */
 static uint32_t mpt__get_element(const void *array, size_t i, size_t size) {
-    return size == 2 ? ((const uint16_t *)array)[i] : ((const uint32_t *)array)[i];
+    if (size == 2) return ((const uint16_t *)array)[i];
+    return ((const uint32_t *)array)[i];
 }
 
 static void mpt__put_element(void *array, size_t i, size_t size, uint32_t bits) {
@@ -11899,7 +11970,7 @@ static size_t mpt__part_bytes(const mpt__part *part) { return part->count * mpt_
 
 /* Where PyTorch, which flattens images in C, H, W order, has element i of a node's value. A value of one pixel has the
    order of the input that its layer says it follows: a concatenation of the one that *i, which it changes, falls
-   into; what a linear layer makes has that of the image it becomes. */
+   into; what a linear layer makes has that of the image it becomes. id 0: the model's order */
 static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     size_t before = 0; /* elements of the inputs to the left */
     while (id) {
@@ -11913,12 +11984,12 @@ static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     return before + i;
 }
 
-/* Has PyTorch the elements of two values in the same order? `other` 0: and in the model's. */
+/* Has PyTorch the elements of two values in the same order? `other` 0: in the model's. */
 static int mpt__same_order(const mpt_model *net, int id, int other) {
     const size_t count = mpt__node_count(mpt__node_of(net, id));
     size_t i;
     for (i = 0; i < count; i++)
-        if (mpt__torch_index(net, id, i) != (other ? mpt__torch_index(net, other, i) : i)) return 0;
+        if (mpt__torch_index(net, id, i) != mpt__torch_index(net, other, i)) return 0;
     return 1;
 }
 
@@ -11944,13 +12015,12 @@ static mpt_result mpt__check_orders(const mpt__job *job) {
 /* Where element i of the model's order stands in the file. */
 static size_t mpt__part_index(const mpt_model *net, const mpt__part *part, size_t i) {
     const size_t column = i % part->columns, number = i / part->columns;
-    const size_t row = (part->makes ? mpt__torch_index(net, part->makes, number) : number) * part->columns;
+    const size_t row = mpt__torch_index(net, part->makes, number) * part->columns;
     if (part->inner) {
         const size_t channel = column % part->inner, tap = column / part->inner;
-        const size_t there = part->reads ? mpt__torch_index(net, part->reads, channel) : channel;
-        return row + there * (part->columns / part->inner) + tap;
+        return row + mpt__torch_index(net, part->reads, channel) * (part->columns / part->inner) + tap;
     }
-    return row + (part->reads ? mpt__torch_index(net, part->reads, column) : column);
+    return row + mpt__torch_index(net, part->reads, column);
 }
 
 /* Adds a tensor of one dimension. */
@@ -12484,7 +12554,8 @@ static int mpt__json_take(mpt__job *job, char c) {
 static mpt_result mpt__json_need(mpt__job *job, char c) {
     char what[] = "want '?'";
     what[6] = c;
-    return mpt__json_take(job, c) ? MPT_OK : mpt__json_fail(job, what);
+    if (mpt__json_take(job, c)) return MPT_OK;
+    return mpt__json_fail(job, what);
 }
 
 /* The four digits of a \u escape at job->at, or -1 */
@@ -12629,7 +12700,8 @@ static int mpt__utf8_follow(unsigned char first) {
     if (first < 0x80) return 0;
     if (first < 0xc2 || first > 0xf4) return -1;
     if (first < 0xe0) return 1;
-    return first < 0xf0 ? 2 : 3;
+    if (first < 0xf0) return 2;
+    return 3;
 }
 
 /* Is all of it UTF-8, as RFC 3629 has it: no longer than need be, no surrogates, nothing over 0x10ffff? */
@@ -12760,13 +12832,15 @@ static mpt_result mpt__json_header(mpt__job *job, size_t bytes) {
         MPT__TRY(mpt__json_need(job, '}'));
     }
     mpt__json_take(job, 0);
-    return job->at == job->header + bytes ? MPT_OK : mpt__json_fail(job, "want the end");
+    if (job->at == job->header + bytes) return MPT_OK;
+    return mpt__json_fail(job, "want the end");
 }
 
 /* -- Reading a file -- */
 
 static int mpt__lies_before(const mpt__entry *a, const mpt__entry *b) {
-    return a->begin != b->begin ? a->begin < b->begin : a->end < b->end;
+    if (a->begin != b->begin) return a->begin < b->begin;
+    return a->end < b->end;
 }
 
 /* By place. Heapsort: in place, and no file can make it slow. */
@@ -13160,7 +13234,8 @@ static mpt_result mpt__upload_values(mpt_params *params, const mpt__part *part) 
         return mpt_cast(params->ctx, part->count, mpt_f32_array(master), weight, NULL);
     }
     MPT__TRY(mpt_upload(params->ctx, weight.data, part->staging, bytes));
-    return low ? mpt_upload(params->ctx, low, part->staging + bytes, bytes) : MPT_OK;
+    if (low) return mpt_upload(params->ctx, low, part->staging + bytes, bytes);
+    return MPT_OK;
 }
 
 static mpt_result mpt__upload_part(mpt__job *job, const mpt__part *part) {
@@ -13205,7 +13280,8 @@ static mpt_result mpt__take(mpt__job *job) {
     }
     MPT__TRY(mpt__part_stage(job));
     job->folding = (float *)mpt__host_alloc(job->ctx, mpt__fold_room(job->net) * sizeof(float));
-    return job->folding ? mpt__upload_all(job) : MPT_ERROR_NO_MEMORY;
+    if (job->folding) return mpt__upload_all(job);
+    return MPT_ERROR_NO_MEMORY;
 }
 
 static mpt_result mpt__load_buffer(mpt__job *job) {
@@ -13220,7 +13296,8 @@ static mpt_result mpt__load_file(mpt__job *job) {
     if (!job->file) return mpt__job_fail(job, MPT_ERROR_FILE, "cannot be opened");
     r = mpt__read_all(job);
     job->disk->close(job->file, 0);
-    return r == MPT_OK ? mpt__take(job) : r;
+    if (r == MPT_OK) return mpt__take(job);
+    return r;
 }
 #endif
 
