@@ -1035,11 +1035,12 @@ struct lens_view {
     lens_view *below;   /* the lens that it stands before; NULL: none */
     mpt_array scratch[LENS__SCRATCHES];
     size_t bytes[LENS__SCRATCHES];
-    mpt_model *net;      /* watched; NULL: none */
-    int nodes;           /* of it */
-    lens__sight *sights; /* (nodes, roles) of it */
-    int shift;           /* log2 of the loss scale of this pass */
-    mpt_histogram fresh; /* of the array at hand */
+    mpt_model *net;          /* watched; NULL: none */
+    int nodes;               /* of it */
+    lens__sight *sights;     /* (nodes, roles) of it */
+    int shift;               /* log2 of the loss scale of this pass */
+    mpt_histogram fresh;     /* of the array at hand */
+    mpt_histogram old, kept; /* see lens__part_begin */
     lens__rule *rules;
     int rule_count, rule_capacity;
     uint64_t draws;            /* arrays and products that were rounded */
@@ -1184,10 +1185,15 @@ static mpt_result lens__histogram_of(lens_view *lens, size_t n, mpt_array x, mpt
     return r;
 }
 
+/* NULL: it is not looked at. */
+static lens__sight *lens__sight_of(const lens_view *lens, int node, lens_role role) {
+    if (!lens->net || !node || node > lens->nodes || role == LENS_ROLE_COUNT) return NULL;
+    return &lens->sights[(node - 1) * LENS_ROLE_COUNT + (int)role];
+}
+
 static mpt_result lens__count(lens_view *lens, int node, lens_role role, size_t n, mpt_array x, int adds) {
-    lens__sight *s;
-    if (!lens->net || !node || node > lens->nodes || role == LENS_ROLE_COUNT) return MPT_OK;
-    s = &lens->sights[(node - 1) * LENS_ROLE_COUNT + (int)role];
+    lens__sight *s = lens__sight_of(lens, node, role);
+    if (!s) return MPT_OK;
     memset(&lens->fresh, 0, sizeof lens->fresh);
     LENS__TRY(lens__histogram_of(lens, n, x, &lens->fresh));
     if (adds) lens__histogram_join(&s->total, &s->last, 1, 0);
@@ -1620,15 +1626,45 @@ static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
     return r == MPT_OK ? lens__deliver(lens, &o, run.out) : r;
 }
 
+/* A slice adds to a part of a gradient, in the place of which `old` was there: the whole was `kept`. */
+static mpt_result lens__part_begin(lens_view *lens, const lens__output *o, mpt_array y, lens__sight *s) {
+    if (!(o->beta > 0 || o->beta < 0)) return MPT_OK;
+    memset(&lens->fresh, 0, sizeof lens->fresh);
+    LENS__TRY(lens__histogram_of(lens, o->rows * o->C, y, &lens->fresh));
+    lens->kept = s->last;
+    memset(&s->last, 0, sizeof s->last);
+    lens__histogram_join(&s->last, &lens->fresh, 0, lens->shift);
+    lens->old = s->last;
+    return MPT_OK;
+}
+
+/* The last thing written is the whole again: what a slice that writes first does not have is 0. */
+static void lens__part_end(lens_view *lens, const lens__output *o, lens__sight *s, uint64_t others) {
+    if (o->beta > 0 || o->beta < 0) {
+        lens__histogram_join(&s->last, &lens->kept, 0, 0);
+        lens__histogram_join(&s->last, &lens->old, 1, 0);
+    } else {
+        s->last.zero += others;
+        s->total.zero += others;
+    }
+}
+
 static mpt_result lens__columns(mpt_context *ctx, const mpt_columns_op *op) {
     lens_view *lens = lens__of(ctx);
     const mpt_pass pass = mpt_context_place(ctx).pass;
     lens__output o = lens__output_of(lens, "copy", pass, op->rows, op->C, op->y_stride, op->beta);
+    lens__sight *s = pass == MPT_BACKWARD_DATA ? lens__sight_of(lens, o.node, o.role) : NULL;
     mpt_columns_op run = *op;
+    mpt_node_info whole = MPT_ZERO;
     mpt_result r;
+    if (s) LENS__TRY(mpt_model_node(lens->net, o.node, &whole));
+    if ((size_t)whole.C <= op->C) s = NULL;
     LENS__TRY(lens__divert(lens, &o, &run.y, &run.y_stride));
+    if (s) LENS__TRY(lens__part_begin(lens, &o, run.y, s));
     LENS__CALL(lens, r, inner, columns(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, run.y) : r;
+    if (r == MPT_OK) r = lens__deliver(lens, &o, run.y);
+    if (s && r == MPT_OK) lens__part_end(lens, &o, s, op->rows * ((size_t)whole.C - op->C));
+    return r;
 }
 
 static mpt_result lens__broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {

@@ -42,6 +42,8 @@ static mpt_model *net_new(mpt_context *ctx, mpt_policy policy, mpt_scaler_mode m
     h = mpt_add(net, mpt_layer_norm(net, h, NULL), skip);
     h = mpt_concat(net, mpt_max_pool2d(net, h, 2, NULL), mpt_avg_pool2d(net, skip, 2, NULL));
     h = mpt_dropout(net, mpt_relu(net, mpt_conv2d(net, h, 7, 1, NULL)), 0.25f);
+    h = mpt_multiply(net, mpt_leaky_relu(net, h, 0.2f), mpt_global_avg_pool2d(net, h));
+    h = mpt_upsample(net, mpt_concat(net, mpt_slice(net, h, 2, 4), mpt_slice(net, h, 1, 3)), 2);
     h = mpt_tanh(net, mpt_linear(net, mpt_flatten(net, h), 9, NULL));
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     train.batch = BATCH;
