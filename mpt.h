@@ -130,6 +130,18 @@
          ...
          mpt_train_step(net, pixels, labels);                   32 x 28 x 28 uint8_t
 
+   Losses take an mpt_loss_desc: class weights, an ignored label, pos_weight, Huber's delta, and these. Segmentation: a
+   row is a position instead of a sample. Mixup: loss.probabilities = 1, and targets are 32 x 10 floats instead of
+   labels. Samples may have weights, which come with their batch:
+
+       mpt_loss_desc loss = MPT_ZERO;
+       loss.per_position = 1;                                   3 classes, labels 32 x height x width
+       loss.weighted = 1;
+       mpt_softmax_cross_entropy(net, mpt_conv2d(net, h, 3, 1, NULL), &loss);
+       ...
+       mpt_sample_weights(net, weights);                        32 floats, for the next step alone
+       mpt_train_step(net, images, masks);
+
    10. Open ends. A model without a loss node ends in heads, the nodes that nothing reads; compute a loss of your own
    from their values:
 

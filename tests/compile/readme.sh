@@ -44,7 +44,10 @@ awk '/==== MANUAL ====/ { manual = 1 } /^#ifndef MPT_H/ { exit }
     printf 'static float images[32 * 64];\nstatic int32_t labels[32];\nint inputs(mpt_model *net);\n'
     printf 'int inputs(mpt_model *net) {\n'
     awk '/int both/, /mpt_concat/' "$folder/manual.txt"
-    printf 'return h;\n}\nint main(void) {\n'
+    printf 'return h;\n}\nvoid weigh(mpt_model *net, int h, const float *weights, const int32_t *masks);\n'
+    printf 'void weigh(mpt_model *net, int h, const float *weights, const int32_t *masks) {\n'
+    awk '/mpt_loss_desc loss/, /masks/' "$folder/manual.txt"
+    printf '}\nint main(void) {\n'
     awk '/mpt_context \*ctx/, /printf\(/' "$folder/manual.txt"
     echo 'mpt_optimizer *opt = mpt_model_optimizer(net);'
     echo 'mpt_scaler *scaler = mpt_model_scaler(net);'

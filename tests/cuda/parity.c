@@ -513,6 +513,41 @@ static void test_elementwise_loss(mpt_loss_kind kind, mpt_dtype type, size_t N, 
     free(weights);
 }
 
+/* Positions as rows, probabilities (soft), and weights of samples, which are up to 3 and here 1.5 on the mean */
+static void test_loss_options(mpt_loss_kind kind, mpt_dtype type, size_t N, size_t positions, size_t C, int soft) {
+    const size_t rows = N * positions;
+    const int labels = kind == MPT_LOSS_CROSS_ENTROPY && !soft;
+    float *target = (float *)test_memory(rows * C * sizeof *target),
+          *weights = (float *)test_memory(N * sizeof *weights);
+    int32_t *label = (int32_t *)test_memory(rows * sizeof *label);
+    pair w = pair_new(MPT_F32, N);
+    losses l;
+    size_t i;
+    int side;
+    test_floats(target, rows * C, 0, 1, 34);
+    test_floats(weights, N, 0, 3, 36);
+    for (i = 0; i < rows; i++) label[i] = (int32_t)(mpt_hash(37, 0, 0, i) % C);
+    pair_put(&w, weights);
+    if (labels) l = losses_new(type, rows, C, label, rows * sizeof *label);
+    else l = losses_new(type, rows, C, target, rows * C * sizeof *target);
+    for (side = 0; side < 2; side++) {
+        mpt_loss_op op = losses_op(&l, kind, side);
+        op.N = N;
+        op.positions = positions;
+        op.desc.probabilities = soft;
+        op.desc.ignore = labels;
+        op.sample_weights = (const float *)w.array[side].data;
+        CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
+        op.unit = (double)rows;
+        CHECK_OK(sides[side], mpt_op_loss(sides[side], &op));
+    }
+    check_losses(&l, 3 * (soft ? (double)C : 1) * (2 + log((double)C)), 3 * (soft ? (double)C : 4) * 16 / (double)rows,
+                 "loss with options");
+    losses_free(&l);
+    pair_free(&w);
+    free(target), free(weights), free(label);
+}
+
 /* A row without a class is NaN and leaves the others alone; where all are ignored the gradient is 0. */
 static void test_labels(void) {
     static const int32_t label[4] = {1, -1, 2, 3};
@@ -563,6 +598,10 @@ static void test_losses(mpt_dtype type) {
     }
     test_elementwise_loss(MPT_LOSS_BCE_WITH_LOGITS, type, 50, 37, 1);
     test_elementwise_loss(MPT_LOSS_HUBER, type, 50, 37, 1);
+    test_loss_options(MPT_LOSS_CROSS_ENTROPY, type, 40, 1, 10, 0);
+    test_loss_options(MPT_LOSS_CROSS_ENTROPY, type, 3, 1501, 3, 0);
+    test_loss_options(MPT_LOSS_CROSS_ENTROPY, type, 3, 37, 40, 1);
+    test_loss_options(MPT_LOSS_BCE_WITH_LOGITS, type, 5, 33, 2, 0);
 }
 
 static void test_operations(void) {
