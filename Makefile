@@ -22,7 +22,7 @@ named   = $(if $(filter command,$(firstword $(origin CC))),$(notdir $(CC))) $(SA
 folder  = $(subst $(comma),-,$(subst $(space),-,$(strip $(named))))
 BUILD  := build$(if $(folder),/$(folder))
 
-HEADERS  := $(wildcard *.h *.cuh examples/*.h tests/*.h tests/*/*.h)
+HEADERS  := $(wildcard *.h *.cuh examples/*.h examples/*.cuh tests/*.h tests/*/*.h)
 EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/*.c))
 TESTS    := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/unit/*.c tests/parity/*.c tests/train/*.c))
 LONG     := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/long/*.c))

@@ -1190,7 +1190,7 @@ MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
    with accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of the two
    whose `accumulate` is a power of two. Only running statistics of batch norm are others: the passes of one rank move
    them one after the other, and ranks take the mean of where theirs have moved. Every rank makes the same calls. mpt
-   opens no connection: examples/mpi.h is `sum` over MPI. */
+   opens no connection: examples/mpi.h is `sum` over MPI, examples/nccl.cuh over NCCL. */
 typedef struct mpt_ranks {
     int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
     /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,

@@ -2200,8 +2200,8 @@ static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, doub
    d are exact where they span at most 13 binades, the sums of their squares off by at most 8 2^-24. Such a sum is at
    most 18 times that of (x - mean)^2 over the eight, as d^2 <= 2 (x - mean)^2 + 2 (first - mean)^2. The sum of d, off
    by at most 7 2^-24 of that of |d|, counts 2 |first - mean| times, which is as much again: a variance is off by at
-   most 300 2^-24 of itself, if all roundings go one way. |d| over 2^62 overflows. fp32 values, whose differences are
-   not exact, come one by one. */
+   most 300 2^-24 of itself, if all roundings go one way. |d| over 2^62 overflows. That is little beside the rounding of
+   16-bit values; fp32 ones, whose statistics are right to 4 roundings, come one by one. */
 static __device__ __forceinline__ void mptc__moments_join(double *a, double *b, double first, unsigned n, float sum,
                                                           float square) {
     if (n == 1) {
@@ -2214,7 +2214,7 @@ static __device__ __forceinline__ void mptc__moments_join(double *a, double *b, 
     *b += (double)square + first * (total + relative);
 }
 
-/* Values that go in fp32 first */
+/* Values whose moments go in fp32 first */
 static __device__ __forceinline__ unsigned mptc__norm_few(mpt_dtype type) { return type == MPT_F32 ? 1 : MPTC__PACK; }
 
 struct mptc__moment_terms { /* x - shift and its square */
@@ -2260,8 +2260,8 @@ struct mptc__moment_terms { /* x - shift and its square */
     }
 };
 
-/* dy, behind the slope of a ReLU if there is one, and dy xhat. Eight of 16 bits are added in fp32 first: off by at most
-   7 2^-24 of the sum of magnitudes, and a product by its rounding besides. */
+/* dy, behind the slope of a ReLU if there is one, and dy xhat. Eight are added in fp32 first, of any type: off by at
+   most 7 2^-24 of the sum of magnitudes, and a product by its rounding besides. */
 struct mptc__gradient_terms {
     enum { SUMS = 2, LOADS = 2 };
     typedef double real;
@@ -2269,7 +2269,7 @@ struct mptc__gradient_terms {
     mpt_norm_op running; /* statistics that are averaged besides, where stats is given */
     int means;           /* 1: a column is a set, whose means dx needs */
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
-        const unsigned few = op.y.type == MPT_F32 ? 1 : mptc__norm_few(op.x.type), by = blockDim.y;
+        const unsigned by = blockDim.y;
         const float least = mptc__norm_least(op.saved.type);
         float x[MPTC__PACK], dy[MPTC__PACK], sum[MPTC__PACK] = {0}, product[MPTC__PACK] = {0};
         unsigned next = 0, count = 0;
@@ -2297,15 +2297,10 @@ struct mptc__gradient_terms {
                     const float y = mptc__normal_of(x[e], normal.mean[e], normal.scale[e], normal.shift[e]);
                     const float xhat = (x[e] - normal.mean[e]) * normal.inverse[e];
                     if (op.act) dy[e] = mptc__norm_slope(y, least, dy[e]);
-                    if (few == 1) {
-                        acc[0][e] += (double)dy[e];
-                        acc[1][e] += (double)dy[e] * (double)xhat;
-                    } else {
-                        sum[e] += dy[e];
-                        product[e] += dy[e] * xhat;
-                    }
+                    sum[e] += dy[e];
+                    product[e] += dy[e] * xhat;
                 }
-                if (few > 1 && ++count % MPTC__PACK == 0) join(acc, sum, product);
+                if (++count % MPTC__PACK == 0) join(acc, sum, product);
             }
         }
         join(acc, sum, product);
@@ -2453,7 +2448,6 @@ static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
         const size_t set = first + threadIdx.y;
         const float mean = set < sets ? op.stats[set] : 0;
         const float inverse = set < sets ? mpt__norm_inverse(op.stats[sets + set], op.shape.eps) : 0;
-        const bool exact = op.y.type == MPT_F32 || mptc__norm_few(op.x.type) == 1;
         float x[MPTC__PACK], dy[MPTC__PACK], gamma[MPTC__PACK];
         double a = 0, b = 0;
         mptc__run run;
@@ -2461,14 +2455,9 @@ static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
             float sum = 0, sum_xhat = 0; /* see mptc__gradient_terms */
             mptc__norm_run_load(&op, run, mean, inverse, x, dy, gamma);
             MPTC__EACH(e) {
-                const float xhat = (x[e] - mean) * inverse, product = gamma[e] * dy[e];
-                if (exact) {
-                    a += (double)gamma[e] * (double)dy[e];
-                    b += (double)gamma[e] * (double)dy[e] * (double)xhat;
-                } else {
-                    sum += product;
-                    sum_xhat += product * xhat;
-                }
+                const float product = gamma[e] * dy[e];
+                sum += product;
+                sum_xhat += product * ((x[e] - mean) * inverse);
             }
             a += (double)sum;
             b += (double)sum_xhat;
