@@ -77,6 +77,7 @@ static int graph(fuzz_bytes *b, mpt_model *net) {
     static int (*const others[])(mpt_model *, int, const mpt_loss_desc *) = {mpt_mse, mpt_bce_with_logits, mpt_l1,
                                                                              mpt_huber};
     int ids[LAYERS + 1], count = 0, loss;
+    mpt_loss_desc desc = MPT_ZERO;
     const int layers = (int)fuzz_take(b, LAYERS), H = number(b, 9), W = number(b, 9), C = number(b, 6);
     ids[count++] = mpt_input(net, H, W, C);
     while (count <= layers) {
@@ -85,9 +86,12 @@ static int graph(fuzz_bytes *b, mpt_model *net) {
         count++;
     }
     loss = (int)fuzz_take(b, 8);
-    if (loss < 4) others[loss](net, ids[count - 1], NULL);
-    else if (loss < 7) mpt_softmax_cross_entropy(net, ids[count - 1], NULL);
-    return loss >= 4;
+    desc.per_position = fuzz_take(b, 3) == 0;
+    desc.weighted = fuzz_take(b, 3) == 0;
+    desc.probabilities = loss >= 4 && fuzz_take(b, 3) == 0;
+    if (loss < 4) others[loss](net, ids[count - 1], &desc);
+    else if (loss < 7) mpt_softmax_cross_entropy(net, ids[count - 1], &desc);
+    return loss >= 4 && !desc.probabilities;
 }
 
 static mpt_train_desc take_train(fuzz_bytes *b) {
@@ -116,7 +120,7 @@ static void step(fuzz_bytes *b, mpt_context *ctx, mpt_model *net, int classes) {
     size_t inputs, i;
     mpt_result r;
     int refused;
-    float *x, *target, *before, *after;
+    float *x, *target, *weights, *before, *after;
     CHECK_OK(ctx, mpt_model_node(net, 1, &in));
     inputs = (size_t)in.H * (size_t)in.W * (size_t)in.C;
     if (samples > MOST_INPUTS || inputs > MOST_INPUTS || outputs > MOST_INPUTS || count > MOST_INPUTS) return;
@@ -127,9 +131,13 @@ static void step(fuzz_bytes *b, mpt_context *ctx, mpt_model *net, int classes) {
     for (i = 0; i < samples * outputs; i++) {
         const int32_t label = number(b, (int)(outputs < 100 ? outputs : 100)) - 1;
         if (!classes) target[i] = value(b);
-        else if (i < samples) memcpy(&target[i], &label, sizeof label);
+        else memcpy(&target[i], &label, sizeof label);
     }
     if (count) CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, before));
+    weights = (float *)test_memory(samples * sizeof *weights);
+    for (i = 0; i < samples; i++) weights[i] = value(b) + 2;
+    r = mpt_sample_weights(net, weights);
+    CHECK(r == MPT_OK || r == MPT_ERROR_ORDER);
     r = mpt_train_step(net, x, target);
     CHECK(r == MPT_OK || *mpt_why(ctx));
     refused = r == MPT_ERROR_VALUE || r == MPT_ERROR_ORDER; /* which it is without a loss or weights */
@@ -137,7 +145,7 @@ static void step(fuzz_bytes *b, mpt_context *ctx, mpt_model *net, int classes) {
     if (count) CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, after));
     if (r != MPT_OK || mpt_steps_applied(net) == 0) CHECK(memcmp(before, after, count * sizeof *before) == 0);
     CHECK(mpt_steps_applied(net) + mpt_steps_skipped(net) == !refused);
-    free(x), free(target), free(before), free(after);
+    free(x), free(target), free(weights), free(before), free(after);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
