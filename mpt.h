@@ -160,6 +160,12 @@
        image = mpt_linear(net, mpt_conv2d(net, image, 4, 3, NULL), 16, NULL);
        int h = mpt_relu(net, mpt_concat(net, image, extra));
 
+   mpt_multiply scales channels (squeeze-and-excite), mpt_upsample leads back to an image's size:
+
+         int s = mpt_global_avg_pool2d(net, h);                   one pixel of C channels
+         s = mpt_sigmoid(net, mpt_linear(net, s, C, NULL));
+         h = mpt_multiply(net, h, s);
+
    A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
    readable, the input's too; mpt_name gives it a name, mpt_find finds it by that.
 

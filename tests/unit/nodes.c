@@ -385,6 +385,32 @@ static void test_leaky_errors(mpt_context *ctx) {
     }
 }
 
+/* A checkpoint of a model with another slope, slice or scale is refused, naming what differs. */
+static void test_settings(mpt_context *ctx) {
+    static const char *const words[] = {"", "negative_slope", "first", "upsample1"};
+    size_t size = 0;
+    void *file = NULL;
+    int change;
+    for (change = 0; change < 4; change++) {
+        mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
+        int h = mpt_conv2d(net, mpt_input(net, 2, 2, 4), 4, 1, NULL), a, b;
+        a = mpt_leaky_relu(net, h, change == 1 ? 0.3f : 0.2f);
+        b = mpt_slice(net, a, change == 2, 3);
+        h = mpt_multiply(net, b, mpt_slice(net, h, 0, 3));
+        h = mpt_global_avg_pool2d(net, mpt_upsample(net, h, change == 3 ? 3 : 2));
+        mpt_softmax_cross_entropy(net, h, NULL);
+        CHECK_OK(ctx, mpt_model_build(net, NULL));
+        if (!change) {
+            CHECK_OK(ctx, mpt_checkpoint_save_memory(net, NULL, 0, &size));
+            file = test_memory(size);
+            CHECK_OK(ctx, mpt_checkpoint_save_memory(net, file, size, &size));
+            CHECK_OK(ctx, mpt_checkpoint_load_memory(net, file, size));
+        } else CHECK_ERROR(ctx, mpt_checkpoint_load_memory(net, file, size), MPT_ERROR_VALUE, words[change]);
+        mpt_model_free(net);
+    }
+    free(file);
+}
+
 /* Squeeze-and-excite, whose factors are of one pixel; or of all; or the value itself, squared. */
 static void test_multiply(mpt_context *ctx, int kind) {
     graph g = graph_new(ctx);
@@ -601,6 +627,7 @@ int main(int argc, char **argv) {
     for (kind = 0; kind < 4; kind++) RUN_TEST(test_leaky_slope(ctx, (float)(kind * kind) * 0.01f)); /* 0, 0.01... */
     RUN_TEST(test_leaky_slope(ctx, 2));
     RUN_TEST(test_leaky_errors(ctx));
+    RUN_TEST(test_settings(ctx));
     RUN_TEST(test_plain_norm_op(ctx));
     RUN_TEST(test_plain_norm_op(reference));
     for (kind = 0; kind < 3; kind++) RUN_TEST(test_plain_norms(ctx, kind));
