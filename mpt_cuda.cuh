@@ -451,8 +451,10 @@ static mpt_result mptc__slots_grow(mpt_context *ctx, mptc__slot *slots, size_t b
     mptc__graphs_drop(device);
     for (int i = 0; i < MPTC__SLOTS; i++) {
         mptc__slot *slot = &slots[i];
-        cudaFreeHost(slot->host), cudaFree(slot->device);
-        slot->bytes = 0, slot->host = slot->device = NULL;
+        cudaFreeHost(slot->host);
+        cudaFree(slot->device);
+        slot->bytes = 0;
+        slot->host = slot->device = NULL;
         slot->host = (char *)mptc__malloc(ctx, wanted, 1);
         if (slots == device->feeds) slot->device = (char *)mptc__malloc(ctx, wanted, 0);
         if (!slot->host || (slots == device->feeds && !slot->device)) return MPT_ERROR_NO_MEMORY;
@@ -517,7 +519,9 @@ static mpt_result mptc__feed(mpt_context *ctx, mpt_feed_op *op) {
         if (op->first < op->floats) return MPT_OK;
         MPTC__CUDA(cudaMemcpyAsync(at, slot->host, some, cudaMemcpyHostToDevice, device->stream));
         MPTC__CUDA(cudaEventRecord(slot->copied, device->stream));
-        from += some, at += some, bytes -= some;
+        from += some;
+        at += some;
+        bytes -= some;
     }
     return MPT_OK;
 }
@@ -637,7 +641,8 @@ static __device__ __forceinline__ void mptc__load_words(const uint16_t *p, unsig
     }
 #pragma unroll
     for (unsigned w = 0; w < MPTC__WORDS; w++) {
-        const uint32_t low = 2 * w < n ? p[2 * w] : 0, high = 2 * w + 1 < n ? p[2 * w + 1] : 0;
+        const uint32_t low = 2 * w < n ? p[2 * w] : 0;
+        const uint32_t high = 2 * w + 1 < n ? p[2 * w + 1] : 0;
         words[w] = low | high << 16;
     }
 }
@@ -721,8 +726,14 @@ static __device__ __forceinline__ void mptc__narrow_words(const float *x, mpt_dt
 static __device__ __forceinline__ void mptc__load(mpt_array a, size_t i, unsigned n, float *x) {
     if (a.type == MPT_F32 && mptc__whole((const float *)a.data + i, n)) {
         const float4 *p = (const float4 *)((const float *)a.data + i), low = p[0], high = p[1];
-        x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-        x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+        x[0] = low.x;
+        x[1] = low.y;
+        x[2] = low.z;
+        x[3] = low.w;
+        x[4] = high.x;
+        x[5] = high.y;
+        x[6] = high.z;
+        x[7] = high.w;
     } else if (a.type == MPT_F16 || a.type == MPT_BF16) {
         uint32_t words[MPTC__WORDS];
         mptc__load_words((const uint16_t *)a.data + i, n, words);
@@ -782,7 +793,8 @@ static __device__ __forceinline__ size_t mptc__thread() { return (size_t)blockId
 static __device__ __forceinline__ size_t mptc__stride() { return (size_t)gridDim.x * blockDim.x; }
 
 static __device__ __forceinline__ unsigned mptc__left(size_t n, size_t i) {
-    return n - i < MPTC__PACK ? (unsigned)(n - i) : (unsigned)MPTC__PACK;
+    if (n - i < MPTC__PACK) return (unsigned)(n - i);
+    return (unsigned)MPTC__PACK;
 }
 
 /* Division of x < 2^31 by a number that is the same for all threads: a multiplication and a shift. */
@@ -831,19 +843,23 @@ static __device__ uint32_t mptc__cast_bits(mpt_rounding r, mpt_dtype type, size_
 static __device__ __forceinline__ float mptc__relu_slope(float saved, float dy) { return saved <= 0 ? 0.0f : dy; }
 
 static __device__ __forceinline__ float mptc__activate(mpt_activation act, float x) {
-    return act == MPT_RELU ? mptc__relu_slope(x, x) : mpt__activate(act, x);
+    if (act == MPT_RELU) return mptc__relu_slope(x, x);
+    return mpt__activate(act, x);
 }
 
 static __device__ __forceinline__ float mptc__activate_backward(mpt_activation act, float saved, float dy) {
-    return act == MPT_RELU ? mptc__relu_slope(saved, dy) : mpt__activate_backward(act, saved, dy);
+    if (act == MPT_RELU) return mptc__relu_slope(saved, dy);
+    return mpt__activate_backward(act, saved, dy);
 }
 
 static __device__ __forceinline__ float mptc__map_activate(const mpt_map_op *op, float x) {
-    return op->act == MPT_RELU ? mptc__relu_slope(x, x) : mpt__map_activate(op, x);
+    if (op->act == MPT_RELU) return mptc__relu_slope(x, x);
+    return mpt__map_activate(op, x);
 }
 
 static __device__ __forceinline__ float mptc__map_activate_backward(const mpt_map_op *op, float saved, float dy) {
-    return op->act == MPT_RELU ? mptc__relu_slope(saved, dy) : mpt__map_activate_backward(op, saved, dy);
+    if (op->act == MPT_RELU) return mptc__relu_slope(saved, dy);
+    return mpt__map_activate_backward(op, saved, dy);
 }
 
 /* out(n) from a(n), b(n): see mpt_map_op; and clear(words) = 0. A thread takes a pack at a time. Only of its own copies
@@ -972,8 +988,10 @@ static mpt_result mptc__finish(mpt_context *ctx, const mpt_gemm_op *op, mpt_arra
 
 static mpt_result mptc__columns_copy(mpt_context *ctx, const mpt_columns_op *op) {
     mpt_gemm_op to = MPT_ZERO;
-    to.m = op->rows, to.n = op->C;
-    to.c = op->y, to.ldc = op->y_stride;
+    to.m = op->rows;
+    to.n = op->C;
+    to.c = op->y;
+    to.ldc = op->y_stride;
     MPTC__TRY(mptc__enter(ctx));
     return mptc__finish(ctx, &to, op->x, op->x_stride, op->beta);
 }
@@ -1035,7 +1053,8 @@ template <unsigned SUMS> static __device__ void mptc__columns_fold(const mptc__c
         sums[thread] = sum;
         __syncthreads();
         total[s] = 0;
-        for (unsigned i = thread; i < MPTC__THREADS && thread < width; i += width) total[s] += sums[i];
+        if (thread < width)
+            for (unsigned i = thread; i < MPTC__THREADS; i += width) total[s] += sums[i];
         __syncthreads();
     }
 }
@@ -1064,7 +1083,8 @@ template <typename terms> static __global__ void mptc__columns_k(mptc__columns w
         }
         __syncthreads();
         total[s] = 0;
-        for (unsigned warp = 0; warp < MPTC__WARPS && mine; warp++) total[s] += (double)sums[warp][thread];
+        if (mine)
+            for (unsigned warp = 0; warp < MPTC__WARPS; warp++) total[s] += (double)sums[warp][thread];
         __syncthreads();
     }
     if (all > 1 || !w.tickets) {
@@ -1095,7 +1115,10 @@ static __device__ double mptc__fold(const mptc__columns *w, size_t plane, size_t
 template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, mptc__columns *w, const terms &t) {
     mptc__block *scratch = &mptc__of(ctx)->scratch;
     dim3 block(1, MPTC__THREADS);
-    while (block.x < MPTC__SUM_ACROSS && block.x * MPTC__PACK < w->C) block.x *= 2, block.y /= 2;
+    while (block.x < MPTC__SUM_ACROSS && block.x * MPTC__PACK < w->C) {
+        block.x *= 2;
+        block.y /= 2;
+    }
     w->tiles = mptc__divide_up(w->C, block.x * MPTC__PACK);
     w->chunks = mptc__divide_up(w->planes, terms::SUMS);
     const size_t fit = MPTC__SUM_BLOCKS / (w->tiles * w->chunks * w->samples);
@@ -1153,7 +1176,8 @@ static mpt_result mptc__sums_run(mpt_context *ctx, const mptc__sums *s) {
     mptc__columns w = MPT_ZERO;
     mptc__plain_terms terms;
     w.samples = w.planes = 1;
-    w.rows = s->rows, w.C = terms.C = s->C;
+    w.rows = s->rows;
+    w.C = terms.C = s->C;
     w.out = s->db;
     w.beta = s->beta;
     w.tickets = mptc__of(ctx)->tickets;
@@ -1182,11 +1206,19 @@ static mpt_result mptc__sums_end(mpt_context *ctx, mpt_result result) {
    c = op(a) op(b) is asked for as c^T = op(b)^T op(a)^T: the operands change places and nothing moves. */
 
 static cudaDataType mptc__data_type(mpt_dtype type) {
-    return type == MPT_F32 ? CUDA_R_32F : type == MPT_F16 ? CUDA_R_16F : CUDA_R_16BF;
+    if (type == MPT_F32) return CUDA_R_32F;
+    if (type == MPT_F16) return CUDA_R_16F;
+    return CUDA_R_16BF;
+}
+
+static cublasOperation_t mptc__operation(int transposed) {
+    if (transposed) return CUBLAS_OP_T;
+    return CUBLAS_OP_N;
 }
 
 static mpt_array mptc__at(mpt_array a, size_t i) {
-    return a.data ? mpt_typed_array((char *)a.data + i * mpt_dtype_size(a.type), a.type) : a;
+    if (a.data) return mpt_typed_array((char *)a.data + i * mpt_dtype_size(a.type), a.type);
+    return a;
 }
 
 /* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once. */
@@ -1203,15 +1235,16 @@ static mpt_result mptc__need_ints(mpt_context *ctx, const mpt_gemm_op *op) {
 }
 
 static cublasComputeType_t mptc__compute(mpt_context *ctx, const mpt_gemm_op *op) {
-    return op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    if (op->a.type == MPT_F32 && mptc__of(ctx)->desc.tf32) return CUBLAS_COMPUTE_32F_FAST_TF32;
+    return CUBLAS_COMPUTE_32F;
 }
 
 /* c(m,n) = alpha op(a)(m,k) op(b)(k,n) + beta c by cuBLAS; a and b of one type, c of that or fp32 */
 static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta) {
     const cudaDataType type = mptc__data_type(op->a.type);
-    const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const cublasOperation_t b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const int lda = op->lda ? (int)op->lda : 1, ldb = op->ldb ? (int)op->ldb : 1;
+    const cublasOperation_t a_op = mptc__operation(op->trans_a), b_op = mptc__operation(op->trans_b);
+    const int lda = op->lda ? (int)op->lda : 1;
+    const int ldb = op->ldb ? (int)op->ldb : 1;
     MPTC__TRY(mptc__need_ints(ctx, op));
     if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUBLAS(cublasGemmEx(mptc__of(ctx)->cublas, b_op, a_op, (int)op->n, (int)op->m, (int)op->k, &op->alpha,
@@ -1247,7 +1280,9 @@ static int mptc__epilogue(const mpt_gemm_op *op, int more) {
     const int types = op->a.type == op->b.type && (op->c.type == op->a.type || op->c.type == MPT_F32);
     const int bias = !op->bias.data || (op->bias.type == op->c.type && (uintptr_t)op->bias.data % 16 == 0);
     if (!types || !bias || !op->m || !op->n || !op->k || op->act > MPT_RELU) return 0;
-    return (op->bias.data ? CUBLASLT_EPILOGUE_BIAS : 0) | (op->act ? CUBLASLT_EPILOGUE_RELU : 0) | more;
+    if (op->bias.data) more |= CUBLASLT_EPILOGUE_BIAS;
+    if (op->act) more |= CUBLASLT_EPILOGUE_RELU;
+    return more;
 }
 
 static cublasLtMatmulPreferenceOpaque_t mptc__preference(const mptc__device *device, const int *key) {
@@ -1302,13 +1337,20 @@ static int mptc__better_apart(const mptc__device *device, const int *key, int32_
     return found && alone.wavesCount > 2 * waves;
 }
 
+/* A row-major matrix (rows, columns), or its transpose, as cuBLASLt sees it: stored by columns */
+static void mptc__layout(cublasLtMatrixLayoutOpaque_t *layout, cudaDataType type, int transposed, size_t rows,
+                         size_t columns, size_t ld) {
+    if (transposed) cublasLtMatrixLayoutInit(layout, type, rows, columns, (int64_t)ld);
+    else cublasLtMatrixLayoutInit(layout, type, columns, rows, (int64_t)ld);
+}
+
 /* Can cuBLASLt do this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by shape.
    vector: the bias or where the column sums go; heuristics refuse an epilogue that reads or writes none. */
 static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, const void *vector, mptc__fusion *f) {
     mptc__device *device = mptc__of(ctx);
     const cublasComputeType_t compute = mptc__compute(ctx, op);
     const cudaDataType type = mptc__data_type(op->a.type), c_type = mptc__data_type(op->c.type);
-    const int32_t a_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N, b_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const int32_t a_op = mptc__operation(op->trans_b), b_op = mptc__operation(op->trans_a);
     const int key[MPTC__PLAN_KEY] = {
         mptc__row_align(op->b, op->ldb), mptc__row_align(op->a, op->lda), mptc__row_align(op->c, op->ldc),
         (int)op->m, (int)op->n, (int)op->k, (int)op->lda, (int)op->ldb, (int)op->ldc, a_op, b_op, (int)type,
@@ -1319,9 +1361,9 @@ static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, co
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_TRANSB, &b_op, sizeof b_op);
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
     cublasLtMatmulDescSetAttribute(&f->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector, sizeof vector);
-    cublasLtMatrixLayoutInit(&f->a, type, op->trans_b ? op->k : op->n, op->trans_b ? op->n : op->k, (int64_t)op->ldb);
-    cublasLtMatrixLayoutInit(&f->b, type, op->trans_a ? op->m : op->k, op->trans_a ? op->k : op->m, (int64_t)op->lda);
-    cublasLtMatrixLayoutInit(&f->c, c_type, op->n, op->m, (int64_t)op->ldc);
+    mptc__layout(&f->a, type, op->trans_b, op->k, op->n, op->ldb);
+    mptc__layout(&f->b, type, op->trans_a, op->m, op->k, op->lda);
+    mptc__layout(&f->c, c_type, 0, op->m, op->n, op->ldc);
     mptc__plan *plan = mptc__plan_of(device, key);
     if (memcmp(plan->key, key, sizeof key)) {
         cublasLtMatmulHeuristicResult_t found;
@@ -1360,14 +1402,16 @@ static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, mp
     const float beta = s->beta;
     mpt_gemm_op to = MPT_ZERO;
     MPTC__TRY(mptc__grow(ctx, &device->sums, s->C * sizeof(float)));
-    to.m = 1, to.n = to.ldc = s->C;
+    to.m = 1;
+    to.n = to.ldc = s->C;
     to.c = s->db;
     s->dy = mptc__at(s->dy, op->k * s->C);
     s->rows -= op->k;
     s->beta = 1;
     device->held.bias = s->rows > 0;
     MPTC__TRY(mptc__fusion_run(ctx, op, beta != 0 ? (void *)device->sums.at : s->db.data, f));
-    return beta != 0 ? mptc__finish(ctx, &to, mpt_typed_array(device->sums.at, MPT_F32), s->C, beta) : MPT_OK;
+    if (beta != 0) return mptc__finish(ctx, &to, mpt_typed_array(device->sums.at, MPT_F32), s->C, beta);
+    return MPT_OK;
 }
 
 /* -- Products of few terms, as the gradient of a classifier's input: dy(m,classes) w(classes,n) --
@@ -1441,7 +1485,8 @@ static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op) {
 
 /* Elements that a matrix spans in memory. */
 static size_t mptc__span(size_t rows, size_t columns, size_t ld) {
-    return rows && columns ? (rows - 1) * ld + columns : 0;
+    if (rows && columns) return (rows - 1) * ld + columns;
+    return 0;
 }
 
 /* Operands of different types are both cast to fp32 first. */
@@ -1727,23 +1772,42 @@ static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
     const size_t outputs = z->N * op->P * op->Q, patch = z->R * z->S * z->C;
     const size_t x_row = z->C * z->groups, y_row = z->K * z->groups;
     mpt_gemm_op g = MPT_ZERO;
-    g.alpha = 1, g.beta = op->beta;
+    g.alpha = 1;
+    g.beta = op->beta;
     g.act = op->act;
     if (op->pass == MPT_FORWARD) {
         g.trans_b = 1;
         g.bias = op->bias;
-        g.m = outputs, g.n = z->K, g.k = patch;
-        g.a = op->x, g.b = op->w, g.c = op->y;
-        g.lda = x_row, g.ldb = patch, g.ldc = y_row;
+        g.m = outputs;
+        g.n = z->K;
+        g.k = patch;
+        g.a = op->x;
+        g.b = op->w;
+        g.c = op->y;
+        g.lda = x_row;
+        g.ldb = patch;
+        g.ldc = y_row;
     } else if (op->pass == MPT_BACKWARD_DATA) {
-        g.m = z->N * z->H * z->W, g.n = z->C, g.k = z->R * z->S * z->K;
-        g.a = op->y, g.b = op->w, g.c = op->x;
-        g.lda = y_row, g.ldb = z->C, g.ldc = x_row;
+        g.m = z->N * z->H * z->W;
+        g.n = z->C;
+        g.k = z->R * z->S * z->K;
+        g.a = op->y;
+        g.b = op->w;
+        g.c = op->x;
+        g.lda = y_row;
+        g.ldb = z->C;
+        g.ldc = x_row;
     } else {
         g.trans_a = 1;
-        g.m = z->K, g.n = patch, g.k = outputs;
-        g.a = op->y, g.b = op->x, g.c = op->w;
-        g.lda = y_row, g.ldb = x_row, g.ldc = patch;
+        g.m = z->K;
+        g.n = patch;
+        g.k = outputs;
+        g.a = op->y;
+        g.b = op->x;
+        g.c = op->w;
+        g.lda = y_row;
+        g.ldb = x_row;
+        g.ldc = patch;
         if (z->groups == 1) g.a_sums = op->bias;
     }
     return g;
@@ -1781,7 +1845,8 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
         MPTC__TRY(mptc__gather_rows(ctx, op, all->b, row, g.k, ld, at));
         MPTC__TRY(mptc__product(ctx, &g));
     }
-    return sums ? mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta) : MPT_OK;
+    if (sums) return mptc__finish(ctx, all, mpt_f32_array(sums), all->n, all->beta);
+    return MPT_OK;
 }
 
 /* dx(rows,C) = the sums of those of columns(outputs, R S C) that the taps made for these rows, + beta dx. A thread
@@ -1852,19 +1917,24 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     if (mpt__conv2d_is_product(z)) return mptc__gemm(ctx, &g); /* nothing to gather */
 
     /* the matrix is gathered from x or dy, whose type the other operand must share */
-    const size_t a_rows = for_weights || for_data ? outputs : inputs, a_columns = for_weights || for_data ? z->K : z->C;
-    const size_t a_count = mptc__span(a_rows, a_columns, g.lda);
-    const size_t b_count = for_weights ? mptc__span(inputs, z->C, g.ldb) : weights;
+    size_t a_count = mptc__span(outputs, z->K, g.lda), b_count = weights;
+    if (op->pass == MPT_FORWARD) a_count = mptc__span(inputs, z->C, g.lda);
+    if (for_weights) b_count = mptc__span(inputs, z->C, g.ldb);
     if (g.a_sums.data) mptc__sums_wait(ctx, g.k, g.m, g.a, g.beta, g.a_sums);
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
     if (for_data && (z->stride_h > 1 || z->stride_w > 1)) return mptc__conv2d_columns(ctx, op, &g);
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
     const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
-    const size_t others = for_data ? weights * size : for_weights && g.c.type != MPT_F32 ? weights * 4 : 0;
+    size_t others = 0;
+    if (for_data) others = weights * size;
+    if (for_weights && g.c.type != MPT_F32) others = weights * sizeof(float);
     const size_t fixed = mptc__round_up(others, mptc__align);
     size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, ld * size, fixed);
     mpt_gemm_op part = g;
-    part.a.data = NULL, part.lda = ld, part.m = slice; /* scratch, as aligned as NULL is */
+    /* scratch, as aligned as NULL is */
+    part.a.data = NULL;
+    part.lda = ld;
+    part.m = slice;
     if (!for_weights && mptc__needs_sums(&g) && !mptc__fuses(ctx, &part, mptc__epilogue(&part, 0), g.bias.data, &f))
         slice = mptc__slice_rows(device, slice, g.n * sizeof(float), 0);
     MPTC__TRY(mptc__grow(ctx, &device->scratch, fixed + slice * ld * size));
@@ -1884,8 +1954,7 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
 static mpt_result mptc__multiply_groups(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta,
                                         size_t groups, const size_t *apart) {
     const cudaDataType type = mptc__data_type(op->a.type);
-    const cublasOperation_t a_op = op->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const cublasOperation_t b_op = op->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t a_op = mptc__operation(op->trans_a), b_op = mptc__operation(op->trans_b);
     MPTC__TRY(mptc__need_ints(ctx, op));
     if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return MPT_OK;
     MPTC__CUBLAS(cublasGemmStridedBatchedEx(
@@ -1911,6 +1980,8 @@ static mpt_result mptc__groups_rows(mpt_context *ctx, const mptc__groups *w) {
     const mpt_gemm_op *all = &w->product;
     const size_t columns = all->n * w->op->shape.groups;
     const int sums = mptc__needs_sums(all);
+    const size_t ldc = sums ? columns : all->ldc;
+    const float beta = sums ? 0 : all->beta;
     mpt_gemm_op g = *all;
     if (w->gathers) {
         g.a.data = w->at;
@@ -1926,8 +1997,7 @@ static mpt_result mptc__groups_rows(mpt_context *ctx, const mptc__groups *w) {
         if (w->gathers) MPTC__TRY(mptc__gather_rows(ctx, w->op, all->a, row, g.m, w->ld, w->at));
         else g.a = mptc__at(all->a, row * all->lda);
         if (sums) c = mpt_typed_array(device->sums.at, MPT_F32);
-        MPTC__TRY(mptc__multiply_groups(ctx, &g, c, sums ? columns : all->ldc, sums ? 0 : all->beta,
-                                        w->op->shape.groups, w->apart));
+        MPTC__TRY(mptc__multiply_groups(ctx, &g, c, ldc, beta, w->op->shape.groups, w->apart));
         if (sums) MPTC__TRY(mptc__finish(ctx, &to, c, columns, all->beta));
         else if (all->bias.data || all->act) MPTC__TRY(mptc__finish(ctx, &to, c, all->ldc, 0));
     }
@@ -1956,7 +2026,8 @@ static mpt_result mptc__groups_weights(mpt_context *ctx, const mptc__groups *w) 
         else g.b = mptc__at(all->b, row * all->ldb);
         MPTC__TRY(mptc__multiply_groups(ctx, &g, g.c, g.ldc, g.beta, groups, w->apart));
     }
-    return all->c.type == MPT_F32 ? MPT_OK : mptc__finish(ctx, &to, g.c, all->n, all->beta);
+    if (all->c.type == MPT_F32) return MPT_OK;
+    return mptc__finish(ctx, &to, g.c, all->n, all->beta);
 }
 
 static mpt_result mptc__conv2d_groups(mpt_context *ctx, const mpt_conv2d_op *op) {
@@ -1974,18 +2045,31 @@ static mpt_result mptc__conv2d_groups(mpt_context *ctx, const mpt_conv2d_op *op)
         g->m *= for_weights ? groups : 1; /* gradients of weights are beta times the old ones */
         return g->m && g->n ? mptc__gemm(ctx, g) : MPT_OK;
     }
-    MPTC__TRY(mptc__one_type(ctx, &g->a, for_weights || for_data ? y_count : x_count, &g->b,
-                             for_weights ? x_count : weights));
+    const size_t a_count = op->pass == MPT_FORWARD ? x_count : y_count;
+    const size_t b_count = for_weights ? x_count : weights;
+    MPTC__TRY(mptc__one_type(ctx, &g->a, a_count, &g->b, b_count));
     const size_t size = mpt_dtype_size(g->a.type), columns = for_weights ? g->n : g->k;
     const size_t part = mptc__round_up(columns, 16 / size), rows = for_weights ? outputs : g->m;
     w.gathers = !mpt__conv2d_is_product(z);
     w.ld = groups * part;
-    w.apart[0] = for_weights || for_data ? z->K : z->C;
-    w.apart[1] = for_weights ? z->C : z->K * patch;
-    w.apart[2] = for_weights ? z->K * patch : for_data ? z->C : z->K;
+    if (op->pass == MPT_FORWARD) { /* y from x and w */
+        w.apart[0] = z->C;
+        w.apart[1] = z->K * patch;
+        w.apart[2] = z->K;
+    } else if (for_data) { /* dx from dy and w */
+        w.apart[0] = z->K;
+        w.apart[1] = z->K * patch;
+        w.apart[2] = z->C;
+    } else { /* dw from dy and x */
+        w.apart[0] = z->K;
+        w.apart[1] = z->C;
+        w.apart[2] = z->K * patch;
+    }
     if (w.gathers) w.apart[for_weights] = part;
     const int spread = for_data && w.gathers;
-    const size_t others = spread ? weights * size : for_weights && g->c.type != MPT_F32 ? weights * 4 : 0;
+    size_t others = 0;
+    if (spread) others = weights * size;
+    if (for_weights && g->c.type != MPT_F32) others = weights * sizeof(float);
     const size_t fixed = mptc__round_up(others, mptc__align);
     w.slice = w.gathers ? mptc__slice_rows(device, rows, w.ld * size, fixed) : rows;
     if (!for_weights && mptc__needs_sums(g))
@@ -2064,11 +2148,14 @@ static mpt_result mptc__depthwise_weights(mpt_context *ctx, const mpt_conv2d_op 
     mptc__columns w = MPT_ZERO;
     mptc__tap_terms terms;
     terms.g = mptc__gather_of(op);
-    terms.x = op->x, terms.dy = op->y;
+    terms.x = op->x;
+    terms.dy = op->y;
     terms.C = (unsigned)z->C;
     terms.taps = (unsigned)(z->R * z->S);
     w.samples = 1;
-    w.rows = z->N * op->P * op->Q, w.C = z->C, w.planes = z->R * z->S;
+    w.rows = z->N * op->P * op->Q;
+    w.C = z->C;
+    w.planes = z->R * z->S;
     w.out = op->w;
     w.beta = op->beta;
     w.tickets = mptc__of(ctx)->tickets;
@@ -2082,7 +2169,10 @@ static mpt_result mptc__depthwise(mpt_context *ctx, const mpt_conv2d_op *user) {
     mpt_conv2d_op op = *user;
     if (op.pass == MPT_BACKWARD_WEIGHT) return mptc__depthwise_weights(ctx, user);
     if (!rows) return MPT_OK;
-    if (op.pass == MPT_BACKWARD_DATA) op.x = user->y, op.y = user->x;
+    if (op.pass == MPT_BACKWARD_DATA) {
+        op.x = user->y;
+        op.y = user->x;
+    }
     MPTC__TRY(mptc__grow(ctx, &device->scratch, z->R * z->S * z->C * mpt_dtype_size(op.w.type)));
     op.w.data = device->scratch.at;
     MPTC__TRY(mptc__filters(ctx, 1, z->C, z->R * z->S, 1, user->w, op.w.data));
@@ -2130,7 +2220,10 @@ static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, siz
 #pragma unroll
     for (unsigned e = 0; e < MPTC__PACK; e++, left--) {
         const bool next = left == 0 && e < n;
-        if (next) set++, left = each;
+        if (next) {
+            set++;
+            left = each;
+        }
         mean[e] = e == 0 || next ? op->stats[set] : mean[e - 1];
         inverse[e] = e == 0 || next ? mpt__norm_inverse(op->stats[sets + set], op->shape.eps) : inverse[e - 1];
     }
@@ -2165,10 +2258,12 @@ static __device__ __forceinline__ float mptc__normal_of(float x, float mean, flo
    `least`, half of the smallest number of y's type. To compute that anew costs no bytes; to read y would. */
 static __device__ __forceinline__ float mptc__norm_least(mpt_dtype type) {
     if (type == MPT_F16) return mpt__float(0x33000000u);               /* 2^-25 */
-    return type == MPT_BF16 ? mpt__float(0x00008000u) /* 2^-134 */ : 0;
+    if (type == MPT_BF16) return mpt__float(0x00008000u) /* 2^-134 */;
+    return 0;
 }
 static __device__ __forceinline__ float mptc__norm_slope(float normal, float least, float dy) {
-    return normal <= least ? 0.0f : dy;
+    if (normal <= least) return 0.0f;
+    return dy;
 }
 
 /* The first value of a set. Sums of x - shift and of its square lose nothing where the mean is far from 0. */
@@ -2238,7 +2333,10 @@ struct mptc__moment_terms { /* x - shift and its square */
                 if (row + r * by >= end) continue;
                 mptc__widen_pack(&bits[r], op.x.type, v);
                 MPTC__EACH(e) {
-                    if (!count) first[e] = v[e], sum[e] = square[e] = 0;
+                    if (!count) {
+                        first[e] = v[e];
+                        sum[e] = square[e] = 0;
+                    }
                     const float d = v[e] - first[e];
                     sum[e] += d;
                     square[e] += d * d;
@@ -2332,8 +2430,10 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
     const mpt_array none = MPT_ZERO;
     for (size_t i = mptc__thread() / MPTC__WARP; i < outputs; i += mptc__stride() / MPTC__WARP) {
         const bool set = i < sets;
-        const size_t part = set ? i / op.shape.groups * w.slices : 0, count = set ? w.slices : w.samples * w.slices;
-        const size_t c = set ? i % op.shape.groups * each : i - sets, width = set ? each : 1;
+        const size_t part = set ? i / op.shape.groups * w.slices : 0;
+        const size_t count = set ? w.slices : w.samples * w.slices;
+        const size_t c = set ? i % op.shape.groups * each : i - sets;
+        const size_t width = set ? each : 1;
         const mpt_array weight = set && op.pass == MPT_NORM_BACKWARD ? op.gamma : none;
         const double a = mptc__fold(&w, 0, part, count, c, width, weight);
         const double b = mptc__fold(&w, 1, part, count, c, width, weight);
@@ -2359,10 +2459,12 @@ static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, si
     mptc__columns w = MPT_ZERO;
     w.samples = together ? 1 : z->N;
     w.rows = together ? z->N * z->pixels : z->pixels;
-    w.C = z->C, w.planes = terms::SUMS;
+    w.C = z->C;
+    w.planes = terms::SUMS;
     if (together) w.tickets = mptc__of(ctx)->tickets;
     MPTC__TRY(mptc__columns_run(ctx, &w, t));
-    return together ? MPT_OK : MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets);
+    if (together) return MPT_OK;
+    return MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets);
 }
 
 /* -- By sets: blockDim.x threads are a team, blockDim.y teams a block -- */
@@ -2419,7 +2521,8 @@ static __global__ void mptc__norm_stats_k(mpt_norm_op op) {
             }
             mptc__moments_join(&a, &b, (double)x[0] - shift, run.n, sum, square);
         }
-        a = mptc__team_sum(a), b = mptc__team_sum(b);
+        a = mptc__team_sum(a);
+        b = mptc__team_sum(b);
         if (set < sets && threadIdx.x == 0) mptc__norm_finish(&op, set, a, b);
     }
 }
@@ -2739,8 +2842,9 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     if (!mptc__last_block(w.ticket, gridDim.x)) return;
     if (threadIdx.x == 0) unsound = 0;
     __syncthreads();
-    for (size_t i = threadIdx.x; w.update.state && i < w.update.commits; i += blockDim.x)
-        if (!mpt__finite(w.update.pending[i])) atomicAdd(&unsound, 1);
+    if (w.update.state)
+        for (size_t i = threadIdx.x; i < w.update.commits; i += blockDim.x)
+            if (!mpt__finite(w.update.pending[i])) atomicAdd(&unsound, 1);
     if (threadIdx.x < used) {
         const size_t begin = threadIdx.x * each, end = begin + each < w.chunks ? begin + each : w.chunks;
         parts[threadIdx.x] = mptc__scan_parts(w.parts, begin, end, w.n);
@@ -2794,7 +2898,8 @@ static __device__ unsigned mptc__bin(float x) {
     const uint32_t magnitude = mpt__bits(x) & 0x7fffffffu;
     if (magnitude == 0) return 0;
     if (magnitude < 0x7f800000u) return MPTC__BIN_EXPONENT + (magnitude >> 23);
-    return magnitude == 0x7f800000u ? 1 : 2;
+    if (magnitude == 0x7f800000u) return 1;
+    return 2;
 }
 
 static __global__ void mptc__histogram_k(size_t n, mpt_array x, mptc__count *bins) {
@@ -2821,7 +2926,9 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
     MPTC__TRY(MPTC__SPREAD(mptc__histogram_k, mptc__divide_up(n, MPTC__PACK), n, x,
                            (mptc__count *)(void *)device->scratch.at));
     MPTC__TRY(mptc__download(ctx, &h, device->scratch.at, sizeof h));
-    host->zero += h.zero, host->inf += h.inf, host->nan += h.nan;
+    host->zero += h.zero;
+    host->inf += h.inf;
+    host->nan += h.nan;
     for (int e = 0; e < 256; e++) host->exponent[e] += h.exponent[e];
     return MPT_OK;
 }
@@ -2838,7 +2945,10 @@ static __device__ unsigned mptc__warp_best(float *largest, unsigned best) {
     for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
         const float x = __shfl_xor_sync(0xffffffffu, *largest, width);
         const unsigned c = __shfl_xor_sync(0xffffffffu, best, width);
-        if (x > *largest || (x == *largest && c < best)) *largest = x, best = c;
+        if (x > *largest || (x == *largest && c < best)) {
+            *largest = x;
+            best = c;
+        }
     }
     return best;
 }
@@ -2849,7 +2959,10 @@ static __device__ unsigned mptc__aim_class(const mpt_loss_op *op, const mpt__aim
     float largest = aim->probabilities[0];
     unsigned best = 0;
     for (unsigned c = threadIdx.x % MPTC__WARP; c < (unsigned)op->C; c += MPTC__WARP)
-        if (aim->probabilities[c] > largest) largest = aim->probabilities[c], best = c;
+        if (aim->probabilities[c] > largest) {
+            largest = aim->probabilities[c];
+            best = c;
+        }
     return mptc__warp_best(&largest, best);
 }
 
@@ -2862,11 +2975,15 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     double sum = 0, aimed = 0, targets = 0; /* there may be a million classes */
     unsigned best = 0;
     mptc__row out = {0, 0, 0, 0};
-    for (unsigned c = lane; c < C && op->dx.data && aim.ignored; c += MPTC__WARP) mptc__put(op->dx, at + c, 0);
+    if (aim.ignored && op->dx.data)
+        for (unsigned c = lane; c < C; c += MPTC__WARP) mptc__put(op->dx, at + c, 0);
     if (aim.ignored) return out;
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
         const float x = mptc__get(op->x, at + c);
-        if (x > largest) largest = x, best = c;
+        if (x > largest) {
+            largest = x;
+            best = c;
+        }
     }
     best = mptc__warp_best(&largest, best);
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
@@ -2878,11 +2995,12 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     sum = mptc__warp_sum(sum);
     aimed = mptc__warp_sum(aimed);
     targets = op->desc.class_weights || aim.probabilities ? mptc__warp_sum(targets) : 1;
-    for (unsigned c = lane; c < C && op->dx.data; c += MPTC__WARP) {
-        const float softmax = expf(mptc__get(op->x, at + c) - largest) / (float)sum;
-        const float dx = (softmax * (float)targets - mpt__class_target(op, &aim, c)) * scale;
-        mptc__put(op->dx, at + c, aim.valid ? dx : mpt__float(0x7fc00000u));
-    }
+    if (op->dx.data)
+        for (unsigned c = lane; c < C; c += MPTC__WARP) {
+            const float softmax = expf(mptc__get(op->x, at + c) - largest) / (float)sum;
+            const float dx = (softmax * (float)targets - mpt__class_target(op, &aim, c)) * scale;
+            mptc__put(op->dx, at + c, aim.valid ? dx : mpt__float(0x7fc00000u));
+        }
     out.loss = aim.valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
     out.counts = 1;
     out.correct = aim.valid && best == mptc__aim_class(op, &aim);
@@ -2935,8 +3053,9 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, 
         mptc__row sum = {0, 0, 0, 0};
         for (size_t row = i * each; row < rows && row < (i + 1) * each; row++) {
             const float own = mpt__sample_weight(&op, row);
-            for (size_t c = threadIdx.x % MPTC__WARP; c < op.C && bias.data; c += MPTC__WARP)
-                mptc__put(op.x, row * op.C + c, mptc__get(op.x, row * op.C + c) + mptc__get(bias, c));
+            if (bias.data)
+                for (size_t c = threadIdx.x % MPTC__WARP; c < op.C; c += MPTC__WARP)
+                    mptc__put(op.x, row * op.C + c, mptc__get(op.x, row * op.C + c) + mptc__get(bias, c));
             __syncwarp();
             const mptc__row r = op.kind == MPT_LOSS_CROSS_ENTROPY ? mptc__cross_entropy_row(&op, row, scale * own)
                                                                   : mptc__elementwise_row(&op, row, scale * own);
@@ -2954,8 +3073,10 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, 
         counts += __ldcg(&sums[i].counts);
         correct += __ldcg(&sums[i].correct);
     }
-    loss = mptc__team_sum(loss), weights = mptc__team_sum(weights);
-    counts = mptc__team_sum(counts), correct = mptc__team_sum(correct);
+    loss = mptc__team_sum(loss);
+    weights = mptc__team_sum(weights);
+    counts = mptc__team_sum(counts);
+    correct = mptc__team_sum(correct);
     if (threadIdx.x) return;
     op.sum->loss += loss;
     op.sum->weight += weights;
@@ -3019,8 +3140,10 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, m
                 mptc__load(op.x, ((size_t)(at.n * H + h) * W + w) * z.C + c, some, x);
                 MPTC__EACH(e) {
                     if (op.kind == MPT_POOL_AVERAGE) sum[e] += (double)x[e];
-                    else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e])))
-                        best[e] = x[e], place[e] = (uint16_t)(r * S + s);
+                    else if (!any || x[e] > best[e] || (mpt__is_nan(x[e]) && !mpt__is_nan(best[e]))) {
+                        best[e] = x[e];
+                        place[e] = (uint16_t)(r * S + s);
+                    }
                 }
                 any = true;
             }
@@ -3199,7 +3322,8 @@ static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int 
     if (!*joins) return MPT_OK;
     held->pool = held->few = 0;
     MPTC__TRY(mptc__enter(ctx));
-    return pool ? mptc__pool_backward(ctx, &pooling, op->a, held->pooled) : mptc__few_run(ctx, &product, op->a);
+    if (pool) return mptc__pool_backward(ctx, &pooling, op->a, held->pooled);
+    return mptc__few_run(ctx, &product, op->a);
 }
 
 /* ==== RANKS ==== */
@@ -3374,7 +3498,8 @@ static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mp
     const size_t packs = mptc__divide_up(op->count, MPTC__PACK);
     MPTC__TRY(MPTC__SPREAD(mptc__update_k, packs, *op, (const mpt__rates *)(void *)device->rates.at, scaler, stuck,
                            (mptc__meter *)(void *)device->zeros, device->tickets));
-    return op->average ? MPTC__SPREAD(mptc__average_k, packs, *op) : MPT_OK;
+    if (op->average) return MPTC__SPREAD(mptc__average_k, packs, *op);
+    return MPT_OK;
 }
 
 static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
@@ -3409,7 +3534,10 @@ static int mptc__mirror(mptc__device *device, const mpt_scaler_state *scaler) {
         if (device->mirrored[i] == scaler) return i;
         if (!device->mirrored[i]) place = i;
     }
-    if (place >= 0) device->mirrored[place] = scaler, device->stuck[place] = 0;
+    if (place >= 0) {
+        device->mirrored[place] = scaler;
+        device->stuck[place] = 0;
+    }
     return place;
 }
 
@@ -3478,7 +3606,8 @@ static mpt_result mptc__held_do(mpt_context *ctx) {
     if (few) MPTC__TRY(mptc__few_run(ctx, &held->product, none));
     if (slope) MPTC__TRY(mptc__map_run(ctx, &held->sloped, NULL, 0));
     if (running) MPTC__TRY(mptc__norm_running(ctx, &held->averages));
-    return update ? mptc__update_run(ctx, &held->step, NULL, NULL) : MPT_OK;
+    if (update) return mptc__update_run(ctx, &held->step, NULL, NULL);
+    return MPT_OK;
 }
 
 /* The bytes go to the feed and stay there if the next call is their only reader. */
@@ -3615,7 +3744,8 @@ static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
     device->step.mode = MPTC__DIRECT;
     device->step.open = 0;
     *again = device->step.again;
-    return *again ? MPT_OK : result;
+    if (*again) return MPT_OK;
+    return result;
 }
 
 /* ==== TABLE ==== */
@@ -3679,7 +3809,8 @@ static void mptc__close(mpt_context *ctx) {
         mptc__slot *slot = i < MPTC__SLOTS ? &device->slots[i] : &device->feeds[i - MPTC__SLOTS];
         if (slot->copied) cudaEventDestroy(slot->copied);
         if (slot->used) cudaEventDestroy(slot->used);
-        cudaFreeHost(slot->host), cudaFree(slot->device);
+        cudaFreeHost(slot->host);
+        cudaFree(slot->device);
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
     if (device->arrived) cudaEventDestroy(device->arrived);
