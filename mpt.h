@@ -5852,7 +5852,7 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
 typedef struct mpt__depthwise { /* bands of outputs, whose halos have whole runs of channels */
     mpt_context *ctx;
     const mpt_conv2d_op *op;
-    mpt__product finish; /* its image; how y or dx is stored, or dw */
+    const mpt__product *finish; /* its image; how y or dx is stored, or dw */
 } mpt__depthwise;
 
 /* Taps at most: their filters, or sums in double, take the place of the panels. */
@@ -5863,19 +5863,19 @@ static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *b
                                      const mpt__workspace *ws) {
     mpt__kernel_slice slice = MPT_ZERO;
     mpt__halo h;
-    slice.R = d->finish.image.R;
-    slice.S = d->finish.image.S;
+    slice.R = d->finish->image.R;
+    slice.S = d->finish->image.S;
     slice.c = c;
     slice.C = mpt__min(d->op->shape.C - c, MPT__RUN);
-    h = mpt__halo_of(&d->finish.image, band, &slice, 0, MPT__RUN);
-    mpt__halo_fill(d->ctx, &d->finish.image, band, &slice, &h, ws);
+    h = mpt__halo_of(&d->finish->image, band, &slice, 0, MPT__RUN);
+    mpt__halo_fill(d->ctx, &d->finish->image, band, &slice, &h, ws);
     return h;
 }
 
 /* y or dx: the sum of an output's taps, each channel times its filter */
 MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
-    const mpt__image *image = &d->finish.image;
+    const mpt__image *image = &d->finish->image;
     const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
     const mpt__workspace ws = mpt__workspace_of(d->ctx, worker);
     float *w = ws.panels; /* (taps, RUN): channels side by side */
@@ -5899,8 +5899,8 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
                                      w + t * MPT__RUN);
                 memcpy(sums, sum, sizeof sum);
             }
-        mpt__epilogue_rows(&d->finish, band.row * image->Q + band.q, band.rows * band.columns, c, run, ws.sums,
-                           MPT__RUN, &ws);
+        mpt__epilogue_rows(d->finish, band.row * image->Q + band.q, band.rows * band.columns, c, run, ws.sums, MPT__RUN,
+                           &ws);
     }
 }
 MPT__TASKS(mpt__depthwise_task)
@@ -5917,7 +5917,7 @@ MPT__INLINE void mpt__total_run(double *MPT__RESTRICT total, float *MPT__RESTRIC
 /* dw(c,taps) of runs of channels: sums over a few outputs in fp32, and of these in double */
 MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
-    const mpt__image *image = &d->finish.image;
+    const mpt__image *image = &d->finish->image;
     const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
     const mpt__workspace ws = mpt__workspace_of(d->ctx, worker);
     double *total = (double *)(void *)ws.panels; /* (taps, RUN) */
@@ -5951,7 +5951,7 @@ MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_
         }
         for (e = 0; e < run; e++)
             for (t = 0; t < taps; t++) ws.sums[e * taps + t] = (float)total[t * MPT__RUN + e];
-        mpt__epilogue_rows(&d->finish, c, run, 0, taps, ws.sums, taps, &ws);
+        mpt__epilogue_rows(d->finish, c, run, 0, taps, ws.sums, taps, &ws);
     }
 }
 MPT__TASKS(mpt__depthwise_weights_task)
@@ -5961,23 +5961,23 @@ static int mpt__depthwise_do(mpt_context *ctx, const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *shape = &op->shape;
     const size_t runs = mpt__pieces(shape->C, MPT__RUN),
                  work = shape->N * op->P * op->Q * shape->C * shape->R * shape->S;
-    mpt__depthwise d = MPT_ZERO;
+    mpt__product finish = mpt__conv2d_product(ctx, op, 0);
+    mpt__image *image = &finish.image;
+    mpt__depthwise d;
     d.ctx = ctx;
     d.op = op;
-    d.finish = mpt__conv2d_product(ctx, op, 0);
-    d.finish.image = mpt__image_of(op, 0);
-    d.finish.image.channels = shape->C;
-    d.finish.image.slice_R = shape->R;
-    d.finish.image.slice_S = shape->S;
-    d.finish.image.widest = MPT__LEFT_WORDS;
-    d.finish.image.columns = mpt__evenly(d.finish.image.Q, MPT__BLOCK_M, 1);
-    mpt__choose_band(&d.finish.image, MPT__BLOCK_M, MPT__RUN);
-    if (!mpt__halo_fits(&d.finish.image, 1, d.finish.image.columns, MPT__RUN) ||
-        shape->R * shape->S > MPT__DEPTHWISE_TAPS)
-        return 0;
+    d.finish = &finish;
+    *image = mpt__image_of(op, 0);
+    image->channels = shape->C;
+    image->slice_R = shape->R;
+    image->slice_S = shape->S;
+    image->widest = MPT__LEFT_WORDS;
+    image->columns = mpt__evenly(image->Q, MPT__BLOCK_M, 1);
+    mpt__choose_band(image, MPT__BLOCK_M, MPT__RUN);
+    if (!mpt__halo_fits(image, 1, image->columns, MPT__RUN) || shape->R * shape->S > MPT__DEPTHWISE_TAPS) return 0;
     if (op->pass == MPT_BACKWARD_WEIGHT)
         mpt__parallel(ctx, runs, work, MPT__TASK(ctx, mpt__depthwise_weights_task), &d);
-    else mpt__parallel(ctx, runs * mpt__bands(&d.finish.image), work, MPT__TASK(ctx, mpt__depthwise_task), &d);
+    else mpt__parallel(ctx, runs * mpt__bands(image), work, MPT__TASK(ctx, mpt__depthwise_task), &d);
     return 1;
 }
 

@@ -2824,6 +2824,7 @@ static __device__ void mptc__rates_put(const mpt_update_op *op, mpt__rates *rate
         rates[t] = mpt__rates_of(op, &op->slices[t]);
 }
 
+/* Over 64 registers: formulas in double, of one block of threads */
 static __global__ void mptc__rates_k(mpt_update_op op, mpt__rates *rates) { mptc__rates_put(&op, rates); }
 
 /* A warp a chunk; in the last block the chunks of each of at most 64 parts one after the other, then the parts. Over 64
@@ -3043,8 +3044,9 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
 }
 
 /* x(N, positions, C) += bias(C), if there is one; then sums of `each` rows by a warp; then, in the last block, of all,
-   every 256th a thread. weight: of all rows; NULL: their number */
-static __global__ void __launch_bounds__(MPTC__THREADS, 4)
+   every 256th a thread. weight: of all rows; NULL: their number. Over 64 registers: a warp's sums in double beside
+   those of its row; with 64 it would spill. */
+static __global__ void __launch_bounds__(MPTC__THREADS, 3)
 mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, mptc__row *sums, unsigned *ticket) {
     const size_t rows = op.N * op.positions, count = (rows + each - 1) / each;
     const float scale = mpt__loss_factor(&op, weight ? *weight : (double)rows);
@@ -3262,7 +3264,8 @@ static __global__ void mptc__broadcast_k(mpt_broadcast_op op, mptc__grid grid, m
     }
 }
 
-/* dx(N,H,W,C) from dy(N,H R,W S,C): `lanes` threads, side by side in a warp, share the R S pixels of a pack. */
+/* dx(N,H,W,C) from dy(N,H R,W S,C): `lanes` threads, side by side in a warp, share the R S pixels of a pack. Over 64
+   registers: sums of a pack in double beside a pack of dy and one of the factor. */
 static __global__ void mptc__broadcast_sums_k(mpt_broadcast_op op, mptc__grid grid, mptc__divider by_packs,
                                               unsigned lanes) {
     const mpt_broadcast_shape z = op.shape;

@@ -9,7 +9,8 @@ build=${BUILD:-build}/cuda
 passed=0 failed=0 skipped=0
 wide="map_k finish_k norm_map_k update_k pool_forward_k pool_backward_k depthwise_k gather_k few_k"
 # see their comments
-over="scan_k columns_k norm_map_k norm_backward_k update_k depthwise_k pool_forward_k pool_backward_k"
+over="scan_k columns_k norm_map_k norm_backward_k update_k depthwise_k pool_forward_k pool_backward_k loss_k
+    broadcast_sums_k rates_k"
 
 check() { # MESSAGE COMMAND...
     message=$1
