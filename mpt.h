@@ -11051,28 +11051,16 @@ static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
     return mpt_download(net->ctx, net->slots_host, net->slots, n * sizeof(float));
 }
 
+static uint64_t mpt__settings_hash(const mpt_model *net);
+
 /* A hash of what must be the same on all ranks: layers, settings, initial weights. *failed: there was no memory for
    it. */
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
-    const mpt_train_desc *t = &net->train;
-    const double settings[] = {(double)t->batch,       (double)t->accumulate,
-                               (double)t->ranks.ranks, (double)t->optimizer.kind,
-                               (double)t->scaler.mode, t->clip_norm,
-                               t->clip_value,          t->optimizer.lr,
-                               t->optimizer.momentum,  t->optimizer.weight_decay};
     float *weights = (float *)mpt__host_alloc(net->ctx, count * sizeof *weights);
-    uint64_t hash = mpt_hash(t->seed, (uint64_t)net->count, 0, 0);
+    uint64_t hash = mpt__settings_hash(net);
     size_t i;
-    int id;
     *failed = !weights || mpt_params_get(net->params, 0, weights) != MPT_OK;
-    for (i = 0; i < sizeof settings / sizeof *settings; i++)
-        hash = hash << 24 ^ mpt_hash(hash, i, mpt__bits((float)settings[i]), 0);
-    for (id = 1; id <= net->count; id++) {
-        const mpt__node *node = mpt__node_of(net, id);
-        hash = hash << 24 ^ mpt_hash(hash, (uint64_t)node->kind, (uint64_t)node->in[0] << 32 | (uint64_t)node->in[1],
-                                     mpt__node_count(node));
-    }
     if (!*failed)
         for (i = 0; i < count; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
     mpt__host_free(net->ctx, weights);
@@ -12188,6 +12176,7 @@ typedef struct mpt__walk {
     unsigned char *at; /* the next 8 bytes; NULL: only counted */
     int reading;
     size_t words;
+    uint64_t hash;              /* of the words */
     const char *node, *differs; /* the first member that reading has changed, "" or the node before it... */
     double theirs, ours;        /* ...what the file has, and what was there */
     const char *unfit;          /* a member that cannot hold what the file has */
@@ -12196,6 +12185,7 @@ typedef struct mpt__walk {
 static uint64_t mpt__walk_word(mpt__walk *w, uint64_t ours) {
     uint64_t theirs = ours;
     w->words++;
+    w->hash = w->hash << 24 ^ mpt_hash(w->hash, ours, 0, 0);
     if (!w->at) return ours;
     if (w->reading) theirs = mpt__get_bytes(w->at, 8);
     else mpt__put_bytes(w->at, ours, 8);
@@ -12297,7 +12287,7 @@ static void mpt__walk_node(mpt__walk *w, mpt__node *s) { MPT__NODE_MEMBERS(MPT__
 
 /* What is not restored, but must be the same: walked in copies. */
 static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
-    mpt_train_desc train = mpt_model_train_desc(net);
+    mpt_train_desc train = net->train;
     int id;
     train.optimizer = mpt_optimizer_get_desc(net->opt);
     mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
@@ -12312,6 +12302,18 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
     }
     mpt__walk_uint64_t(w, "class_weights or pos_weight", net->weights_sum);
     if (net->channels) mpt__walk_uint64_t(w, "scale and shift of bytes", net->bytes_sum);
+}
+
+/* Of these, and of what a checkpoint restores, or may be another there. */
+static uint64_t mpt__settings_hash(const mpt_model *net) {
+    mpt_scaler_state scaler = mpt_scaler_start(&net->train.scaler);
+    mpt__walk w = MPT_ZERO;
+    mpt__walk_settings(&w, net);
+    mpt__walk_scaler(&w, &scaler);
+    mpt__walk_int(&w, "accumulate", net->train.accumulate);
+    mpt__walk_double(&w, "lr", net->train.optimizer.lr);
+    mpt__walk_double(&w, "ema_decay", net->train.ema_decay);
+    return w.hash;
 }
 
 static void mpt__walk_optimizer(mpt__walk *w, mpt__state *state, int tensors) {

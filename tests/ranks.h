@@ -19,6 +19,7 @@ typedef struct rank {
     int number, ranks, accumulate, net; /* net 0: perceptron, 1: convolutions, 2: batch norm of the input */
     mpt_policy policy;
     uint64_t seed;
+    int other; /* what this rank builds otherwise: see live */
     int bad;   /* step in which this rank has a bad label; -1: none */
     int large; /* step in which it has an input that is an inf in 16 bits; -1: none */
     const problem *p;
@@ -74,12 +75,16 @@ static void *live(void *user) {
     loss.ignore = 1;
     loss.ignore_index = -100;
     loss.weighted = me->net == 0;
+    if (me->other == 4) loss.label_smoothing = 0.1f;
     mpt_softmax_cross_entropy(net, layers(net, me->net), &loss);
     train.batch = BATCH;
     train.accumulate = me->accumulate;
     train.optimizer = mpt_adam(0.01);
     train.clip_norm = 1;
     train.seed = me->seed;
+    if (me->other == 1) train.seed = 12;
+    if (me->other == 2) train.ema_decay = 0.9;
+    if (me->other == 3) train.scaler.growth_interval = 7;
     if (me->ranks > 1) CHECK_OK(ctx, rank_join(me, ctx, &train.ranks));
     train.ranks.local_statistics = me->local;
     me->built = mpt_model_build(net, &train);
@@ -122,11 +127,11 @@ static void run(rank *of, const rank *like, int ranks, int accumulate) {
     engine_begin(&e, ranks);
     for (r = 0; r < ranks; r++) {
         const int bad = of[r].bad, large = of[r].large;
-        const uint64_t seed = of[r].seed;
+        const int other = of[r].other;
         of[r] = *like;
         of[r].bad = bad;
         of[r].large = large;
-        if (seed) of[r].seed = seed;
+        of[r].other = other;
         of[r].at.e = &e;
         of[r].number = r;
         of[r].ranks = ranks;
@@ -289,15 +294,17 @@ static void test_other_models(void) {
     problem *p = problem_new();
     const rank like = like_of(0, mpt_policy_preset(MPT_O0, MPT_F16), p);
     rank some[MOST];
-    int r;
-    reset(some, MOST);
-    some[2].seed = 12;
-    run(some, &like, 3, 1);
-    for (r = 0; r < 3; r++) {
-        CHECK(some[r].built == MPT_ERROR_ARGUMENT);
-        CHECK(strstr(some[r].why, "rank 2") != NULL);
+    int r, other;
+    for (other = 1; other < 5; other++) {
+        reset(some, MOST);
+        some[2].other = other;
+        run(some, &like, 3, 1);
+        for (r = 0; r < 3; r++) {
+            CHECK(some[r].built == MPT_ERROR_ARGUMENT);
+            CHECK(strstr(some[r].why, "rank 2") != NULL);
+        }
+        clear_ranks(some, MOST);
     }
-    clear_ranks(some, MOST);
     free(p);
 }
 
