@@ -734,21 +734,27 @@ static void test_elementwise_by_hand(mpt_context *ctx) {
 /* The gradient of a ReLU in one 16-bit type, in place, at every saved value: dy, or 0 where that is not over 0. */
 static void check_relu_slopes(mpt_context *ctx, mpt_dtype type) {
     enum { COUNT = 65536 + 7 };
-    uint16_t *saved = (uint16_t *)test_memory(COUNT * sizeof *saved), *dy = (uint16_t *)test_memory(COUNT * sizeof *dy);
+    const size_t bytes = COUNT * sizeof(uint16_t);
+    uint16_t *saved = (uint16_t *)test_memory(bytes), *dy = (uint16_t *)test_memory(bytes);
     mpt_map_op op = map_of(MPT_MAP_ACTIVATION_GRADIENT, COUNT, MPT_RELU, 0);
     int i, wrong = 0;
     for (i = 0; i < COUNT; i++) {
         saved[i] = (uint16_t)i;
         dy[i] = (uint16_t)(1 + i % 30000); /* finite in both types */
     }
-    op.a = mpt_typed_array(saved, type);
-    op.b = op.out = mpt_typed_array(dy, type);
+    op.a = mpt_typed_array(mpt_alloc(ctx, bytes), type);
+    op.b = op.out = mpt_typed_array(mpt_alloc(ctx, bytes), type);
+    CHECK_OK(ctx, mpt_upload(ctx, op.a.data, saved, bytes));
+    CHECK_OK(ctx, mpt_upload(ctx, op.b.data, dy, bytes));
     CHECK_OK(ctx, mpt_op_map(ctx, &op));
+    CHECK_OK(ctx, mpt_download(ctx, dy, op.out.data, bytes));
     for (i = 0; i < COUNT; i++) {
         const float x = mpt_widen(saved[i], type);
         wrong += dy[i] != (x <= 0 ? 0 : 1 + i % 30000);
     }
     CHECK_EQUAL(wrong, 0);
+    mpt_free(ctx, op.a.data);
+    mpt_free(ctx, op.b.data);
     free(saved);
     free(dy);
 }
