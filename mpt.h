@@ -1254,20 +1254,20 @@ MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *
    bits is of weight times loss: let weights be about 1. */
 MPT_DEF mpt_result mpt_sample_weights(mpt_model *net, const float *weights);
 
-/* The same in parts. mpt_forward: n <= batch samples and their loss. mpt_backward: adds the gradients of the sum of
-   their losses, times scale / (accumulate * batch), and / (H W) if they are per position, to the parameter gradients;
-   the first call after a step overwrites them. mpt_unscale divides by the weight of all passes instead: passes may have
-   different numbers of samples, and there may be more or fewer of them than `accumulate`. */
-MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n);
+/* The same in parts. mpt_forward: at most `batch` samples, and their loss. mpt_backward: adds the gradients of the sum
+   of their losses, times scale / (accumulate * batch), and / (H W) if they are per position, to the parameter
+   gradients; the first call after a step overwrites them. mpt_unscale divides by the weight of all passes instead:
+   passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
+MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, size_t samples);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 
 /* A loss of your own: in a model without a loss node mpt_forward takes target NULL; read the heads with mpt_node_value,
-   compute dloss/dhead, hand it over for each head, and call mpt_backward. grad(n, elements), in host memory, is of the
-   loss of this pass as you define it (the mean over its samples, say); mpt multiplies by the loss scale and by
+   compute dloss/dhead, hand it over for each head, and call mpt_backward. grad(samples, elements), in host memory, is
+   of the loss of this pass as you define it (the mean over its samples, say); mpt multiplies by the loss scale and by
    1 / accumulate. MPT_ERROR_VALUE if an element is not finite. torch: output.backward(grad) */
 MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int node, const float *grad);
-/* out(n, elements) in host memory, as fp32: the value of a node in the last mpt_forward, mpt_evaluate or mpt_predict
-   batch. Of a head until mpt_backward, of a node of mpt_keep at any time. Waits for the device. */
+/* out(samples, elements) in host memory, as fp32: the value of a node in the last mpt_forward, mpt_evaluate or
+   mpt_predict batch. Of a head until mpt_backward, of a node of mpt_keep at any time. Waits for the device. */
 MPT_DEF mpt_result mpt_node_value(mpt_model *net, int node, float *out);
 /* dloss/dvalue of a node of mpt_keep after mpt_backward and before mpt_scaler_update, without the loss scale: of the
    sum of the losses of the pass, divided by `batch`, and by H W if they are per position; of a loss of your own, of
@@ -1310,9 +1310,10 @@ MPT_DEF mpt_result mpt_use_average(mpt_model *net, int use);
 /* Elements a sample has in what the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
-/* Forward and backward of n <= batch samples at a loss scale, to look at from a table before the context's own. Nothing
-   stays of them but the gradients of the parameters, which the next step overwrites. MPT_ERROR_ORDER within a step. */
-MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, int n, float scale);
+/* Forward and backward of at most `batch` samples at a loss scale, to look at from a table before the context's own.
+   Nothing stays of them but the gradients of the parameters, which the next step overwrites. MPT_ERROR_ORDER within a
+   step. */
+MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, size_t samples, float scale);
 
 /* The context that it was made from; NULL of NULL. */
 MPT_DEF mpt_context *mpt_model_context(const mpt_model *net);
@@ -8445,8 +8446,8 @@ struct mpt_model {
     int sums_of[MPT__SUM_DEPTH];      /* passes in each */
     float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host.
                                          On the device one more follows, for words of this rank's own */
-    int rows;                         /* samples of the last forward pass of any kind */
-    int forward_rows;                 /* samples of the forward pass that waits for its backward pass; 0: none does */
+    size_t rows;                      /* samples of the last forward pass of any kind */
+    size_t forward_rows;              /* samples of the forward pass that waits for its backward pass; 0: none does */
     /* Weights of samples, where the loss has them: a batch's, in device memory; the host's for the next call, and for
        the passes of this one that are still to come. */
     float *sample_weights;
@@ -10758,7 +10759,7 @@ static mpt_result mpt__run_forward(mpt_model *net, const void *fed, const void *
     mpt__enter(net, 1, MPT_FORWARD, 1);
     MPT__TRY(mpt__input_forward(net, fed, rows));
     for (id = 2; id <= mpt__last_value(net); id++) MPT__TRY(mpt__node_forward(net, id, rows, train));
-    net->rows = (int)rows;
+    net->rows = rows;
     mpt__enter(net, net->count, MPT_BACKWARD_DATA, mpt__output_of(net));
     if (target) r = mpt__run_loss(net, target, rows, train);
     mpt__enter(net, 0, MPT_FORWARD, 0);
@@ -10813,7 +10814,7 @@ static mpt_result mpt__start_forward(mpt_model *net) {
 static mpt_result mpt__train_forward(mpt_model *net, const void *fed, const void *target, size_t rows) {
     MPT__TRY(mpt__start_forward(net));
     MPT__TRY(mpt__run_forward(net, fed, target, rows, 1));
-    net->forward_rows = (int)rows;
+    net->forward_rows = rows;
     return MPT_OK;
 }
 
@@ -10839,21 +10840,21 @@ static mpt_result mpt__need_training(const mpt_model *net, const char *call) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, int n) {
+MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, size_t samples) {
     const void *fed;
     MPT__TRY(mpt__need_built(net, "forward"));
     mpt__take_weights(net);
     MPT__TRY(mpt__need_training(net, "forward"));
-    if (n < 1 || n > net->train.batch)
-        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: n is %d, not in 1..%d (the batch)", n,
+    if (samples < 1 || samples > (size_t)net->train.batch)
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: samples is %zu, not in 1..%d (the batch)", samples,
                         net->train.batch);
     if (!target != !mpt__loss_of(net))
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "forward: target is %s",
                         target ? "given, but the model has no loss" : "NULL");
-    MPT__TRY(mpt__check_batch(net, "forward", x, target, (size_t)n));
-    MPT__TRY(mpt__check_norms(net, (size_t)n));
-    MPT__TRY(mpt__feed(net, "forward", x, (size_t)n, &fed));
-    return mpt__train_forward(net, fed, target, (size_t)n);
+    MPT__TRY(mpt__check_batch(net, "forward", x, target, samples));
+    MPT__TRY(mpt__check_norms(net, samples));
+    MPT__TRY(mpt__feed(net, "forward", x, samples, &fed));
+    return mpt__train_forward(net, fed, target, samples);
 }
 
 /* Does a forward pass of the step under way wait for its backward pass? */
@@ -10913,7 +10914,7 @@ MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int id, const float *grad) {
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "output_grad: node %d is no head, or grad is NULL", id);
     node = mpt__node_of(net, id);
     op.kind = MPT_LOSS_GRADIENT;
-    op.N = (size_t)net->forward_rows;
+    op.N = net->forward_rows;
     op.C = mpt__node_count(node);
     for (i = 0; i < op.N * op.C; i++)
         if (!mpt__finite(grad[i]))
@@ -10946,7 +10947,7 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     mpt__sums_begin(net);
     if (mpt__loss_of(net)) net->opt->op.loss = &net->sums[0];
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
-    for (id = mpt__last_value(net); id > 1; id--) MPT__TRY(mpt__node_backward(net, id, (size_t)net->forward_rows));
+    for (id = mpt__last_value(net); id > 1; id--) MPT__TRY(mpt__node_backward(net, id, net->forward_rows));
     mpt__enter(net, 0, MPT_FORWARD, 0);
     net->forward_rows = 0;
     net->micro++;
@@ -11315,7 +11316,7 @@ static mpt_result mpt__need_kept(const mpt_model *net, const char *call, int id,
 MPT_DEF mpt_result mpt_node_value(mpt_model *net, int id, float *out) {
     MPT__TRY(mpt__need_kept(net, "node_value", id, out));
     if (!net->rows) return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_value: there was no forward pass");
-    return mpt__read_array(net, (size_t)net->rows * mpt__node_count(mpt__node_of(net, id)), mpt__value(net, id), out);
+    return mpt__read_array(net, net->rows * mpt__node_count(mpt__node_of(net, id)), mpt__value(net, id), out);
 }
 
 MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
@@ -11324,7 +11325,7 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
     MPT__TRY(mpt__need_kept(net, "node_grad", id, out));
     if (mpt__stage_of(net) != MPT__GATHERED)
         return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_grad: no backward pass is the last thing that was done");
-    n = (size_t)net->rows * mpt__node_count(mpt__node_of(net, id));
+    n = net->rows * mpt__node_count(mpt__node_of(net, id));
     MPT__TRY(mpt__read_array(net, n, mpt__grad(net, id), out));
     factor = mpt__passes(net) / (double)mpt_scaler_scale(net->scaler);
     for (i = 0; i < n; i++) out[i] = (float)((double)out[i] * factor);
@@ -11467,7 +11468,7 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
 MPT_DEF mpt_context *mpt_model_context(const mpt_model *net) { return net ? net->ctx : NULL; }
 
 /* A forward pass that no step follows must not count: what it touches is put back. */
-MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, int n, float scale) {
+MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, size_t samples, float scale) {
     mpt_scaler_state scaler;
     mpt_loss_sum sums[MPT__SUMS];
     char why[sizeof net->ctx->why];
@@ -11484,7 +11485,7 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target,
     MPT__TRY(mpt_scaler_get_state(net->scaler, &scaler));
     MPT__TRY(mpt_download(net->ctx, sums, net->sums, sizeof sums));
     MPT__TRY(mpt_scaler_set_scale(net->scaler, scale));
-    r = mpt_forward(net, x, target, n);
+    r = mpt_forward(net, x, target, samples);
     if (r == MPT_OK) r = mpt_backward(net);
     memcpy(why, net->ctx->why, sizeof why);
     kept = mpt_scaler_set_state(net->scaler, &scaler);
@@ -13467,6 +13468,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
           that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
           mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.
+          mpt_forward and mpt_replay take the number of samples as size_t, as all calls do.
           mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
           mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
           All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc: new are pos_weight, delta and, of

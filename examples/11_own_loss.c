@@ -102,7 +102,7 @@ static double learn(const course *c, mpt_context *ctx, mpt_level level, uint64_t
     for (uint64_t i = 0; i < ITERATIONS; i++) {
         curve[i] += play(c, net, seed, i, GAMES, r) / (double)SEEDS;
         advantages(r, c->number > 0, advantage);
-        course_need(c, mpt_forward(net, r->state[0], NULL, r->rows) == MPT_OK, mpt_why(ctx));
+        course_need(c, mpt_forward(net, r->state[0], NULL, (size_t)r->rows) == MPT_OK, mpt_why(ctx));
         course_need(c, mpt_node_value(net, head, r->logits[0]) == MPT_OK, mpt_why(ctx));
         for (int row = 0; row < r->rows; row++) {
             const double p = chance(r->logits[row]);

@@ -130,7 +130,7 @@ enum { LENS_CHECKED = 64 };         /* most elements that are looked at in a ten
    The samples must weigh 1 each: no ignored labels, no class weights. The weights are put back, after an error, too.
    Passes since the last step are forgotten, as by mpt_zero_grad. MPT_ERROR_TYPE: a node is not fp32; else as
    mpt_forward. */
-MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, int n, mpt_style style,
+MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, size_t samples, mpt_style style,
                                   mpt_write write, void *user, double *worst);
 
 /* ==== THE LENS ====
@@ -240,10 +240,10 @@ typedef struct lens_explanation {
     char text[320];     /* all of this in a sentence */
 } lens_explanation;
 
-/* Replays forward and backward of n <= batch samples, as mpt_replay does, at a loss scale (0: that of the last skipped
-   step, or the present one if none was) and names the first operation that wrote inf or NaN. After a skipped step with
-   the same samples that is the reason, for a skipped step changes nothing but the scale and the counters. */
-MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, int n, float scale,
+/* Replays forward and backward of at most `batch` samples, as mpt_replay does, at a loss scale (0: that of the last
+   skipped step, or the present one if none was) and names the first operation that wrote inf or NaN. After a skipped
+   step with the same samples that is the reason, for a skipped step changes nothing but the scale and the counters. */
+MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, size_t samples, float scale,
                                 lens_explanation *out);
 
 #ifdef __cplusplus
@@ -789,7 +789,7 @@ typedef struct lens__derivative { /* of one tensor */
 typedef struct lens__samples {
     const void *x;
     const void *target;
-    int n;
+    size_t n;
 } lens__samples;
 
 static mpt_result lens__loss_of(mpt_model *net, const lens__samples *s, double *loss) {
@@ -864,7 +864,7 @@ static mpt_result lens__try_tensor(mpt_model *net, const lens__samples *s, int t
     const size_t count = mpt_params_count(params, tensor), bytes = 2 * count * sizeof(float);
     const mpt_train_desc train = mpt_model_train_desc(net);
     const double passes = (double)train.accumulate * train.ranks.ranks;
-    const double unit = (double)mpt_loss_scale(net) * s->n / (passes * train.batch);
+    const double unit = (double)mpt_loss_scale(net) * (double)s->n / (passes * train.batch);
     float *w = (float *)lens__alloc(ctx, bytes);
     mpt_result r, back;
     if (!w) return MPT_ERROR_NO_MEMORY;
@@ -906,13 +906,13 @@ static mpt_result lens__need_f32(const mpt_model *net) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, int n, mpt_style style,
+MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, size_t samples, mpt_style style,
                                   mpt_write write, void *user, double *worst) {
     static const lens__column columns[] = {{"tensor", 24},     {"elements", 34},     {"checked", 43},
                                            {"largest", 56},    {"element", 65},      {"gradient", 78},
                                            {"difference", 91}, {"relative error", 0}};
     mpt_context *ctx = mpt_model_context(net);
-    const lens__samples samples = {x, target, n};
+    const lens__samples s = {x, target, samples};
     double loss, noise, relative, all = 0;
     lens__derivative d;
     lens__table t;
@@ -922,12 +922,12 @@ MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *tar
     if (!mpt_model_optimizer(net)) return mpt_fail(ctx, MPT_ERROR_ORDER, "lens_gradients: the model is not built");
     if (!target) return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "lens_gradients: target is NULL");
     LENS__TRY(lens__need_f32(net));
-    LENS__TRY(lens__loss_of(net, &samples, &loss));
+    LENS__TRY(lens__loss_of(net, &s, &loss));
     noise = 512 * (1 + fabs(loss)) / (1 << 23);
     lens__table_start(&t, columns, style, write, user);
     for (tensor = 1; tensor <= mpt_params_tensors(mpt_model_params(net)); tensor++) {
         if (!mpt_params_grad(mpt_model_params(net), tensor)) continue; /* frozen */
-        LENS__TRY(lens__try_tensor(net, &samples, tensor, &d));
+        LENS__TRY(lens__try_tensor(net, &s, tensor, &d));
         relative = d.off / (d.largest + noise / LENS_GRADIENT_BOUND);
         if (!(relative <= all)) all = relative;
         lens__print_derivative(&t, mpt_params_name(mpt_model_params(net), tensor), &d, relative);
@@ -1385,7 +1385,7 @@ static void lens__patch(const lens__convolution *v, size_t u, float *out) {
         }
 }
 
-/* The output, of `outputs`, whose tap is `distance` behind its first input, where outputs are `stride` apart; -1: none */
+/* The output, of `outputs`, whose tap is `distance` behind its first input; outputs are `stride` apart. -1: none */
 static ptrdiff_t lens__output_at(ptrdiff_t distance, size_t stride, size_t outputs) {
     const ptrdiff_t apart = (ptrdiff_t)stride;
     if (distance < 0 || distance % apart || distance / apart >= (ptrdiff_t)outputs) return -1;
@@ -2092,7 +2092,7 @@ static mpt_result lens__explain_text(const mpt_model *net, lens_explanation *e) 
     return MPT_OK;
 }
 
-MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, int n, float scale,
+MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, size_t samples, float scale,
                                 lens_explanation *out) {
     mpt_context *ctx = mpt_model_context(net);
     mpt_optimizer_state s;
@@ -2110,7 +2110,7 @@ MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *targe
     lens = lens_open(ctx);
     if (!lens) return MPT_ERROR_NO_MEMORY;
     lens->explain = out;
-    r = mpt_replay(net, x, target, n, out->scale);
+    r = mpt_replay(net, x, target, samples, out->scale);
     lens_close(lens);
     return r == MPT_OK ? lens__explain_text(net, out) : r;
 }

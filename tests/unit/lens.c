@@ -135,7 +135,7 @@ static snapshot trained_with(mpt_context *ctx, mpt_policy policy, lens_use use) 
     if (use == USE_F32 && ON_CPU) CHECK_OK(ctx, lens_simulate(lens, 0, 0, &nothing));
     for (i = 0; i < 3; i++) {
         const data next = data_new((uint64_t)i);
-        if (use == USE_EXPLAIN) CHECK_OK(ctx, lens_explain(net, d.x, d.label, BATCH - i, 8, &why));
+        if (use == USE_EXPLAIN) CHECK_OK(ctx, lens_explain(net, d.x, d.label, (size_t)(BATCH - i), 8, &why));
         CHECK_OK(ctx, mpt_train_step(net, next.x, next.label));
     }
     CHECK_OK(ctx, lens_close(second));
@@ -1111,7 +1111,7 @@ static void test_gradients(mpt_context *ctx, int accumulate) {
     CHECK_OK(ctx, mpt_params_get(params, 0, before));
     for (n = 1; n <= BATCH; n += BATCH - 1) {
         t->rows = 0;
-        CHECK_OK(ctx, lens_gradients(net, d.x, d.label, n, MPT_CSV, keep_row, t, &worst));
+        CHECK_OK(ctx, lens_gradients(net, d.x, d.label, (size_t)n, MPT_CSV, keep_row, t, &worst));
         CHECK(worst > 0 && worst <= LENS_GRADIENT_BOUND);
         CHECK_EQUAL(t->rows, 1 + mpt_params_tensors(params));
         for (i = 1; i < t->rows; i++) {

@@ -140,7 +140,7 @@ static void test_torch(mpt_context *ctx, const char *name, mpt_loss_kind kind) {
         if (i == 0) {
             size_t e;
             if (t.weights) CHECK_OK(ctx, mpt_sample_weights(net, t.weights));
-            CHECK_OK(ctx, mpt_forward(net, t.x, torch_target(&t), t.N));
+            CHECK_OK(ctx, mpt_forward(net, t.x, torch_target(&t), (size_t)t.N));
             CHECK_NEAR(mpt_loss(net), y->value[0], off(&t, "y", 0, y->value[0]));
             CHECK_OK(ctx, mpt_backward(net));
             CHECK_OK(ctx, mpt_node_grad(net, layer, grad));
@@ -281,7 +281,7 @@ static void test_splits(mpt_context *ctx, mpt_policy policy, int per_position) {
         for (pass = 0; 2 * pass < samples; pass++) {
             const int rows = samples - 2 * pass < 2 ? 1 : 2;
             if (given) CHECK_OK(ctx, mpt_sample_weights(parts, b->weight + 2 * pass));
-            CHECK_OK(ctx, mpt_forward(parts, b->x + 2 * pass * PIXELS, b->label + 2 * pass * labels, rows));
+            CHECK_OK(ctx, mpt_forward(parts, b->x + 2 * pass * PIXELS, b->label + 2 * pass * labels, (size_t)rows));
             CHECK_OK(ctx, mpt_backward(parts));
         }
         CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(parts)));

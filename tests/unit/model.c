@@ -468,8 +468,8 @@ static void test_gradients(mpt_context *ctx, const recipe *r, size_t n) {
     model = build_recipe(ctx, mpt_policy_preset(MPT_O0, MPT_F32), r, &train);
     twin = twin_new(ctx, model, r, &train);
     error = 2 * roundings(ctx, model, n) * test_unit(MPT_F32);
-    CHECK_OK(ctx, mpt_forward(model, s.x, target_of(&s, r->loss), (int)n));
-    CHECK_OK(reference, mpt_forward(twin, s.x, target_of(&s, r->loss), (int)n));
+    CHECK_OK(ctx, mpt_forward(model, s.x, target_of(&s, r->loss), n));
+    CHECK_OK(reference, mpt_forward(twin, s.x, target_of(&s, r->loss), (size_t)n));
     CHECK_NEAR(mpt_loss(model), mpt_loss(twin), error * mpt_loss(twin));
     CHECK_OK(ctx, mpt_backward(model));
     CHECK_OK(reference, mpt_backward(twin));
@@ -590,7 +590,7 @@ static double loss_beside(mpt_model *twin, const samples *s, mpt_loss_kind loss,
     w[i] = (float)((double)kept + step);
     CHECK_OK(reference, mpt_params_set(mpt_model_params(twin), tensor, w));
     w[i] = kept;
-    CHECK_OK(reference, mpt_forward(twin, s->x, target_of(s, loss), n));
+    CHECK_OK(reference, mpt_forward(twin, s->x, target_of(s, loss), (size_t)n));
     return mpt_loss(twin);
 }
 
@@ -650,7 +650,7 @@ static void test_slopes(const recipe *r, int n) {
     train.seed = 5;
     twin = build_recipe(reference, mpt_policy_preset(MPT_O0, MPT_F32), r, &train);
     tensors = mpt_params_tensors(mpt_model_params(twin));
-    CHECK_OK(reference, mpt_forward(twin, s.x, target_of(&s, r->loss), n));
+    CHECK_OK(reference, mpt_forward(twin, s.x, target_of(&s, r->loss), (size_t)n));
     CHECK_OK(reference, mpt_backward(twin));
     for (tensor = 1; tensor <= tensors; tensor++) {
         const size_t count = mpt_params_count(mpt_model_params(twin), tensor);
@@ -799,7 +799,7 @@ static void parts(mpt_context *ctx, mpt_model *model, const samples *s, mpt_loss
     int i;
     for (i = 0; i < train->accumulate; i++) {
         const samples some = samples_from(s, (size_t)i * (size_t)train->batch);
-        CHECK_OK(ctx, mpt_forward(model, some.x, target_of(&some, loss), train->batch));
+        CHECK_OK(ctx, mpt_forward(model, some.x, target_of(&some, loss), (size_t)train->batch));
         CHECK_OK(ctx, mpt_backward(model));
     }
     CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));
@@ -872,7 +872,7 @@ static void step_by(mpt_context *ctx, mpt_model *model, const samples *s, mpt_lo
     }
     for (; *rows; done += (size_t)*rows++) {
         const samples some = samples_from(s, done);
-        CHECK_OK(ctx, mpt_forward(model, some.x, target_of(&some, loss), *rows));
+        CHECK_OK(ctx, mpt_forward(model, some.x, target_of(&some, loss), (size_t)*rows));
         CHECK_OK(ctx, mpt_backward(model));
     }
     CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(model)));

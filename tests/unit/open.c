@@ -685,7 +685,7 @@ static void test_samples(mpt_context *ctx, mpt_policy policy, size_t samples) {
     for (done = 0; done < samples; done += some) {
         some = samples - done;
         if (some > BATCH) some = BATCH;
-        CHECK_OK(ctx, mpt_forward(net[1], p.x + done * PIXELS, p.label + done, (int)some));
+        CHECK_OK(ctx, mpt_forward(net[1], p.x + done * PIXELS, p.label + done, some));
         CHECK_OK(ctx, mpt_backward(net[1]));
     }
     finish_step(ctx, net[1]);
