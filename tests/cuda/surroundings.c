@@ -405,7 +405,7 @@ static void test_waiting_sums(void) {
         conv.pass = MPT_BACKWARD_WEIGHT;
         conv.shape.N = 1, conv.shape.H = 5, conv.shape.W = 8;
         conv.shape.C = N, conv.shape.K = C, conv.shape.R = conv.shape.S = 3;
-        conv.shape.padding = 1;
+        conv.shape.padding_h = conv.shape.padding_w = 1;
         conv.x = gemm.b, conv.y = gemm.a, conv.w = gemm.c, conv.bias = gemm.a_sums;
         CHECK_OK(ctx, mpt_upload(ctx, db, &kept, sizeof kept));
         driver.calls = 0, driver.fail_at = 1;

@@ -841,7 +841,7 @@ static void test_explain(mpt_context *ctx) {
     CHECK_EQUAL(mpt_steps_skipped(net), 1);
     CHECK_ERROR(ctx, lens_explain(net, x, target, 2, 1, NULL), MPT_ERROR_ARGUMENT, "out");
     CHECK_ERROR(ctx, lens_explain(net, x, target, 2, -1, &why), MPT_ERROR_ARGUMENT, "finite");
-    CHECK_ERROR(ctx, lens_explain(net, x, target, 3, 1, &why), MPT_ERROR_ARGUMENT, "n");
+    CHECK_ERROR(ctx, lens_explain(net, x, target, 3, 1, &why), MPT_ERROR_ARGUMENT, "samples");
     CHECK_EQUAL(mpt_loss_scale(net), 32768); /* put back after an error, too */
     CHECK_OK(ctx, mpt_forward(net, x, target, 2));
     CHECK_OK(ctx, mpt_backward(net));
