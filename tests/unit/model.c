@@ -1707,8 +1707,8 @@ static void test_order(mpt_context *ctx) {
     mpt_model_free(model);
     model = build(ctx, policy_of(0), mlp, MPT_LOSS_CROSS_ENTROPY, NULL); /* batch 32 */
     CHECK_ERROR(ctx, mpt_backward(model), MPT_ERROR_ORDER, "forward");
-    CHECK_ERROR(ctx, mpt_forward(model, s.x, s.label, 0), MPT_ERROR_ARGUMENT, "n");
-    CHECK_ERROR(ctx, mpt_forward(model, s.x, s.label, 33), MPT_ERROR_ARGUMENT, "n");
+    CHECK_ERROR(ctx, mpt_forward(model, s.x, s.label, 0), MPT_ERROR_ARGUMENT, "samples");
+    CHECK_ERROR(ctx, mpt_forward(model, s.x, s.label, 33), MPT_ERROR_ARGUMENT, "samples");
     CHECK_ERROR(ctx, mpt_forward(model, NULL, s.label, 1), MPT_ERROR_ARGUMENT, "x");
     CHECK_ERROR(ctx, mpt_forward(model, s.x, NULL, 1), MPT_ERROR_ARGUMENT, "target");
     CHECK_OK(ctx, mpt_forward(model, s.x, s.label, 32));
