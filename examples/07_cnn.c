@@ -76,6 +76,7 @@ static double learn(const course *c, mpt_context *ctx, const pictures *p, const 
     static int32_t y[BATCH];
     const size_t pixels = (size_t)(p->side * p->side);
     const uint64_t steps = (uint64_t)(p->epochs * p->training / BATCH);
+    const float *unseen = p->x + (size_t)p->training * pixels;
     mpt_train_desc train = MPT_ZERO;
     mpt_metrics test;
     double window = 0;
@@ -104,9 +105,7 @@ static double learn(const course *c, mpt_context *ctx, const pictures *p, const 
         if (seed == 1) course_data(c, "%d %.4f\n", (int)step + 1, window);
         window = 0;
     }
-    course_need(
-        c, mpt_evaluate(net, p->x + (size_t)p->training * pixels, p->y + p->training, (size_t)p->test, &test) == MPT_OK,
-        mpt_why(ctx));
+    course_need(c, mpt_evaluate(net, unseen, p->y + p->training, (size_t)p->test, &test) == MPT_OK, mpt_why(ctx));
     *m = mpt_model_memory(net);
     mpt_model_free(net);
     return test.accuracy;
