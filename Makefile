@@ -47,6 +47,12 @@ MPI    := $(shell flags=$$(mpicc -show 2>/dev/null | cut -d' ' -f2-) && \
 	echo 'int main(void) { return 0; }' | $(CC) -x c - $$flags -o /dev/null 2>/dev/null && echo "$$flags")
 RANKS  := $(if $(MPI),$(BUILD)/examples/train_mpi)
 
+# Tests share one compiled mpt.h; those that name private things compile it themselves.
+SHARED := $(filter-out $(patsubst %.c,$(BUILD)/%,$(shell grep -l mpt__ tests/*/*.c)),$(TESTS))
+$(SHARED): private DEFINES += -DMPT__IMPLEMENTED
+$(SHARED): private LIBS := $(BUILD)/tests/mpt.o $(LIBS)
+$(SHARED): $(BUILD)/tests/mpt.o
+
 # What peers.cpp measures beside mpt, where it is installed.
 PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
@@ -139,6 +145,10 @@ detect:
 	@echo "compiler    $(CC): $$($(CC) --version 2>/dev/null | head -n 1)"
 	@echo "processors  $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo unknown)"
 	@echo "nvcc        $$(nvcc --version 2>/dev/null | grep release || echo 'none; only needed for mpt_cuda.cuh')"
+
+$(BUILD)/tests/mpt.o: mpt.h $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(COMPILE) -DMPT_IMPLEMENTATION -x c -c $< -o $@
 
 $(BUILD)/%: %.c $(HEADERS) $(BUILD)/flags
 	@mkdir -p $(@D)
