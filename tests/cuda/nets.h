@@ -21,9 +21,11 @@ static void net_perceptron(mpt_model *net, int side, int channels, int layers, i
 static void net_mlp(mpt_model *net, int side, int channels) { net_perceptron(net, side, channels, 2, 512); }
 
 static void net_lenet(mpt_model *net, int side, int channels) {
+    mpt_conv2d_desc same = MPT_ZERO;
     int h = mpt_input(net, side, side, channels);
-    h = mpt_max_pool2d(net, mpt_relu(net, test_same(net, h, 6, 5)), 2, NULL);
-    h = mpt_max_pool2d(net, mpt_relu(net, test_same(net, h, 16, 5)), 2, NULL);
+    same.same = 1;
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 6, 5, &same)), 2, NULL);
+    h = mpt_max_pool2d(net, mpt_relu(net, mpt_conv2d(net, h, 16, 5, &same)), 2, NULL);
     h = mpt_relu(net, mpt_linear(net, h, 120, NULL));
     h = mpt_relu(net, mpt_linear(net, h, 84, NULL));
     net_classifier(net, h);
