@@ -47,7 +47,7 @@ MPI    := $(shell flags=$$(mpicc -show 2>/dev/null | cut -d' ' -f2-) && \
 	echo 'int main(void) { return 0; }' | $(CC) -x c - $$flags -o /dev/null 2>/dev/null && echo "$$flags")
 RANKS  := $(if $(MPI),$(BUILD)/examples/train_mpi)
 
-# Tests share one compiled mpt.h; those that name private things compile it themselves.
+# Tests share one compiled mpt.h; those that use its private names, as they say, compile it themselves.
 SHARED := $(filter-out $(patsubst %.c,$(BUILD)/%,$(shell grep -l mpt__ tests/*/*.c)),$(TESTS))
 $(SHARED): private DEFINES += -DMPT__IMPLEMENTED
 $(SHARED): private LIBS := $(BUILD)/tests/mpt.o $(LIBS)
