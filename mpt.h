@@ -5702,11 +5702,12 @@ static void mpt__product_transpose(mpt__product *p) {
 
 static mpt_result mpt__product_do(mpt__product *p) {
     const mpt__outputs image = p->image.kind;
-    const mpt_dtype left = image ? p->image.data.type : p->a.data.type;
+    mpt_dtype left;
     size_t work, threads;
     if (!image && p->a.along && p->b.along &&
         p->n * mpt__pieces(p->m, MPT__BLOCK_M) > p->m * mpt__pieces(p->n, MPT__BLOCK_M))
         mpt__product_transpose(p);
+    left = image ? p->image.data.type : p->a.data.type;
     p->plain = !p->transposed && p->k && p->c.type == MPT_F32 && p->alpha == 1 && (p->beta == 0 || p->beta == 1) &&
                !p->bias.data && p->act == MPT_IDENTITY;
     p->pairs = p->ctx->simd.tile[1][0] && left == MPT_BF16 && p->b.data.type == MPT_BF16;
