@@ -8457,6 +8457,12 @@ struct mpt_model {
 
 static mpt__node *mpt__node_of(const mpt_model *net, int id) { return &net->nodes[id - 1]; }
 
+/* NULL: there is no such node. */
+static const mpt__node *mpt__known_node(const mpt_model *net, int id) {
+    if (!net || id < 1 || id > net->count) return NULL;
+    return mpt__node_of(net, id);
+}
+
 /* NULL: it reads none. */
 static mpt__node *mpt__input_of(const mpt_model *net, const mpt__node *node) {
     if (!node->in[0]) return NULL;
@@ -9053,7 +9059,7 @@ static int mpt__pool_layer(mpt_model *net, int in, mpt_pool_kind kind, int windo
 /* Of all pixels at once */
 static int mpt__global_pool_layer(mpt_model *net, int in, mpt_pool_kind kind) {
     mpt_pool2d_desc d = MPT_ZERO;
-    const mpt__node *input = net && in > 0 && in <= net->count ? mpt__node_of(net, in) : NULL;
+    const mpt__node *input = mpt__known_node(net, in);
     if (input) d.window_w = input->W;
     return mpt__pool_layer(net, in, kind, input ? input->H : 1, &d);
 }
@@ -9142,8 +9148,8 @@ MPT_DEF int mpt_reshape(mpt_model *net, int in, int H, int W, int C) {
     return mpt__reshape_layer(net, in, "reshape", H, W, C);
 }
 MPT_DEF int mpt_flatten(mpt_model *net, int in) {
-    const int known = net && in > 0 && in <= net->count;
-    return mpt__reshape_layer(net, in, "flatten", 1, 1, known ? (int)mpt__node_count(mpt__node_of(net, in)) : 1);
+    const mpt__node *input = mpt__known_node(net, in);
+    return mpt__reshape_layer(net, in, "flatten", 1, 1, input ? (int)mpt__node_count(input) : 1);
 }
 
 static int mpt__same_order(const mpt_model *net, int id, int other);
@@ -11436,8 +11442,8 @@ MPT_DEF mpt_train_desc mpt_model_train_desc(const mpt_model *net) {
 }
 
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int id) {
-    const mpt__node *node = net && net->built && id > 0 && id <= net->count ? mpt__node_of(net, id) : NULL;
-    if (node && mpt__is_batch_norm(node)) return net->running + node->running;
+    const mpt__node *node = mpt__known_node(net, id);
+    if (node && net->built && mpt__is_batch_norm(node)) return net->running + node->running;
     return NULL;
 }
 

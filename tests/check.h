@@ -184,6 +184,25 @@ static inline void *test_memory(size_t bytes) {
     return p;
 }
 
+/* All weights of a model. Free them. */
+static inline float *test_params(mpt_context *ctx, mpt_model *net, size_t *count) {
+    float *w;
+    *count = mpt_params_count(mpt_model_params(net), 0);
+    w = (float *)test_memory(*count * sizeof *w);
+    CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, w));
+    return w;
+}
+
+/* Have both models the same weights? */
+static inline int test_same_weights(mpt_context *ctx, mpt_model *a, mpt_model *b) {
+    size_t count, other;
+    float *w = test_params(ctx, a, &count), *v = test_params(ctx, b, &other);
+    const int same = count == other && memcmp(w, v, count * sizeof *w) == 0;
+    free(w);
+    free(v);
+    return same;
+}
+
 static inline double *test_doubles(size_t count) { return (double *)test_memory(count * sizeof(double)); }
 
 /* Allocator that counts, and that fails on demand. Give &counter as desc.user. */

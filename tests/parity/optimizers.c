@@ -413,31 +413,37 @@ static void test_scaler(const char *name) {
 
 /* ==== SCHEDULES ==== */
 
+enum { SCHEDULED = 50 };
+
+/* The numbers of a line `key name ...` */
+static void read_scheduled(FILE *file, const char *key, const char *name, double *number) {
+    char word[32] = "";
+    int step;
+    read_key(file, key);
+    CHECK(fscanf(file, "%31s", word) == 1 && strcmp(word, name) == 0);
+    for (step = 0; step < SCHEDULED; step++) {
+        number[step] = 0;
+        CHECK(fscanf(file, "%lf", &number[step]) == 1);
+    }
+}
+
 /* The momentum of 50 steps, bounded as lr is below */
 static void test_momenta(FILE *file, const char *name, const mpt_schedule *schedule) {
-    char word[32] = "";
+    double momentum[SCHEDULED];
     uint64_t step;
-    read_key(file, "momentum");
-    CHECK(fscanf(file, "%31s", word) == 1 && strcmp(word, name) == 0);
-    for (step = 0; step < 50; step++) {
-        double momentum = 0;
-        CHECK(fscanf(file, "%lf", &momentum) == 1);
-        CHECK_NEAR(mpt_schedule_momentum(schedule, step, 0.9), momentum, ldexp(200, -53));
-    }
+    read_scheduled(file, "momentum", name, momentum);
+    for (step = 0; step < SCHEDULED; step++)
+        CHECK_NEAR(mpt_schedule_momentum(schedule, step, 0.9), momentum[step], ldexp(200, -53));
 }
 
 /* lr of 50 steps. PyTorch goes from step to step with at most 4 roundings in each, so its own error grows to 200 units
    of 2^-53; ours has a few. */
 static void test_schedule(FILE *file, const char *name, const mpt_schedule *schedule) {
-    char word[32] = "";
+    double lr[SCHEDULED];
     uint64_t step;
-    read_key(file, "schedule");
-    CHECK(fscanf(file, "%31s", word) == 1 && strcmp(word, name) == 0);
-    for (step = 0; step < 50; step++) {
-        double lr = 0;
-        CHECK(fscanf(file, "%lf", &lr) == 1);
-        CHECK_NEAR(0.1 * mpt_schedule_factor(schedule, step), lr, 0.1 * ldexp(200, -53));
-    }
+    read_scheduled(file, "schedule", name, lr);
+    for (step = 0; step < SCHEDULED; step++)
+        CHECK_NEAR(0.1 * mpt_schedule_factor(schedule, step), lr[step], 0.1 * ldexp(200, -53));
 }
 
 static void test_schedules(void) {

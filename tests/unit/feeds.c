@@ -50,22 +50,6 @@ static mpt_model *build(mpt_context *ctx, mpt_policy policy, const mpt_input_des
     return net;
 }
 
-static float *weights_of(mpt_context *ctx, mpt_model *net, size_t *count) {
-    float *w;
-    *count = mpt_params_count(mpt_model_params(net), 0);
-    w = (float *)test_memory(*count * sizeof *w);
-    CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, w));
-    return w;
-}
-
-static void check_same_weights(mpt_context *ctx, mpt_model *a, mpt_model *b) {
-    size_t count, other;
-    float *w = weights_of(ctx, a, &count), *v = weights_of(ctx, b, &other);
-    CHECK(count == other && memcmp(w, v, count * sizeof *w) == 0);
-    free(w);
-    free(v);
-}
-
 /* The inputs as the descriptor has them: x is host memory, or *device, which they are uploaded to. */
 static const void *given(mpt_context *ctx, const mpt_input_desc *in, const problem *p, int first, void *device) {
     const void *x = in->bytes ? (const void *)(p->bytes + first * PIXELS) : (const void *)(p->x + first * PIXELS);
@@ -93,7 +77,7 @@ static void test_same_bits(mpt_context *ctx, mpt_policy policy, const mpt_input_
     CHECK_EQUAL(mpt_loss(net), mpt_loss(plain));
     CHECK_OK(ctx, mpt_train_samples(net, given(ctx, in, &p, 0, device), p.label, 5));
     CHECK_OK(ctx, mpt_train_samples(plain, p.x, p.label, 5));
-    check_same_weights(ctx, net, plain);
+    CHECK(test_same_weights(ctx, net, plain));
     CHECK_OK(ctx, mpt_forward(net, given(ctx, in, &p, 0, device), p.label, BATCH));
     CHECK_OK(ctx, mpt_forward(plain, p.x, p.label, BATCH));
     CHECK_EQUAL(mpt_loss(net), mpt_loss(plain));
@@ -153,7 +137,7 @@ static void test_bad_floats(mpt_context *ctx, mpt_level level, int accumulate, i
         CHECK_OK(ctx, mpt_train_step(net, p.x, p.label));
         CHECK_OK(ctx, mpt_train_step(good, p.x, p.label));
     }
-    check_same_weights(ctx, net, good);
+    CHECK(test_same_weights(ctx, net, good));
     CHECK_EQUAL((double)mpt_steps_applied(net), 6);
     CHECK_OK(ctx, mpt_forward(net, p.x, p.label, BATCH));
     CHECK_OK(ctx, mpt_forward(good, p.x, p.label, BATCH));
@@ -163,7 +147,7 @@ static void test_bad_floats(mpt_context *ctx, mpt_level level, int accumulate, i
     CHECK_OK(ctx, mpt_backward(good));
     CHECK_OK(ctx, mpt_step(mpt_model_optimizer(net)));
     CHECK_OK(ctx, mpt_step(mpt_model_optimizer(good)));
-    check_same_weights(ctx, net, good);
+    CHECK(test_same_weights(ctx, net, good));
     mpt_model_free(net);
     mpt_model_free(good);
 }

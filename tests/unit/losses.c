@@ -186,26 +186,10 @@ static mpt_model *small_net(mpt_context *ctx, mpt_policy policy, mpt_loss_kind k
     return net;
 }
 
-static float *params_of(mpt_context *ctx, mpt_model *net, size_t *count) {
-    float *w;
-    *count = mpt_params_count(mpt_model_params(net), 0);
-    w = (float *)test_memory(*count * sizeof *w);
-    CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, w));
-    return w;
-}
-
-static int same_params(mpt_context *ctx, mpt_model *a, mpt_model *b) {
-    size_t count;
-    float *p = params_of(ctx, a, &count), *q = params_of(ctx, b, &count);
-    const int same = memcmp(p, q, count * sizeof *p) == 0;
-    free(p), free(q);
-    return same;
-}
-
 /* Weights that have moved by up to d in a few steps are at most `errors` roundings of d apart. */
 static void check_params_near(mpt_context *ctx, mpt_model *a, mpt_model *b, mpt_model *start, double errors) {
     size_t count, i;
-    float *p = params_of(ctx, a, &count), *q = params_of(ctx, b, &count), *s = params_of(ctx, start, &count);
+    float *p = test_params(ctx, a, &count), *q = test_params(ctx, b, &count), *s = test_params(ctx, start, &count);
     double moved = 0, apart = 0, largest = 0;
     for (i = 0; i < count; i++) {
         moved = fmax(moved, fabs((double)p[i] - (double)s[i]));
@@ -287,7 +271,7 @@ static void test_splits(mpt_context *ctx, mpt_policy policy, int per_position) {
         CHECK_OK(ctx, mpt_unscale(mpt_model_optimizer(parts)));
         CHECK_OK(ctx, mpt_step(mpt_model_optimizer(parts)));
         CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(parts)));
-        CHECK(same_params(ctx, four, parts));
+        CHECK(test_same_weights(ctx, four, parts));
         CHECK_EQUAL(mpt_loss(four), mpt_loss(parts));
         free(b);
     }
@@ -353,7 +337,7 @@ static void test_probabilities(mpt_context *ctx, mpt_policy policy) {
         CHECK_OK(ctx, mpt_train_step(a, b->x, b->target));
         CHECK_OK(ctx, mpt_train_step(c, b->x, b->label));
         CHECK_EQUAL(mpt_loss(a), mpt_loss(c));
-        CHECK(same_params(ctx, a, c));
+        CHECK(test_same_weights(ctx, a, c));
         CHECK_OK(ctx, mpt_evaluate(a, b->x, b->target, MOST, &m));
         CHECK_OK(ctx, mpt_evaluate(c, b->x, b->label, MOST, &n));
         CHECK(m.correct == n.correct && m.samples == n.samples);
@@ -385,7 +369,7 @@ static void test_targets(mpt_context *ctx) {
     float *before, *after;
     soft.probabilities = 1;
     net = small_net(ctx, mpt_policy_preset(MPT_O0, MPT_F32), MPT_LOSS_CROSS_ENTROPY, &soft, 2, 1);
-    before = params_of(ctx, net, &count);
+    before = test_params(ctx, net, &count);
     b->target[3] = 1.0000002f; /* of mixing two labels of one class */
     CHECK_OK(ctx, mpt_evaluate(net, b->x, b->target, 2, &m));
     for (i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -393,7 +377,7 @@ static void test_targets(mpt_context *ctx) {
         CHECK_ERROR(ctx, mpt_train_step(net, b->x, b->target), MPT_ERROR_VALUE, "target 3 of sample 1");
         CHECK_ERROR(ctx, mpt_evaluate(net, b->x, b->target, 2, &m), MPT_ERROR_VALUE, "cross_entropy1");
     }
-    after = params_of(ctx, net, &count);
+    after = test_params(ctx, net, &count);
     CHECK(memcmp(before, after, count * sizeof *before) == 0);
     CHECK_EQUAL((double)(mpt_steps_applied(net) + mpt_steps_skipped(net)), 0);
     mpt_model_free(net);
@@ -474,7 +458,7 @@ static void test_empty(mpt_context *ctx, mpt_policy policy) {
         CHECK_OK(ctx, mpt_optimizer_get_state(mpt_model_optimizer(net), &state));
         CHECK_EQUAL(state.found, MPT_SKIP_EMPTY);
         CHECK_EQUAL(mpt_loss(net), 0);
-        CHECK(same_params(ctx, net, other));
+        CHECK(test_same_weights(ctx, net, other));
     }
     CHECK_OK(ctx, mpt_sample_weights(net, none));
     CHECK_OK(ctx, mpt_evaluate(net, b->x, b->target, 4, &m));
@@ -535,7 +519,7 @@ static void test_threads(void) {
         CHECK_OK(ctx, mpt_model_build(net, &train));
         CHECK_OK(ctx, mpt_train_step(net, x, label));
         loss[threads - 1] = mpt_loss(net);
-        params[threads - 1] = params_of(ctx, net, &count);
+        params[threads - 1] = test_params(ctx, net, &count);
         mpt_model_free(net);
         mpt_close(ctx);
     }

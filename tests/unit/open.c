@@ -43,14 +43,6 @@ static void finish_step(mpt_context *ctx, mpt_model *net) {
     CHECK_OK(ctx, mpt_scaler_update(mpt_model_scaler(net)));
 }
 
-static float *weights_of(mpt_context *ctx, mpt_model *net, size_t *count) {
-    float *w;
-    *count = mpt_params_count(mpt_model_params(net), 0);
-    w = (float *)test_memory(*count * sizeof *w);
-    CHECK_OK(ctx, mpt_params_get(mpt_model_params(net), 0, w));
-    return w;
-}
-
 /* Forward, gradient of the mean squared error by hand, backward. Returns that error. */
 static double own_pass(mpt_context *ctx, mpt_model *net, int head, const float *x, const float *target) {
     float y[BATCH * OUTPUTS], grad[BATCH * OUTPUTS];
@@ -87,7 +79,7 @@ static void test_own_loss(mpt_context *ctx, mpt_policy policy, int accumulate) {
     mpt_mse(node, body(node), NULL);
     CHECK_OK(ctx, mpt_model_build(own, &train));
     CHECK_OK(ctx, mpt_model_build(node, &train));
-    start = weights_of(ctx, own, &count);
+    start = test_params(ctx, own, &count);
     for (step = 0; step < STEPS; step++) {
         double loss = 0;
         for (pass = 0; pass < accumulate; pass++)
@@ -98,8 +90,8 @@ static void test_own_loss(mpt_context *ctx, mpt_policy policy, int accumulate) {
         CHECK_NEAR(loss, mpt_loss(node), 64 * unit * (1 + loss));
     }
     CHECK_EQUAL((double)mpt_steps_applied(own), STEPS);
-    a = weights_of(ctx, own, &count);
-    b = weights_of(ctx, node, &count);
+    a = test_params(ctx, own, &count);
+    b = test_params(ctx, node, &count);
     for (i = 0; i < count; i++) {
         moved = fmax(moved, fabs((double)a[i] - (double)start[i]));
         off = fmax(off, fabs((double)a[i] - (double)b[i]));
@@ -223,7 +215,7 @@ static void test_keep_changes_nothing(mpt_context *ctx) {
             if (i) CHECK_OK(ctx, mpt_node_grad(net[i], 4, value));
             finish_step(ctx, net[i]);
         }
-        w[i] = weights_of(ctx, net[i], &count);
+        w[i] = test_params(ctx, net[i], &count);
     }
     CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
     for (i = 0; i < 2; i++) {
@@ -360,7 +352,7 @@ static void test_rates(mpt_context *ctx) {
             CHECK_EQUAL(mpt_params_find(NULL, "x") + mpt_params_find(params, NULL), 0);
         }
         for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(net[i], p.x, p.label));
-        w[i] = weights_of(ctx, net[i], &count);
+        w[i] = test_params(ctx, net[i], &count);
     }
     CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
     CHECK(memcmp(w[0], w[2], count * sizeof *w[0]) != 0);
@@ -466,7 +458,7 @@ static void test_frozen_start(mpt_context *ctx) {
         net[i] = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
         mpt_mse(net[i], tower(net[i], i * LAYERS, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(net[i], &train));
-        w[i] = weights_of(ctx, net[i], &count);
+        w[i] = test_params(ctx, net[i], &count);
     }
     CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
     for (i = 0; i < 2; i++) {
@@ -579,7 +571,7 @@ static void test_own_layer(mpt_context *ctx, mpt_policy policy) {
         mpt_softmax_cross_entropy(net[i], mpt_linear(net[i], h, OUTPUTS, NULL), NULL);
         CHECK_OK(ctx, mpt_model_build(net[i], &train));
         for (step = 0; step < 3; step++) CHECK_OK(ctx, mpt_train_step(net[i], p.x, p.label));
-        w[i] = weights_of(ctx, net[i], &count);
+        w[i] = test_params(ctx, net[i], &count);
         if (i) continue;
         v = w[0]; /* the other's has the slopes behind it */
         w[0] = (float *)test_memory(count * sizeof *v);
@@ -690,7 +682,7 @@ static void test_samples(mpt_context *ctx, mpt_policy policy, size_t samples) {
     }
     finish_step(ctx, net[1]);
     CHECK_EQUAL(mpt_loss(net[0]), mpt_loss(net[1]));
-    for (i = 0; i < 2; i++) w[i] = weights_of(ctx, net[i], &count);
+    for (i = 0; i < 2; i++) w[i] = test_params(ctx, net[i], &count);
     CHECK(memcmp(w[0], w[1], count * sizeof *w[0]) == 0);
     CHECK_ERROR(ctx, mpt_train_samples(net[0], p.x, p.label, 0), MPT_ERROR_ARGUMENT, "samples");
     CHECK_ERROR(ctx, mpt_train_samples(net[0], p.x, p.label, 3 * BATCH + 1), MPT_ERROR_ARGUMENT, "samples");
