@@ -97,32 +97,32 @@
    journal in mpt_optimizer_state says which tensor it was. The same holds for a step that would leave a moment or a
    running statistic inf or NaN, and for one in which no sample has any weight: see mpt_skip_reason.
 
-   A step is defined by its samples, however they are split: it follows the gradient of the sum of their losses over
-   the sum of their weights, whether one pass has all samples or several accumulate them.
+   A step is defined by its samples, not by how they are split: it follows the gradient of the sum of their losses
+   divided by the sum of their weights, whether they come in one pass or accumulate over several.
 
    4. Errors. Calls return an mpt_result; MPT_OK is 0. The context keeps the reason with names and values: mpt_why(ctx).
-   Calls that return a node or tensor id return 0 for "failed"; 0 passes through later calls, and the build reports the
-   first reason. Nothing prints, exits, aborts, or reads errno; a failed call leaves everything as it was.
+   Calls that return a node or tensor id return 0 on failure; later calls accept 0 and return 0, and the build reports
+   the first reason. Nothing prints, exits, aborts, or reads errno; a failed call leaves everything as it was.
 
-   5. Memory. All of it comes from the allocator in mpt_context_desc (malloc by default) and goes back on the _free and
-   _close calls. Free what was made from a context before the context, and optimizers before their scaler and params.
-   As gcc 12 and clang 14 compile it at -O2, no function has more than 1 KiB of locals.
+   5. Memory. All of it comes from the allocator in mpt_context_desc (malloc by default) and is returned by the _free
+   and _close calls. Free what was made from a context before the context, and optimizers before their scaler and
+   params. No function needs more than 1 KiB of stack for its locals (gcc 12 and clang 14 at -O2).
 
    6. Threads. One context belongs to one thread at a time; two contexts share nothing. A context owns a pool of worker
-   threads that sleep when idle. Results are the same bits for any number of threads; each job is done with its caller's
-   rounding mode and treatment of subnormals (but on an x87). After fork, a context works in the child as well, without
-   its workers.
+   threads that sleep when idle. Results are the same bits for any number of threads; workers take over the caller's
+   rounding mode and treatment of subnormals for each job (except on x87). After fork, a context also works in the
+   child, without its workers.
 
    7. Layout is NHWC for images (batch, height, width, channels), [K][R][S][C] for convolution weights (filters, kernel
    height, kernel width, channels), [outputs][inputs] for linear weights, all row-major and dense.
 
-   8. Numbers. 16-bit storage, fp32 arithmetic. Casts, scans and the scaler use integers where it matters, so that
-   -ffast-math in your build cannot break them. Activations and losses are right under it for every finite input; that
-   inf and NaN pass through them (but for ReLU's, told by bits) holds without it alone. Optimizers follow PyTorch's
-   formulas operation by operation; moments below 2^-126 become 0.
+   8. Numbers. 16-bit storage, fp32 arithmetic. Casts, scans and the scaler test and round with integer operations, so
+   -ffast-math in your build cannot break them. Activations and losses are right under -ffast-math for every finite
+   input, but only without it do they propagate inf and NaN (ReLU always does). Optimizers follow PyTorch's formulas
+   operation by operation; moments below 2^-126 become 0.
 
-   9. Inputs as they come. Images as bytes, four times less to copy, which become x = byte * scale[c] + shift[c] on the
-   device; and batches that lie in the device's memory already:
+   9. Inputs. Images can be given as bytes, a quarter of the data to copy; the device computes x = byte * scale[c] +
+   shift[c]. Batches that are in the device's memory already need no copy at all (in.in_device):
 
          mpt_input_desc in = MPT_ZERO;
          in.bytes = 1;                                          0..1 by default
@@ -130,9 +130,9 @@
          ...
          mpt_train_step(net, pixels, labels);                   32 x 28 x 28 uint8_t
 
-   Losses take an mpt_loss_desc: class weights, an ignored label, pos_weight, Huber's delta, and these. Segmentation: a
-   row is a position instead of a sample. Mixup: loss.probabilities = 1, and targets are 32 x 10 floats instead of
-   labels. Samples may have weights, which come with their batch:
+   Losses take an mpt_loss_desc: class weights, an ignored label, pos_weight, Huber's delta and more. For segmentation,
+   loss.per_position gives every position a label of its own. For mixup, loss.probabilities makes the targets 32 x 10
+   floats instead of 32 labels. Weights of samples come with their batch:
 
        mpt_loss_desc loss = MPT_ZERO;
        loss.per_position = 1;                                   3 classes, labels 32 x height x width
@@ -142,8 +142,8 @@
        mpt_sample_weights(net, weights);                        32 floats, for the next step alone
        mpt_train_step(net, images, masks);
 
-   10. Open ends. A model without a loss node ends in heads, the nodes that nothing reads; compute a loss of your own
-   from their values:
+   10. Your own loss, inputs and layers. A model without a loss node ends in heads, the nodes that no other node reads;
+   compute a loss of your own from their values:
 
          mpt_forward(net, images, NULL, n);
          mpt_node_value(net, head, y);                            n x elements floats
@@ -151,8 +151,8 @@
          mpt_output_grad(net, head, grad);                        for each head
          mpt_backward(net);                                       then mpt_unscale, ... as in 2
 
-   Several inputs. A sample is one array, the inputs behind each other; slices take it apart, and bring each into its
-   shape. With several heads and a loss of your own, this is any model of several inputs and outputs:
+   Several inputs: a sample is one array that holds them one after another, mpt_slice takes it apart, and mpt_reshape
+   gives each part its shape. Together with several heads, any number of inputs and outputs can be had:
 
        int both = mpt_input(net, 1, 1, 8 * 8 * 1 + 5);          an image, then 5 numbers
        int image = mpt_reshape(net, mpt_slice(net, both, 0, 64), 8, 8, 1);
@@ -160,27 +160,27 @@
        image = mpt_linear(net, mpt_conv2d(net, image, 4, 3, NULL), 16, NULL);
        int h = mpt_relu(net, mpt_concat(net, image, extra));
 
-   mpt_multiply scales channels (squeeze-and-excite), mpt_upsample leads back to an image's size:
+   mpt_multiply scales channels (squeeze-and-excite); mpt_upsample enlarges an image again:
 
          int s = mpt_global_avg_pool2d(net, h);                   one pixel of C channels
          s = mpt_sigmoid(net, mpt_linear(net, s, C, NULL));
          h = mpt_multiply(net, h, s);
 
-   A layer of your own is two calls on arrays: mpt_layer. mpt_keep makes the value and the gradient of any node
-   readable, the input's too; mpt_name gives it a name, mpt_find finds it by that.
+   A layer of your own is two functions on arrays: see mpt_layer. mpt_keep makes the value and the gradient of any node
+   readable, also of the input; mpt_name names a node, and mpt_find finds it by that name.
 
-   11. Fine-tuning and inference. desc.tuning freezes a layer, or gives it a rate of its own; mpt_optimizer_tensor
-   changes rates later, by mpt_params_find(params, "conv1.weight"). mpt_weights_load takes a prefix, and loads what
-   fits and tells what did not if asked to. train.inference = 1 builds a model that predicts only: no masters,
-   gradients or moments, and activations live from one layer to the next. With train.fold = 1 loading multiplies
-   weights by what the batch norm behind them would, which is then not computed; mpt_model_print tells where.
-   examples/resnet18.h loads torchvision's ResNet-18.
+   11. Fine-tuning and inference. desc.tuning freezes a layer or gives it its own learning rate; mpt_optimizer_tensor
+   changes the rate of a tensor later, by its name: mpt_params_find(params, "conv1.weight"). mpt_weights_load takes a
+   prefix and, if asked to, loads only what fits and reports the rest. train.inference = 1 builds a model that only
+   predicts: no masters, gradients or moments, and a layer's activations are freed once the next layer has read them.
+   With train.fold = 1, loading folds batch norms into the weights of the layers before them; mpt_model_print shows
+   which. examples/resnet18.h loads torchvision's ResNet-18.
 
    Averaging. With train.ema_decay = 0.999 the model keeps moving averages of its weights; after mpt_use_average(net, 1)
-   evaluation, prediction and saved weights are theirs.
+   it evaluates, predicts and saves with them.
 
-   12. Several ranks. Processes on one machine or on many train one model together: train.ranks names the rank and a
-   call that sums an array over all of them. The steps are those of one process, to the bit; see mpt_ranks.
+   12. Several ranks. Processes on one machine or on many train one model together: train.ranks gives this process's
+   rank and a function that sums an array over all ranks. The steps are bit for bit those of one process; see mpt_ranks.
 
    13. Not here: recurrent nets and attention.                                                                        */
 
@@ -198,10 +198,10 @@
      MPT_NO_SIMD         plain C only, no intrinsics
      MPT_NO_STDIO        no stdio.h: files are saved to memory and loaded from it; what takes a path returns
                          MPT_ERROR_UNSUPPORTED
-     MPT_SMALL           for little memory: a context on the CPU takes 70 KB a thread instead of 1.4 MB. Products are
-                         cut into smaller blocks: they are slower, and their sums have another order. XOR on a
-                         Cortex-M4 (tests/compile/xor.c, arm-none-eabi-gcc -Os): text 106 KB, the C library and printf
-                         included; RAM 89 KB, all of it but the stack
+     MPT_SMALL           for little memory: a CPU context takes 70 KB a thread instead of 1.4 MB. Products are computed
+                         in smaller blocks, so they are slower and add in another order. XOR on a Cortex-M4
+                         (tests/compile/xor.c, arm-none-eabi-gcc -Os): text 106 KB, including the C library and
+                         printf; RAM 89 KB without the stack
 
    No macro changes a public struct.                                                                                  */
 
@@ -217,8 +217,8 @@
 #define MPT__UNUSED
 #endif
 
-/* Parameter `format` is printf's, its arguments begin with number `first`: the compiler checks them. */
-#if defined(__MINGW32__) && !defined(__clang__) /* whose printf is Microsoft's, without %zu */
+/* Has the compiler check a call like printf: parameter `format` is the format, parameter `first` the first argument. */
+#if defined(__MINGW32__) && !defined(__clang__) /* gcc checks against Microsoft's printf by default, without %zu */
 #define MPT__PRINTF(format, first) __attribute__((__format__(__gnu_printf__, format, first)))
 #elif defined(__GNUC__) || defined(__clang__)
 #define MPT__PRINTF(format, first) __attribute__((__format__(__printf__, format, first)))
@@ -256,7 +256,7 @@ extern "C" {
 
 /* ==== CONTEXT ==== */
 
-/* Result codes. One list makes the enum and the texts; numbers are stable, new ones go last. */
+/* Result codes. One list makes the enum and the texts. Numbers never change; new codes go last. */
 #define MPT_RESULTS(X)                                                               \
     X(OK, "success")                                                                 \
     X(ERROR_ARGUMENT, "an argument is NULL or out of range")                         \
@@ -283,7 +283,7 @@ typedef struct mpt_context mpt_context; /* one device, its allocator, its worker
 
 typedef enum mpt_log_level {
     MPT_LOG_ERROR = 1, /* the reason of a failed call, as mpt_why has it */
-    MPT_LOG_INFO       /* what was opened, and what makes it slower or less exact than it could be */
+    MPT_LOG_INFO       /* what was opened, and anything that makes it slower or less exact than it could be */
 } mpt_log_level;
 
 /* Instruction sets. Casts, scans, scaler and optimizers give the same bits on all of them. */
@@ -300,15 +300,15 @@ typedef struct mpt_context_desc {
     void *(*alloc)(size_t bytes, void *user);           /* NULL: malloc. Set both or neither. Aligned as malloc's */
     void (*release)(void *p, size_t bytes, void *user); /* NULL: free. bytes: what alloc was asked for */
     void (*log)(mpt_log_level level, const char *text, void *user); /* NULL: silent */
-    void *user;                                                     /* handed to the three calls above */
+    void *user;                                                     /* passed to the three functions above */
 
-    int threads;   /* 0: one per processor that the process, or its container, may use; 1: none but the caller's */
-    int reference; /* 1: operations are the plain loops of REFERENCE, slow and easy to read; to compare with */
-    mpt_isa isa;   /* instruction set of the bulk loops; mpt_open returns NULL for one that the CPU lacks */
+    int threads;   /* 0: one per processor that the process, or its container, may use; 1: only the caller's */
+    int reference; /* 1: operations are the plain loops of REFERENCE: slow, easy to read, something to compare with */
+    mpt_isa isa;   /* instruction set of the bulk loops; mpt_open returns NULL if the CPU does not have it */
 } mpt_context_desc;
 
-/* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL when memory or a thread could not be
-   had or when the descriptor is wrong; desc->log then gets the reason. */
+/* Opens a CPU context. desc may be NULL (all defaults); it is copied. Returns NULL if there is no memory, if a thread
+   cannot be started, or if the descriptor is wrong; desc->log then gets the reason. */
 MPT_DEF mpt_context *mpt_open(const mpt_context_desc *desc);
 /* Stops the worker threads and frees the context. NULL is allowed. */
 MPT_DEF void mpt_close(mpt_context *ctx);
@@ -318,17 +318,17 @@ MPT_DEF const char *mpt_why(const mpt_context *ctx);
 MPT_DEF const char *mpt_result_text(mpt_result result);
 /* MPT_VERSION of the compiled implementation. */
 MPT_DEF int mpt_version(void);
-/* "cpu" or "cuda"; "none" of NULL, which a failed mpt_open returns. */
+/* "cpu" or "cuda"; "none" for NULL, which a failed mpt_open returns. */
 MPT_DEF const char *mpt_device_name(const mpt_context *ctx);
-/* "plain", "avx2", "avx512" or "neon"; "none" of NULL. */
+/* "plain", "avx2", "avx512" or "neon"; "none" for NULL. */
 MPT_DEF const char *mpt_isa_name(const mpt_context *ctx);
-/* What it was opened with: its allocator and its log, for those who build on it. All zero of NULL. */
+/* The descriptor it was opened with, for code that wants the same allocator and log. All zero for NULL. */
 MPT_DEF mpt_context_desc mpt_context_get_desc(const mpt_context *ctx);
-/* Threads that work for this context, the caller's included; 0 of NULL. */
+/* Threads that work for this context, including the caller's; 0 for NULL. */
 MPT_DEF int mpt_thread_count(const mpt_context *ctx);
 
-/* Memory of the context's device, 64-byte aligned, zeroed: the arrays that floor 1 and 2 take. On the CPU it is
-   ordinary memory, and any pointer of yours does as well. mpt_alloc returns NULL when out of memory, and for 0
+/* Memory of the context's device, 64-byte aligned, zeroed: where the arrays of floors 1 and 2 must be. On the CPU it is
+   ordinary memory, and any other pointer will do as well. mpt_alloc returns NULL when out of memory, and for 0
    bytes. */
 MPT_DEF void *mpt_alloc(mpt_context *ctx, size_t bytes);
 MPT_DEF void mpt_free(mpt_context *ctx, void *p);
@@ -363,7 +363,7 @@ typedef enum mpt_overflow {
 } mpt_overflow;
 
 /* fp32 to `type`, as its bits in the low bytes. Integer arithmetic only.
-   Rounds as told; `random` supplies the bits of MPT_ROUND_STOCHASTIC and is otherwise not used. Subnormals are kept.
+   `random` supplies the random bits of MPT_ROUND_STOCHASTIC and is otherwise not used. Subnormals are kept.
    NaN stays NaN, quiet, with its sign and the upper payload bits (e4m3: its one NaN). -0 stays -0.
    Error: nearest: at most half a gap, so |y - x| <= 2^-(p) |x| for normal y with p significant bits (fp16 11, bf16 8,
    e5m2 3, e4m3 4); toward zero and stochastic: under one gap. */
@@ -372,7 +372,7 @@ MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflo
    quiet. */
 MPT_HD float mpt_widen(uint32_t bits, mpt_dtype type);
 
-/* The common cases by name: nearest even, overflow to inf (e4m3: NaN). Contract as above. */
+/* The common cases: nearest even, overflow to inf (e4m3: NaN). Otherwise as above. */
 MPT_HD mpt_f16 mpt_f16_from_f32(float x);
 MPT_HD mpt_bf16 mpt_bf16_from_f32(float x);
 MPT_HD mpt_e4m3 mpt_e4m3_from_f32(float x);
@@ -397,7 +397,7 @@ typedef struct mpt_array {
     mpt_dtype type;
 } mpt_array;
 
-/* mpt_array of a pointer. Inputs are never written through it. */
+/* A pointer as an mpt_array. An operation never writes through an array that is its input. */
 MPT_HD mpt_array mpt_f32_array(const float *p);
 MPT_HD mpt_array mpt_f16_array(const mpt_f16 *p);
 MPT_HD mpt_array mpt_bf16_array(const mpt_bf16 *p);
@@ -420,10 +420,10 @@ typedef struct mpt_scan {
     uint64_t first;     /* index of the first of them; n if there is none */
 } mpt_scan;
 
-/* What is in an array: one pass, any type. Inf and NaN are told by their bits. Waits for the device. */
+/* Scans an array of any type in one pass. Recognises inf and NaN by their bits. Waits for the device. */
 MPT_DEF mpt_result mpt_scan_array(mpt_context *ctx, size_t n, mpt_array x, mpt_scan *out);
-/* x[i] *= factor, rounded to x's type, and what is in it afterwards, in the same pass: for gradients that are to be
-   unscaled in place (torch's _amp_foreach_non_finite_check_and_unscale_). */
+/* x[i] *= factor, rounded to x's type, and the scan of the products in the same pass: unscales gradients in place
+   (torch's _amp_foreach_non_finite_check_and_unscale_). */
 MPT_DEF mpt_result mpt_scale_array(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *out);
 
 typedef struct mpt_histogram {
@@ -431,20 +431,21 @@ typedef struct mpt_histogram {
     uint64_t exponent[256]; /* [e]: elements with 2^(e-127) <= |x| < 2^(e-126); [0]: fp32 subnormals */
 } mpt_histogram;
 
-/* Adds the n elements of x to *h, by their binary exponent. Zero *h first. Waits for the device. */
+/* Counts the n elements of x in *h by their binary exponent. Zero *h first. Waits for the device. */
 MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mpt_histogram *h);
 
 /* ==== OPERATIONS ==== floor 2
 
-   One struct and one call for each operation. Fill the struct from MPT_ZERO and call; what stays 0 has the default that
-   its comment names. It is the struct that is checked, and that CPU, CUDA and models use: see BACKEND.
+   One struct and one call for each operation. Start the struct from MPT_ZERO, fill it in and call; a member that stays
+   0 has the default that its comment names. The same struct is checked here and used by the CPU, CUDA and models: see
+   BACKEND.
 
-   Raw arrays in the memory of the context's device, sizes, and no state. Storage F32, F16 or BF16 each; arithmetic and
-   sums in fp32. Gradients are named as in papers: dy is dloss/dy. `beta` says what happens to the old content of an
-   output, as in BLAS: out = new + beta * out; with 0 it is not read.
+   Operations take raw arrays in the memory of the context's device, take sizes, and keep no state. Each array is F32,
+   F16 or BF16; arithmetic and sums are in fp32. Gradients are named as in papers: dy is dloss/dy. `beta` says what
+   happens to the old content of an output, as in BLAS: out = new + beta * out; with 0 it is not read.
    Letters: N batch, H W height and width, C channels, K filters, R S kernel height and width, P Q output height and
-   width. All calls: MPT_ERROR_ARGUMENT for a NULL array that is not optional, MPT_ERROR_SHAPE for sizes that do not fit
-   or overflow, MPT_ERROR_TYPE for fp8 arrays. A size of 0 is allowed where nothing is then to do. */
+   width. Every call returns MPT_ERROR_ARGUMENT for a NULL array that is not optional, MPT_ERROR_SHAPE for sizes that do
+   not fit together or overflow, and MPT_ERROR_TYPE for fp8 arrays. A size may be 0 where that leaves nothing to do. */
 
 /* Activations, and which saved value the gradient needs: y or x. */
 typedef enum mpt_activation {
@@ -460,7 +461,7 @@ typedef enum mpt_activation {
 } mpt_activation;
 
 /* c(m,n) = act(alpha op(a)(m,k) op(b)(k,n) + beta c + bias(n)). op(x) is x, or its transpose with trans_x. Row-major:
-   lda is the distance of rows in elements of a as it is stored. A linear layer (torch.nn.functional.linear) is
+   lda is the distance between rows, in elements, of a as it is stored. A linear layer (torch.nn.functional.linear) is
      y(N,O)  = act(x(N,D) w(O,D)^T + b(O))    trans_b
      dx(N,D) = dy(N,O) w(O,D)
      dw(O,D) = dy(N,O)^T x(N,D), and db(O)    trans_a, a_sums */
@@ -473,8 +474,8 @@ typedef struct mpt_gemm_op {
     float beta;
     mpt_array bias; /* (n), optional */
     mpt_activation act;
-    mpt_array a_sums; /* (m), optional; for trans_a without a gap between rows. Gets the sums of the columns of a as it
-                         is stored, + beta * a_sums: the gradient of a bias, in passing */
+    mpt_array a_sums; /* (m), optional; needs trans_a and no gap between rows. Gets the sums of the columns of a as it
+                         is stored, + beta * a_sums: the gradient of a bias, computed along with dw */
 } mpt_gemm_op;
 
 MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *op);
@@ -489,14 +490,14 @@ typedef struct mpt_conv2d_shape {
     size_t padding_h, padding_w;   /* rows and columns of zeros on each side */
     size_t dilation_h, dilation_w; /* 0: 1 */
     size_t groups;                 /* 0: 1 */
-    int same; /* 1: P = H, Q = W, by dilation (kernel - 1) zeros on both sides together, of an odd number one more
-                 behind. Needs stride 1 and no other padding; padding='same' in torch */
+    int same; /* 1: P = H, Q = W. Pads with dilation (kernel - 1) zeros in all, the odd one on the lower or right side.
+                 Needs stride 1 and padding 0; padding='same' in torch */
 } mpt_conv2d_shape;
 
 /* x(N,H,W,C), w(K,R,S,C/groups), y(N,P,Q,K). torch.nn.functional.conv2d
      MPT_FORWARD            y = act(conv(x, w) + beta y + bias(K))
-     MPT_BACKWARD_DATA      x is dx, y is dy: dx = what dy hands back through w, + beta dx
-     MPT_BACKWARD_WEIGHT    w is dw, y is dy: dw = what x and dy make, + beta dw; bias is db = sums of dy + beta db */
+     MPT_BACKWARD_DATA      x is dx, y is dy: dx = dloss/dx from dy and w, + beta dx
+     MPT_BACKWARD_WEIGHT    w is dw, y is dy: dw = dloss/dw from dy and x, + beta dw; bias: db = sums of dy + beta db */
 typedef struct mpt_conv2d_op {
     mpt_pass pass;
     mpt_conv2d_shape shape;
@@ -504,7 +505,7 @@ typedef struct mpt_conv2d_op {
     mpt_array bias;     /* optional; not read by MPT_BACKWARD_DATA */
     mpt_activation act; /* MPT_FORWARD only */
     float beta;
-    size_t P, Q; /* filled in by the call; with `same` also the padding above and left */
+    size_t P, Q; /* filled in by the call, as is the padding above and on the left with `same` */
 } mpt_conv2d_op;
 
 MPT_DEF mpt_result mpt_op_conv2d(mpt_context *ctx, const mpt_conv2d_op *op);
@@ -519,12 +520,12 @@ typedef struct mpt_pool2d_shape {
     size_t N, H, W, C, R, S;
     size_t stride_h, stride_w;   /* 0: R, S */
     size_t padding_h, padding_w; /* on each side; at most half the window */
-    int exclude_padding; /* average: 0: divides by R S; 1: by how many pixels of the image the window holds, as with
+    int exclude_padding; /* average: 0 divides by R S, 1 by the number of pixels in the window that are not padding;
                             count_include_pad=False in torch */
 } mpt_pool2d_shape;
 
 /* x(N,H,W,C), y(N,P,Q,C). torch.nn.functional.max_pool2d, avg_pool2d
-     MPT_FORWARD          y from x. Max: index gets r * S + s of the first largest element; NaN is larger than all
+     MPT_FORWARD          y from x. Max: index gets r * S + s of the first largest element; NaN counts as largest
      MPT_BACKWARD_DATA    x is dx, y is dy: dx = the gradient of x + beta dx */
 typedef struct mpt_pool2d_op {
     mpt_pool_kind kind;
@@ -548,14 +549,14 @@ typedef struct mpt_mask {
     const uint64_t *step; /* device memory; NULL: 0 */
 } mpt_mask;
 
-/* What an element of the output is made of, from the elements of the same index. */
+/* How an element of the output is computed from the elements of the same index. */
 typedef enum mpt_map {
     MPT_MAP_CAST = 0,            /* out = a, rounded as mpt_cast does; any type, fp8 too */
     MPT_MAP_ACTIVATION,          /* out = act(a) */
     MPT_MAP_ACTIVATION_GRADIENT, /* out = b * act'(x) + beta * out; a: the saved value that the list names, b: dy */
     MPT_MAP_ADD,                 /* out = act(a + beta * b); with beta 0 b is not read */
-    MPT_MAP_DROPOUT,             /* out = a / (1 - p) where it is kept, 0 a where it is dropped, + beta * out; the
-                                    gradient is the same of dy (Srivastava et al. 2014; torch.nn.functional.dropout) */
+    MPT_MAP_DROPOUT,             /* out = a / (1 - p) if kept, 0 * a if dropped, + beta * out; the same call on dy
+                                    gives the gradient (Srivastava et al. 2014; torch.nn.functional.dropout) */
     MPT_MAP_BYTES                /* out = a * scale + shift of its channel; a.data: uint8_t(n), whatever a.type */
 } mpt_map;
 
@@ -566,20 +567,21 @@ typedef struct mpt_map_op {
     mpt_array out; /* may be a or b, but not overlap them otherwise */
     float beta;
     mpt_activation act;
-    float negative_slope;  /* of MPT_LEAKY_RELU, from 0 on; 0: 0.01 */
+    float negative_slope;  /* of MPT_LEAKY_RELU, not negative; 0: 0.01 */
     mpt_rounding rounding; /* MPT_MAP_CAST */
     mpt_mask mask;         /* MPT_MAP_DROPOUT */
-    size_t C;              /* MPT_MAP_BYTES: element i is of channel i % C... */
-    const float *channels; /* ...device memory (2, C): scales, then shifts. Product and sum are rounded to fp32 each */
+    size_t C;              /* MPT_MAP_BYTES: element i belongs to channel i % C */
+    const float *channels; /* MPT_MAP_BYTES: (2, C), device memory: scales, then shifts. The product and the sum are
+                              each rounded to fp32 */
 } mpt_map_op;
 
 MPT_DEF mpt_result mpt_op_map(mpt_context *ctx, const mpt_map_op *op);
 
-/* y(rows,C) = x(rows,C) + beta * y: concatenation of channels, and its gradient. */
+/* y(rows,C) = x(rows,C) + beta * y: concatenates channels, and is its own gradient. */
 typedef struct mpt_columns_op {
     size_t rows, C;
     mpt_array x, y;
-    size_t x_stride, y_stride; /* distances of rows in elements; 0: C */
+    size_t x_stride, y_stride; /* distances between rows in elements; 0: C */
     float beta;
 } mpt_columns_op;
 
@@ -590,11 +592,11 @@ typedef struct mpt_broadcast_shape {
     size_t N, H, W, C, R, S;
 } mpt_broadcast_shape;
 
-/* Nearest upsampling; with a factor, which is as large as y, the product of y and a smaller image: R = S = 1 is that of
-   two arrays, H = W = 1 scales channels (squeeze-and-excite; Hu et al. 2018).
-     MPT_FORWARD          y = each pixel of x, R x S times, times factor, + beta y
-     MPT_BACKWARD_DATA    x is dx, y is dy: dx = sums over R x S pixels of dy times factor, + beta dx; in double
-   The gradient of the factor is MPT_FORWARD with dy for the factor. */
+/* Nearest-neighbour upsampling. With a factor, an array as large as y, it multiplies that by the smaller image:
+   R = S = 1 multiplies two arrays, H = W = 1 scales channels (squeeze-and-excite; Hu et al. 2018).
+     MPT_FORWARD          y = x, each pixel repeated R x S times, times factor, + beta y
+     MPT_BACKWARD_DATA    x is dx, y is dy: dx = sums of dy times factor over R x S pixels, in double, + beta dx
+   The gradient of the factor is MPT_FORWARD with dy as the factor. */
 typedef struct mpt_broadcast_op {
     mpt_pass pass;
     mpt_broadcast_shape shape;
@@ -605,7 +607,7 @@ typedef struct mpt_broadcast_op {
 
 MPT_DEF mpt_result mpt_op_broadcast(mpt_context *ctx, const mpt_broadcast_op *op);
 
-/* Shape of a normalisation: x(N,pixels,C), whose C channels fall into equal groups. Each group of each sample has a
+/* Shape of a normalisation: x(N,pixels,C), with the C channels in groups of equal size. Each group of each sample has a
    mean and a variance over its pixels and channels:
      group norm      N samples, pixels H W           layer norm over the channels    N = all rows, pixels 1, groups 1
      instance norm   the same with groups = C        batch norm    N 1, pixels = all rows, groups = C */
@@ -618,24 +620,24 @@ typedef enum mpt_norm_pass {
     MPT_NORM_STATS = 0, /* stats = means and variances of x; sums in double */
     MPT_NORM_FORWARD,   /* y = act((x - mean) / sqrt(variance + eps) * gamma + beta), with any statistics */
     MPT_NORM_BACKWARD,  /* dx, dgamma, dbeta from y, which is dy */
-    MPT_NORM_RUNNING    /* running = (1 - momentum) running + momentum (mean, variance by one less than the count) */
+    MPT_NORM_RUNNING    /* running = (1 - momentum) running + momentum (mean, variance), with the unbiased variance */
 } mpt_norm_pass;
 
-/* torch.nn.functional.batch_norm, layer_norm, group_norm, a pass at a time. */
+/* torch.nn.functional.batch_norm, layer_norm and group_norm, one pass of them. */
 typedef struct mpt_norm_op {
     mpt_norm_pass pass;
     mpt_norm_shape shape;
     mpt_array x;
-    float *stats; /* (4, N groups) fp32, device: means, then variances divided by the count; BACKWARD writes the rest */
+    float *stats; /* (4, N groups) fp32, device: means, then biased variances; BACKWARD uses the rest as scratch */
     mpt_array gamma, beta; /* (C), optional: all 1, all 0; FORWARD both, BACKWARD gamma */
     mpt_array y;           /* as x; FORWARD may write it over x */
     mpt_activation act;    /* FORWARD: any */
-    /* BACKWARD, with act MPT_RELU: dy comes from behind a ReLU that made `saved`, and is multiplied by its slope first,
-       in passing or in place; beta is then read, too. Else act is MPT_IDENTITY. */
+    /* BACKWARD: MPT_IDENTITY, or MPT_RELU: y is then the gradient of a ReLU that read the norm and whose output is
+       `saved`. It is multiplied by the ReLU's slope first, perhaps in place; beta is read as well. */
     mpt_array saved;
-    int frozen;   /* BACKWARD: 1: stats (2, N groups) are constants; else those of x, and dx goes through them */
+    int frozen;   /* BACKWARD: 1: stats (2, N groups) are constants; 0: they depend on x, and dx accounts for that */
     mpt_array dx; /* BACKWARD, optional: new + scale_x * dx */
-    mpt_array dgamma, dbeta; /* BACKWARD, optional, both or none: (C), new + scale * old */
+    mpt_array dgamma, dbeta; /* BACKWARD, optional, both or neither: (C), new + scale * old */
     float scale_x, scale;
     float *running; /* RUNNING: (2, N groups) fp32, device: mean, variance */
     float momentum; /* RUNNING: in 0..1 */
@@ -643,68 +645,68 @@ typedef struct mpt_norm_op {
 
 MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *op);
 
-/* What a loss call adds to, in the memory of the context's device; zero it first. The mean is loss / weight. */
+/* Sums that loss calls add to, in the memory of the context's device; zero them first. The mean is loss / weight. */
 typedef struct mpt_loss_sum {
     double loss;      /* sum over rows of the row's loss, weighted */
-    double weight;    /* sum over rows of the class weight of the label, 1 without them or without labels, times the
-                         weight of the sample */
-    uint64_t rows;    /* rows seen, but for ignored ones */
-    uint64_t correct; /* of them: those whose largest logit is that of the label, or of the largest probability (the
-                         first largest; cross-entropy only) */
+    double weight;    /* sum over rows of the label's class weight (1 if there are none, or no labels) times the
+                         sample's weight */
+    uint64_t rows;    /* rows that were not ignored */
+    uint64_t correct; /* cross-entropy: how many of them have their (first) largest logit at the label, or at the
+                         largest probability */
 } mpt_loss_sum;
 
-/* Options of losses, named as PyTorch's. Of a loss that does not have it an option is refused. Weights are in device
-   memory; for a model in host memory, copied by the build. */
+/* Options of losses, named as in PyTorch. A loss refuses an option that it does not have. Weights are in device memory;
+   those of a model in host memory, and the build copies them. */
 typedef struct mpt_loss_desc {
     /* cross-entropy */
-    float label_smoothing;      /* in 0..1: this share of the target goes to all classes alike */
+    float label_smoothing;      /* in 0..1: this share of the target is spread evenly over all classes */
     const float *class_weights; /* (C); NULL: all 1 */
-    int ignore;                 /* 1: rows whose label is ignore_index count for nothing */
+    int ignore;                 /* 1: rows whose label is ignore_index are left out */
     int32_t ignore_index;
-    int probabilities; /* 1: targets are probabilities of the classes, float(N,C), from 0 on (mixup), and no labels */
+    int probabilities; /* 1: targets are not labels but class probabilities, float(N,C), not negative (mixup) */
     /* binary cross-entropy with logits */
-    const float *pos_weight; /* (C), multiplies the term of t; NULL: all 1 */
+    const float *pos_weight; /* (C), multiplies the term with t; NULL: all 1 */
     /* Huber */
     float delta; /* 0: 1 */
-    /* of a model, any loss */
-    int per_position; /* 1: each of a node's H x W positions is a row of its C elements, as in segmentation: labels are
-                         int32_t(N,H,W), weights (C), and means and metrics are over all positions; 0: all H W C
-                         elements of a sample are one row */
+    /* any loss of a model */
+    int per_position; /* 0: the H W C elements of a sample are one row. 1: each of its H x W positions is a row of C
+                         elements, as in segmentation: labels are int32_t(N,H,W), class weights (C), and means and
+                         metrics are over all positions */
     int weighted;     /* 1: samples have weights: see mpt_sample_weights */
 } mpt_loss_desc;
 
-/* As torch.nn.functional names them. Row loss: of cross-entropy sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the
-   class weight of j times the probability of j, which is 1 for the label, smoothed; it is taken from the row's largest
-   value so that nothing overflows. Of the others the mean over the row's C elements. */
+/* The loss of a row. Cross-entropy: sum_j t_j (log(sum_i exp x_i) - x_j), where t_j is the class weight times the
+   target probability of j (for a label 1, else 0, then smoothed); the row's largest value is subtracted from all x
+   first, so nothing overflows. The others: the mean over the row's C elements. */
 typedef enum mpt_loss_kind {
     MPT_LOSS_CROSS_ENTROPY = 0,
     MPT_LOSS_SQUARED_ERROR,   /* mse_loss: (x - t)^2 */
-    MPT_LOSS_BCE_WITH_LOGITS, /* binary_cross_entropy_with_logits: -pos_weight t log s - (1 - t) log(1 - s) of
+    MPT_LOSS_BCE_WITH_LOGITS, /* binary_cross_entropy_with_logits: -pos_weight t log s - (1 - t) log(1 - s) with
                                  s = sigmoid(x) */
     MPT_LOSS_ABSOLUTE_ERROR,  /* l1_loss: |x - t| */
     MPT_LOSS_HUBER,           /* huber_loss: (x - t)^2 / 2 up to |x - t| = delta, delta (|x - t| - delta / 2) beyond */
-    MPT_LOSS_GRADIENT, /* of your own: target is dloss/dx; dx = target * grad_scale * *loss_scale, and 0 is added */
+    MPT_LOSS_GRADIENT, /* your own: target is dloss/dx; dx = target * grad_scale * *loss_scale, and the loss is 0 */
     MPT_LOSS_KIND_COUNT
 } mpt_loss_kind;
 
-/* A loss of x(N,C), added to *sum, and its gradient, in fp32. Of one call, mean = sum of the rows' losses / sum of
-   their weights, and dx = d mean / dx * grad_scale * *loss_scale. If no row has any weight dx is 0.
-   With sample_weights a row's loss and its weight in the mean are multiplied by that of its sample. In PyTorch:
-   reduction="none", then (w * loss).sum() / w.sum(), or with class weights / (w * class_weights[target]).sum(). */
+/* A loss of x(N,C), added to *sum, and its gradient, in fp32. The mean of one call is the sum of its rows' losses
+   divided by the sum of their weights, and dx = d mean / dx * grad_scale * *loss_scale. If the weights add up to 0, dx
+   is 0. sample_weights multiply both the loss and the weight of a sample's rows. In PyTorch: reduction="none", then
+   (w * loss).sum() / w.sum(), or with class weights / (w * class_weights[target]).sum(). */
 typedef struct mpt_loss_op {
     mpt_loss_kind kind;
     size_t N, C;
-    size_t positions; /* of a sample, 0: 1: x is (N, positions, C), and so are dx and floats; each position is a row */
+    size_t positions; /* 0: 1. Rows of a sample: x, dx and float targets are then (N, positions, C) */
     mpt_array x;
-    const void *target; /* device: cross-entropy int32_t(rows) in 0..C-1, any other label that is not ignored makes that
-                           row's loss and gradient NaN, or probabilities; else float(N,C) */
-    const float *sample_weights; /* (N), device, from 0 on; NULL: all 1 */
+    const void *target; /* device. Cross-entropy: int32_t(rows) in 0..C-1, or probabilities; any other label that is not
+                           ignored makes its row's loss and gradient NaN. All other losses: float(N,C) */
+    const float *sample_weights; /* (N), device, not negative; NULL: all 1 */
     mpt_loss_desc desc;
     mpt_array dx;            /* (N,C), optional */
     float grad_scale;        /* 0: 1 */
     const float *loss_scale; /* device; NULL: 1 */
     mpt_loss_sum *sum;       /* device */
-    double unit;             /* 0: dx is of the mean; else of the sum of the rows' losses / unit */
+    double unit;             /* 0: dx is the gradient of the mean; else of the sum of the rows' losses / unit */
 } mpt_loss_op;
 
 MPT_DEF mpt_result mpt_op_loss(mpt_context *ctx, const mpt_loss_op *op);
@@ -722,7 +724,7 @@ typedef enum mpt_scaler_mode {
     MPT_SCALER_OFF          /* stays at 1; steps that are not finite are still skipped */
 } mpt_scaler_mode;
 
-/* All zero: ours, which is torch.amp.GradScaler's rule kept between 1 and 2^24. */
+/* All zero: the rule of torch.amp.GradScaler, with the scale kept between 1 and 2^24. */
 typedef struct mpt_scaler_desc {
     mpt_scaler_mode mode;
     float init_scale;      /* 0: 65536 */
@@ -735,43 +737,45 @@ typedef struct mpt_scaler_desc {
     int patience;          /* overflows in a row at the smallest scale before MPT_ERROR_DIVERGED; 0: 10 */
     int refill_when_clean; /* 1: a clean update restores hysteresis (Apex kernel); 0: only growth does (Megatron) */
     int late_growth;       /* 1: growth after an overflow and at the start takes interval + 1 (DeepSpeed) */
-    int unguarded;         /* 1: growth may reach inf (Keras, Megatron, DeepSpeed), where every update is an error */
-    int no_min;            /* 1: no smallest scale (torch, Keras) but 2^-126, whose inverse fp32 still holds */
+    int unguarded;         /* 1: growth may reach inf (Keras, Megatron, DeepSpeed); from there every update is an
+                              error */
+    int no_min;            /* 1: no smallest scale (torch, Keras) except 2^-126, so that 1 / scale stays finite */
     int no_max;            /* 1: no largest scale */
 } mpt_scaler_desc;
 
-/* The scaler as plain data: copy it, write it to a file, restore it. Every member is meaningful; no pointers. */
+/* The scaler as plain data: copy it, write it to a file, restore it. It holds no pointers. */
 #define MPT_SCALER_STATE_VERSION 1u
 typedef struct mpt_scaler_state {
     uint32_t version;        /* MPT_SCALER_STATE_VERSION */
     float scale;             /* multiply the loss by this */
     int32_t growth_tracker;  /* clean updates since the last change */
-    int32_t hysteresis_left; /* overflows that are still forgiven, plus one */
-    int32_t stuck;           /* skips in a row that no smaller scale can mend; at least patience if the scale is inf */
+    int32_t hysteresis_left; /* overflows until the scale backs off */
+    int32_t stuck;           /* skips in a row that no smaller scale can cure; at least patience if the scale is inf */
     int32_t reserved;        /* 0 */
     uint64_t updates;        /* calls of the rule */
     uint64_t overflows;      /* of them with found = 1 */
     mpt_scaler_desc desc;    /* with the defaults filled in */
 } mpt_scaler_state;
 
-/* The defaults filled in. desc may be NULL. */
+/* desc with its defaults filled in. desc may be NULL. */
 MPT_DEF mpt_scaler_desc mpt_scaler_defaults(const mpt_scaler_desc *desc);
 /* The state before the first update. */
 MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc);
-/* One update of the scale; found: was a gradient inf or NaN? A pure rule, usable without any context. One rule with
-   switches covers torch, Apex, jmp, Keras, Megatron and DeepSpeed. */
+/* One update of the scale; found: 1 if a gradient was inf or NaN. A pure function that needs no context. Its switches
+   cover the rules of torch, Apex, jmp, Keras, Megatron and DeepSpeed. */
 MPT_HD void mpt_scaler_rule(mpt_scaler_state *state, int found);
 
 typedef struct mpt_scaler mpt_scaler; /* a state in device memory, and the optimizers that share its scale */
 
-enum { MPT_OPTIMIZERS = 16 }; /* that may share one scaler */
+enum { MPT_OPTIMIZERS = 16 }; /* how many optimizers may share one scaler */
 
-/* desc may be NULL. NULL: out of memory or a bad descriptor (see mpt_why). Free it after its optimizers. */
+/* desc may be NULL. Returns NULL if out of memory or for a bad descriptor (see mpt_why). Free it after its
+   optimizers. */
 MPT_DEF mpt_scaler *mpt_scaler_new(mpt_context *ctx, const mpt_scaler_desc *desc);
 MPT_DEF void mpt_scaler_free(mpt_scaler *scaler);
 /* The scale now. Waits for the device. */
 MPT_DEF float mpt_scaler_scale(mpt_scaler *scaler);
-/* Sets the scale by hand: a finite number above 0. The trackers start again. torch: update(new_scale) */
+/* Sets the scale to a finite number above 0 and starts the trackers again. torch: update(new_scale) */
 MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale);
 MPT_DEF mpt_result mpt_scaler_get_state(mpt_scaler *scaler, mpt_scaler_state *out);
 MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_state *state);
@@ -781,14 +785,14 @@ MPT_DEF mpt_result mpt_scaler_set_state(mpt_scaler *scaler, const mpt_scaler_sta
    One flat array per role: fp32 masters, 16-bit copies, fp32 gradients; the optimizer adds its moments. Tensors are
    slices of it, each starting at a multiple of 16 elements. */
 
-/* How 16-bit weights are updated. Bytes a parameter beside the 16-bit copy: 4, 0, 2, 2, 0. A split master rounds
-   ties of the copy away from zero, so that the two halves can be put together again (as in TransformerEngine);
-   compensation and stochastic rounding: arXiv 2010.06192. */
+/* How 16-bit weights are updated. Bytes per parameter beside the 16-bit copy: 4, 0, 2, 2, 0. A split master rounds ties
+   of the copy away from zero, so that the two halves can be joined again (as in Transformer Engine); compensation and
+   stochastic rounding: arXiv 2010.06192. */
 typedef enum mpt_master {
     MPT_MASTER_F32 = 0,   /* fp32 masters are updated and rounded to the copies */
     MPT_MASTER_NONE,      /* no masters: the copies themselves are updated, to nearest (to show what breaks) */
-    MPT_MASTER_SPLIT,     /* bf16 only: the copy and the 16 bits it lacks make an exact fp32 master */
-    MPT_MASTER_KAHAN,     /* the copy and a 16-bit compensation: what rounding cuts off comes back at the next update */
+    MPT_MASTER_SPLIT,     /* bf16 only: the copy and the 16 bits below it together are an exact fp32 master */
+    MPT_MASTER_KAHAN,     /* a 16-bit compensation keeps what rounding cut off and adds it at the next update */
     MPT_MASTER_STOCHASTIC /* the copies themselves are updated, with stochastic rounding */
 } mpt_master;
 
@@ -800,36 +804,38 @@ typedef struct mpt_params_desc {
 
 typedef struct mpt_params mpt_params;
 
-/* What a tensor is for; optimizer groups select by it. More bits, up to 1 << 15, are yours. Frozen tensors have no
-   gradient and no moments, and are added after all others. */
+/* What a tensor is for; optimizer groups select tensors by it. Further bits, up to 1 << 15, are yours to define. Frozen
+   tensors have no gradient and no moments, and must be added after all others. */
 enum { MPT_GROUP_WEIGHT = 1, MPT_GROUP_BIAS = 2, MPT_GROUP_NORM = 4, MPT_GROUP_FROZEN = 8 };
 
-/* desc may be NULL: fp32. NULL: out of memory or a bad descriptor (see mpt_why). */
+/* desc may be NULL: fp32. Returns NULL if out of memory or for a bad descriptor (see mpt_why). */
 MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc);
 MPT_DEF void mpt_params_free(mpt_params *params);
 /* Adds a tensor of `count` elements in one MPT_GROUP_ (0: weight). The name is copied (63 characters). Returns its id
-   1, 2, ...; 0: failed, or already built. */
+   1, 2, ...; 0 if it failed or the block is built already. */
 MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, unsigned group);
 /* Allocates all arrays, zeroed. Reports the first mpt_params_add that failed. */
 MPT_DEF mpt_result mpt_params_build(mpt_params *params);
-/* Slices of the flat arrays in device memory, tensor 1..; tensor 0 gives the whole array. NULL where there is none.
-   Masters; what products read (the copy, or the master in fp32); gradients, S times too large before the step, of the
-   tensors that are not frozen. */
+/* Slices of the flat arrays, in device memory; they belong to params. Tensor 1.. is one tensor, 0 the whole array; NULL
+   where there is none. The master; the weight that products read (the copy, or in fp32 the master); the gradient, still
+   multiplied by S, of tensors that are not frozen. */
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor);
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor);
 MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor);
-/* The 16 bits beside each copy: low bits of a split master, Kahan's compensation in the copy's type; else NULL. */
+/* The 16 bits beside each copy: the low bits of a split master, or Kahan's compensation in the copy's type; else
+   NULL. */
 MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor);
-/* Number of tensors. Elements and name of a tensor; tensor 0: of the flat arrays with their padding, and "". */
+/* Number of tensors. */
 MPT_DEF int mpt_params_tensors(const mpt_params *params);
-/* The tensor of this name; 0: there is none. */
+/* The tensor of this name; 0 if there is none. */
 MPT_DEF int mpt_params_find(const mpt_params *params, const char *name);
+/* Elements and name of a tensor. Tensor 0: elements of a flat array, padding included, and "". */
 MPT_DEF size_t mpt_params_count(const mpt_params *params, int tensor);
 MPT_DEF const char *mpt_params_name(const mpt_params *params, int tensor);
-/* Host fp32 values into a tensor, and back: exact with masters, else as exact as the mode keeps them. */
+/* Copies host fp32 values into a tensor, and back: exact with masters, else as exact as the mode keeps them. */
 MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *host);
 MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host);
-/* All gradients to 0. (A model's backward does it by itself at the first micro-batch.) */
+/* Sets all gradients to 0. (A model's first backward pass of a step does so by itself.) */
 MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params);
 
 typedef enum mpt_init {
@@ -848,14 +854,14 @@ MPT_DEF mpt_result mpt_params_init(mpt_params *params, int tensor, mpt_init init
 
 /* -- Optimizers -- */
 
-/* Learning-rate schedule: a factor of lr, told from the number of applied steps, so that a skipped step does not
-   advance it. First `warmup` steps of a straight rise from warmup_start to 1 (LinearLR); then, counted from there: */
+/* Learning-rate schedule: a factor of lr as a function of the number of applied steps, so a skipped step does not
+   advance it. It rises linearly from warmup_start to 1 in `warmup` steps (LinearLR); then, counted from there: */
 typedef enum mpt_schedule_kind {
     MPT_SCHEDULE_CONSTANT = 0,
     MPT_SCHEDULE_COSINE,          /* from 1 down to `low` in `steps`, where it stays (CosineAnnealingLR) */
     MPT_SCHEDULE_STEP,            /* times `low` every `steps` (StepLR) */
     MPT_SCHEDULE_ONE_CYCLE,       /* from `start` up to 1 at the share `peak` of `steps`, down to `low` (OneCycleLR) */
-    MPT_SCHEDULE_ONE_CYCLE_LINEAR /* the same in straight lines */
+    MPT_SCHEDULE_ONE_CYCLE_LINEAR /* the same with linear rise and fall */
 } mpt_schedule_kind;
 
 typedef struct mpt_schedule {
@@ -864,9 +870,9 @@ typedef struct mpt_schedule {
     double warmup_start;
     uint64_t steps; /* at least 1 where it is used */
     double low, start, peak;
-    /* In one cycle the momentum of SGD, or Adam's beta1, goes the other way: from max_momentum down to base_momentum at
-       the peak, and up again. One of 0 stays 0. */
-    int no_cycle_momentum;              /* 1: it stays as it is (cycle_momentum=False) */
+    /* In one cycle the momentum of SGD, or Adam's beta1, moves the other way: from max_momentum down to base_momentum
+       at the peak, and up again. A momentum of 0 stays 0. */
+    int no_cycle_momentum;              /* 1: momentum is constant (cycle_momentum=False) */
     double base_momentum, max_momentum; /* 0: 0.85 and 0.95 */
 } mpt_schedule;
 
@@ -876,10 +882,10 @@ MPT_HD double mpt_schedule_momentum(const mpt_schedule *schedule, uint64_t appli
 
 typedef enum mpt_optimizer_kind { MPT_OPTIMIZER_DEFAULT = 0, MPT_SGD, MPT_ADAM, MPT_ADAMW } mpt_optimizer_kind;
 
-/* Hyperparameters as PyTorch names them, in double as there. Start from mpt_sgd, mpt_adam or mpt_adamw, which hold
-   PyTorch's defaults, and change what you like; then every number means itself. Or start from zeros: kind 0 is Adam,
-   and where eps, which cannot be 0, is 0, zeros of lr (1e-3), beta1, beta2, eps and AdamW's weight_decay mean their
-   defaults. All zero: mpt_adam(1e-3). */
+/* Hyperparameters with PyTorch's names, in double as there. Start from mpt_sgd, mpt_adam or mpt_adamw, which hold
+   PyTorch's defaults, and change what you like; every number then means itself. Or start from zeros: kind 0 is Adam,
+   and as long as eps is 0 (no optimizer has that), a 0 in lr (1e-3), beta1, beta2, eps or AdamW's weight_decay means
+   the default. All zero: mpt_adam(1e-3). */
 typedef struct mpt_optimizer_desc {
     mpt_optimizer_kind kind;
     int nesterov;               /* SGD; needs momentum > 0 and dampening 0 */
@@ -899,58 +905,58 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr);                /* torch.optim.A
 
 typedef struct mpt_optimizer mpt_optimizer;
 
-/* An optimizer over built params, sharing the scale of `scaler`. Allocates its moments: arrays of fp32, none for SGD
-   without momentum, one with it, two for Adam, three with amsgrad. desc may be NULL. NULL: see mpt_why. Free it
-   before both. */
+/* An optimizer over built params that shares the scale of `scaler`. Allocates its moments, fp32 arrays: none for SGD
+   without momentum, one with it, two for Adam, three with amsgrad. desc may be NULL. Returns NULL on failure: see
+   mpt_why. Free it before both. */
 MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc);
 MPT_DEF void mpt_optimizer_free(mpt_optimizer *opt);
-/* As given, with the lr that was set last. */
+/* The descriptor it was made with, with the lr that was set last. */
 MPT_DEF mpt_optimizer_desc mpt_optimizer_get_desc(const mpt_optimizer *opt);
 /* Changes lr for the steps to come. */
 MPT_DEF mpt_result mpt_optimizer_set_lr(mpt_optimizer *opt, double lr);
-/* Tensors whose group is in the mask `groups` use lr * lr_factor and weight_decay from now on. Biases and norms without
-   decay: mpt_optimizer_group(opt, MPT_GROUP_BIAS | MPT_GROUP_NORM, 1, 0). */
+/* Tensors whose group is in the mask `groups` use lr * lr_factor and weight_decay from now on. No decay for biases and
+   norms: mpt_optimizer_group(opt, MPT_GROUP_BIAS | MPT_GROUP_NORM, 1, 0). */
 MPT_DEF mpt_result mpt_optimizer_group(mpt_optimizer *opt, unsigned groups, double lr_factor, double weight_decay);
 
-/* The same of one tensor, by its id: mpt_params_find(params, "conv1.weight"). */
+/* The same for one tensor, by its id: mpt_params_find(params, "conv1.weight"). */
 MPT_DEF mpt_result mpt_optimizer_tensor(mpt_optimizer *opt, int tensor, double lr_factor, double weight_decay);
 
 /* -- The step --
 
-   For each optimizer mpt_unscale, perhaps mpt_clip_norm, mpt_step; then once mpt_scaler_update. A call out of this
-   order returns MPT_ERROR_ORDER and changes nothing. Two passes over memory: unscale reads the gradients, step reads
-   and writes everything. The gradients in memory stay S times too large; step divides as it reads. */
+   For each optimizer mpt_unscale, perhaps mpt_clip_norm, then mpt_step; then mpt_scaler_update once. A call out of this
+   order returns MPT_ERROR_ORDER and changes nothing. That is two passes over memory: unscale reads the gradients, step
+   reads and writes everything. The gradients in memory stay multiplied by S; step divides them as it reads. */
 
-/* Looks at every gradient: are all finite, what is their norm? What will make mpt_step skip is in mpt_skip_reason.
-   torch: GradScaler.unscale_ */
+/* Checks that all gradients are finite and computes their norm; decides whether mpt_step will skip, and why: see
+   mpt_skip_reason. torch: GradScaler.unscale_ */
 MPT_DEF mpt_result mpt_unscale(mpt_optimizer *opt);
 /* Scales the gradients by min(1, max_norm / (norm + 1e-6)). torch.nn.utils.clip_grad_norm_ */
 MPT_DEF mpt_result mpt_clip_norm(mpt_optimizer *opt, double max_norm);
-/* Limits every gradient to -value..value, after mpt_clip_norm where there are both. torch.nn.utils.clip_grad_value_ */
+/* Clamps every gradient to -value..value, after mpt_clip_norm if both are used. torch.nn.utils.clip_grad_value_ */
 MPT_DEF mpt_result mpt_clip_value(mpt_optimizer *opt, double value);
-/* Updates masters, moments and copies; or, if there is a reason to skip, nothing. Unscales first if you did not. */
+/* Updates masters, moments and copies; or nothing, if there is a reason to skip. Unscales first if you did not. */
 MPT_DEF mpt_result mpt_step(mpt_optimizer *opt);
-/* Adapts the scale to what its optimizers found. MPT_ERROR_DIVERGED, naming the tensor, from the `patience`th skip in a
-   row on that no smaller scale can mend (an overflow at the smallest scale; statistics or moments that would not be
-   finite), and whenever the scale itself is inf; the update is done all the same. */
+/* Adapts the scale to what its optimizers found. Some skips no smaller scale can cure: an overflow at the smallest
+   scale, statistics or moments that would not be finite. From the `patience`th of them in a row on, and whenever the
+   scale is inf, the call returns MPT_ERROR_DIVERGED and names the tensor; the scale is updated all the same. */
 MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler);
 
 /* Why a step is skipped. */
 typedef enum mpt_skip_reason {
-    MPT_SKIP_NONE = 0,   /* it is not */
-    MPT_SKIP_GRADIENT,   /* a gradient is inf or NaN, or fp32 does not hold their norm: the scale backs off */
-    MPT_SKIP_EMPTY,      /* the samples of a model's step weigh 0, as with all labels ignored: the scaler is not told */
+    MPT_SKIP_NONE = 0,   /* it is not skipped */
+    MPT_SKIP_GRADIENT,   /* a gradient is inf or NaN, or their norm is too large for fp32: the scale backs off */
+    MPT_SKIP_EMPTY,      /* the samples of a model's step weigh 0, for example all labels ignored: the scale stays */
     MPT_SKIP_STATISTICS, /* a value of mpt_optimizer_commit, such as a running variance, would be inf or NaN */
-    MPT_SKIP_MOMENT      /* the gradients are so large that a moment could become inf: their norm is over 2^63 for
-                            Adam, which squares them, 2^124 (1 - momentum) for SGD with momentum */
+    MPT_SKIP_MOMENT      /* the gradients are so large that a moment could become inf: their norm is over 2^63 (Adam,
+                            which squares them) or 2^124 (1 - momentum) (SGD with momentum) */
 } mpt_skip_reason;
 
 /* One skipped step. */
 typedef struct mpt_skip {
     uint64_t step;     /* number of the attempt, from 1 */
-    float scale;       /* scale it was made with */
+    float scale;       /* the loss scale of the attempt */
     int32_t tensor;    /* first tensor with an inf or NaN: mpt_params_name(params, tensor); 0: none */
-    uint64_t inf, nan; /* how many, in all tensors */
+    uint64_t inf, nan; /* how many in all tensors */
     int32_t reason;    /* mpt_skip_reason */
     int32_t reserved;  /* 0 */
 } mpt_skip;
@@ -961,16 +967,17 @@ enum { MPT_JOURNAL = 64 };
 #define MPT_OPTIMIZER_STATE_VERSION 2u
 typedef struct mpt_optimizer_state {
     uint32_t version;                     /* MPT_OPTIMIZER_STATE_VERSION */
-    int32_t found;                        /* last check: mpt_skip_reason; 0 if the step is not to be skipped */
+    int32_t found;                        /* last check: mpt_skip_reason, 0 if the step will be applied */
     uint64_t attempted, applied, skipped; /* steps; attempted = applied + skipped */
-    double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction where betas stay */
+    double beta1_power, beta2_power;      /* beta^applied, for Adam's bias correction where betas are constant */
     double grad_norm;                     /* last check: L2 norm of the unscaled gradients before clipping */
-    double inv_scale;                     /* last check: 1 / S; of a model, times accumulate * W / weight of all */
+    double inv_scale;                     /* last check: what gradients are multiplied by: 1 / S; of a model also by
+                                             accumulate * batch / the weight of all samples */
     double schedule;                      /* last check: factor of desc.schedule */
     double clip;                          /* factor of mpt_clip_norm; 1 without */
     double clip_value;                    /* limit of mpt_clip_value; 0 without */
-    /* With desc.meter, last applied step: parameters whose update was not 0, and those of them that rounding to 16 bits
-       (of an fp32 block: to bf16) would lose. */
+    /* With desc.meter, last applied step: parameters whose update was not 0, and how many of these updates rounding to
+       16 bits (in an fp32 block: to bf16) would lose. */
     uint64_t moved, lost;
     mpt_scan scan;                 /* last check: of the scaled gradients; scan.first is a tensor id, 0: none */
     mpt_skip journal[MPT_JOURNAL]; /* skipped step number i (from 0) is in [i % MPT_JOURNAL] */
@@ -978,13 +985,15 @@ typedef struct mpt_optimizer_state {
 
 /* Waits for the device. */
 MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_state *out);
-/* MPT_ERROR_ARGUMENT, naming the member, for a state from which no step could go on; so does mpt_scaler_set_state. */
+/* MPT_ERROR_ARGUMENT, naming the member, for a state that no step could continue from; mpt_scaler_set_state
+   likewise. */
 MPT_DEF mpt_result mpt_optimizer_set_state(mpt_optimizer *opt, const mpt_optimizer_state *state);
 /* From now on an applied step copies `count` floats of device memory from `pending` to `committed`, and a skipped one
-   copies them back: statistics that a forward pass has gathered stand or fall with its step. A step whose pending
-   values are not all finite when mpt_unscale looks is skipped. count 0: no more. */
+   copies them back, so statistics that a forward pass gathered count only if its step is applied. A step whose pending
+   values are not all finite at mpt_unscale is skipped. count 0 ends this. */
 MPT_DEF mpt_result mpt_optimizer_commit(mpt_optimizer *opt, size_t count, float *pending, float *committed);
-/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL: not there. */
+/* Moment 1, 2 or 3 of a tensor in device memory (momentum; or Adam's m, v, amsgrad's largest v); NULL if there is
+   none. */
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor);
 
 /* ==== MODEL ==== floor 4
@@ -1006,28 +1015,28 @@ typedef struct mpt_policy {
     mpt_master master; /* how 16-bit parameters are updated */
 } mpt_policy;
 
-/* type: MPT_F16 or MPT_BF16; ignored by O0. An impossible pair gives a policy that mpt_model_build rejects. */
+/* type: MPT_F16 or MPT_BF16; ignored by O0. An invalid pair gives a policy that mpt_model_build rejects. */
 MPT_DEF mpt_policy mpt_policy_preset(mpt_level level, mpt_dtype type);
 
 /* -- Building --
 
-   Every layer call takes the id of its input node and returns the id of its own, 1, 2, ...; 0 means failed, passes
-   through, and mpt_model_build reports the first reason. Descriptors may be NULL. Names are copied: up to 31 characters
-   of plain ASCII without " and \, each given to one layer alone, and not beginning with "mpt.". */
+   Every layer call takes the id of its input node and returns the id of its own: 1, 2, ..., or 0 on failure. A call
+   that is given 0 returns 0, and mpt_model_build reports the first reason. Descriptors may be NULL. Names are copied:
+   up to 31 characters of plain ASCII without " and \, unique in the model, and not beginning with "mpt.". */
 
 typedef struct mpt_model mpt_model;
 
-/* NULL: out of memory. */
+/* Returns NULL if out of memory. */
 MPT_DEF mpt_model *mpt_model_new(mpt_context *ctx, mpt_policy policy);
 MPT_DEF void mpt_model_free(mpt_model *net);
 
-/* How the tensors of a layer are trained. A frozen layer has no gradients and no moments; nothing is computed backward
-   below the lowest layer that is not. A frozen batch norm takes its running statistics in training, too, and leaves
-   them as they are (torchvision's FrozenBatchNorm2d). Other rates can be set later: mpt_optimizer_tensor. */
+/* How the tensors of a layer are trained. A frozen layer has no gradients and no moments, and backward stops at the
+   lowest layer that is not frozen. A frozen batch norm uses its running statistics in training as well and does not
+   change them (torchvision's FrozenBatchNorm2d). mpt_optimizer_tensor changes rates later. */
 typedef struct mpt_tuning {
     int frozen;
     double lr_factor;           /* of the optimizer's lr; 0: 1 */
-    double weight_decay_factor; /* of the optimizer's; 0: 1, below 0: no decay */
+    double weight_decay_factor; /* of the optimizer's weight_decay; 0: 1, below 0: no decay */
 } mpt_tuning;
 
 typedef struct mpt_linear_desc {
@@ -1041,12 +1050,12 @@ typedef struct mpt_conv2d_desc {
     const char *name; /* NULL: "conv1", ... */
     int stride;       /* 0: 1 */
     int padding;      /* zeros on each side */
-    int same;         /* 1: as many zeros as keep the size, for stride 1; padding='same' in torch */
+    int same;         /* 1: pads so that the size stays the same; needs stride 1. padding='same' in torch */
     int dilation;     /* 0: 1 */
     int groups;       /* 0: 1; the number of channels: depthwise */
     int no_bias;
-    int kernel_w, stride_w, dilation_w; /* across; 0: as down */
-    int padding_w;                      /* across; 0: as above and below; -1: none */
+    int kernel_w, stride_w, dilation_w; /* horizontal; 0: as vertical */
+    int padding_w;                      /* left and right; 0: as above and below; -1: none */
     mpt_init init;
     mpt_tuning tuning;
 } mpt_conv2d_desc;
@@ -1062,40 +1071,41 @@ typedef struct mpt_norm_desc {
 typedef struct mpt_pool2d_desc {
     int stride;             /* 0: the window */
     int padding;            /* at most half the window */
-    int window_w, stride_w; /* across; 0: as down, but the stride the window's if that is so down */
-    int padding_w;          /* across; 0: as above and below; -1: none */
+    int window_w, stride_w; /* horizontal; 0: as vertical (where both strides are 0: window_w) */
+    int padding_w;          /* left and right; 0: as above and below; -1: none */
     int exclude_padding;    /* average: see mpt_pool2d_shape */
 } mpt_pool2d_desc;
 
-/* How samples come, for all calls that take x. */
+/* The form in which all calls that take x are given their samples. */
 typedef struct mpt_input_desc {
-    int bytes; /* 1: x(samples,H,W,C) is uint8_t, and a value is byte * scale[c] + shift[c], product and sum rounded to
-                  fp32 each: the bits are those of floats made so. 0: float */
-    const float *scale; /* (C), host memory that stays until the build; NULL: 1/255 */
-    const float *shift; /* (C), as scale; NULL: 0 */
-    int in_device;      /* 1: x lies in the memory of the context's device. It is read in the order of the context's
-                           stream, and not looked at: a float that is not finite makes a step that is skipped */
+    int bytes; /* 0: x(samples,H,W,C) is float. 1: it is uint8_t, and a value is byte * scale[c] + shift[c], the product
+                  and the sum each rounded to fp32 */
+    const float *scale; /* (C), host memory, read by the build; NULL: 1/255 */
+    const float *shift; /* (C), host memory, read by the build; NULL: 0 */
+    int in_device;      /* 1: x is in the memory of the context's device. It is read in the order of the context's
+                           stream and not checked: a float that is not finite leads to a skipped step */
 } mpt_input_desc;
 
 /* The model's one input: samples of H x W x C floats. A flat vector of n features is (1, 1, n). It stays fp32 until a
-   product reads it (but in O3): a norm that comes first sees it as it is. */
+   product reads it (except in O3), so a norm that comes first sees the exact values. */
 MPT_DEF int mpt_input(mpt_model *net, int H, int W, int C);
 /* The same with a descriptor, which may be NULL. */
 MPT_DEF int mpt_input_with(mpt_model *net, int H, int W, int C, const mpt_input_desc *desc);
-/* Flattens its input in H, W, C order by itself. */
+/* Flattens its input in H, W, C order. */
 MPT_DEF int mpt_linear(mpt_model *net, int node, int outputs, const mpt_linear_desc *desc);
 MPT_DEF int mpt_conv2d(mpt_model *net, int node, int filters, int kernel, const mpt_conv2d_desc *desc);
-/* Normalisations with gamma 1 and beta 0 to start from, kept in fp32 wherever there is an fp32 copy. Batch norm: by the
-   statistics of each channel of the batch in training, by running ones in evaluation; these count as changed only when
-   the step is applied. Layer norm: over the channels of each position. Group norm: over groups of channels of each
-   sample. (Ioffe and Szegedy 2015; Ba et al. 2016; Wu and He 2018) */
+/* Normalisations. gamma starts at 1 and beta at 0; both are kept in fp32 wherever the policy has fp32 masters. Batch
+   norm uses each channel's statistics over the batch in training and running statistics in evaluation, which change
+   only if the step is applied. Layer norm is over the channels of each position, group norm over groups of channels of
+   each sample. (Ioffe and Szegedy 2015; Ba et al. 2016; Wu and He 2018) */
 MPT_DEF int mpt_batch_norm(mpt_model *net, int node, const mpt_norm_desc *desc);
 MPT_DEF int mpt_layer_norm(mpt_model *net, int node, const mpt_norm_desc *desc);
 MPT_DEF int mpt_group_norm(mpt_model *net, int node, int groups, const mpt_norm_desc *desc);
-/* Drops elements with probability p in training; nothing in evaluation. The mask is named by train.seed, the number of
-   applied steps, the micro-batch, the node and the element. */
+/* Drops elements with probability p in training, none in evaluation. The mask is a function of train.seed, the number
+   of applied steps, the micro-batch, the node and the element. */
 MPT_DEF int mpt_dropout(mpt_model *net, int node, float p);
-/* See mpt_activation. negative_slope is from 0 on; 0: 0.01, the only one that the layer before computes in passing. */
+/* See mpt_activation. negative_slope must not be negative; 0 means 0.01, the only slope that the layer before can
+   compute in its own pass. */
 MPT_DEF int mpt_relu(mpt_model *net, int node);
 MPT_DEF int mpt_leaky_relu(mpt_model *net, int node, float negative_slope);
 MPT_DEF int mpt_tanh(mpt_model *net, int node);
@@ -1108,74 +1118,74 @@ MPT_DEF int mpt_avg_pool2d(mpt_model *net, int node, int window, const mpt_pool2
 MPT_DEF int mpt_global_max_pool2d(mpt_model *net, int node);
 MPT_DEF int mpt_global_avg_pool2d(mpt_model *net, int node);
 MPT_DEF int mpt_flatten(mpt_model *net, int node);
-/* The same elements in the same order (H, W, C) as H x W x C. */
+/* The same elements, in the same order, as an image of H x W x C. */
 MPT_DEF int mpt_reshape(mpt_model *net, int node, int H, int W, int C);
 /* Channels first .. first + count - 1. torch.narrow */
 MPT_DEF int mpt_slice(mpt_model *net, int node, int first, int count);
-/* a + b, same shape: the skip connection. */
+/* a + b, of the same shape: a skip connection. */
 MPT_DEF int mpt_add(mpt_model *net, int a, int b);
-/* a b, of the same shape; or b is 1 x 1 x C and scales the channels of a (squeeze-and-excite). */
+/* a * b, of the same shape; or b is 1 x 1 x C and scales the channels of a (squeeze-and-excite). */
 MPT_DEF int mpt_multiply(mpt_model *net, int a, int b);
-/* scale times as high and wide, to the nearest pixel. torch.nn.Upsample(scale_factor=scale) */
+/* Repeats each pixel scale x scale times. torch.nn.Upsample(scale_factor=scale) */
 MPT_DEF int mpt_upsample(mpt_model *net, int node, int scale);
 /* a's channels, then b's, of the same height and width. */
 MPT_DEF int mpt_concat(mpt_model *net, int a, int b);
 
 /* -- Your own layer -- */
 
-/* What its calls are given: arrays in the memory of the context's device, of the types that their nodes have. */
+/* What its functions are given: arrays in the memory of the context's device, of the types that their nodes have. */
 typedef struct mpt_layer_pass {
     mpt_context *ctx;
     void *user;
     size_t N;         /* samples */
     int train;        /* 0: mpt_evaluate, mpt_predict */
-    mpt_array x, y;   /* (N, elements): value of the input; its own, which forward writes */
-    mpt_array weight; /* (weights): fp32 where there are fp32 masters; data NULL: it has none */
+    mpt_array x, y;   /* (N, elements): the input's value, and the layer's own, which forward writes */
+    mpt_array weight; /* (weights): fp32 where there are fp32 masters; data NULL: there are no weights */
     /* backward only */
-    mpt_array dy, dx; /* backward writes dx = gradient + beta_x * dx; data NULL: nobody wants it */
+    mpt_array dy, dx; /* backward writes dx = gradient + beta_x * dx; data NULL: dx is not needed */
     float beta_x;
-    float *dweight; /* dweight = gradient + beta * dweight; NULL: none, or frozen */
+    float *dweight; /* backward writes dweight = gradient + beta * dweight; NULL: there are no weights, or frozen
+                       ones */
     float beta;
 } mpt_layer_pass;
 
 typedef struct mpt_layer_desc {
     const char *name;   /* NULL: "layer1", "layer2", ... */
     int H, W, C;        /* of its value; all 0: as its input */
-    size_t weights;     /* elements of its weight; 0: none */
-    const float *start; /* (weights), host memory that stays until the build: their first values; NULL: 0 */
+    size_t weights;     /* number of weights; 0: none */
+    const float *start; /* (weights), host memory, read by the build: initial weights; NULL: 0 */
     mpt_tuning tuning;
-    /* Return MPT_OK, or what ends the pass with that result. Both may read x and y; backward is not called where
-       neither dx nor dweight is wanted. */
+    /* Any result but MPT_OK ends the pass, which returns it. Both may read x and y; backward is not called where
+       neither dx nor dweight is needed. */
     mpt_result (*forward)(const mpt_layer_pass *pass);
     mpt_result (*backward)(const mpt_layer_pass *pass);
     void *user;
 } mpt_layer_desc;
 
-/* A layer of your own. On CUDA a model with one is not recorded: its calls may launch kernels of their own on the
-   context's stream. */
+/* A layer of your own. On CUDA its functions may launch kernels on the context's stream; the steps of such a model are
+   not recorded as a graph. */
 MPT_DEF int mpt_layer(mpt_model *net, int node, const mpt_layer_desc *desc);
 
 /* -- Looking into a model -- */
 
-/* Keeps the value of a node, and the gradient of it, from one pass to the next: see mpt_node_value, mpt_node_grad. Of
-   an input the gradient is computed for no other reason. It costs their memory, and an activation is not computed in
-   passing where the value before it is kept. Returns the node. */
+/* Keeps a node's value and its gradient until the next pass: see mpt_node_value, mpt_node_grad. The gradient of an
+   input is computed only if it is kept. This costs memory, and keeps an activation from being fused into a layer whose
+   value is kept. Returns the node. */
 MPT_DEF int mpt_keep(mpt_model *net, int node);
-/* Names a node, of any kind. What it was made with, if only a number behind its kind ("relu1"), is no name any more.
-   Returns the node. */
+/* Gives a node of any kind this name instead of the one it has ("relu1"). Returns the node. */
 MPT_DEF int mpt_name(mpt_model *net, int node, const char *name);
-/* The node of this name, as in mpt_node_grad(net, mpt_find(net, "features"), grad); 0: there is none. */
+/* The node of this name, as in mpt_node_grad(net, mpt_find(net, "features"), grad); 0 if there is none. */
 MPT_DEF int mpt_find(const mpt_model *net, const char *name);
 
 /* -- Losses --
 
-   At most one a model, as its last node: the mean over the batch. A model without one ends in heads, the nodes that
-   nothing reads: see mpt_output_grad. */
+   At most one in a model, as its last node: the mean over the batch. A model without one ends in heads, the nodes that
+   no other node reads: see mpt_output_grad. */
 
-/* Targets are int32_t classes, one a sample, or one a position; with desc.probabilities floats, as many a sample as the
-   node has... */
+/* Targets are int32_t classes, one per sample or, with desc.per_position, per position. With desc.probabilities they
+   are floats, as many per sample as the node has elements. */
 MPT_DEF int mpt_softmax_cross_entropy(mpt_model *net, int node, const mpt_loss_desc *desc);
-/* ...and so they are of the others: see mpt_loss_kind. */
+/* Targets are floats, as many per sample as the node has elements. The formulas: see mpt_loss_kind. */
 MPT_DEF int mpt_mse(mpt_model *net, int node, const mpt_loss_desc *desc);
 MPT_DEF int mpt_bce_with_logits(mpt_model *net, int node, const mpt_loss_desc *desc);
 MPT_DEF int mpt_l1(mpt_model *net, int node, const mpt_loss_desc *desc);
@@ -1183,20 +1193,20 @@ MPT_DEF int mpt_huber(mpt_model *net, int node, const mpt_loss_desc *desc);
 
 /* -- Another policy for some layers -- */
 
-/* Nodes made from here on follow this policy instead of the model's, until mpt_policy_pop: how a layer or a range of
-   them is kept in fp32. One model has one 16-bit type and one kind of masters; an fp32 layer among 16-bit ones needs
-   fp32 masters. At most 8 deep. */
+/* Nodes made from here until mpt_policy_pop follow this policy instead of the model's, for example to keep some layers
+   in fp32. A model has one 16-bit type and one kind of masters; an fp32 layer among 16-bit ones needs fp32 masters. At
+   most 8 deep. */
 MPT_DEF mpt_result mpt_policy_push(mpt_model *net, mpt_policy policy);
 MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
 
 /* -- Several ranks -- */
 
-/* One of several ranks that train one model together, each on its own samples: processes on one machine or on many,
-   joined by an engine that sums. mpt_train_step on R ranks with batch B makes the same step, to the bit, as on one rank
-   with accumulate R, which is given the samples of rank 0, then those of rank 1, and so on; and as any mix of the two
-   whose `accumulate` is a power of two. Only running statistics of batch norm are others: the passes of one rank move
-   them one after the other, and ranks take the mean of where theirs have moved. Every rank makes the same calls. mpt
-   opens no connection: examples/mpi.h is `sum` over MPI, examples/nccl.cuh over NCCL. */
+/* Several ranks, processes on one machine or on many, train one model together, each on its own samples. mpt_train_step
+   on R ranks with batch B makes the same step, bit for bit, as one rank with accumulate R that is given the samples of
+   rank 0, then those of rank 1, and so on; and as any mix of the two whose `accumulate` is a power of two. Only batch
+   norm's running statistics differ: the passes of one rank move them one after another, whereas several ranks take the
+   mean of their results. Every rank makes the same calls. mpt itself opens no connection: examples/mpi.h provides `sum`
+   over MPI, examples/nccl.cuh over NCCL. */
 typedef struct mpt_ranks {
     int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
     /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,
@@ -1204,7 +1214,8 @@ typedef struct mpt_ranks {
        memory of the context's device. What is not MPT_OK ends the step with MPT_ERROR_DEVICE. */
     mpt_result (*sum)(void *user, float *x, size_t n);
     void *user;
-    int local_statistics; /* 1: running statistics stay those of the rank's own samples, as in PyTorch's DDP; 0: mean */
+    int local_statistics; /* 1: each rank keeps running statistics of its own samples, as PyTorch's DDP; 0: their
+                             mean */
     /* 1: sum puts work on the context's stream and does not wait, as NCCL's calls do. CUDA records it with the step; in
        a step that is recorded already it calls sum once, with n 0, to be told of an error of the engine. */
     int on_stream;
@@ -1220,12 +1231,11 @@ typedef struct mpt_train_desc {
     double clip_norm;             /* of mpt_train_step; 0: no clipping. In the parts, mpt_clip_norm does it */
     double clip_value;            /* the same of mpt_clip_value */
     uint64_t seed;                /* of the initial weights */
-    double ema_decay;             /* of averages of the weights, see mpt_use_average; 0: there are none */
-    int inference; /* 1: for mpt_predict and mpt_evaluate alone. All is frozen, and 16-bit weights have no masters:
-                      gamma and beta of norms are of that type, too */
-    int fold; /* 1, with inference: a batch norm with gamma and beta is computed where the convolution or linear layer
-                 before it has its value, if nothing else reads that or keeps it; and mpt_weights_load folds it into
-                 their weights */
+    double ema_decay;             /* of moving averages of the weights, see mpt_use_average; 0: none are kept */
+    int inference; /* 1: only for mpt_predict and mpt_evaluate. Everything is frozen, and 16-bit weights have no
+                      masters; gamma and beta of norms have that type, too */
+    int fold; /* 1, with inference: mpt_weights_load folds a batch norm that has gamma and beta into the weights of the
+                 convolution or linear layer before it, if nothing else reads or keeps that layer's value */
     mpt_ranks ranks; /* all zero: one rank */
 } mpt_train_desc;
 
@@ -1236,92 +1246,96 @@ MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train);
 /* -- Training -- */
 
 /* One step on accumulate * batch samples in host memory: x(samples,H,W,C), floats unless mpt_input_desc says
-   otherwise; target as the loss says.
-   MPT_ERROR_VALUE, naming sample and value, if a label is out of range, an input or a target not finite, a target of
-   binary cross-entropy not in 0..1, a probability negative or any float an integer by its bits; nothing changed then.
-   MPT_ERROR_DIVERGED as mpt_scaler_update says. A skipped step is MPT_OK: that is how the scale is found. So is a step
-   whose labels are all ignored, or of classes of weight 0, or whose samples all weigh 0: it changes nothing, not even
-   the scale. */
+   otherwise; target: see the loss.
+   MPT_ERROR_VALUE, naming sample and value, if a label is out of range, an input or a target is not finite, a target of
+   binary cross-entropy is not in 0..1, a probability is negative, or float targets look like integers; nothing has
+   changed then. MPT_ERROR_DIVERGED: see mpt_scaler_update. A skipped step returns MPT_OK, for that is how the scale is
+   found. So does a step whose labels are all ignored or of weight 0, or whose samples all weigh 0: it changes nothing,
+   not even the scale. */
 MPT_DEF mpt_result mpt_train_step(mpt_model *net, const void *x, const void *target);
-/* The same on 1 to accumulate * batch samples, as at the end of an epoch: passes of `batch`, the last of what is left.
-   The step follows the mean over the samples that there are. */
+/* The same on 1 to accumulate * batch samples, for example the last ones of an epoch: passes of `batch` samples, and
+   one of the rest. The step follows the mean over these samples. */
 MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *target, size_t samples);
-/* Weights of the samples of the next mpt_train_step, mpt_train_samples, mpt_forward, mpt_evaluate or mpt_replay,
-   whether it succeeds or not, and of no later one: weights(samples) in host memory, which stays until then. The mean
-   loss of a step or an evaluation becomes the sum of weight times loss over the sum of the weights: see mpt_loss_op.
-   `correct` counts all samples alike. NULL, or no call: all 1. MPT_ERROR_ORDER if the loss was not made with
-   desc.weighted. A weight that is negative or not finite is MPT_ERROR_VALUE in the call it is for. A gradient in 16
-   bits is of weight times loss: let weights be about 1. */
+/* Weights of samples for the next mpt_train_step, mpt_train_samples, mpt_forward, mpt_evaluate or mpt_replay only,
+   whether it succeeds or not: weights(samples) in host memory, which must stay until then. The mean loss becomes the
+   sum of weight times loss divided by the sum of the weights: see mpt_loss_op. `correct` counts all samples alike.
+   NULL, or no call: all 1. MPT_ERROR_ORDER if the loss was not made with desc.weighted. The call that uses the weights
+   returns MPT_ERROR_VALUE if one is negative or not finite. Weights should be about 1, because 16-bit gradients contain
+   them. */
 MPT_DEF mpt_result mpt_sample_weights(mpt_model *net, const float *weights);
 
-/* The same in parts. mpt_forward: at most `batch` samples, and their loss. mpt_backward: adds the gradients of the sum
-   of their losses, times scale / (accumulate * batch), and / (H W) if they are per position, to the parameter
-   gradients; the first call after a step overwrites them. mpt_unscale divides by the weight of all passes instead:
-   passes may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
+/* The same in parts. mpt_forward computes at most `batch` samples and their loss. mpt_backward adds the gradients of
+   the sum of their losses, times scale / (accumulate * batch) and, per position, / (H W), to the parameter gradients;
+   the first call after a step overwrites them. mpt_unscale corrects this by the actual weight of all passes, so passes
+   may have different numbers of samples, and there may be more or fewer of them than `accumulate`. */
 MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target, size_t samples);
 MPT_DEF mpt_result mpt_backward(mpt_model *net);
 
-/* A loss of your own: in a model without a loss node mpt_forward takes target NULL; read the heads with mpt_node_value,
-   compute dloss/dhead, hand it over for each head, and call mpt_backward. grad(samples, elements), in host memory, is
-   of the loss of this pass as you define it (the mean over its samples, say); mpt multiplies by the loss scale and by
-   1 / accumulate. MPT_ERROR_VALUE if an element is not finite. torch: output.backward(grad) */
+/* A loss of your own: in a model without a loss node call mpt_forward with target NULL, read the heads with
+   mpt_node_value, compute dloss/dhead, pass it to mpt_output_grad for each head, and call mpt_backward.
+   grad(samples, elements), in host memory, is the gradient of this pass's loss as you define it (the mean over its
+   samples, say); mpt multiplies it by the loss scale and by 1 / accumulate. MPT_ERROR_VALUE if an element is not
+   finite. torch: output.backward(grad) */
 MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int node, const float *grad);
-/* out(samples, elements) in host memory, as fp32: the value of a node in the last mpt_forward, mpt_evaluate or
-   mpt_predict batch. Of a head until mpt_backward, of a node of mpt_keep at any time. Waits for the device. */
+/* out(samples, elements) in host memory, as fp32: the value of a node in the last mpt_forward, or in the last batch of
+   mpt_evaluate or mpt_predict. A head can be read until mpt_backward, a node of mpt_keep at any time. Waits for the
+   device. */
 MPT_DEF mpt_result mpt_node_value(mpt_model *net, int node, float *out);
-/* dloss/dvalue of a node of mpt_keep after mpt_backward and before mpt_scaler_update, without the loss scale: of the
-   sum of the losses of the pass, divided by `batch`, and by H W if they are per position; of a loss of your own, of
-   that. */
+/* dloss/dvalue of a node of mpt_keep, after mpt_backward and before mpt_scaler_update, without the loss scale. The loss
+   here is the sum of the losses of the pass, divided by `batch` and, per position, by H W; or your own. */
 MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int node, float *out);
-/* Forgets all passes since the last step: the next mpt_backward overwrites the gradients. optimizer.zero_grad() in
-   torch */
+/* Discards all passes since the last step: the next mpt_backward overwrites the gradients. torch:
+   optimizer.zero_grad() */
 MPT_DEF mpt_result mpt_zero_grad(mpt_model *net);
-/* The model's own; they are freed with it. NULL: not built. */
+/* The model's own; mpt_model_free frees them. NULL if the model is not built. */
 MPT_DEF mpt_params *mpt_model_params(mpt_model *net);
 MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net);
 MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net);
 
-/* Mean loss over the samples of the last step, or of the last mpt_forward: 0 if they weigh nothing or there is no
-   loss node, NaN if it cannot be had. The loss scale, above 0, and 0 if it cannot be had. Steps; UINT64_MAX if
-   they cannot be had. All of them wait for the device. */
+/* Mean loss over the samples of the last step, or of the last mpt_forward: 0 if they weigh nothing or there is no loss
+   node, NaN on failure. Waits for the device, as do the next three. */
 MPT_DEF double mpt_loss(mpt_model *net);
+/* The loss scale; 0 on failure. */
 MPT_DEF float mpt_loss_scale(mpt_model *net);
+/* Steps since the build; UINT64_MAX on failure. */
 MPT_DEF uint64_t mpt_steps_applied(mpt_model *net);
 MPT_DEF uint64_t mpt_steps_skipped(mpt_model *net);
 
-/* -- Evaluation -- any number of samples, in batches; weights and the training state stay as they are. MPT_ERROR_ORDER
-   while a forward pass waits for its backward pass, whose activations would be lost. */
+/* -- Evaluation --
+
+   Any number of samples, in batches; weights and the training state stay as they are. MPT_ERROR_ORDER between
+   mpt_forward and mpt_backward, because the activations would be lost. */
 
 typedef struct mpt_metrics {
     double loss;               /* mean over the samples */
     double accuracy;           /* correct / samples; cross-entropy only */
-    uint64_t samples, correct; /* samples: but for ignored ones; positions, if the loss is per position */
+    uint64_t samples, correct; /* without ignored ones; positions, if the loss is per position */
 } mpt_metrics;
 
 MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *target, size_t samples, mpt_metrics *out);
 /* out(samples, outputs): what the loss would read (logits), as fp32. */
 MPT_DEF mpt_result mpt_predict(mpt_model *net, const void *x, size_t samples, float *out);
-/* With train.ema_decay an applied step makes average = decay average + (1 - decay) weight, in fp32, of every weight
-   that is not frozen; the first one copies. use 1: from now on mpt_evaluate, mpt_predict and mpt_weights_save read
-   these averages (before the first step the weights), and all else as it is; use 0: the weights again.
-   torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay)), whose running statistics of batch
-   norm are those of the net as well. MPT_ERROR_ORDER if there are none. */
+/* With train.ema_decay an applied step sets average = decay average + (1 - decay) weight, in fp32, for every weight
+   that is not frozen; the first step copies the weights. use 1: from now on mpt_evaluate, mpt_predict and
+   mpt_weights_save use these averages (before the first step the weights); use 0: the weights again. Nothing else
+   changes, and batch norm's running statistics are the model's either way. MPT_ERROR_ORDER if there are no averages.
+   torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay)) */
 MPT_DEF mpt_result mpt_use_average(mpt_model *net, int use);
-/* Elements a sample has in what the loss reads. */
+/* Elements per sample of the value that the loss reads. */
 MPT_DEF size_t mpt_model_outputs(const mpt_model *net);
 
-/* Forward and backward of at most `batch` samples at a loss scale, to look at from a table before the context's own.
-   Nothing stays of them but the gradients of the parameters, which the next step overwrites. MPT_ERROR_ORDER within a
-   step. */
+/* Forward and backward of at most `batch` samples at a given loss scale, to be watched through a table that stands
+   before the context's own (see mpt_context_backend). It changes nothing but the parameter gradients, which the next
+   step overwrites. MPT_ERROR_ORDER within a step. */
 MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, size_t samples, float scale);
 
-/* The context that it was made from; NULL of NULL. */
+/* The context that it was made from; NULL for NULL. */
 MPT_DEF mpt_context *mpt_model_context(const mpt_model *net);
-/* Number of nodes, and the descriptor that the model was built with, its defaults filled in. */
+/* Number of nodes, and the descriptor that the model was built with, with its defaults filled in. */
 MPT_DEF int mpt_model_nodes(const mpt_model *net);
 MPT_DEF mpt_train_desc mpt_model_train_desc(const mpt_model *net);
-/* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL: another node, or not built. Set them
-   by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is not finite, or a variance below 0. */
+/* Running mean and variance (2,C) of a batch norm, fp32 in device memory; NULL for another node or before the build.
+   Set them by mpt_model_set_running, between steps: MPT_ERROR_VALUE if one is not finite, or a variance below 0. */
 MPT_DEF const float *mpt_model_running(const mpt_model *net, int node);
 MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *host);
 
@@ -1329,17 +1343,17 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int node, const float *
 
    -- What a build made -- */
 
-/* What the build made of a node. Texts are constant, the name is the model's. */
+/* What the build decided for a node. The strings are constant; the name belongs to the model. */
 typedef struct mpt_node_info {
     const char *name, *kernel, *reason; /* how it is computed; why its value has its type */
     int in[2];                          /* nodes that it reads; 0: none */
     int weight, bias;                   /* tensors of mpt_model_params; 0: none */
     mpt_conv2d_shape conv;              /* of a convolution, one sample; else all 0 */
     int H, W, C;                        /* of a sample */
-    mpt_dtype type, grad_type;          /* of its value and of the gradient of it */
-    int needs_gradient;                 /* 1: backward makes the gradient of its value */
+    mpt_dtype type, grad_type;          /* of its value and of that value's gradient */
+    int needs_gradient;                 /* 1: backward computes the gradient of its value */
     mpt_dtype weight_type;              /* its product reads weights of this type; MPT_DTYPE_COUNT: it has none */
-    int fused_into;                     /* node that computes it in passing; 0: itself */
+    int fused_into;                     /* node that computes it along with its own value; 0: none */
     size_t parameters;                  /* elements */
     size_t bytes;                       /* of its own buffers in the activation block, for a whole batch */
     size_t multiply_adds;               /* of the products, forward, one sample */
@@ -1348,13 +1362,13 @@ typedef struct mpt_node_info {
 /* node 1.. of a built model */
 MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int node, mpt_node_info *out);
 
-/* Bytes by role. On the CPU the sum is exactly what the model holds from the allocator; on a device the arrays are its
-   own memory. */
+/* Bytes by role. On the CPU their sum is exactly what the model holds from the allocator; on a device the arrays are in
+   its memory. */
 typedef struct mpt_memory {
     size_t weights;     /* what the forward pass reads: fp32 weights, 16-bit weights; O1: both */
     size_t masters;     /* fp32 masters of 16-bit weights; or the low bits or compensation instead */
     size_t gradients;   /* of the parameters */
-    size_t moments;     /* of the optimizer; and averages of the weights, as they are kept and as they are read */
+    size_t moments;     /* of the optimizer; and averages of the weights, both as kept and as read */
     size_t activations; /* values kept for backward, and their gradients, after reuse */
     size_t workspace;   /* staging of inputs and targets, sums, running statistics, state */
     size_t bookkeeping; /* the graph itself, names, tables; always host memory */
@@ -1364,8 +1378,8 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net);
 
 /* -- Printers --
 
-   For people, as aligned text, or for programs, as CSV: a line of names, then the rows. `write` is given one line at a
-   time, with its end; no number in it depends on the locale. Shares are in percent. All wait for the device. */
+   Aligned text for people, or CSV for programs: a line of names, then the rows. `write` is given one line at a time,
+   with its line end; numbers do not depend on the locale. Shares are in percent. All wait for the device. */
 
 typedef enum mpt_style { MPT_TEXT = 0, MPT_CSV } mpt_style;
 typedef void (*mpt_write)(const char *line, void *user);
@@ -1373,84 +1387,87 @@ typedef void (*mpt_write)(const char *line, void *user);
 /* The plan: a line for each node under a header: name, shape, types and why, kernel, fused into, parameters, bytes,
    multiply-adds. */
 MPT_DEF mpt_result mpt_model_print(const mpt_model *net, mpt_write write, void *user);
-/* mpt_model_memory, a line for each role: bytes, share of all, bytes a parameter. */
+/* mpt_model_memory, a line for each role: bytes, share of the total, bytes per parameter. */
 MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_write write, void *user);
 
 /* -- Weights and checkpoints --
 
-   safetensors files: the length of a JSON header, the header, which gives each tensor a name, type, shape and place,
-   then the data; little-endian on every machine (huggingface.co/docs/safetensors).
+   Files are in the safetensors format: the length of a JSON header; the header, with a name, type, shape and offset for
+   each tensor; the data, little-endian on every machine (huggingface.co/docs/safetensors).
 
    Names and layouts are PyTorch's: node name + .weight, .bias, .running_mean, .running_var; linear [outputs][inputs],
    with the inputs in C, H, W order where it reads an image; convolution [K][C / groups][R][S]. So a torch.nn.Module
-   whose layers have the names of the nodes takes a file of weights by load_state_dict, strictly, and its state_dict
-   loads here.
+   whose layers are named like the nodes loads a file of weights by load_state_dict, strictly, and its state_dict loads
+   here.
 
-   Saving writes to path + a number of this writer + ".tmp", flushes that to the disk where the system has a way to, and
-   renames it to path: if anything fails it is removed, and an older file stays. Writers of one file at a time do not
-   mix: it is one's or the other's. A symbolic link stays one, and on POSIX the file keeps its permissions.
+   Saving writes a file path + a number of this writer + ".tmp", flushes it to the disk where the system has a way to,
+   and renames it to path. If anything fails, it is removed and an older file stays. If two writers save to one path at
+   the same time, the result is one writer's file. A symbolic link stays one, and on POSIX the file keeps its
+   permissions.
 
-   Loading reads and checks everything before it changes the model, so that a file is loaded whole or not at all; what
-   does not fit the model is told from the header, before any data is read. Taken and refused is what the safetensors
-   library takes and refuses, but for a name with a 0 in it and two tensors of one name, which are refused. The model
-   is a built one, between steps: MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
+   Loading reads and checks everything before it changes the model, so a file is loaded whole or not at all; the header
+   alone shows what does not fit, before any data is read. It accepts the same files as the safetensors library, except
+   that it refuses names that contain a zero byte and two tensors of one name. The model must be built and between
+   steps: MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
 
-   What ends in _memory reads or writes the same bytes in the caller's memory. Saving there: *size is how many they are;
-   buffer NULL: they are only counted; MPT_ERROR_ARGUMENT, and nothing written, if capacity is less. After another error
-   the buffer may hold a part of them.
+   The calls that end in _memory read or write the same bytes in the caller's memory. Saving sets *size to their number;
+   with buffer NULL it only counts them; if capacity is less it writes nothing and returns MPT_ERROR_ARGUMENT. After
+   another error the buffer may hold a part of the file.
 
-   MPT_ERROR_FILE: cannot be opened, read or written; or damaged: lengths, places, grammar, names, a checkpoint's sum.
-   Of a sound file: MPT_ERROR_TYPE, MPT_ERROR_SHAPE: a tensor has another type or shape than the model, is missing, or
-   is not the model's; MPT_ERROR_VALUE: a setting differs, or a running statistic is inf or NaN, or a variance negative;
-   MPT_ERROR_UNSUPPORTED: a type or version that is unknown here, or a path in a build with MPT_NO_STDIO. */
+   MPT_ERROR_FILE: the file cannot be opened, read or written, or it is damaged: lengths, offsets, JSON, names, or a
+   checkpoint's checksum. For a sound file: MPT_ERROR_TYPE or MPT_ERROR_SHAPE if a tensor has another type or shape than
+   in the model, is missing, or is not in the model; MPT_ERROR_VALUE if a setting differs, a running statistic is inf or
+   NaN, or a variance is negative; MPT_ERROR_UNSUPPORTED for an unknown type or version, or for a path in a build with
+   MPT_NO_STDIO. */
 
-/* The weights alone, as type F32, F16 or BF16, nearest even; running statistics as F32. MPT_ERROR_VALUE, naming tensor,
-   element and value, if the type does not hold one. MPT_ERROR_UNSUPPORTED, here and in mpt_weights_load, naming the
-   layer, for a model that PyTorch would compute otherwise with the same weights: where a flattened image, which it has
-   in C, H, W order, is added to or multiplied by what is in another order, sliced or given another shape, or its
-   channels fall into groups. */
+/* Saves only the weights, as type F32, F16 or BF16, rounded to nearest even; running statistics as F32.
+   MPT_ERROR_VALUE, naming tensor, element and value, if a weight is too large for the type. Saving and mpt_weights_load
+   return MPT_ERROR_UNSUPPORTED, naming the layer, for a model that PyTorch would compute differently with the same
+   weights: PyTorch flattens an image in C, H, W order, which matters where the flat array is then sliced, reshaped,
+   divided into groups of channels, or added to or multiplied by an array in another order. */
 MPT_DEF mpt_result mpt_weights_save(mpt_model *net, const char *path, mpt_dtype type);
 MPT_DEF mpt_result mpt_weights_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size, mpt_dtype type);
 
 typedef enum mpt_load_outcome {
-    MPT_LOADED = 0,    /* a tensor of the model, from the file */
-    MPT_LOAD_MISSING,  /* a tensor of the model that the file has not */
-    MPT_LOAD_UNFIT,    /* one that it has with another shape, or a type that is none of the three */
-    MPT_LOAD_LEFT_OVER /* a tensor of the file that the model has not */
+    MPT_LOADED = 0,    /* a tensor of the model that is in the file */
+    MPT_LOAD_MISSING,  /* a tensor of the model that is not in the file */
+    MPT_LOAD_UNFIT,    /* a tensor of both whose shape differs, or whose type is not F32, F16 or BF16 */
+    MPT_LOAD_LEFT_OVER /* a tensor of the file that is not in the model */
 } mpt_load_outcome;
 
 typedef struct mpt_load_desc {
-    const char *prefix; /* that the file has before the names of the model, as in "module."; NULL: none */
-    int partly;         /* 1: what fits is loaded, the rest stays as it is; 0: all or nothing */
-    void (*tell)(const char *name, mpt_load_outcome outcome, void *user); /* each tensor, before any is read; or NULL */
+    const char *prefix; /* in the file, this stands before the model's names, for example "module."; NULL: nothing */
+    int partly;         /* 1: loads what fits and leaves the rest as it is; 0: all or nothing */
+    /* Called for each tensor before any is read; or NULL. */
+    void (*tell)(const char *name, mpt_load_outcome outcome, void *user);
     void *user;
 } mpt_load_desc;
 
-/* From any of the three types, or from a checkpoint. Moments, scaler and counters stay as they are. num_batches_tracked
-   is passed over. desc may be NULL.
-   With train.fold, afterwards, w = w gamma / sqrt(variance + eps), in the type of the weights, for each batch norm that
-   the build said could be: unless a result is too large for that type, where the norm is computed as before. Weights
-   are those of the file no more, nor is a norm's bias: MPT_ERROR_ORDER, naming the norm, of mpt_weights_save,
-   mpt_model_set_running and loading in part. Loading anew starts from the file again. */
+/* Loads weights of any of the three types, from a file of weights or a checkpoint. Moments, scaler and counters stay as
+   they are. Ignores num_batches_tracked. desc may be NULL.
+   With train.fold it then computes w = w gamma / sqrt(variance + eps), in the type of the weights, for each batch norm
+   that mpt_model_print shows as folded; if a result is too large for that type, that norm is computed as usual. The
+   weights and the norms' biases are then no longer those of the file, so mpt_weights_save, mpt_model_set_running and
+   partial loading return MPT_ERROR_ORDER, naming the norm. Loading again starts from the file. */
 MPT_DEF mpt_result mpt_weights_load(mpt_model *net, const char *path, const mpt_load_desc *desc);
 MPT_DEF mpt_result mpt_weights_load_memory(mpt_model *net, const void *bytes, size_t size, const mpt_load_desc *desc);
 
-/* The whole training state: weights as the policy keeps them (masters; or 16 bits and what goes with them), moments,
-   averages, running statistics, counters, journal and lr of the optimizer, lr_factor and weight_decay of its groups,
-   the scaler. A run that goes on from here on the same kind of device, with any number of threads, has the same bits as
-   one that never stopped. */
+/* Saves the whole training state: weights as the policy keeps them (masters, or 16-bit weights and what belongs to
+   them), moments, averages, running statistics, the optimizer's counters, journal and lr, lr_factor and weight_decay of
+   its groups, and the scaler. A run that continues from it on the same kind of device, with any number of threads, has
+   the same bits as one that never stopped. */
 MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
-/* Into a model built with the same nodes, policy, batch, accumulate x ranks, clip limits, seed and optimizer: what is
-   not restored must be the same, to every member of every layer's descriptor. Of several ranks one saves, and all
-   load. ema_decay may be another; from a file without averages they begin anew. */
+/* Loads it into a model built with the same nodes, policy, batch, accumulate x ranks, clip limits, seed and optimizer:
+   every setting that is not in the file must be equal, down to each member of each layer's descriptor. Of several ranks
+   one saves, and all load. ema_decay may differ; if the file has no averages, they start anew. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
 /* ==== BACKEND ====
 
-   A device is one table of operations; floors 3 to 5 call nothing else. The public functions above have checked every
-   argument before the table sees it. Operations may be asynchronous; download waits. mpt_cuda.cuh is another table. */
+   A device is one table of operations; floors 3 to 5 call nothing else. The public functions above check every argument
+   before they call the table. Operations may be asynchronous; download waits. mpt_cuda.cuh is another such table. */
 
 typedef struct mpt_tensor_slice { /* a tensor in the flat arrays, and how its group is updated */
     size_t offset, count;
@@ -1481,18 +1498,18 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     uint64_t average_from;
 } mpt_update_op;
 
-typedef struct mpt_feed_op { /* a batch of inputs, to be read by the next cast or map alone */
-    const void *x; /* in host memory; in_device: in device memory, where the stream's work so far has put it */
+typedef struct mpt_feed_op { /* a batch of inputs; only the next map reads it */
+    const void *x; /* in host memory; with in_device in device memory, written by earlier work on the stream */
     int in_device;
     size_t bytes;
-    size_t floats;  /* of x, to be looked at as they pass; 0: it is not looked at */
-    size_t first;   /* filled in: index of the first float that is inf or NaN; `floats`: there is none */
-    void *staging;  /* device: where x may be copied to, as long... */
-    const void *at; /* ...and filled in: where it is to be read */
+    size_t floats;  /* of x, to be checked on the way; 0: not checked */
+    size_t first;   /* filled in: index of the first float that is inf or NaN; `floats` if there is none */
+    void *staging;  /* device (bytes): x may be copied here */
+    const void *at; /* filled in: where to read it */
 } mpt_feed_op;
 
-typedef struct mpt_ranks_op { /* what a step has from the other ranks */
-    const mpt_ranks *ranks;   /* host memory; all else is the device's */
+typedef struct mpt_ranks_op { /* what a step exchanges with the other ranks */
+    const mpt_ranks *ranks;   /* host memory; all other pointers are device memory */
     float *slots;             /* (ranks,16), scratch */
     mpt_loss_sum *sum;        /* of this rank's samples; becomes that of all */
     float *grad;              /* (count), becomes the sum over all ranks */
@@ -1501,7 +1518,7 @@ typedef struct mpt_ranks_op { /* what a step has from the other ranks */
     size_t statistics;        /* 0: none */
 } mpt_ranks_op;
 
-/* What runs now: for a table that stands before another and looks on. */
+/* What is being computed: for a table that stands before another and watches. */
 typedef struct mpt_place {
     int node;      /* of a model; 0: no pass of a model */
     mpt_pass pass; /* of a loss: MPT_BACKWARD_DATA */
@@ -1510,7 +1527,7 @@ typedef struct mpt_place {
 
 typedef struct mpt_backend {
     const char *name;
-    void *user;      /* of a table that stands before another */
+    void *user;      /* for a table that stands before another */
     size_t overhead; /* bytes that one alloc takes from the host's allocator beyond what was asked */
     void (*close)(mpt_context *ctx);
     void *(*alloc)(mpt_context *ctx, size_t bytes); /* zeroed, 64-byte aligned; NULL and a reason if it fails */
@@ -1533,15 +1550,16 @@ typedef struct mpt_backend {
     mpt_result (*ranks)(mpt_context *ctx, const mpt_ranks_op *op);
     mpt_result (*check)(mpt_context *ctx, const mpt_update_op *op);
     mpt_result (*update)(mpt_context *ctx, const mpt_update_op *op);
-    /* mpt__scaler_follow with the flags of the `count` optimizers that took part, pointers into device memory, at most
-       MPT_OPTIMIZERS. *stuck, on the host: scaler->stuck after this update, or after an earlier one if it runs late. */
+    /* Updates the scale by the found flags, in device memory, of the `count` optimizers that took part (at most
+       MPT_OPTIMIZERS); see mpt__scaler_follow. Sets *stuck, on the host, to scaler->stuck after this update, or after
+       an earlier one if the device is still busy. */
     mpt_result (*scale)(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                         int32_t *stuck);
-    /* Both or none. Between them stand the calls of a training step, scale being the last. They and their arguments are
-       the same while the bytes of *op are, but for what uploads and feeds bring; so a device may record them and do
-       them when scale comes. What is fed, or uploaded as targets or weights of samples, is read by the next map or
-       loss alone. A feed that finds a bad float ends the step by MPT_ERROR_VALUE before any other call. end is told
-       the calls' result and returns it; *again = 1: nothing was done, call all once more. */
+    /* Both or neither. Between them come the calls of a training step, scale last. As long as the bytes of *op are the
+       same, so are the calls and their arguments, except for the data that uploads and feeds bring; so a device may
+       record them and execute them when scale comes. Only the next map or loss reads what is fed or uploaded as targets
+       or weights of samples. A feed that finds a bad float ends the step with MPT_ERROR_VALUE before any other call.
+       end is given the calls' result and returns it; *again = 1: nothing was done, make all calls once more. */
     mpt_result (*begin)(mpt_context *ctx, const mpt_update_op *op, const void *staging);
     mpt_result (*end)(mpt_context *ctx, mpt_result result, int *again);
 } mpt_backend;
@@ -1549,13 +1567,14 @@ typedef struct mpt_backend {
 /* A context on another device. *backend is copied. `device` is the backend's own state; backend->close frees it.
    NULL: out of memory, or desc is wrong; `device` is then still the caller's. */
 MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *desc, const mpt_backend *backend, void *device);
-/* What mpt_open_backend was given. */
+/* The `device` that mpt_open_backend was given. */
 MPT_DEF void *mpt_context_device(const mpt_context *ctx);
-/* The context's own copy of the table. To stand before it: keep a copy, write functions that call those of the copy. */
+/* The context's own copy of the table. To watch its calls, keep a copy and replace functions by your own, which call
+   those of the copy. */
 MPT_DEF mpt_backend *mpt_context_backend(mpt_context *ctx);
 MPT_DEF mpt_place mpt_context_place(const mpt_context *ctx);
-/* Keeps a reason, tells the log, returns `result`. format is printf's, but knows %s, %d, %zu and %g alone, without
-   width or precision. No number depends on the locale. */
+/* Stores a reason for mpt_why, logs it, and returns `result`. format is as in printf, with only %s, %d, %zu and %g,
+   without width or precision. Numbers do not depend on the locale. */
 MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...) MPT__PRINTF(3, 4);
 
 #ifdef __cplusplus
