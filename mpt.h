@@ -1590,7 +1590,7 @@ MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *for
 #include <math.h>
 #include <string.h>
 
-#if defined(__cplusplus) && defined(__GNUC__) /* C's casts are what both languages have */
+#if defined(__cplusplus) && defined(__GNUC__) /* the casts here are C's, which both languages have */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wold-style-cast"
 #ifndef __clang__
@@ -1655,8 +1655,8 @@ MPT_HD float mpt__sqrt_rn(float a) {
     MPT__KEEP(r);
     return r;
 }
-#ifdef __MINGW32__ /* whose fmaf is 1 ulp off one time in four. The product is exact in double; the sum is rounded to
-                      odd, so that rounding it again to fp32 gives what one rounding would */
+#ifdef __MINGW32__ /* its fmaf is 1 ulp off one time in four. The product is exact in double; the sum is rounded to odd,
+                      so that rounding it again to fp32 gives the same as a single rounding */
 MPT_HD float mpt__fma_rn(float a, float b, float c) {
     const volatile double product = (double)a * (double)b, sum = product + (double)c, part = sum - product;
     const volatile double rest = (double)c - part + (product - (sum - part));
@@ -1740,7 +1740,7 @@ MPT_HD float mpt__gelu_argument(float x) {
     return 0.7978845608f * (near + 0.044715f * near * near * near);
 }
 
-/* x, times the slope of a leaky ReLU where `saved`, its input or its value, is not positive */
+/* x, times the slope of a leaky ReLU where `saved`, the ReLU's input or output, is not positive */
 MPT_HD float mpt__leaky(float slope, float saved, float x) { return mpt__not_positive(saved) ? slope * x : x; }
 
 MPT_HD float mpt__activate(mpt_activation act, float x) {
@@ -1801,7 +1801,7 @@ MPT_HD float mpt__map_activate_backward(const mpt_map_op *op, float saved, float
 typedef struct mpt__format {
     int exponent, fraction; /* bits */
     uint32_t largest;       /* bits of the largest finite value */
-    uint32_t inf;           /* bits that follow it: inf, or e4m3's NaN */
+    uint32_t inf;           /* the next larger bits: inf, or e4m3's NaN */
 } mpt__format;
 
 MPT_HD mpt__format mpt__format_of(mpt_dtype type) {
@@ -1849,8 +1849,9 @@ MPT_HD uint32_t mpt_narrow(float x, mpt_dtype type, mpt_round round, mpt_overflo
         return sign | f.inf | 1u << (f.fraction - 1) | significand >> shift;
     }
 
-    /* The value in units of the result's last place: quotient and rest. The exponent of a normal result is added to the
-       quotient, one less than it is, since the leading 1 of the significand adds the other; so does a carry. */
+    /* The value in units of the result's last place: quotient and rest. Adding the exponent field of a normal result,
+       less one, completes it, because the significand's leading 1 adds the other one; a carry from rounding does the
+       same. */
     if (exponent) significand |= 0x800000u;
     else exponent = 1;
     if (exponent < lowest) shift += lowest - exponent;
@@ -1942,8 +1943,8 @@ MPT_HD float mpt__mask_factor(const mpt_mask *mask, uint64_t step, uint64_t elem
 
 /* -- Inputs -- */
 
-/* Index of the first element that is inf or NaN; n: there is none. By a bit that carries out of an exponent of ones; a
-   constant count at a time, so that compilers use vectors. */
+/* Index of the first element that is inf or NaN; n if there is none. An exponent of all ones carries into the top bit.
+   A constant number of elements at a time, so that compilers use vectors. */
 MPT_HD size_t mpt__first_bad(const float *x, size_t n) {
     uint32_t u[64], carry;
     size_t i, e;
@@ -1957,7 +1958,7 @@ MPT_HD size_t mpt__first_bad(const float *x, size_t n) {
     return i;
 }
 
-/* A byte as its channel c of C has it; channels: see mpt_map_op */
+/* The value of a byte in channel c of C; channels: see mpt_map_op */
 MPT_HD float mpt__of_byte(float byte, const float *channels, size_t C, size_t c) {
     return mpt__add_rn(mpt__mul_rn(byte, channels[c]), channels[C + c]);
 }
@@ -1966,8 +1967,7 @@ MPT_HD float mpt__of_byte(float byte, const float *channels, size_t C, size_t c)
 
 MPT_HD float mpt__norm_inverse(float variance, float eps) { return 1 / sqrtf(variance + eps); }
 
-/* Updates element i of running(2, sets): the means, then the variances, averaged as unbiased ones. count: values in a
-   set */
+/* Updates element i of running(2, sets): the means, then the variances, made unbiased. count: values in a set */
 MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
     float x = op->stats[i];
     if (i >= op->shape.N * op->shape.groups) x *= (float)((double)count / (double)(count - 1));
@@ -1979,12 +1979,12 @@ MPT_HD void mpt__norm_average(const mpt_norm_op *op, size_t count, size_t i) {
 
 MPT_HD int mpt__label_ignored(const mpt_loss_desc *d, int32_t label) { return d->ignore && label == d->ignore_index; }
 
-/* What a row of cross-entropy aims at */
+/* The target of a row of cross-entropy */
 typedef struct mpt__aim {
     const float *probabilities; /* (C); NULL: a label */
     int32_t label;
     int ignored;
-    int valid; /* a class, or probabilities */
+    int valid; /* the label is a class, or the target is probabilities */
 } mpt__aim;
 
 MPT_HD mpt__aim mpt__aim_of(const mpt_loss_op *op, size_t row) {
@@ -2005,13 +2005,13 @@ MPT_HD float mpt__class_weight(const mpt_loss_desc *d, size_t c) {
     return d->class_weights[c];
 }
 
-/* Of the sample that a row belongs to */
+/* The weight of the sample that a row belongs to */
 MPT_HD float mpt__sample_weight(const mpt_loss_op *op, size_t row) {
     if (!op->sample_weights) return 1;
     return op->sample_weights[row / op->positions];
 }
 
-/* Weight of a row in the mean. An invalid label makes the loss NaN, whatever its weight. */
+/* Weight of a row in the mean. An invalid label counts, because it must make the loss NaN. */
 MPT_HD float mpt__row_weight(const mpt_loss_op *op, size_t row) {
     const float weight = mpt__sample_weight(op, row);
     mpt__aim aim;
@@ -2030,7 +2030,7 @@ MPT_HD float mpt__class_target(const mpt_loss_op *op, const mpt__aim *aim, size_
     return mpt__class_weight(&op->desc, c) * (share * (1 - smooth) + smooth / (float)op->C);
 }
 
-/* The factor of every row's gradient, in a call whose rows have the total weight `weight` */
+/* The factor of every row's gradient in a call whose rows weigh `weight` in all */
 MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
     const float scale = op->loss_scale ? *op->loss_scale : 1.0f;
     double divisor = weight;
@@ -2040,7 +2040,7 @@ MPT_HD float mpt__loss_factor(const mpt_loss_op *op, double weight) {
     return (float)((double)op->grad_scale / divisor) * scale;
 }
 
-/* The weight of an element in its row's loss */
+/* The share of an element in its row's loss */
 MPT_HD float mpt__loss_share(const mpt_loss_op *op) {
     if (op->kind == MPT_LOSS_GRADIENT) return 1;
     return 1 / (float)op->C;
@@ -2052,7 +2052,7 @@ MPT_HD float mpt__sign(float x) {
     return (float)((x > 0) - (x < 0));
 }
 
-/* Of binary cross-entropy: log(1 + exp(-|x|)) cannot overflow, and no two terms cancel. */
+/* Binary cross-entropy, by log(1 + exp(-|x|)), which cannot overflow; and no two terms cancel. */
 MPT_HD float mpt__bce_element(const mpt_loss_op *op, size_t c, float x, float t, float *slope) {
     const float tail = log1pf(expf(-fabsf(x))), above = x > 0 ? x : 0;
     const float *weights = op->desc.pos_weight;
@@ -2081,10 +2081,10 @@ MPT_HD float mpt__loss_element(const mpt_loss_op *op, size_t c, float x, float t
 
 /* -- Scaler -- */
 
-/* One more, for a counter that stops before it overflows */
+/* count + 1, for a counter that stops before it overflows */
 MPT_HD int32_t mpt__more(int32_t count) { return count + (count < 0x7fffffff); }
 
-/* The growth tracker where it starts anew */
+/* What the growth tracker starts from */
 MPT_HD int mpt__growth_start(const mpt_scaler_desc *d) { return d->late_growth ? -1 : 0; }
 
 MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
@@ -2115,8 +2115,8 @@ MPT_HD void mpt_scaler_rule(mpt_scaler_state *s, int found) {
     }
 }
 
-/* The update after optimizers have found an mpt_skip_reason each. One overflow is an overflow of all. Where there is
-   none, a fault that a smaller scale cannot mend leaves the scale alone, and so does a step without weight. */
+/* The update after each optimizer has found an mpt_skip_reason. An overflow in one of them is an overflow. Without one,
+   neither a fault that a smaller scale cannot cure nor a step without weight changes the scale. */
 MPT_HD void mpt__scaler_follow(mpt_scaler_state *s, const int32_t *const *found, int count) {
     int i, overflow = 0, hopeless = 0, clean = 0;
     for (i = 0; i < count; i++) {
@@ -2172,7 +2172,7 @@ MPT_HD int mpt__is_one_cycle(const mpt_schedule *s) {
     return s->kind == MPT_SCHEDULE_ONE_CYCLE || s->kind == MPT_SCHEDULE_ONE_CYCLE_LINEAR;
 }
 
-/* What is at `first` when one cycle begins, at `middle` at its peak, at `last` at its end. t: steps since its begin */
+/* A value that is `first` when the cycle begins, `middle` at its peak, `last` at its end. t: steps since its begin */
 MPT_HD double mpt__one_cycle(const mpt_schedule *s, double t, double first, double middle, double last) {
     const double steps = (double)s->steps, top = mpt__mul_add(s->peak, steps, -1);
     const int cosine = s->kind == MPT_SCHEDULE_ONE_CYCLE;
@@ -2243,7 +2243,7 @@ MPT_HD int mpt__update_lost(mpt_dtype type, float before, float after) {
 typedef struct mpt__rates { /* constants of one step for one tensor, rounded to fp32 where PyTorch rounds them */
     mpt_optimizer_kind kind;
     int nesterov, first, has_momentum, amsgrad, maximize;
-    float inv_scale, clip, clip_value; /* gradient times the first two, within the third unless it is 0 */
+    float inv_scale, clip, clip_value; /* a gradient is multiplied by the first two, clamped to the third if not 0 */
     float lr, decay;                   /* AdamW: decay = 1 - lr * weight_decay */
     float momentum, undamped;
     float lerp, beta2, square;  /* 1 - beta1, beta2, 1 - beta2 */
@@ -2341,19 +2341,19 @@ MPT_HD float mpt__update_element(const mpt__rates *r, float p, float g, float *m
 
 /* -- Ranks --
 
-   What each rank says to all are MPT__SLOT_WORDS words of 64 bits. They pass a sum of floats as 16 bits each, in a slot
-   of its own, to which the others' zeros are added without rounding. */
+   Each rank tells the others MPT__SLOT_WORDS words of 64 bits. They go through the sum of floats as 16 bits per float,
+   in a slot for each rank, to which the other ranks add zeros, so nothing is rounded. */
 
 enum { MPT__SLOT_WORDS = 4, MPT__SLOT = 4 * MPT__SLOT_WORDS };
 
-/* Element i of slots(ranks,SLOT), where this rank says `words` */
+/* Element i of slots(ranks,SLOT) when this rank tells `words` */
 MPT_HD float mpt__slot_put(const uint64_t *words, int rank, size_t i) {
     const size_t part = i % MPT__SLOT;
     if (i / MPT__SLOT == (size_t)rank) return (float)(words[part / 4] >> part % 4 * 16 & 0xffff);
     return 0.0f;
 }
 
-/* Word i of what a rank has said */
+/* Word i of those that a rank told */
 MPT_HD uint64_t mpt__slot_word(const float *slots, int rank, int i) {
     const float *slot = slots + (size_t)rank * MPT__SLOT + (size_t)i * 4;
     uint64_t word = 0;
@@ -2362,7 +2362,7 @@ MPT_HD uint64_t mpt__slot_word(const float *slots, int rank, int i) {
     return word;
 }
 
-/* Word i of an mpt_loss_sum, where each rank has said its own: added in the order of ranks */
+/* Word i of the mpt_loss_sum of all ranks, of which each told its own: added in the order of ranks */
 MPT_HD uint64_t mpt__slot_total(const float *slots, int ranks, int i) {
     const int real = i < 2; /* loss and weight; rows and correct are integers */
     double sum = 0;
@@ -2381,7 +2381,7 @@ MPT_HD uint64_t mpt__slot_total(const float *slots, int ranks, int i) {
 
 /* -- Optimizers: one step -- */
 
-/* Number of the last slice that starts at or before `element`. */
+/* Index of the last slice that starts at or before `element`. */
 MPT_HD int mpt__slice_at(const mpt_tensor_slice *slices, int tensors, size_t element) {
     int low = 0, high = tensors - 1;
     while (low < high) {
@@ -2457,7 +2457,7 @@ MPT_HD void mpt__state_stepped(const mpt_update_op *op) {
     }
 }
 
-/* An averaged weight a after a step has made the weight p, whose value is kept. torch.lerp with 1 - decay */
+/* The average a of a weight, after a step has changed the weight to p. torch.lerp with 1 - decay */
 MPT_HD float mpt__average(const mpt_update_op *op, float a, float p) {
     const float weight = (float)(1 - op->average_decay), way = mpt__add_rn(p, -a);
     if (op->state->applied <= op->average_from + 1) return p;
@@ -2467,14 +2467,15 @@ MPT_HD float mpt__average(const mpt_update_op *op, float a, float p) {
 
 /* -- Windows -- */
 
-/* Does each output read one pixel, the one in its place? */
+/* Does each output read a single pixel, the one at its own position? */
 MPT_HD int mpt__conv2d_is_product(const mpt_conv2d_shape *s) {
     return s->R == 1 && s->S == 1 && s->stride_h == 1 && s->stride_w == 1 && !s->padding_h && !s->padding_w;
 }
 
-/* Pixels of an axis that the window of output `out` holds, from a padding of at most half of it on */
+/* Pixels of an axis, of `size` pixels, in the window of output `out`; the padding is at most half the window */
 MPT_HD size_t mpt__window_inside(size_t out, size_t stride, size_t padding, size_t window, size_t size) {
-    const size_t begin = out * stride, end = begin + window; /* both `padding` further on than in the image */
+    const size_t begin = out * stride, end = begin + window; /* in the padded axis, where the image begins at
+                                                                `padding` */
     size_t inside = window;
     if (begin < padding) inside -= padding - begin;
     if (end > size + padding) inside -= end - (size + padding);
