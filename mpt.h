@@ -2509,8 +2509,8 @@ MPT_HD size_t mpt__pool2d_divisor(const mpt_pool2d_shape *s, size_t p, size_t q)
 #include <pthread.h> /* on Windows: winpthreads, which comes with MinGW */
 #endif
 
-/* Declares a system function that its header hides under -std=c99, as mpt__sys_NAME: under another name it cannot
-   conflict with the header's declaration. */
+/* Declares as mpt__sys_NAME a system function that its header hides under -std=c99; the other name keeps it from
+   conflicting with the header's declaration. */
 #if (defined(__unix__) || defined(__APPLE__)) && defined(__GNUC__)
 #define MPT__POSIX
 #include <unistd.h>
@@ -2527,17 +2527,17 @@ MPT_HD size_t mpt__pool2d_divisor(const mpt_pool2d_shape *s, size_t p, size_t q)
 
 enum {
     MPT__ALIGN = 64,                 /* of every allocation, in bytes: a cache line, an AVX-512 register */
-    MPT__OVERHEAD = MPT__ALIGN + 16, /* bytes of an allocation to align it, and for mpt__header */
+    MPT__OVERHEAD = MPT__ALIGN + 16, /* bytes added to an allocation for alignment and mpt__header */
     MPT__RUN = 32,                   /* elements that elementwise loops process at a time, in fp32 on the stack */
     MPT__MAX_THREADS = 64,
-    MPT__SCAN_BLOCKS = 64, /* partial results of a scan */
-    MPT__LANES = 32        /* interleaved sums of each */
+    MPT__SCAN_BLOCKS = 64, /* parts of a scan */
+    MPT__LANES = 32        /* interleaved sums in each part */
 };
 
 typedef struct mpt__threads mpt__threads;
 
 /* The left operand of a product: word d of run r of row i is at base + rows[i] + runs[r] + d * stride, in bytes. A word
-   is a float, or a pair of bf16 that are neighbours in depth. Rows may lie anywhere: in an array of the caller or in a
+   is a float, or a pair of bf16 that are neighbours in depth. Rows may be anywhere, in an array of the caller or in the
    workspace. */
 typedef struct mpt__left {
     const char *base;
@@ -2560,9 +2560,9 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
     /* sums(tile_m,tile_n) = rows row.. of left times the panel b(words,tile_n), + sums if add; rows of sums are
        `stride` apart. [0]: words are floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns.
-       AMX would be another row. (AVX512-FP16 is of no use here: it sums in fp16.) */
+       AMX would be another row. (AVX512-FP16 does not help, because it adds in fp16.) */
     mpt__tile tile[2][2];
-    /* out[e] = low[e], high[e] as a pair */
+    /* out[e] = low[e] and high[e] as a pair */
     void (*pair)(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out);
     /* panel(depth,n) = the transpose of x(n,depth), whose rows are `stride` words apart; n a multiple of 4 */
     void (*transpose)(const float *x, size_t stride, size_t depth, size_t n, float *panel);
@@ -2870,11 +2870,11 @@ struct mpt__threads {
     void *arg;
     size_t count, next; /* next: the first index that no thread has taken */
     size_t least;       /* indices in a piece at least */
-    int threads;        /* that the job is worth */
+    int threads;        /* how many the job is worth */
     int busy;           /* threads that have taken a piece and not finished it */
-    int open, idle;     /* next < count; busy is 0 */
+    int open, idle;     /* next < count; busy == 0 */
     unsigned mode;      /* the caller's mpt__float_mode */
-    long process;       /* that the workers run in */
+    long process;       /* the process that the workers run in */
 };
 
 #ifdef _WIN32 /* has no fork */
@@ -2883,8 +2883,8 @@ static long mpt__process(void) { return 0; }
 static long mpt__process(void) { return (long)getpid(); }
 #endif
 
-/* Waits for open or idle; called with the lock held. The next job mostly comes sooner than a sleeping thread could
-   wake, so the thread spins at first, and yields the core to others that want it. */
+/* Waits for open or idle; called with the lock held. The next job usually comes sooner than a sleeping thread could
+   wake, so the thread spins at first and yields the core to others that want it. */
 static void mpt__threads_await(mpt__threads *pool, const int *flag, pthread_cond_t *told) {
     int spins = MPT__SPINS;
     pthread_mutex_unlock(&pool->lock);
@@ -2893,8 +2893,8 @@ static void mpt__threads_await(mpt__threads *pool, const int *flag, pthread_cond
     while (!*flag) pthread_cond_wait(told, &pool->lock);
 }
 
-/* Takes and does pieces of the job while there are any, each a share of what is left. Called with the lock held, which
-   is released during the task. */
+/* Takes pieces of the job, each a share of what is left, and does them until none are left. Called with the lock held,
+   which is released during the task. */
 static void mpt__threads_share(mpt__threads *pool, int index) {
     unsigned mode;
     pool->busy++;
@@ -2972,7 +2972,7 @@ static void mpt__threads_stop(mpt_context *ctx) {
 #include <stdio.h>
 #endif
 
-/* Processors that this process may run on, which its affinity may limit */
+/* Processors that this process may run on, by its affinity where that is known */
 #if defined(__linux__) && defined(MPT__POSIX)
 MPT__SYSTEM(int, sched_getaffinity, (int process, size_t bytes, void *mask))
 static long mpt__processors(void) {
@@ -2984,13 +2984,13 @@ static long mpt__processors(void) {
     return count;
 }
 #elif defined(_WIN32)
-static long mpt__processors(void) { return pthread_num_processors_np(); } /* which looks at the affinity */
+static long mpt__processors(void) { return pthread_num_processors_np(); } /* respects the affinity */
 #else
 static long mpt__processors(void) { return sysconf(_SC_NPROCESSORS_ONLN); }
 #endif
 
-/* Processors' worth of time that a control group grants, rounded up, from its cpu.max: "150000 100000" are 2, "max
-   100000" is no limit, 0. */
+/* How many processors' time a control group grants, rounded up, from its cpu.max: "150000 100000" gives 2; "max
+   100000", no limit, gives 0. */
 static long mpt__quota_of(const char *text) {
     long number[2] = {0, 0};
     int i;
@@ -3003,7 +3003,7 @@ static long mpt__quota_of(const char *text) {
     return (number[0] + number[1] - 1) / number[1];
 }
 
-/* The limit of a container, which sees its own group there; 0: none, or none that can be read. */
+/* The limit of a container, which sees its own group at this path; 0 if there is none, or it cannot be read. */
 static long mpt__quota(void) {
     char text[64] = {0};
 #if defined(__linux__) && !defined(MPT_NO_STDIO)
@@ -3042,7 +3042,7 @@ static mpt_result mpt__threads_start(mpt_context *ctx) {
 
 #endif
 
-/* Threads that are worth waking, which takes some microseconds each. work: multiplications or element visits of the
+/* How many threads are worth waking, which takes some microseconds each. work: multiplications or element visits of the
    whole call, roughly */
 static size_t mpt__threads_for(const mpt_context *ctx, size_t work) {
     return mpt__min(work / 65536, (size_t)ctx->threads);
@@ -3057,7 +3057,7 @@ static void mpt__parallel(mpt_context *ctx, size_t count, size_t work, mpt__task
 /* ==== SIMD ====
 
    Bulk loops, once for each instruction set. Plain C is always compiled. The others give the same bits, except in
-   products, whose sums they order and fuse in their own way. (AVX512-FP16 converts no more than F16C does.) */
+   products, whose sums they order and fuse in their own way. (AVX512-FP16 would not convert faster than F16C.) */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MPT_NO_SIMD)
 #define MPT__X86
@@ -3231,8 +3231,8 @@ MPT__AVX2 static void mpt__store_bf16_avx2(uint16_t *dst, size_t n, const float 
 #define MPT__EACH_6(X, with) X(0, with) X(1, with) X(2, with) X(3, with) X(4, with) X(5, with)
 #define MPT__EACH_8(X, with) MPT__EACH_6(X, with) X(6, with) X(7, with)
 
-/* Whether a lane is inf or NaN. One bad element makes its lane so; finite ones cannot, their squares being below
-   2^256. */
+/* Whether a lane is inf or NaN. One bad element makes its lane bad; finite elements cannot, because their squares are
+   below 2^256. */
 static int mpt__lanes_bad(const double *lanes) {
     int bad = 0, l;
     for (l = 0; l < MPT__LANES; l++) {
@@ -3244,8 +3244,8 @@ static int mpt__lanes_bad(const double *lanes) {
 }
 
 /* MPT__SQUARES generates a function of mpt__simd.squares for AVX2: three of them, 1.4 KB. FOUR(x) loads four elements
-   as floats; sum<i> holds lanes 4 i .. 4 i + 3. Products are exact, so fusing them changes nothing. It prefetches,
-   since the arithmetic leaves the CPU little room to run ahead. */
+   as floats; sum<i> holds lanes 4 i .. 4 i + 3. Products are exact, so fusing them changes nothing. It prefetches
+   because the long chains of additions keep the CPU from running ahead. */
 #define MPT__SUM(i, FOUR) __m256d sum##i = _mm256_loadu_pd(lanes + 4 * i);
 #define MPT__SQUARE(i, FOUR)              \
     v = _mm256_cvtps_pd(FOUR(x + 4 * i)); \
@@ -3271,7 +3271,7 @@ MPT__SQUARES(mpt__squares_f32_avx2, float, _mm_loadu_ps)
 MPT__SQUARES(mpt__squares_f16_avx2, uint16_t, MPT__FOUR_F16)
 MPT__SQUARES(mpt__squares_bf16_avx2, uint16_t, MPT__FOUR_BF16)
 
-/* Operations that no build's flags change: a product that is neither fused nor reordered; a quotient and a root that
+/* Operations that no compiler flag changes: a product that is neither fused nor reordered; a quotient and a root that
    -Ofast does not approximate. */
 MPT__AVX2 static inline __m256 mpt__mul8(__m256 a, __m256 b) {
     __m256 r = _mm256_mul_ps(a, b);
@@ -3340,8 +3340,8 @@ MPT__AVX2 static inline __m256 mpt__adam8(const mpt__rates *r, __m256 p, __m256 
     return _mm256_add_ps(p, mpt__div8(mpt__mul8(_mm256_set1_ps(-r->step_size), first), denominator));
 }
 
-/* Updates whole eights and returns how many elements they are. Inlined into each call, where some rates are
-   constants. */
+/* Updates as many elements as a multiple of eight allows, and returns their number. Inlined into each call, where some
+   rates are constants. */
 MPT__AVX2 __attribute__((always_inline)) static inline size_t
 mpt__update8(const mpt__rates *r, size_t n, float *p, const float *g, float *m, float *v, float *largest) {
     const __m256 limit = _mm256_set1_ps(r->clip_value), zero = _mm256_setzero_ps();
@@ -3358,8 +3358,8 @@ mpt__update8(const mpt__rates *r, size_t n, float *p, const float *g, float *m, 
     return i;
 }
 
-/* Works on a copy of the rates, which no store can change: otherwise each would be read again after every store. What
-   is off in most steps is set to constants in the copy, so that the loop has no branch. */
+/* Works on a copy of the rates that no store can change; otherwise each would be read again after every store. Options
+   that most steps do not use are set to constants in the copy, so that the loop has no branches. */
 MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v,
                                        float *largest) {
     mpt__rates r = *rates;
