@@ -3381,7 +3381,7 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float 
 }
 
 /* MPT__TILE generates a kernel of mpt__simd.tile: AVX2 6 rows by 16 columns, AVX-512 8 by 32, the same on pairs of bf16
-   (vdpbf16ps, which takes subnormals for zeros), and each once more for half as many columns. Six functions, 4 KB.
+   (vdpbf16ps, which treats subnormals as zeros), and each once more for half as many columns. Six functions, 4 KB.
 
    EACH is MPT__EACH_6 or MPT__EACH_8 and pastes a line for each row; V is _mm256 or _mm512; VECTORS is 2, or 1 for half
    a tile. Row i's sums stay in the registers left<i> and right<i>. For each word of the depth a kernel loads the
@@ -3526,7 +3526,7 @@ MPT__AVX512 static void mpt__load_bf16_avx512(const uint16_t *src, size_t n, flo
     mpt__load_bf16_avx2(src, n, dst);
 }
 
-/* vcvtne2ps2bf16 takes subnormals for zeros: blocks with a subnormal are converted by integer operations. */
+/* vcvtne2ps2bf16 treats subnormals as zeros: blocks with a subnormal are converted by integer operations. */
 MPT__AVX512_BF16 static void mpt__store_bf16_native(uint16_t *dst, size_t n, const float *src) {
     const __m512i one = _mm512_set1_epi32(1), least = _mm512_set1_epi32(0x00fffffe);
     for (; n >= 32; n -= 32, src += 32, dst += 32) {
@@ -3709,8 +3709,8 @@ static void mpt__store(const mpt_context *ctx, mpt_array a, size_t i, size_t n, 
 
 /* -- Runs: MPT__RUN elements, a constant count, so that compilers vectorise these loops --
 
-   A run is read where it lies if it can be, else from a copy in `room`: loading a vector of which two halves were just
-   stored stalls. */
+   A run is read in place if possible, else from a copy in `room`. An unnecessary copy would cost more than its
+   instructions: loading a vector whose halves were just stored separately stalls. */
 
 static const float mpt__zeros[MPT__RUN] = {0};
 
@@ -3911,7 +3911,7 @@ static mpt_result mpt__need_any(mpt_context *ctx, const char *call, const char *
     return mpt_fail(ctx, MPT_ERROR_TYPE, "%s: %s has the unknown type %d", call, name, (int)a.type);
 }
 
-/* What operations compute with: not fp8. */
+/* An array that operations compute with: not fp8. */
 static mpt_result mpt__need(mpt_context *ctx, const char *call, const char *name, mpt_array a) {
     MPT__TRY(mpt__need_any(ctx, call, name, a));
     if (a.type <= MPT_BF16) return MPT_OK;
@@ -3919,7 +3919,7 @@ static mpt_result mpt__need(mpt_context *ctx, const char *call, const char *name
                     mpt_dtype_name(a.type));
 }
 
-/* What an operation on images reads and writes: x and y, or dx and dy. */
+/* The arrays of an operation on images: x and y, or dx and dy. */
 static mpt_result mpt__need_images(mpt_context *ctx, const char *call, mpt_pass pass, mpt_array x, mpt_array y) {
     MPT__TRY(mpt__need(ctx, call, pass == MPT_BACKWARD_DATA ? "x (dx)" : "x", x));
     return mpt__need(ctx, call, pass == MPT_FORWARD ? "y" : "y (dy)", y);
@@ -3930,7 +3930,7 @@ static mpt_result mpt__need_act(mpt_context *ctx, const char *call, mpt_activati
     return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "%s: unknown activation %d", call, (int)act);
 }
 
-/* A product of sizes that an array has must fit into size_t as bytes. */
+/* The bytes of an array of a x b x c x d elements must fit into size_t. */
 static mpt_result mpt__need_size(mpt_context *ctx, const char *call, const char *name, size_t a, size_t b, size_t c,
                                  size_t d) {
     size_t n;
@@ -3974,7 +3974,7 @@ MPT_DEF mpt_result mpt_histogram_add(mpt_context *ctx, size_t n, mpt_array x, mp
 
 MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     mpt_gemm_op op = MPT_ZERO;
-    size_t a_rows, a_row, b_rows, b_row; /* how many there are, and elements of one */
+    size_t a_rows, a_row, b_rows, b_row; /* number of rows, and elements of a row */
     MPT__TRY(mpt__need_op(ctx, "gemm", user));
     op = *user;
     if (!op.m || !op.n) return MPT_OK;
@@ -4016,7 +4016,7 @@ MPT_DEF mpt_result mpt_op_gemm(mpt_context *ctx, const mpt_gemm_op *user) {
     return ctx->backend.gemm(ctx, &op);
 }
 
-enum { MPT__MOST = 0x7fffffff }; /* a stride or dilation: sums of it and a size wrap nowhere */
+enum { MPT__MOST = 0x7fffffff }; /* largest stride or dilation: its sum with a size cannot wrap */
 
 /* Output positions of a window of `reach` along `size`: 0 if it does not fit even once. */
 static size_t mpt__window_count(size_t size, size_t padding, size_t reach, size_t stride) {
@@ -4236,7 +4236,7 @@ MPT_DEF mpt_result mpt_op_norm(mpt_context *ctx, const mpt_norm_op *user) {
     switch (op.pass) {
     case MPT_NORM_STATS:
         MPT__TRY(mpt__need(ctx, "norm", "x", op.x));
-        op.gamma.data = op.dx.data = NULL; /* of other passes: no backend shall take them for this one's */
+        op.gamma.data = op.dx.data = NULL; /* other passes have them, and a backend may test them without the pass */
         break;
     case MPT_NORM_FORWARD: MPT__TRY(mpt__norm_forward_check(ctx, &op)); break;
     case MPT_NORM_BACKWARD: MPT__TRY(mpt__norm_backward_check(ctx, &op)); break;
@@ -4305,7 +4305,7 @@ MPT_DEF mpt_result mpt_op_pool2d(mpt_context *ctx, const mpt_pool2d_op *user) {
     return ctx->backend.pool2d(ctx, &op);
 }
 
-/* Fills in the defaults. An option that the loss does not have would be lost silently. */
+/* Fills in the defaults, and refuses options that this loss would ignore. */
 static mpt_result mpt__loss_desc_check(mpt_context *ctx, const char *name, mpt_loss_kind kind, mpt_loss_desc *d) {
     const char *other = NULL;
     if (kind != MPT_LOSS_CROSS_ENTROPY && d->ignore) other = "ignore";
