@@ -4359,7 +4359,7 @@ static double mpt__ref_get(mpt_array a, size_t i) {
     return (double)mpt_widen(((const uint8_t *)a.data)[i], a.type);
 }
 
-/* beta times element i; with beta 0 it is not read, since it may not be initialised. */
+/* beta times element i; with beta 0 the element is not read, because it may not be initialised. */
 static double mpt__ref_old(mpt_array a, size_t i, float beta) {
     if (beta == 0) return 0;
     return (double)beta * mpt__ref_get(a, i);
@@ -4544,7 +4544,7 @@ static mpt_result mpt__ref_columns(mpt_context *ctx, const mpt_columns_op *op) {
     return MPT_OK;
 }
 
-/* An element of x(N,H,W,C): what it is in y, or dx from what is there */
+/* What an element of x(N,H,W,C) contributes to y; or its dx, from the elements of dy that it contributed to */
 static void mpt__ref_broadcast_element(const mpt_broadcast_op *op, size_t n, size_t h, size_t w, size_t c) {
     const mpt_broadcast_shape *shape = &op->shape;
     const size_t in = ((n * shape->H + h) * shape->W + w) * shape->C + c;
@@ -4575,7 +4575,7 @@ static mpt_result mpt__ref_broadcast(mpt_context *ctx, const mpt_broadcast_op *o
     return MPT_OK;
 }
 
-/* out(n), each element from those of the same index: the function that op->map names. fast: mpt__cpu_map */
+/* out(n), each element computed by op->map from those of the same index. fast: mpt__cpu_map */
 static mpt_result mpt__ref_map(mpt_context *ctx, const mpt_map_op *op) {
     const uint64_t step = op->mask.step ? *op->mask.step : 0;
     size_t i;
@@ -4627,7 +4627,7 @@ static void mpt__ref_pool2d_y(const mpt_pool2d_op *op, size_t n, size_t p, size_
     else mpt__ref_set(op->y, at, sum / (double)mpt__pool2d_divisor(shape, p, q), NULL);
 }
 
-/* dx(n,h,w,c) = sum over the windows that it is in: of the maximum dy if it was the largest, of the mean dy / (R S) */
+/* dx(n,h,w,c) = a sum over the windows that contain it. Max: dy, if it was the largest element. Average: dy / (R S) */
 static double mpt__ref_pool2d_dx(const mpt_pool2d_op *op, size_t n, size_t h, size_t w, size_t c) {
     const mpt_pool2d_shape *shape = &op->shape;
     double sum = 0;
@@ -4688,7 +4688,7 @@ static void mpt__ref_norm_stats(const mpt_norm_op *op, size_t sets, size_t count
     }
 }
 
-/* gamma or beta of a channel: `otherwise` where there is none */
+/* gamma or beta of a channel; `otherwise` if there is none */
 static double mpt__ref_affine(mpt_array a, size_t c, double otherwise) {
     if (a.data) return mpt__ref_get(a, c);
     return otherwise;
@@ -4792,12 +4792,12 @@ static void mpt__ref_backend(mpt_backend *backend) {
 /* ==== ENGINE ====
 
    The CPU backend; REFERENCE has the same operations as plain loops. One driver computes every matrix product,
-   convolutions included. It cuts the result into blocks and the depth, the dimension that is summed, into parts. Of
-   each part it packs the right operand into panels as wide as a tile; the left one is read where it lies, in the
-   caller's array or in a copy that holds each element once, never in a patch matrix. A kernel keeps a tile of the
-   result in registers; the epilogue (scale, add, bias, activation, rounding) is applied to a group of rows while their
-   sums are in L1. The order of a sum depends on the sizes and the kernel alone, not on the number of threads or the
-   CPU's caches: so do the bits. */
+   including convolutions. It cuts the result into blocks, and the depth (the dimension that is summed) into parts. For
+   each part it packs the right operand into panels as wide as a tile. It reads the left operand in place, in the
+   caller's array, or from a copy that holds each element once; it never builds a patch matrix. A kernel keeps a tile of
+   the result in registers. The epilogue (scale, add, bias, activation, rounding) is applied to a group of rows while
+   their sums are in L1. The order of a sum, and so the bits, depend only on the sizes and the kernel, not on the number
+   of threads or the CPU's caches. */
 
 enum {
 #ifdef MPT_SMALL
@@ -4861,7 +4861,7 @@ static mpt_result mpt__cpu_workspace(mpt_context *ctx) {
     return MPT_OK;
 }
 
-/* Pieces of at most `most` that n makes: the quotient, rounded up */
+/* How many pieces of at most `most` n makes: the quotient, rounded up */
 static size_t mpt__pieces(size_t n, size_t most) { return (n + most - 1) / most; }
 
 static size_t mpt__round_up(size_t n, size_t unit) { return mpt__pieces(n, unit) * unit; }
@@ -4888,14 +4888,14 @@ typedef struct mpt__matrix {
 } mpt__matrix;
 
 /* The left operand of a convolution. Outputs (N,P,Q) read taps (R,S) of an image (N,H,W,C), or of some of its channels.
-   In the gradient of x the image is dy, spread to every up_h-th row and up_w-th column with zeros between and padded so
-   that every x is an output, and the filters are flipped.
+   For the gradient of x the image is dy, spread to every up_h-th row and up_w-th column with zeros in between and
+   padded so that every x is an output, and the filters are flipped.
 
-   A band of outputs under a slice of the kernel needs one rectangle of each image. It is copied once, with its padding,
-   into the halo buffer: here three outputs of two rows under a 3x3 kernel with stride 1 (. padding, x pixels of the
-   image, each with the slice's channels side by side):
+   A band of outputs and a slice of the kernel need one rectangle of each image. It is copied once, with its padding,
+   into the halo buffer: here for two rows of three outputs and a 3x3 kernel with stride 1 (. is padding, x a pixel of
+   the image; each has the slice's channels side by side):
 
-       . . . . .      The tile reads every tap where it lies. Output (p,q) finds tap (r,s), channel c at
+       . . . . .      The tile reads every tap in place. Output (p,q) finds tap (r,s), channel c at
        . x x x .
        . x x x .     p * stride_h * pitch + q * stride_w * pixel  +  r * dilation_h * pitch + s * dilation_w * pixel + c
        . x x x .     \____________ rows[(p,q)] ________________/     \___ runs[r] ______/   \_ S * C words in a row, if
@@ -4903,18 +4903,17 @@ typedef struct mpt__matrix {
    `pitch` is the bytes of a row, `pixel` of a pixel.                                        tap is a run of C words
 
    The gradient of w reads the same buffer with the roles exchanged: rows[(r,s,c)] is the second half of the sum, a run
-   is a row of outputs, and its words are stride_w * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs,
-   so the buffer holds at each pixel the pair of it and the one stride_w to its right, and the next word is two outputs
-   on.
-   A row's last output is a band of its own if none is left to pair it with: paired with 0, an inf there would give
-   0 * inf. */
+   is a row of outputs, and its words are stride_w * pixel apart. Pairs of bf16 are then pairs of neighbouring outputs:
+   at each pixel the buffer holds the pair of it and the pixel stride_w to its right, and the next word is two outputs
+   on. If the last output of a row has no partner, it becomes a band of its own: a partner of 0 would give 0 * inf if
+   the image has an inf there. */
 typedef enum mpt__outputs { MPT__NO_OUTPUTS, MPT__OUTPUTS_ARE_ROWS, MPT__OUTPUTS_ARE_DEPTH } mpt__outputs;
 
 typedef struct mpt__image {
     mpt__outputs kind; /* MPT__NO_OUTPUTS: of a product of matrices */
     mpt_array data;
     size_t N, H, W, C, first, channels; /* channels first .. first+channels of C */
-    size_t up_h, up_w;                  /* rows and columns from one to the next */
+    size_t up_h, up_w;                  /* distance between rows and columns once they are spread */
     ptrdiff_t pad_top, pad_left;        /* zeros above and left of the image; below 0: rows and columns left out */
     size_t P, Q, R, S, stride_h, stride_w, dilation_h, dilation_w;
     size_t images, lines, columns;    /* of a band: whole images or some lines of one; outputs of a line */
@@ -5003,14 +5002,14 @@ static mpt__halo mpt__halo_of(const mpt__image *image, const mpt__band *band, co
     return h;
 }
 
-/* dst(n) = elements i .. i+n of an array; size 2: copied as they are, 4: as fp32 */
+/* dst(n) = elements i .. i+n of an array; size 2: copied unchanged, 4: as fp32 */
 static void mpt__fetch(const mpt_context *ctx, mpt_array data, size_t i, size_t n, size_t size, void *dst) {
     if (size == sizeof(uint16_t)) memcpy(dst, (const uint16_t *)data.data + i, n * size);
     else mpt__load(ctx, data, i, n, (float *)dst);
 }
 
-/* `count` pixels of n elements, the first at element i of an array and the next `stride` on, each to the next place,
-   `to_stride` bytes on */
+/* Copies `count` pixels of n elements: from element i of an array on, `stride` elements apart, to `to`, `to_stride`
+   bytes apart */
 static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_t n, size_t stride, size_t count,
                          size_t size, size_t to_stride, char *to) {
     const uint16_t *half = (const uint16_t *)data.data + i;
@@ -5022,8 +5021,8 @@ static void mpt__scatter(const mpt_context *ctx, mpt_array data, size_t i, size_
         for (; count; count--, i += stride, to += to_stride) mpt__fetch(ctx, data, i, n, size, to);
 }
 
-/* to(width,channels) = a row of image n: row y of the padded one, from its column x on. Here width is 10, up_w is 3,
-   and the image's pixels w, w + 1 and w + 2 are in it:
+/* to(width,channels) = row y of the padded image n, from its column x on. Here width is 10, up_w is 3, and the row
+   holds the image's pixels w, w + 1 and w + 2:
 
        |<-- h->width -->|
        . . w . . x . . x .      column: where the row begins in the spread image; below 0 in the padding
@@ -5052,7 +5051,7 @@ static void mpt__halo_row(const mpt_context *ctx, const mpt__image *image, const
     }
 }
 
-/* to(width,channels) = pairs of each of the n elements of line and the one `next` on, or 0 at the end */
+/* to(width,channels) = each of the n elements of line paired with the one `next` on, or with 0 at the end */
 static void mpt__halo_pairs(const mpt_context *ctx, const uint16_t *line, size_t n, size_t next, char *to) {
     const size_t both = n - mpt__min(next, n);
     uint32_t *out = (uint32_t *)(void *)to;
@@ -5125,7 +5124,7 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
     size_t ldc;
     mpt_activation act;
     int transposed;              /* the product is c's transpose */
-    int plain;                   /* c is fp32 and needs no epilogue but beta 1: the kernels write whole tiles to it */
+    int plain;                   /* c is fp32 and needs no epilogue except beta 1: kernels write whole tiles to it */
     int pairs;                   /* words are pairs of bf16, else floats */
     size_t rows, columns, group; /* of a block of c; rows of an epilogue */
     size_t parts, deepest;       /* of the depth; elements of one, if it is a matrix. They fix the order of sums */
@@ -5138,7 +5137,7 @@ static int mpt__in_place(const mpt__product *p) {
     return p->a.along && mpt_dtype_size(p->a.data.type) * mpt__each(p) == sizeof(float) && p->k % mpt__each(p) == 0;
 }
 
-/* Of dw: dy(outputs,K); a strip is a row of the band's outputs. */
+/* For dw: dy(outputs,K); a strip is a row of the band's outputs. */
 static mpt__right mpt__right_outputs(const mpt__product *p, const mpt__band *band, const mpt__workspace *ws) {
     mpt__right right;
     size_t r;
@@ -5151,7 +5150,7 @@ static mpt__right mpt__right_outputs(const mpt__product *p, const mpt__band *ban
     return right;
 }
 
-/* Of y: filters w(K,R,S,C); columns are filters. A strip is a tap, or all taps together if they are contiguous. */
+/* For y: filters w(K,R,S,C); columns are filters. A strip is a tap, or all taps if they are contiguous. */
 static mpt__right mpt__right_filters(const mpt__product *p, const mpt__kernel_slice *slice, const mpt__workspace *ws) {
     const size_t S = p->image.S, C = p->image.channels;
     mpt__right right;
@@ -5171,7 +5170,7 @@ static mpt__right mpt__right_filters(const mpt__product *p, const mpt__kernel_sl
     return right;
 }
 
-/* Of dx: the same filters flipped; columns are w's channels, the depth its filters. */
+/* For dx: the same filters flipped; columns are w's channels, the depth is its filters. */
 static mpt__right mpt__right_flipped(const mpt__product *p, const mpt__kernel_slice *slice, const mpt__workspace *ws) {
     const size_t S = p->image.S, last = p->image.R * S - 1, filter = p->b.stride;
     mpt__right right;
@@ -5228,8 +5227,8 @@ static void mpt__pack_transposed(const mpt__product *p, size_t i, size_t length,
     }
 }
 
-/* Packs one row of a panel: n columns from element i on. If words are pairs, the second elements are `next` on; next 0:
-   they are zeros. */
+/* Packs one row of a panel: n columns from element i on. If words are pairs, their second elements are `next` further
+   on, or zeros if next is 0. */
 static void mpt__pack_row(const mpt__product *p, size_t i, size_t next, size_t n, float *panel) {
     static const uint16_t zeros[MPT__TILE_N] = {0};
     const uint16_t *low = (const uint16_t *)p->b.data.data + i;
@@ -5254,8 +5253,8 @@ static void mpt__pack_columns(const mpt__product *p, const mpt__right *right, si
                                  ws->panels + c * words + r * strip * tile, ws->line);
 }
 
-/* Packs whole rows, each contiguous, a few of them for all panels: neither the rows nor the panels' ends, which are far
-   apart, then touch too many pages. */
+/* Packs whole rows, each contiguous, a few rows at a time for all panels. Both the rows and the ends of the panels are
+   far apart in memory, so taking few of each touches fewer pages. */
 static void mpt__pack_rows(const mpt__product *p, const mpt__right *right, size_t j, size_t columns, size_t words,
                            const mpt__workspace *ws) {
     const size_t tile = p->ctx->simd.tile_n, each = mpt__each(p), strip = mpt__pieces(right->length, each), few = 16;
@@ -5290,7 +5289,7 @@ static void mpt__copy_rows(const mpt__product *p, size_t i, size_t rows, size_t 
     }
 }
 
-/* left(words,rows) = the same of one whose rows run along the rows of the result */
+/* left(words,rows) = the same for a matrix whose rows run along the rows of the result */
 static void mpt__copy_columns(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
                               const mpt__workspace *ws) {
     static const uint16_t zeros[MPT__BLOCK_M] = {0};
