@@ -5305,8 +5305,8 @@ static void mpt__copy_columns(const mpt__product *p, size_t i, size_t rows, size
     }
 }
 
-/* The left operand of elements l .. l+depth of a matrix, rows i .. of which it takes `rows` at most: in place, or
-   copied. Returns how many. */
+/* Sets *left to elements l .. l+depth of at most `rows` rows of a matrix, from row i on: in place, or copied. Returns
+   how many rows. */
 static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
                                const mpt__workspace *ws, mpt__left *left) {
     const size_t each = mpt__each(p), size = sizeof(float) / each, words = mpt__pieces(depth, each);
@@ -5340,7 +5340,7 @@ typedef struct mpt__epilogue { /* of rows i .. of c, columns j .. j+columns, who
     size_t stride, i, j, columns;
 } mpt__epilogue;
 
-/* x += bias, then ReLU if asked for: most products need no more */
+/* x += bias, then ReLU if asked for: all that most products need */
 MPT__INLINE void mpt__bias_run(float *MPT__RESTRICT x, const float *MPT__RESTRICT bias, int relu) {
     size_t e;
     if (relu)
@@ -5382,7 +5382,7 @@ MPT__INLINE void mpt__epilogue_task_body(void *arg, size_t begin, size_t end, in
             for (e = 0; e < columns; e += MPT__RUN) {
                 const size_t n = mpt__min(columns - e, MPT__RUN);
                 float *x = f->sums + r * stride + e, *run = n == MPT__RUN ? x : room + MPT__RUN;
-                if (run != x) memcpy(run, x, n * sizeof *x); /* the next columns are not of this block */
+                if (run != x) memcpy(run, x, n * sizeof *x); /* the next columns do not belong to this block */
                 mpt__epilogue_run(p, f->i + r, f->j + e, n, run, mpt__floats_at(bias, e), room);
                 if (run != x) memcpy(x, run, n * sizeof *x);
             }
@@ -5407,8 +5407,8 @@ static void mpt__epilogue_rows(const mpt__product *p, size_t i, size_t rows, siz
     MPT__TASK(p->ctx, mpt__epilogue_task)(&f, 0, rows, 0);
 }
 
-/* The epilogue of sums (rows,columns) whose transpose belongs into c: rows first .. of a matrix, or of the taps of a
-   slice. A slice of all channels and tap columns is contiguous in a filter; of another, each tap is a piece. */
+/* The epilogue of sums (rows,columns) whose transpose is stored in c: from row `first` on of a matrix, or of the taps
+   of a slice. A slice with all channels and tap columns is contiguous in a filter; otherwise each tap is a piece. */
 static void mpt__epilogue_transposed(const mpt__product *p, const mpt__kernel_slice *slice, size_t first, size_t rows,
                                      size_t j, size_t columns, const float *sums, const mpt__workspace *ws) {
     const size_t along = mpt__round_up(rows, MPT__RUN), C = p->image.channels, S = p->image.S;
@@ -5471,7 +5471,7 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
     }
 }
 
-/* Adds a part of a convolution's block. packed: the panels hold the part already, from the block before */
+/* Adds a part to a block of a convolution. packed: the panels still hold this part from the previous block */
 static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int packed, const mpt__workspace *ws) {
     const mpt__image *image = &p->image;
     mpt__left left;
@@ -5552,8 +5552,7 @@ static mpt__block mpt__block_of(const mpt__product *p, size_t index, size_t down
 }
 
 /* The end of the blocks from `begin` on that share packed panels: those of the same columns. If the depth has several
-   parts, blocks can only share if each has its sums to itself, that is if they are in c: whole tiles of a plain
-   matrix. */
+   parts, blocks can share only if each keeps its sums in c, which whole tiles of a plain matrix do. */
 static size_t mpt__blocks_together(const mpt__product *p, size_t begin, size_t end, size_t down) {
     const int tiled = p->plain && p->m % p->ctx->simd.tile_m == 0 && p->n % p->ctx->simd.tile_n == 0;
     if (p->parts > 1 && (!tiled || p->image.kind)) return begin + 1;
@@ -5583,15 +5582,15 @@ static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
 
 /* -- Sizes of blocks and parts -- */
 
-/* Whether the halo of a slice and so many lines and columns of outputs fits, with `some` elements a pixel */
+/* Whether the halo of a slice and of so many lines and columns of outputs fits, with `some` elements per pixel */
 static int mpt__halo_fits(const mpt__image *image, size_t lines, size_t columns, size_t some) {
     const size_t width = mpt__halo_width(image, columns, image->slice_S);
     return width <= image->widest / some &&
            mpt__halo_rows(image, lines, image->slice_R) <= MPT__LEFT_WORDS / width / some;
 }
 
-/* Sets a band of `most` outputs, or as many as fit. Outputs that are rows of the result must be consecutive there, so
-   that a part of a line is a band of its own. */
+/* Sets the size of bands: `most` outputs, or as many as fit. Outputs that are rows of the result must be consecutive
+   there, so a band is either a part of one line or whole lines. */
 static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
     size_t lines = 1, images = 1;
     while (image->columns > 1 && !mpt__halo_fits(image, 1, image->columns, some))
@@ -5611,7 +5610,7 @@ static void mpt__choose_band(mpt__image *image, size_t most, size_t some) {
     image->images = images;
 }
 
-/* Sets a slice of at most `words` words of taps and channels, `each` channels in one. */
+/* Sets the size of slices: at most `words` words of taps and channels, `each` channels in a word. */
 static void mpt__choose_slice(mpt__image *image, size_t words, size_t each) {
     const size_t taps = image->R * image->S, least = 8;
     size_t pixel;
@@ -5636,8 +5635,8 @@ static void mpt__narrow_slice(mpt__image *image, size_t columns, size_t each) {
         else return; /* a single tap: bands will be short */
 }
 
-/* Rows of an epilogue: as many as keep their sums in L1 (8 KiB); a few tiles if panels are deep and many, so that tiles
-   share the reading of a panel (more would scatter what they write); whole runs if they are transposed. */
+/* Rows of an epilogue: as many as keep their sums in L1 (8 KiB). If panels are deep and many, a few tiles, which then
+   read a panel together (with more of them the writes would be scattered). If they are transposed, whole runs. */
 static size_t mpt__group(const mpt__product *p) {
     const size_t tile = p->ctx->simd.tile_m, fit = mpt__min(2048 / p->columns, MPT__GROUP) / tile * tile;
     if (p->transposed && MPT__RUN % tile == 0) return MPT__RUN;
@@ -5646,7 +5645,7 @@ static size_t mpt__group(const mpt__product *p) {
     return mpt__max(fit, tile);
 }
 
-/* Whether blocks are so few that some threads would have more work than others */
+/* Whether there are so few blocks that some threads would get more work than others */
 static int mpt__few(size_t blocks, size_t threads) { return blocks < 4 * threads && blocks % threads; }
 
 /* Blocks are bands, parts of the depth are slices. */
@@ -5708,7 +5707,7 @@ static void mpt__partition_matrix(mpt__product *p, size_t threads) {
     else p->rows = mpt__round_up(mpt__pieces(p->m, mpt__round_up(down, threads)), p->ctx->simd.tile_m);
 }
 
-/* Exchanges the operands. Packing transposes the right one if it must, so that should be the smaller one. */
+/* Exchanges the operands. The right one is packed, and transposed where necessary, so it should be the smaller one. */
 static void mpt__product_transpose(mpt__product *p) {
     const mpt__matrix a = p->a;
     const size_t m = p->m;
@@ -5781,7 +5780,7 @@ static mpt_array mpt__array_at(mpt_array a, size_t i) {
 
 /* -- Convolutions -- */
 
-/* The image that a pass reads through the kernel: x, or for the gradient of x dy. Channels of one group. */
+/* The image that a pass reads through the kernel: x, or dy for the gradient of x. Channels of one group. */
 static mpt__image mpt__image_of(const mpt_conv2d_op *op, size_t group) {
     const mpt_conv2d_shape *shape = &op->shape;
     mpt__image image = MPT_ZERO;
@@ -5868,15 +5867,15 @@ static mpt__product mpt__conv2d_product(mpt_context *ctx, const mpt_conv2d_op *o
     return p;
 }
 
-/* -- Depthwise convolution: one filter a channel makes no product. A run of channels at a time. -- */
+/* -- Depthwise convolution: with one filter per channel there is no product. A run of channels at a time. -- */
 
 typedef struct mpt__depthwise { /* bands of outputs, whose halos have whole runs of channels */
     mpt_context *ctx;
     const mpt_conv2d_op *op;
-    const mpt__product *finish; /* its image; how y or dx is stored, or dw */
+    const mpt__product *finish; /* holds the image, and how y, dx or dw is stored */
 } mpt__depthwise;
 
-/* Taps at most: their filters, or sums in double, take the place of the panels. */
+/* Most taps: their filters, or their sums in double, are kept where panels would be. */
 enum { MPT__DEPTHWISE_TAPS = MPT__RIGHT_WORDS / (2 * MPT__RUN) };
 
 /* The halo of a band: channels c .. of a run, in fp32 */
@@ -5926,7 +5925,7 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
 }
 MPT__TASKS(mpt__depthwise_task)
 
-/* total += sum, which begins anew */
+/* total += sum, then sum = 0 */
 MPT__INLINE void mpt__total_run(double *MPT__RESTRICT total, float *MPT__RESTRICT sum) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) {
@@ -5935,7 +5934,7 @@ MPT__INLINE void mpt__total_run(double *MPT__RESTRICT total, float *MPT__RESTRIC
     }
 }
 
-/* dw(c,taps) of runs of channels: sums over a few outputs in fp32, and of these in double */
+/* dw(c,taps) of runs of channels: few outputs are summed in fp32, and these sums in double */
 MPT__INLINE void mpt__depthwise_weights_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
     const mpt__image *image = &d->finish->image;
@@ -6018,7 +6017,7 @@ static mpt_result mpt__cpu_conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
 
 /* -- Elementwise -- */
 
-/* What the tasks below are given. */
+/* The argument of the tasks below. */
 typedef struct mpt__work {
     mpt_context *ctx;
     const void *op;
@@ -6039,8 +6038,8 @@ static void mpt__store_rounded(const mpt_map_op *op, size_t i, size_t n, const f
     }
 }
 
-/* One side of nearly every cast is fp32: the bulk loops then work on the arrays themselves. Other casts go by fp32, a
-   run at a time. */
+/* One side of nearly every cast is fp32: the bulk loops then work on the arrays themselves. Other casts go through
+   fp32, a run at a time. */
 static void mpt__cast_elements(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     const int usual = op->rounding.round == MPT_ROUND_NEAREST && op->rounding.overflow == MPT_OVERFLOW_INF;
     float run[MPT__RUN];
@@ -6063,7 +6062,7 @@ MPT__INLINE void mpt__leaky_run(const mpt_map_op *op, float *out, const float *s
     for (e = 0; e < MPT__RUN; e++) out[e] = mpt__leaky(slope, saved[e], x[e]);
 }
 
-/* Any map but a cast. beta scales b in an addition, else the old content; an activation ignores it. */
+/* Any map except casts and bytes. In an addition beta scales b, otherwise the old content; an activation ignores it. */
 MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     const mpt_array old = op->map == MPT_MAP_ADD ? op->b : op->out;
     const uint64_t step = op->mask.step ? *op->mask.step : 0;
@@ -6086,7 +6085,7 @@ MPT__INLINE void mpt__map_run(const mpt_context *ctx, const mpt_map_op *op, size
     mpt__write_run(ctx, op->out, i, n, out);
 }
 
-/* out[i..i+n) from bytes. The scales and shifts of a run lie side by side, or wrap around. */
+/* out[i..i+n) from bytes. The channels of a run follow one another, starting again after the last. */
 MPT__INLINE void mpt__bytes_run(const mpt_context *ctx, const mpt_map_op *op, size_t i, size_t n) {
     const uint8_t *byte = (const uint8_t *)op->a.data + i;
     float out[MPT__RUN];
@@ -6122,7 +6121,7 @@ MPT__INLINE void mpt__map_task_body(void *arg, size_t begin, size_t end, int wor
 }
 MPT__TASKS(mpt__map_task)
 
-/* Whether an element of the result is 0 or, bit for bit, one of dy: the gradient of a ReLU in one 16-bit type */
+/* Whether each element of the result is 0 or dy, bit for bit: the gradient of a ReLU, all in one 16-bit type */
 static int mpt__map_selects(const mpt_map_op *op) {
     return op->map == MPT_MAP_ACTIVATION_GRADIENT && op->act == MPT_RELU && op->beta == 0 && op->a.type == op->b.type &&
            op->b.type == op->out.type && (op->a.type == MPT_F16 || op->a.type == MPT_BF16);
@@ -6183,7 +6182,7 @@ MPT__INLINE void mpt__columns_task_body(void *arg, size_t begin, size_t end, int
 }
 MPT__TASKS(mpt__columns_task)
 
-/* The same where nothing is rounded or added */
+/* The same if nothing is rounded or added */
 static void mpt__columns_copy_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt_columns_op *op = (const mpt_columns_op *)((const mpt__work *)arg)->op;
     const size_t bytes = op->C * mpt_dtype_size(op->x.type);
@@ -6200,7 +6199,7 @@ static mpt_result mpt__cpu_columns(mpt_context *ctx, const mpt_columns_op *op) {
     return MPT_OK;
 }
 
-/* y of lines begin .. end, of N H R lines of W S pixels */
+/* y, lines begin .. end of its N H R lines of W S pixels */
 static void mpt__broadcast_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *work = (const mpt__work *)arg;
     const mpt_broadcast_op *op = (const mpt_broadcast_op *)work->op;
@@ -6223,7 +6222,7 @@ static void mpt__broadcast_task(void *arg, size_t begin, size_t end, int worker)
             }
 }
 
-/* dx of begin .. end, of N H W pixels of so many runs of channels each */
+/* dx, runs begin .. end of the runs of channels of its N H W pixels */
 static void mpt__broadcast_sums_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__work *work = (const mpt__work *)arg;
     const mpt_broadcast_op *op = (const mpt_broadcast_op *)work->op;
@@ -6266,8 +6265,8 @@ static mpt_result mpt__cpu_broadcast(mpt_context *ctx, const mpt_broadcast_op *o
 
    Sums are in double, in an order that does not depend on the threads: over columns in a fixed number of blocks of
    rows; over a group of one sample in one thread. Mean and variance are computed from distances to the set's first
-   value, so that neither a large mean nor a constant set costs precision. Every pass reads memory row after row; what
-   it needs of each channel is computed once a sample, into lines of MPT__COLUMNS channels. */
+   value, so neither a large mean nor a constant set costs precision. Every pass reads memory row by row; what it needs
+   to know about each channel is computed once per sample, into lines of MPT__COLUMNS channels. */
 
 enum {
     MPT__COLUMN_BLOCKS = 16,
@@ -6275,7 +6274,7 @@ enum {
 #ifdef MPT_SMALL
     MPT__COLUMNS = 192
 #else
-    MPT__COLUMNS = 4096           /* channels at a time: their lines, and the sums of all blocks, fit a workspace */
+    MPT__COLUMNS = 4096           /* channels at a time: their lines and the sums of all blocks fit into a workspace */
 #endif
 };
 
@@ -6289,14 +6288,15 @@ typedef struct mpt__norm_work {
     mpt_context *ctx;
     const mpt_norm_op *op;
     mpt__sum_kind kind;
-    size_t rows, count;    /* rows: N pixels. count: values that a mean is taken of */
-    size_t first, columns; /* channels of this turn */
+    size_t rows, count;    /* rows: N pixels. count: values that a mean is taken over */
+    size_t first, columns; /* channels that are summed now */
     double *sums;          /* (MPT__COLUMN_BLOCKS, 2, MPT__COLUMNS) */
-    int32_t zero;          /* bits of the largest y that is stored as 0: a ReLU after the norm passes larger ones on */
+    int32_t zero;          /* bits of the largest y that is stored as 0: a ReLU after the norm passes only larger
+                              ones */
 } mpt__norm_work;
 
-/* Of channels first .. first+columns of a sample: statistics, gamma / deviation, beta, and for dx two means. Whole
-   runs, filled up with zeros. */
+/* For channels first .. first+columns of a sample: statistics, gamma / deviation, beta, and the two means for dx. Whole
+   runs, padded with zeros. */
 typedef struct mpt__norm_lines {
     float *mean, *inverse, *gamma, *beta, *means[2], *room;
 } mpt__norm_lines;
@@ -6314,7 +6314,7 @@ static mpt__norm_lines mpt__norm_lines_of(const mpt_context *ctx, int worker) {
     return l;
 }
 
-/* gamma or beta of n channels: all `otherwise` where there is none */
+/* gamma or beta of n channels; `otherwise` for all of them if there is none */
 static void mpt__norm_affine(const mpt__norm_work *w, mpt_array a, size_t c, size_t n, float otherwise, float *out) {
     size_t e;
     if (a.data) mpt__load(w->ctx, a, c, n, out);
@@ -6344,7 +6344,7 @@ static void mpt__norm_prepare(const mpt__norm_work *w, size_t sample, size_t c, 
         l->mean[e] = l->inverse[e] = l->gamma[e] = l->beta[e] = l->means[0][e] = l->means[1][e] = 0;
 }
 
-/* Sums of a run of one row, and of four rows, which read and write the totals once. a += x */
+/* Sums over a run of one row, or of four rows so that the totals are read and written only once. a += x */
 MPT__INLINE void mpt__sum_values(const float *MPT__RESTRICT x, double *MPT__RESTRICT a) {
     size_t e;
     for (e = 0; e < MPT__RUN; e++) a[e] += (double)x[e];
@@ -6416,7 +6416,7 @@ MPT__INLINE void mpt__norm_y(const mpt__norm_lines *l, size_t c, const float *MP
     for (e = 0; e < MPT__RUN; e++) y[e] = (x[e] - mean[e]) * gamma[e] + beta[e];
 }
 
-/* dy where a ReLU after the norm passes it, else 0: y is computed anew rather than read. */
+/* dy where a ReLU after the norm passes it, else 0: y is computed again instead of being read. */
 MPT__INLINE void mpt__norm_slope(const mpt__norm_lines *l, size_t c, int32_t zero, const float *MPT__RESTRICT x,
                                  const float *MPT__RESTRICT dy, float *MPT__RESTRICT out) {
     const float *MPT__RESTRICT mean = l->mean + c, *MPT__RESTRICT gamma = l->gamma + c;
@@ -6508,7 +6508,7 @@ static void mpt__norm_columns(mpt__norm_work *w) {
         }
 }
 
-/* Stores what follows from the two sums of a set: its mean and variance, or the two means that its dx needs. */
+/* Stores, from the two sums of a set, its mean and variance, or the two means that its dx needs. */
 static void mpt__norm_set_stats(const mpt__norm_work *w, size_t set, double a, double b, float shift) {
     const size_t sets = w->op->shape.N * w->op->shape.groups;
     float *stats = w->op->stats + set;
@@ -6523,7 +6523,7 @@ static void mpt__norm_set_stats(const mpt__norm_work *w, size_t set, double a, d
     stats[sets] = (float)b;
 }
 
-/* The sums of sets of one sample each, in the backward pass weighted by gamma */
+/* The sums of sets that each belong to one sample, in the backward pass weighted by gamma */
 MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *arg_work = (const mpt__norm_work *)arg;
     const mpt_norm_op *op = arg_work->op;
@@ -6680,7 +6680,7 @@ static void mpt__column_sums(mpt_context *ctx, size_t rows, size_t C, mpt_array 
 
 /* -- Pooling: each output, or in the gradient each input, gathers what it needs, a run of channels at a time -- */
 
-/* best = x where x is larger, or the first NaN; tap then is `here`. Uses masks, since a branch would prevent
+/* Where x is larger than best, or the first NaN: best = x and tap = here. Uses masks, because a branch would prevent
    vectorisation. */
 MPT__INLINE void mpt__max_run(float *MPT__RESTRICT best, uint32_t *MPT__RESTRICT tap, const float *MPT__RESTRICT x,
                               uint32_t here) {
@@ -6735,7 +6735,7 @@ MPT__INLINE void mpt__unpool_run(float *MPT__RESTRICT sum, const uint32_t *MPT__
 
 typedef struct mpt__window { /* of one output, inside the image: rows r .. R of the window, columns s .. S */
     size_t r, R, s, S;
-    size_t divisor; /* of a mean */
+    size_t divisor; /* for the mean */
     ptrdiff_t at;   /* element of the image under (0,0); below 0 if that is padding above the first image */
 } mpt__window;
 
@@ -6843,8 +6843,8 @@ MPT__INLINE void mpt__pool2d_backward_run(const mpt_context *ctx, const mpt_pool
     mpt__write_run(ctx, op->x, in, run, sum);
 }
 
-/* Whether windows do not overlap. An input's gradient is then that of one output or zero, in the same bits, so outputs
-   scatter theirs instead. */
+/* Whether windows do not overlap. An input's gradient is then that of one output, or zero, so outputs can scatter their
+   gradients instead, with the same bits. */
 static int mpt__pool2d_scatters(const mpt_pool2d_op *op) {
     return op->pass != MPT_FORWARD && op->beta == 0 && !op->shape.padding_h && !op->shape.padding_w &&
            op->shape.stride_h >= op->shape.R && op->shape.stride_w >= op->shape.S && op->x.type == op->y.type &&
@@ -6892,7 +6892,7 @@ MPT__INLINE void mpt__pool2d_scatter_run(const mpt_context *ctx, const mpt_pool2
         }
 }
 
-/* Zeroes the inputs of row (n,p) of outputs and those up to the next row: some may be in no window. */
+/* Zeroes the inputs under row (n,p) of outputs, up to the next row: some of them may be in no window. */
 static void mpt__pool2d_clear(const mpt_pool2d_op *op, size_t n, size_t p) {
     const mpt_pool2d_shape *shape = &op->shape;
     const size_t top = p * shape->stride_h, bottom = p + 1 < op->P ? top + shape->stride_h : shape->H;
@@ -6942,7 +6942,7 @@ static mpt_result mpt__cpu_pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     return MPT_OK;
 }
 
-/* -- Losses: one row after the other, so that the sum has one order; of many positions in parts -- */
+/* -- Losses: one row after another, so that the sum has one order; with several positions per sample, in parts -- */
 
 enum { MPT__LOSS_PARTS = 16 };
 
@@ -6954,7 +6954,7 @@ typedef struct mpt__loss_work {
     mpt_loss_sum sums[MPT__LOSS_PARTS];
 } mpt__loss_work;
 
-/* The class that a row aims at: the first of the largest probabilities, or the label */
+/* The target class of a row: the label, or the first of the largest probabilities */
 static size_t mpt__aim_class(const mpt_loss_op *op, const mpt__aim *aim) {
     size_t c, best = 0;
     if (!aim->probabilities) return (size_t)aim->label;
@@ -6968,7 +6968,7 @@ static double mpt__cross_entropy_row(const mpt_context *ctx, const mpt_loss_op *
     const mpt__aim aim = mpt__aim_of(op, row);
     const int unsure = op->desc.class_weights || aim.probabilities;
     float largest = mpt__get(ctx, op->x, row * op->C);
-    double sum = 0, aimed = 0, targets = unsure ? 0 : 1; /* targets: their sum */
+    double sum = 0, aimed = 0, targets = unsure ? 0 : 1; /* the sum of all targets */
     size_t c, best = 0;
     for (c = 1; c < op->C; c++) {
         const float x = mpt__get(ctx, op->x, row * op->C + c);
@@ -7010,7 +7010,7 @@ static double mpt__elementwise_row(const mpt_context *ctx, const mpt_loss_op *op
     return sum / (double)op->C;
 }
 
-/* Adds rows begin .. end to *sum, but for their weights. */
+/* Adds rows begin .. end to *sum, except for their weights. */
 static void mpt__loss_rows(const mpt__loss_work *w, size_t begin, size_t end, mpt_loss_sum *sum) {
     const mpt_loss_op *op = w->op;
     const int entropy = op->kind == MPT_LOSS_CROSS_ENTROPY;
@@ -7073,11 +7073,11 @@ typedef struct mpt__scan_work {
     float factor;
     mpt_array x;
     size_t n, chunks;
-    const mpt_update_op *update; /* NULL, or whose gradients these are */
+    const mpt_update_op *update; /* the update that these gradients are for, or NULL */
 } mpt__scan_work;
 
-/* Whether some of elements i .. i+n of the gradients lie between tensors. They count as 0, since a sum over ranks may
-   write there, too; if run(n) is not NULL, it is set to 0 there. */
+/* Whether some of elements i .. i+n of the gradients are padding between tensors. Padding counts as 0, because a sum
+   over ranks may write there; if run(n) is not NULL, it is set to 0 there. */
 static int mpt__scan_padding(const mpt_update_op *op, size_t i, size_t n, float *run) {
     int any = 0, t = mpt__slice_at(op->slices, op->tensors, i);
     for (; t < op->tensors; t++) {
@@ -7105,8 +7105,8 @@ static void mpt__scan_bad(float *x, size_t n, size_t i, mpt_scan *out) {
     }
 }
 
-/* Scans elements i .. i+n, one chunk: in place, or in a copy in `run` if they are scaled, padded, not of whole lanes,
-   of a type without a kernel, or found to have a bad element. */
+/* Scans elements i .. i+n, one chunk: in place, or in a copy in `run` if they are to be scaled, contain padding, do not
+   fill whole lanes, have a type without a kernel, or turn out to contain inf or NaN. */
 static void mpt__scan_chunk(const mpt__scan_work *w, size_t i, size_t n, float *run, mpt_scan *out) {
     const int padded = w->update && mpt__scan_padding(w->update, i, n, NULL);
     const int simple = w->factor == 1 && n % MPT__LANES == 0 && !padded;
@@ -7205,7 +7205,7 @@ static void mpt__weights_read(const mpt_context *ctx, const mpt_update_op *op, s
         for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low[i + e]);
 }
 
-/* The reverse. first: index of element i within its tensor, which selects its random number */
+/* The reverse. first: index of element i in its tensor, which selects its random number */
 static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p,
                                int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
@@ -7223,7 +7223,7 @@ static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, 
     }
 }
 
-/* Updates masters in place, a piece at a time, so that the copy is made from values that are still in cache. */
+/* Updates masters in place, a piece at a time, so that the copy is made from values still in cache. */
 static void mpt__update_masters(const mpt__update_work *w, size_t i, size_t n) {
     const mpt_update_op *op = w->op;
     float *const *moment = op->moment;
@@ -7266,7 +7266,7 @@ static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     }
 }
 
-/* All weights, padding too, once they are updated */
+/* The averages of all weights, padding included, after the update */
 static void mpt__average_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__update_work *w = (const mpt__update_work *)arg;
     const mpt_update_op *op = w->op;
@@ -7348,7 +7348,7 @@ static mpt_result mpt__cpu_copy(mpt_context *ctx, void *dst, const void *src, si
     return MPT_OK;
 }
 
-/* The host's memory is the device's: nothing is copied. */
+/* Host memory is device memory: nothing is copied. */
 static mpt_result mpt__cpu_feed(mpt_context *ctx, mpt_feed_op *op) {
     (void)ctx;
     op->at = op->x;
