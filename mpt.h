@@ -7397,7 +7397,7 @@ static mpt_backend mpt__cpu_backend(void) {
 struct mpt_scaler {
     mpt_context *ctx;
     mpt_scaler_state *state;                   /* device */
-    mpt_optimizer *optimizers[MPT_OPTIMIZERS]; /* that share the scale; free places are NULL */
+    mpt_optimizer *optimizers[MPT_OPTIMIZERS]; /* those that share the scale; free places are NULL */
 };
 
 typedef enum mpt__phase { MPT__READY = 0, MPT__UNSCALED, MPT__STEPPED } mpt__phase;
@@ -7406,13 +7406,13 @@ struct mpt_optimizer {
     mpt_context *ctx;
     mpt_params *params;
     mpt_scaler *scaler;
-    mpt_update_op op; /* what the backend is given, pointers into device memory */
+    mpt_update_op op; /* given to the backend; pointers into device memory */
     double lr;
     mpt_tensor_slice *slices; /* host copy of op.slices */
     mpt__phase phase;
     uint64_t steps;                   /* calls of mpt_step that succeeded */
     mpt_optimizer_state mirror;       /* room for a copy of the state on the host */
-    mpt_result (*gather)(void *user); /* completes the gradients, before they are checked; NULL: they are complete */
+    mpt_result (*gather)(void *user); /* completes the gradients before they are checked; NULL: they are complete */
     void *gather_user;
 };
 
@@ -7457,7 +7457,7 @@ MPT_DEF mpt_scaler_state mpt_scaler_start(const mpt_scaler_desc *desc) {
 
 static int mpt__positive(float x) { return mpt__finite(x) && x > 0; }
 
-/* Whether the rule can go on from a state, wherever it comes from */
+/* Checks that the rule can continue from a state of unknown origin. */
 static mpt_result mpt__scaler_state_check(mpt_context *ctx, const mpt_scaler_state *s) {
     const mpt_scaler_desc *d = &s->desc;
     if (s->version != MPT_SCALER_STATE_VERSION)
@@ -7546,7 +7546,7 @@ MPT_DEF mpt_result mpt_scaler_set_scale(mpt_scaler *scaler, float scale) {
     return mpt_scaler_set_state(scaler, &s);
 }
 
-/* Reports what keeps steps from being applied, if one of these optimizers skipped its last one. */
+/* Reports what keeps steps from being applied, if one of these optimizers skipped its last step. */
 static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *stepped, int count, int stuck) {
     int i;
     for (i = 0; i < count; i++) {
@@ -7564,7 +7564,7 @@ static mpt_result mpt__diverged(mpt_scaler *scaler, mpt_optimizer *const *steppe
                             s->found == MPT_SKIP_MOMENT ? "a moment of the optimizer could be inf"
                                                         : "a running statistic would be inf or NaN");
     }
-    return MPT_OK; /* a device that reports `stuck` late: this step was finite */
+    return MPT_OK; /* the device reported an earlier `stuck`: this step was finite */
 }
 
 MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
@@ -7591,9 +7591,9 @@ MPT_DEF mpt_result mpt_scaler_update(mpt_scaler *scaler) {
     MPT__TRY(mpt_scaler_get_state(scaler, &s));
     if (!mpt__positive(s.scale))
         return mpt_fail(scaler->ctx, MPT_ERROR_DIVERGED,
-                        "scaler_update: the scale is %g, and stays it; mpt_scaler_set_scale begins anew",
+                        "scaler_update: the scale is %g and cannot change; set it with mpt_scaler_set_scale",
                         (double)s.scale);
-    if (s.stuck < s.desc.patience) return MPT_OK; /* `stuck` may come late, s.stuck does not */
+    if (s.stuck < s.desc.patience) return MPT_OK; /* `stuck` may be an earlier value, s.stuck is not */
     return mpt__diverged(scaler, stepped, count, s.stuck);
 }
 
@@ -7613,7 +7613,7 @@ struct mpt_params {
     mpt_result failed; /* of the first mpt_params_add that failed, with the reason */
     char why[256];
     size_t elements; /* of the flat arrays; 0 until built */
-    size_t trained;  /* of them, those of the first trained_count tensors, which are not frozen */
+    size_t trained;  /* elements of the first trained_count tensors, which are not frozen */
     int trained_count;
     float *master, *grad; /* device */
     mpt_array copy;
@@ -7661,7 +7661,7 @@ MPT_DEF void mpt_params_free(mpt_params *params) {
     mpt__host_free(params->ctx, params);
 }
 
-/* Makes room for one more element of a table, which doubles when it is full. NULL: out of memory; the table is kept. */
+/* Makes room for one more element in a table, doubling it when it is full. NULL: out of memory; the table stays. */
 static void *mpt__grow(mpt_context *ctx, void *table, int count, int *capacity, size_t size) {
     const int wanted = mpt__or_int(*capacity * 2, 16);
     void *bigger;
@@ -7685,7 +7685,7 @@ static mpt_result mpt__params_try_add(mpt_params *params, const char *name, size
         return mpt_fail(params->ctx, MPT_ERROR_ARGUMENT, "params_add '%s': group %d is above 1 << 15", name,
                         (int)group);
     if (!(group & MPT_GROUP_FROZEN) && params->trained_count < params->count)
-        return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_add '%s': it is not frozen, as the tensor before it is",
+        return mpt_fail(params->ctx, MPT_ERROR_ORDER, "params_add '%s': it is not frozen, but the tensor before it is",
                         name);
     MPT__TRY(mpt__need_size(params->ctx, "params_add", name, count, 1, 1, 1));
     table = (mpt__tensor *)mpt__grow(params->ctx, params->tensors, params->count, &params->capacity, sizeof *table);
@@ -7744,7 +7744,7 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
     return MPT_OK;
 }
 
-/* Whether a block is built and has the tensor; 0 is all of it. */
+/* Whether a block is built and has the tensor; tensor 0 is all of it. */
 static int mpt__params_has(const mpt_params *params, int tensor) {
     return params && params->elements && tensor >= 0 && tensor <= params->count;
 }
@@ -7817,7 +7817,7 @@ static mpt_result mpt__params_need(mpt_params *params, const char *call, int ten
     return MPT_OK;
 }
 
-/* Sets a tensor that has no fp32 masters: its 16-bit parts, copy and low, are made on the host. */
+/* Sets a tensor that has no fp32 masters: computes its 16-bit parts, copy and low, on the host. */
 static mpt_result mpt__params_set_halves(mpt_params *params, int tensor, const float *host) {
     mpt_context *ctx = params->ctx;
     const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(uint16_t);
@@ -7951,7 +7951,7 @@ MPT_DEF mpt_optimizer_desc mpt_adamw(double lr) {
     return d;
 }
 
-/* Finite and at least 0, in fp32, since hyperparameters are rounded to it */
+/* Finite and at least 0 in fp32, to which hyperparameters are rounded */
 static int mpt__not_negative(double x) { return mpt__finite((float)x) && x >= 0; }
 
 static mpt_result mpt__schedule_check(mpt_context *ctx, const mpt_schedule *s) {
@@ -8218,10 +8218,10 @@ MPT_DEF mpt_result mpt_optimizer_get_state(mpt_optimizer *opt, mpt_optimizer_sta
     return MPT_OK;
 }
 
-/* A power of a beta. */
+/* In 0..1, as the powers of beta are */
 static int mpt__is_share(double x) { return mpt__not_negative(x) && x <= 1; }
 
-/* Whether training can go on from a state, wherever it comes from */
+/* Checks that training can continue from a state of unknown origin. */
 static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt_optimizer_state *s) {
     const int tensors = opt->params->count;
     int i;
@@ -8238,7 +8238,7 @@ static mpt_result mpt__optimizer_state_check(const mpt_optimizer *opt, const mpt
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: found %d, first tensor %zu", (int)s->found,
                         (size_t)s->scan.first);
     if (!s->found && !(mpt__not_negative(s->inv_scale) && mpt__not_negative(s->grad_norm) &&
-                       mpt__not_negative(s->schedule))) /* what the step after an mpt_unscale reads */
+                       mpt__not_negative(s->schedule))) /* mpt_step reads them */
         return mpt_fail(opt->ctx, MPT_ERROR_ARGUMENT, "optimizer: inv_scale %g, grad_norm %g, schedule %g",
                         s->inv_scale, s->grad_norm, s->schedule);
     for (i = 0; i < MPT_JOURNAL; i++) {
@@ -8277,8 +8277,8 @@ MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) 
 /* ==== LAYERS ====
 
    One block for each kind of layer: its call, its tensors, what it keeps from the forward to the backward pass, the
-   passes themselves, and how the report tells of it. A layer knows nothing of its neighbours nor of the memory plan: a
-   pass hands it its arrays in an mpt__visit. The table of kinds stands behind the blocks. */
+   passes themselves, and how the report describes it. A layer knows nothing about its neighbours or the memory plan: a
+   pass gives it its arrays in an mpt__visit. The table of kinds comes after the blocks. */
 
 typedef enum mpt__node_kind {
     MPT__INPUT = 0,
@@ -8307,8 +8307,8 @@ typedef struct mpt__node {
     int in[2];         /* node ids; 0: none */
     int H, W, C;       /* of a sample */
     size_t inputs;     /* elements of a sample of in[0] */
-    mpt_policy policy; /* the one at its making */
-    /* what its layer was told */
+    mpt_policy policy; /* in force when it was made */
+    /* from its layer call */
     mpt_input_desc input;
     int no_bias;
     mpt_init init;
@@ -8324,32 +8324,33 @@ typedef struct mpt__node {
     int first;                  /* channel of a slice */
     mpt_broadcast_shape spread; /* N = 1 */
     float negative_slope;       /* of a leaky ReLU; 0: 0.01 */
-    mpt_activation act;         /* of an activation node; of another, an activation fused into it */
+    mpt_activation act;         /* of an activation node; of any other node, the activation fused into it */
     mpt_loss_kind loss;
     mpt_loss_desc loss_desc;
     mpt_layer_desc own; /* of mpt_layer */
-    int keep;           /* by mpt_keep */
-    /* what the build found */
+    int keep;           /* set by mpt_keep */
+    /* from the build */
     int weight, bias;     /* tensor ids; 0: none */
     size_t running;       /* batch norm: where its mean is in the statistics */
     int trains;           /* it has tensors that are not frozen */
-    int consumers;        /* nodes that read this one */
-    int shaped;           /* of a linear layer: the reshape that makes an image of its value; see mpt__torch_index */
-    int in_place;         /* a batch norm that has its value where its input has it, and may be folded into it */
-    int folds;            /* of a product: the batch norm that its weights do the work of; 0: none */
-    int kept;             /* its value outlives the pass: told so by mpt_keep, or a head */
-    int logits;           /* what the loss, or the user, reads is computed here... */
-    int behind_logits;    /* ...or has its value from there by activations, reshapes and slices */
-    int given;            /* a head whose gradient has been handed over */
+    int consumers;        /* number of nodes that read this one */
+    int shaped;           /* linear layer: the reshape that makes its value an image; see mpt__torch_index */
+    int in_place;         /* batch norm: its value overwrites its input's, and it may be folded into that layer */
+    int folds;            /* product: the batch norm that is folded into its weights; 0: none */
+    int kept;             /* its value outlives the pass, because of mpt_keep or as a head */
+    int logits;           /* computes what the loss, or the user, reads... */
+    int behind_logits;    /* ...or derives it from there by activations, reshapes and slices */
+    int given;            /* a head whose gradient has been given */
     int fused;            /* an activation that its input node computes */
-    mpt_activation slope; /* whose derivative the backward pass takes here: act, or a ReLU's before a max pool */
-    int needs_gradient;   /* a parameter lies at or below it */
+    mpt_activation slope; /* its derivative is applied in this node's backward pass: act, or a ReLU's before a max
+                             pool */
+    int needs_gradient;   /* it or a node below it has parameters that are trained */
     mpt_dtype type, grad_type;
     const char *reason; /* of the type */
     int value, grad;    /* buffers; 0: none */
-    int index;          /* of a max pool */
-    int stats;          /* of a norm */
-    int cast;           /* its input in the type that its product reads */
+    int index;          /* buffer of a max pool */
+    int stats;          /* buffer of a norm */
+    int cast;           /* buffer for its input in the type that its product reads */
     int grad_started;   /* in this backward pass: add to the gradient instead of writing it */
 } mpt__node;
 
@@ -8359,65 +8360,66 @@ typedef struct mpt__visit {
     const mpt__node *node;
     size_t N;
     int train;                /* 0: evaluation */
-    mpt_array x[2], y;        /* values: of its inputs, for a product in the type that it reads; its own */
+    mpt_array x[2], y;        /* values of its inputs (for a product in the type that it reads), and its own */
     mpt_array weight, bias;   /* data NULL: none */
-    mpt_activation act;       /* that a product computes in passing */
+    mpt_activation act;       /* fused into a product */
     uint16_t *index;          /* (y) of a max pool */
     float *stats;             /* of a norm, see mpt_norm_op */
-    float *running, *pending; /* batch norm, (2,C): as of the last applied step; with what this step has gathered */
+    float *running, *pending; /* batch norm, (2,C): as of the last applied step; with this step's statistics */
     mpt_mask mask;            /* dropout */
     /* backward */
     mpt_array dy;
-    mpt_array dx[2];          /* data NULL: nobody wants it, or it lies where dy does */
+    mpt_array dx[2];          /* data NULL: it is not needed, or dy itself serves as dx */
     float beta_x[2];          /* dx = new + beta_x dx */
     mpt_array dweight, dbias; /* fp32 */
-    float beta;               /* of these two */
+    float beta;               /* dweight = new + beta dweight, dbias likewise */
 } mpt__visit;
 
-/* What the build and the passes know of a kind of layer. Functions may be NULL: there is nothing to do, or the answer
-   is 0. */
+/* What the build and the passes need to know about a kind of layer. A function may be NULL: there is nothing to do, or
+   the answer is 0. */
 typedef struct mpt__kind {
     int product;        /* 1: it multiplies by its weights, and reads its input in the type that it computes in */
-    int fuses;          /* 1: it computes an activation behind it in passing */
+    int fuses;          /* 1: it can compute the activation after it along with its own value */
     int as_input;       /* 1: its value has the type of its input */
-    int shares_dy;      /* 1: dx is dy: one of its inputs may have its gradient where it has its own */
+    int shares_dy;      /* 1: dx is dy, so an input's gradient may share the memory of its own */
     int reads_y;        /* 1: its backward pass reads its own value, whatever its activation */
-    int weight_dims;    /* of its weights in a file: [outputs][inputs] 2, [K][C][R][S] 4, one a channel 1; none 0 */
-    const char *reason; /* why its value has its type; NULL: the policy says so */
-    const char *how;    /* it is computed, for the report... */
-    const char *(*told)(const mpt_model *net, const mpt__node *node);   /* ...where that depends */
-    size_t (*fan_in)(const mpt__node *node);                            /* weights of one of its C outputs */
-    size_t (*weights_in_all)(const mpt__node *node);                    /* where they are not fan_in for each output */
-    mpt_result (*init)(mpt_model *net, const mpt__node *node);          /* of its tensors */
-    void (*keep)(mpt_model *net, mpt__node *node, int first, int last); /* adds what is kept between the passes */
+    int weight_dims;    /* of its weights in a file: [outputs][inputs] 2, [K][C][R][S] 4, one per channel 1; none 0 */
+    const char *reason; /* why its value has its type; NULL: because of the policy */
+    const char *how;    /* how it is computed, for the report... */
+    const char *(*describe)(const mpt_model *net, const mpt__node *node); /* ...if that depends on the node or model */
+    size_t (*fan_in)(const mpt__node *node);                              /* weights of one of its C outputs */
+    size_t (*weights_in_all)(const mpt__node *node);                      /* if they are not fan_in for each output */
+    mpt_result (*init)(mpt_model *net, const mpt__node *node);            /* initialises its tensors */
+    void (*keep)(mpt_model *net, mpt__node *node, int first, int last);   /* adds buffers kept between the passes */
     int (*reads_x)(const mpt__node *node);      /* does its backward pass read the value of its input? */
-    int (*takes_slope)(const mpt__node *node);  /* does its backward pass take node->slope by itself? */
-    int (*delays_slope)(const mpt__node *node); /* may a ReLU before it take its slope behind it? */
-    size_t (*groups)(const mpt__node *node);    /* of channels, each treated by itself */
+    int (*takes_slope)(const mpt__node *node);  /* does its backward pass apply node->slope by itself? */
+    int (*delays_slope)(const mpt__node *node); /* may the slope of a ReLU before it be applied to its dy instead? */
+    size_t (*groups)(const mpt__node *node);    /* groups of channels that are treated separately */
     int (*follows)(const mpt_model *net, const mpt__node *node, size_t *i); /* see mpt__torch_index */
-    int (*is_torchs)(const mpt_model *net, const mpt__node *node);          /* see mpt__check_orders; NULL: it is */
+    int (*matches_torch)(const mpt_model *net, const mpt__node *node);      /* see mpt__check_orders; NULL: it does */
     mpt_result (*forward)(const mpt__visit *v);                             /* y from x */
-    mpt_result (*weights)(const mpt__visit *v);        /* dweight and dbias from dy; without `data`, dx[0], too */
+    mpt_result (*weights)(const mpt__visit *v);        /* dweight and dbias from dy; if there is no `data`, also
+                                                          dx[0] */
     mpt_result (*data)(const mpt__visit *v, int side); /* dx[side] from dy */
-    mpt_result (*statistics)(const mpt__visit *v);     /* instead of both where no gradient reaches it */
+    mpt_result (*statistics)(const mpt__visit *v);     /* replaces both where no gradient reaches the node */
 } mpt__kind;
 
 static mpt__kind mpt__kind_of(const mpt__node *node);
 
-/* A piece of the activation block, alive from one moment of a training step to another. */
+/* A piece of the activation block, in use from one moment of a training step to another. */
 typedef struct mpt__buffer {
     size_t bytes, offset;
     int first, last;
 } mpt__buffer;
 
-/* What a step of the model is in the middle of. Legal transitions, where mpt_step ends any of them:
+/* What a step of the model is in the middle of. The legal transitions, where mpt_step leads back to BETWEEN from all:
 
      BETWEEN -- mpt_forward --> BEGUN -- mpt_backward --> GATHERED
      GATHERED -- mpt_forward --> RESUMED -- mpt_backward --> GATHERED
 
-   A forward pass in BEGUN or RESUMED takes the place of the one before. */
+   A forward pass in BEGUN or RESUMED replaces the one before. */
 typedef enum mpt__stage {
-    MPT__BETWEEN = 0, /* nothing: the gradients are those of a step that is done */
+    MPT__BETWEEN = 0, /* nothing: the gradients belong to a finished step */
     MPT__BEGUN,       /* the first forward pass waits for its backward pass */
     MPT__GATHERED,    /* every forward pass has had its backward pass */
     MPT__RESUMED      /* a further forward pass waits */
@@ -8430,7 +8432,7 @@ struct mpt_model {
     mpt_policy policy;
     mpt_policy pushed[MPT__POLICIES];
     int depth;            /* how many are pushed */
-    mpt_dtype half;       /* the 16-bit type of all nodes that have one; else F32 */
+    mpt_dtype half;       /* the 16-bit type that nodes use; F32 if none does */
     mpt_train_desc train; /* defaults filled in */
     mpt__node *nodes;     /* node id i is nodes[i - 1] */
     int count, capacity;
@@ -8443,33 +8445,33 @@ struct mpt_model {
     mpt_scaler *scaler;
     mpt_optimizer *opt;
     size_t block_bytes, staging_bytes, target_bytes;
-    char *block;          /* device: all activations and their gradients */
-    float *staging;       /* device: a batch in fp32, where inputs and outputs need a cast */
-    void *target;         /* device: a batch of targets */
-    mpt_loss_sum *sums;   /* device: [0] of the running step, [1] of an evaluation, [2] of the passes before this one */
-    float *loss_weights;  /* device: of classes, or pos_weight */
-    uint32_t weights_sum; /* a hash of them; 0: none */
-    float *channels;      /* device: of an input of bytes, see mpt_map_op */
-    uint32_t bytes_sum;   /* a hash of them */
-    size_t statistics;    /* floats of all running means and variances */
-    float *running, *pending; /* device: as of the last applied step; with what this one has gathered */
-    mpt_array averages;       /* device: those of opt->op as products read them, made by each evaluation */
-    int use_average;          /* as told */
-    int averaged;             /* the pass that runs, or ran last, reads them */
-    mpt__stage stage;         /* as of the step number `stage_step`: see mpt__stage_of */
+    char *block;              /* device: all activations and their gradients */
+    float *staging;           /* device: a batch in fp32, where inputs and outputs need a cast */
+    void *target;             /* device: a batch of targets */
+    mpt_loss_sum *sums;       /* device: [0] of this step, [1] of an evaluation, [2] of this step's earlier passes */
+    float *loss_weights;      /* device: class weights, or pos_weight */
+    uint32_t weights_sum;     /* a hash of them; 0: none */
+    float *channels;          /* device: for an input of bytes, see mpt_map_op */
+    uint32_t bytes_sum;       /* a hash of them */
+    size_t statistics;        /* floats of all running means and variances */
+    float *running, *pending; /* device: as of the last applied step; with this step's statistics */
+    mpt_array averages;       /* device: the averages of opt->op as products read them, made by each evaluation */
+    int use_average;          /* set by mpt_use_average */
+    int averaged;             /* the current or last pass reads the averages */
+    mpt__stage stage;         /* as of step number `stage_step`: see mpt__stage_of */
     uint64_t stage_step;
     int micro; /* backward passes in this step */
     /* Their gradients are added as a balanced tree: sums of powers of two passes, the first in the gradients of params,
-       the others behind each other in `sums_apart`; see mpt__gather_gradients. */
+       the others one after another in `sums_apart`; see mpt__gather_gradients. */
     float *sums_apart;                /* device */
     int sums_apart_count, sums_count; /* how many there is room for; how many sums there are */
     int sums_of[MPT__SUM_DEPTH];      /* passes in each */
     float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host.
-                                         On the device one more follows, for words of this rank's own */
+                                         On the device one more slot follows, for this rank's own words */
     size_t rows;                      /* samples of the last forward pass of any kind */
     size_t forward_rows;              /* samples of the forward pass that waits for its backward pass; 0: none does */
-    /* Weights of samples, where the loss has them: a batch's, in device memory; the host's for the next call, and for
-       the passes of this one that are still to come. */
+    /* Weights of samples, if the loss has them: those of a batch, in device memory; the host's for the next call, and
+       for the remaining passes of this one. */
     float *sample_weights;
     const float *given, *weights;
 };
@@ -8497,22 +8499,22 @@ static const mpt__node *mpt__loss_of(const mpt_model *net) {
     return NULL;
 }
 
-/* The last node that has a value: the last one but for the loss. */
+/* The last node that has a value: the last one, or the one before the loss. */
 static int mpt__last_value(const mpt_model *net) { return mpt__loss_of(net) ? net->count - 1 : net->count; }
 
-/* Is the node's value what the model is asked for: what the loss reads, or what nobody reads? */
+/* Is the node's value an output of the model: does the loss read it, or no node at all? */
 static int mpt__is_output(const mpt_model *net, int id) {
     const mpt__node *loss = mpt__loss_of(net);
     if (loss) return id == loss->in[0];
     return !mpt__node_of(net, id)->consumers;
 }
 
-/* Passes whose gradients make one step, of all ranks. */
+/* Passes of all ranks whose gradients make one step. */
 static double mpt__passes(const mpt_model *net) {
     return (double)net->train.accumulate * (double)net->train.ranks.ranks;
 }
 
-/* What mpt_predict tells: the only output, or the last. */
+/* The node that mpt_predict returns: the only output, or the last. */
 static int mpt__output_of(const mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     if (loss) return loss->in[0];
@@ -8521,7 +8523,7 @@ static int mpt__output_of(const mpt_model *net) {
 
 /* -- Adding a node -- */
 
-/* Remembers the first failure of a layer call: mpt_model_build reports it. */
+/* Stores the first failure of a layer call; mpt_model_build reports it. */
 static int mpt__layer_failed(mpt_model *net, mpt_result result) {
     if (net->failed == MPT_OK) {
         net->failed = result;
@@ -8538,8 +8540,8 @@ MPT_DEF int mpt_find(const mpt_model *net, const char *name) {
     return 0;
 }
 
-/* Tensors in files have the names of layers: each its own, needing no escape in JSON, and none of the files' own.
-   id: the node that is to have it; 0: a new one */
+/* Tensors in files are named after layers: so names must be unique, need no escape in JSON, and must not be those of
+   mpt's own entries. id: the node to be named; 0: a new one */
 static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *name, int id) {
     const int taken = mpt_find(net, name);
     const char *c;
@@ -8557,7 +8559,7 @@ static mpt_result mpt__name_check(mpt_model *net, const char *word, const char *
     return MPT_OK;
 }
 
-/* May a node of this name that reads node `in` be added? Makes room for it. */
+/* Checks that a node of this name that reads node `in` may be added, and makes room for it. */
 static mpt_result mpt__layer_check(mpt_model *net, const char *word, const char *name, int in) {
     mpt__node *table;
     if (name) MPT__TRY(mpt__name_check(net, word, name, 0));
@@ -8571,8 +8573,8 @@ static mpt_result mpt__layer_check(mpt_model *net, const char *word, const char 
     return MPT_OK;
 }
 
-/* Starts a node, with the shape of its input, and makes up a name if it has none. NULL: failed, and remembered. The
-   node counts only after mpt__layer_done. */
+/* Starts a node with the shape of its input, and makes up a name if it has none. NULL: it failed, and the reason is
+   stored. The node counts only after mpt__layer_done. */
 static mpt__node *mpt__node_new(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
     mpt__node *node;
     const mpt__node *input;
@@ -8611,7 +8613,7 @@ static int mpt__layer_done(mpt_model *net, mpt_result r) {
     return mpt__layer_failed(net, r);
 }
 
-/* Sizes of a sample are ints; what does not fit into one is refused here. */
+/* Sizes of a sample are ints; those that would overflow are refused here. */
 static mpt_result mpt__layer_size(mpt_model *net, mpt__node *node, size_t H, size_t W, size_t C) {
     const size_t most = 0x7fffffff;
     if (!H || !W || !C || H > most || W > most / H || C > most / (H * W))
@@ -8628,7 +8630,7 @@ static mpt_result mpt__layer_positive(mpt_model *net, const mpt__node *node, con
     return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: %s is %d, must be at least %d", node->name, what, value, least);
 }
 
-/* Above 0 */
+/* Never 0 */
 static uint32_t mpt__weights_hash(const float *weights, size_t count) {
     uint32_t hash = 1;
     size_t i;
@@ -8651,7 +8653,7 @@ static mpt_result mpt__product_init(mpt_model *net, const mpt__node *node, size_
 
 static int mpt__product_reads_x(const mpt__node *node) { return node->trains && !node->cast; }
 
-/* The operation of a layer that works element by element: out = map(a). */
+/* The operation of an elementwise layer: out = map(a). */
 static mpt_map_op mpt__map_op(const mpt__visit *v, mpt_map map, mpt_array a, mpt_array out) {
     mpt_map_op op = MPT_ZERO;
     op.map = map;
@@ -8689,7 +8691,7 @@ static mpt_result mpt__rename(mpt_model *net, int id, const char *name) {
     if (id < 0 || id > net->count || !name)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "name: there is no node %d, or name is NULL", id);
     MPT__TRY(mpt__name_check(net, "name", name, id));
-    memmove(mpt__node_of(net, id)->name, name, strlen(name) + 1); /* which may be where it is already */
+    memmove(mpt__node_of(net, id)->name, name, strlen(name) + 1); /* name may be the node's own */
     return MPT_OK;
 }
 
@@ -8701,12 +8703,12 @@ MPT_DEF int mpt_name(mpt_model *net, int id, const char *name) {
     return mpt__layer_failed(net, r);
 }
 
-/* -- Input -- its value is brought by the forward pass */
+/* -- Input -- the forward pass fills in its value */
 
 static float mpt__input_scale(const mpt_input_desc *d, size_t c) { return d->scale ? d->scale[c] : 1.0f / 255; }
 static float mpt__input_shift(const mpt_input_desc *d, size_t c) { return d->shift ? d->shift[c] : 0.0f; }
 
-/* Every byte becomes a finite value. */
+/* Checks that every byte becomes a finite value. */
 static mpt_result mpt__input_check(mpt_model *net, const mpt__node *node) {
     const mpt_input_desc *d = &node->input;
     size_t c;
@@ -8721,7 +8723,7 @@ static mpt_result mpt__input_check(mpt_model *net, const mpt__node *node) {
     return MPT_OK;
 }
 
-/* Scales and shifts to the device */
+/* Uploads scales and shifts. */
 static mpt_result mpt__input_init(mpt_model *net, const mpt__node *node) {
     const size_t C = (size_t)node->C;
     float *host;
@@ -8757,14 +8759,14 @@ MPT_DEF int mpt_input_with(mpt_model *net, int H, int W, int C, const mpt_input_
     return mpt__layer_done(net, r == MPT_OK ? mpt__input_check(net, node) : r);
 }
 
-static const char *mpt__input_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+static const char *mpt__input_describe(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
     if (node->input.bytes) return "bytes";
     return "cast";
 }
 
 static mpt__kind mpt__kind_input(void) {
     mpt__kind k = MPT_ZERO;
-    k.told = mpt__input_told;
+    k.describe = mpt__input_describe;
     k.init = mpt__input_init;
     return k;
 }
@@ -8850,11 +8852,14 @@ static mpt__kind mpt__kind_linear(void) {
 
 /* -- Convolution -- see mpt_conv2d_op */
 
-/* Across: what the descriptor says, or as down. */
-static int mpt__across(int across, int down) { return across ? across : down; }
+/* The horizontal value of a descriptor: 0 means that it equals the vertical one. */
+static int mpt__across(int across, int down) { return mpt__or_int(across, down); }
 
-/* Padding across, where -1 is none. */
-static size_t mpt__padding_across(int across, int down) { return across == -1 ? 0 : (size_t)mpt__across(across, down); }
+/* For padding, -1 means none. */
+static size_t mpt__padding_across(int across, int down) {
+    if (across == -1) return 0;
+    return (size_t)mpt__across(across, down);
+}
 
 /* Shape of a convolution node from its descriptor. */
 static mpt_result mpt__conv2d_layer(mpt_model *net, mpt__node *node, int filters, int kernel,
@@ -8917,7 +8922,7 @@ static mpt_result mpt__conv2d_init(mpt_model *net, const mpt__node *node) {
     return mpt__product_init(net, node, node->conv.R * node->conv.S);
 }
 
-/* What all three passes have in common; each puts in the array that it writes. */
+/* What the three passes have in common; each sets the array that it writes. */
 static mpt_conv2d_op mpt__conv2d_op(const mpt__visit *v, mpt_pass pass) {
     mpt_conv2d_op op = MPT_ZERO;
     op.pass = pass;
@@ -8951,7 +8956,7 @@ static mpt_result mpt__conv2d_data(const mpt__visit *v, int side) {
     return mpt_op_conv2d(v->ctx, &op);
 }
 
-static const char *mpt__conv2d_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+static const char *mpt__conv2d_describe(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
     const mpt_conv2d_shape *s = &node->conv;
     if (s->groups == 1) return "convolution";
     if (s->groups == s->C && s->C == s->K) return "depthwise";
@@ -8963,7 +8968,7 @@ static mpt__kind mpt__kind_conv2d(void) {
     k.product = 1;
     k.fuses = 1;
     k.weight_dims = 4;
-    k.told = mpt__conv2d_told;
+    k.describe = mpt__conv2d_describe;
     k.fan_in = mpt__conv2d_fan_in;
     k.init = mpt__conv2d_init;
     k.reads_x = mpt__product_reads_x;
@@ -8974,7 +8979,7 @@ static mpt__kind mpt__kind_conv2d(void) {
     return k;
 }
 
-/* -- Activations -- y = act(x); where the layer before it computes that in passing, both are one value */
+/* -- Activations -- y = act(x); if it is fused into the layer before it, both share one value */
 
 static int mpt__activation_layer(mpt_model *net, int in, const char *word, mpt_activation act) {
     mpt__node *node = mpt__node_new(net, MPT__ACTIVATION, word, NULL, in);
@@ -9021,14 +9026,14 @@ static mpt_result mpt__activation_data(const mpt__visit *v, int side) {
     return mpt_op_map(v->ctx, &op);
 }
 
-static const char *mpt__activation_told(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
+static const char *mpt__activation_describe(MPT__UNUSED const mpt_model *net, const mpt__node *node) {
     if (node->fused) return "epilogue";
     return "elementwise";
 }
 
 static mpt__kind mpt__kind_activation(void) {
     mpt__kind k = MPT_ZERO;
-    k.told = mpt__activation_told;
+    k.describe = mpt__activation_describe;
     k.reads_x = mpt__activation_reads_x;
     k.takes_slope = mpt__activation_takes_slope;
     k.follows = mpt__follows_input;
@@ -9039,7 +9044,7 @@ static mpt__kind mpt__kind_activation(void) {
 
 /* -- Pooling -- see mpt_pool2d_op */
 
-/* Shape of a pooling node with a window R x S from the rest of its descriptor. */
+/* Shape of a pooling node with a window R x S, from the rest of its descriptor. */
 static mpt_result mpt__pool_shape(mpt_model *net, mpt__node *node, int R, int S, const mpt_pool2d_desc *d) {
     mpt_pool2d_op op = MPT_ZERO;
     mpt_pool2d_shape *s = &op.shape;
@@ -9075,7 +9080,7 @@ static int mpt__pool_layer(mpt_model *net, int in, mpt_pool_kind kind, int windo
     return mpt__layer_done(net, mpt__pool_shape(net, node, window, mpt__across(d.window_w, window), &d));
 }
 
-/* Of all pixels at once */
+/* A window of all pixels */
 static int mpt__global_pool_layer(mpt_model *net, int in, mpt_pool_kind kind) {
     mpt_pool2d_desc d = MPT_ZERO;
     const mpt__node *input = mpt__known_node(net, in);
@@ -9099,7 +9104,7 @@ static void mpt__pool_keep(mpt_model *net, mpt__node *node, int first, int last)
     if (node->pool_kind == MPT_POOL_MAX) node->index = mpt__plan_add(net, count, sizeof(uint16_t), first, last);
 }
 
-/* A maximum is over 0 if what it was taken from is, and there are fewer of them. */
+/* A maximum is above 0 exactly where the element that it was taken from is, and there are fewer maxima. */
 static int mpt__pool_delays_slope(const mpt__node *node) { return node->pool_kind == MPT_POOL_MAX; }
 
 static mpt_pool2d_op mpt__pool2d_op(const mpt__visit *v, mpt_pass pass) {
@@ -9127,7 +9132,7 @@ static mpt_result mpt__pool_data(const mpt__visit *v, int side) {
     return mpt_op_pool2d(v->ctx, &op);
 }
 
-/* Of one pixel, it keeps the order of its input. */
+/* It keeps the order of an input of one pixel. */
 static int mpt__pool_follows(const mpt_model *net, const mpt__node *node, MPT__UNUSED size_t *i) {
     const mpt__node *in = mpt__node_of(net, node->in[0]);
     if (in->H * in->W > 1) return 0;
@@ -9145,7 +9150,7 @@ static mpt__kind mpt__kind_pool(void) {
     return k;
 }
 
-/* -- Reshape -- shares its input's memory; the gradient only where nobody else reads the input */
+/* -- Reshape -- shares its input's memory, and also the gradient if no other node reads the input */
 
 static int mpt__reshape_layer(mpt_model *net, int in, const char *word, int H, int W, int C) {
     mpt__node *node = mpt__node_new(net, MPT__RESHAPE, word, NULL, in);
@@ -9173,8 +9178,8 @@ MPT_DEF int mpt_flatten(mpt_model *net, int in) {
 
 static int mpt__same_order(const mpt_model *net, int id, int other);
 
-/* An input that is a vector has the order that its user gives it. */
-static int mpt__reshape_is_torchs(const mpt_model *net, const mpt__node *node) {
+/* The elements of an input that is a vector have the order in which the user gives them. */
+static int mpt__reshape_matches_torch(const mpt_model *net, const mpt__node *node) {
     const mpt__node *from = node;
     while (from->kind == MPT__RESHAPE || from->kind == MPT__SLICE) from = mpt__node_of(net, from->in[0]);
     if (from->kind == MPT__INPUT && from->H * from->W == 1) return 1;
@@ -9186,12 +9191,12 @@ static mpt__kind mpt__kind_reshape(void) {
     k.as_input = 1;
     k.how = "shared memory";
     k.follows = mpt__follows_input;
-    k.is_torchs = mpt__reshape_is_torchs;
+    k.matches_torch = mpt__reshape_matches_torch;
     k.data = mpt__pass_on;
     return k;
 }
 
-/* -- Slice -- y = channels of x, pixel by pixel; its gradient is one of all channels, 0 but for these */
+/* -- Slice -- y = some channels of x, pixel by pixel; dx is 0 in all other channels */
 
 MPT_DEF int mpt_slice(mpt_model *net, int in, int first, int count) {
     mpt__node *node = mpt__node_new(net, MPT__SLICE, "slice", NULL, in);
@@ -9242,8 +9247,8 @@ static int mpt__slice_follows(MPT__UNUSED const mpt_model *net, const mpt__node 
 
 static size_t mpt__torch_index(const mpt_model *net, int id, size_t i);
 
-/* Are its elements a slice in PyTorch's order, too? */
-static int mpt__slice_is_torchs(const mpt_model *net, const mpt__node *node) {
+/* Are its elements also a slice in PyTorch's order? */
+static int mpt__slice_matches_torch(const mpt_model *net, const mpt__node *node) {
     const size_t count = mpt__node_count(node);
     size_t i;
     for (i = 0; i < count; i++)
@@ -9256,7 +9261,7 @@ static mpt__kind mpt__kind_slice(void) {
     k.as_input = 1;
     k.how = "copy";
     k.follows = mpt__slice_follows;
-    k.is_torchs = mpt__slice_is_torchs;
+    k.matches_torch = mpt__slice_matches_torch;
     k.forward = mpt__slice_forward;
     k.data = mpt__slice_data;
     return k;
@@ -9264,8 +9269,8 @@ static mpt__kind mpt__kind_slice(void) {
 
 /* -- Sum -- y = act(a + b) */
 
-/* A node of two inputs of the same height and width; channels: and as many channels; pixel: or the second has one pixel
-   only. NULL: failed, and remembered. */
+/* A node with two inputs of the same height and width. channels: they must have the same channels, too. pixel: the
+   second may have a single pixel instead. NULL: it failed, and the reason is stored. */
 static mpt__node *mpt__join(mpt_model *net, mpt__node_kind kind, const char *word, int a, int b, int channels,
                             int pixel) {
     mpt__node *node = b ? mpt__node_new(net, kind, word, NULL, a) : NULL;
@@ -9301,13 +9306,13 @@ static mpt_result mpt__sum_forward(const mpt__visit *v) {
     return mpt_op_map(v->ctx, &op);
 }
 
-static int mpt__sum_is_torchs(const mpt_model *net, const mpt__node *node) {
+static int mpt__sum_matches_torch(const mpt_model *net, const mpt__node *node) {
     return node->H * node->W > 1 || mpt__same_order(net, node->in[0], node->in[1]);
 }
 
 static int mpt__shared_side(const mpt_model *net, int id);
 
-static const char *mpt__sum_told(const mpt_model *net, const mpt__node *node) {
+static const char *mpt__sum_describe(const mpt_model *net, const mpt__node *node) {
     if (mpt__shared_side(net, (int)(node - net->nodes) + 1) < 0) return "elementwise";
     return "sum, dy shared";
 }
@@ -9316,9 +9321,9 @@ static mpt__kind mpt__kind_sum(void) {
     mpt__kind k = MPT_ZERO;
     k.fuses = 1;
     k.shares_dy = 1;
-    k.told = mpt__sum_told;
+    k.describe = mpt__sum_describe;
     k.follows = mpt__follows_input;
-    k.is_torchs = mpt__sum_is_torchs;
+    k.matches_torch = mpt__sum_matches_torch;
     k.forward = mpt__sum_forward;
     k.data = mpt__pass_on;
     return k;
@@ -9334,7 +9339,7 @@ MPT_DEF int mpt_concat(mpt_model *net, int a, int b) {
     return mpt__layer_done(net, mpt__layer_size(net, node, (size_t)node->H, (size_t)node->W, C));
 }
 
-/* Channels of a side of rows of all channels: those of `wide` from *first on. */
+/* Copies the channels of one side, which begin at channel *first of the concatenation. */
 static mpt_columns_op mpt__concat_op(const mpt__visit *v, int side, size_t *first) {
     const size_t pixels = (size_t)v->node->H * (size_t)v->node->W, C = (size_t)v->node->C;
     const size_t left = v->node->inputs / pixels;
@@ -9384,7 +9389,7 @@ static mpt__kind mpt__kind_concat(void) {
     return k;
 }
 
-/* -- Product -- y = a b, where b has each pixel of a or one for all of them */
+/* -- Product -- y = a b, where b has the pixels of a, or a single one for all of them */
 
 static mpt_broadcast_shape mpt__spread_shape(const mpt__node *small, const mpt__node *large) {
     mpt_broadcast_shape shape = MPT_ZERO;
@@ -9432,8 +9437,8 @@ static mpt_result mpt__multiply_data(const mpt__visit *v, int side) {
     return mpt_op_broadcast(v->ctx, &op);
 }
 
-/* A factor of one pixel has the channels of an image in their order. */
-static int mpt__multiply_is_torchs(const mpt_model *net, const mpt__node *node) {
+/* A factor of one pixel must have its channels in the order of the image's channels. */
+static int mpt__multiply_matches_torch(const mpt_model *net, const mpt__node *node) {
     const mpt__node *b = mpt__node_of(net, node->in[1]);
     if (b->H * b->W > 1) return 1;
     return mpt__same_order(net, node->in[1], node->H * node->W > 1 ? 0 : node->in[0]);
@@ -9444,13 +9449,13 @@ static mpt__kind mpt__kind_multiply(void) {
     k.how = "elementwise";
     k.reads_x = mpt__multiply_reads_x;
     k.follows = mpt__follows_input;
-    k.is_torchs = mpt__multiply_is_torchs;
+    k.matches_torch = mpt__multiply_matches_torch;
     k.forward = mpt__multiply_forward;
     k.data = mpt__multiply_data;
     return k;
 }
 
-/* -- Upsampling -- y(H scale, W scale) = each pixel of x, scale x scale times */
+/* -- Upsampling -- y(H scale, W scale) = x, each pixel repeated scale x scale times */
 
 MPT_DEF int mpt_upsample(mpt_model *net, int in, int scale) {
     mpt__node *node = mpt__node_new(net, MPT__UPSAMPLE, "upsample", NULL, in);
@@ -9481,7 +9486,7 @@ static mpt_result mpt__upsample_data(const mpt__visit *v, int side) {
     return mpt_op_broadcast(v->ctx, &op);
 }
 
-static int mpt__upsample_is_torchs(const mpt_model *net, const mpt__node *node) {
+static int mpt__upsample_matches_torch(const mpt_model *net, const mpt__node *node) {
     const mpt__node *in = mpt__node_of(net, node->in[0]);
     return in->H * in->W > 1 || node->H * node->W == 1 || mpt__same_order(net, node->in[0], 0);
 }
@@ -9490,14 +9495,14 @@ static mpt__kind mpt__kind_upsample(void) {
     mpt__kind k = MPT_ZERO;
     k.how = "copy";
     k.follows = mpt__follows_input;
-    k.is_torchs = mpt__upsample_is_torchs;
+    k.matches_torch = mpt__upsample_matches_torch;
     k.forward = mpt__upsample_forward;
     k.data = mpt__upsample_data;
     return k;
 }
 
-/* -- Norms -- see mpt_norm_op. Batch norm takes the statistics of the batch in training and the running ones else; the
-   others those of the sample always. gamma is `weight`, beta is `bias`. */
+/* -- Norms -- see mpt_norm_op. Batch norm uses the statistics of the batch in training, and otherwise the running ones;
+   the others always use those of the sample. gamma is `weight`, beta is `bias`. */
 
 static mpt_result mpt__norm_layer_check(mpt_model *net, const mpt__node *node, int groups) {
     const float eps = node->norm_shape.eps;
@@ -9522,13 +9527,13 @@ static int mpt__norm_layer(mpt_model *net, int in, mpt__norm_kind kind, int grou
     s = &node->norm_shape;
     s->N = 1;
     s->pixels = (size_t)node->H * (size_t)node->W;
-    if (kind == MPT__NORM_LAYER) { /* each position by itself */
+    if (kind == MPT__NORM_LAYER) { /* each position separately */
         s->N = s->pixels;
         s->pixels = 1;
     }
     s->C = (size_t)node->C;
     s->groups = (size_t)groups;
-    s->eps = d.eps; /* 0: the operation knows its default */
+    s->eps = d.eps; /* 0: the operation's default */
     node->norm = kind;
     node->no_affine = d.no_affine != 0;
     node->tuning = d.tuning;
@@ -9550,7 +9555,7 @@ static int mpt__is_batch_norm(const mpt__node *node) {
     return node->kind == MPT__NORM && node->norm == MPT__NORM_BATCH;
 }
 
-/* Does it normalise by its running statistics, instead of those of what it reads? */
+/* Does it normalise by its running statistics instead of those of its input? */
 static int mpt__norm_by_running(const mpt__node *node, int train) {
     return mpt__is_batch_norm(node) && (!train || node->tuning.frozen);
 }
@@ -9564,7 +9569,8 @@ static mpt_norm_shape mpt__norm_shape_of(const mpt__node *node, size_t N) {
 }
 
 static size_t mpt__norm_fan_in(const mpt__node *node) { return !node->no_affine; }
-/* ReLU's, in passing */
+
+/* A ReLU's slope is applied within norm backward. */
 static int mpt__norm_takes_slope(const mpt__node *node) { return node->slope == MPT_RELU && node->type <= MPT_BF16; }
 
 /* Frozen statistics are constants: then dx is dy times a factor of the channel. */
@@ -9577,7 +9583,7 @@ static size_t mpt__norm_groups(const mpt__node *node) {
     return 1;
 }
 
-/* gamma and the running variances start at 1, beta and the running means at 0, as all memory does. */
+/* gamma and the running variances start at 1; beta and the running means at 0, like all memory. */
 static mpt_result mpt__norm_init(mpt_model *net, const mpt__node *node) {
     const size_t C = (size_t)node->C;
     float *ones = (float *)mpt__host_alloc(net->ctx, C * sizeof *ones);
@@ -9612,7 +9618,7 @@ static mpt_result mpt__norm_forward(const mpt__visit *v) {
     return mpt_op_norm(v->ctx, &op);
 }
 
-/* The statistics of a batch join the pending ones in the backward pass, where it is known to count. */
+/* The statistics of a batch are added to the pending ones in the backward pass: only then does the pass count. */
 static mpt_result mpt__norm_statistics(const mpt__visit *v) {
     mpt_norm_op op = MPT_ZERO;
     if (!mpt__is_batch_norm(v->node) || mpt__norm_by_running(v->node, 1)) return MPT_OK;
@@ -9648,12 +9654,12 @@ static mpt_result mpt__norm_backward(const mpt__visit *v) {
     return mpt_op_norm(v->ctx, &op);
 }
 
-/* Does the layer before this batch norm do its work? */
+/* Is this batch norm folded into the layer before it? */
 static int mpt__is_folded(const mpt_model *net, const mpt__node *node) {
     return node->in_place && mpt__node_of(net, node->in[0])->folds;
 }
 
-static const char *mpt__norm_told(const mpt_model *net, const mpt__node *node) {
+static const char *mpt__norm_describe(const mpt_model *net, const mpt__node *node) {
     if (net->train.fold && mpt__is_folded(net, node)) return "folded";
     if (net->train.fold && mpt__is_batch_norm(node)) return node->in_place ? "norm in place" : "norm apart";
     if (mpt__norm_takes_slope(node)) return "norm with slope";
@@ -9665,7 +9671,7 @@ static mpt__kind mpt__kind_norm(void) {
     k.fuses = 1;
     k.weight_dims = 1;
     k.reason = "policy; statistics, gamma, beta f32";
-    k.told = mpt__norm_told;
+    k.describe = mpt__norm_describe;
     k.fan_in = mpt__norm_fan_in;
     k.init = mpt__norm_init;
     k.keep = mpt__norm_keep;
@@ -9690,7 +9696,7 @@ MPT_DEF int mpt_dropout(mpt_model *net, int in, float p) {
 
 static mpt_result mpt__dropout_forward(const mpt__visit *v) {
     mpt_map_op op = mpt__map_op(v, v->train ? MPT_MAP_DROPOUT : MPT_MAP_ADD, v->x[0], v->y);
-    op.b = v->x[0]; /* of an evaluation, which copies: y = x + 0 x */
+    op.b = v->x[0]; /* an evaluation copies: y = x + 0 x */
     op.mask = v->mask;
     return mpt_op_map(v->ctx, &op);
 }
@@ -9711,9 +9717,9 @@ static mpt__kind mpt__kind_dropout(void) {
     return k;
 }
 
-/* -- Losses -- the last node; it makes the loss and its gradient in the forward pass */
+/* -- Losses -- the last node; it computes the loss and its gradient in the forward pass */
 
-/* Weights of the loss that are its own, for each of its outputs; NULL: it has none */
+/* The weights of the loss, one for each of its outputs; NULL: it has none */
 static const float *mpt__loss_weights(const mpt__node *node) {
     const mpt_loss_desc *d = &node->loss_desc;
     if (d->pos_weight) return d->pos_weight;
@@ -9769,8 +9775,8 @@ static int mpt__has_labels(const mpt__node *loss) {
     return loss->loss == MPT_LOSS_CROSS_ENTROPY && !loss->loss_desc.probabilities;
 }
 
-/* Elements of 4 bytes that a sample's target has: a label, or as many floats as the node; of heads the widest one's
-   gradient. */
+/* Elements, of 4 bytes, of a sample's target: labels, or as many floats as the node has elements. In a model without a
+   loss, those of the widest head's gradient. */
 static size_t mpt__target_width(const mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
     size_t widest = 0;
@@ -9803,7 +9809,7 @@ static mpt_result mpt__targets_check(mpt_context *ctx, const char *call, const m
     size_t i;
     for (i = 0; i < samples * outputs; i++) {
         const uint32_t magnitude = mpt__bits(targets[i]) & 0x7fffffffu;
-        if (magnitude && magnitude < 0x00800000u) /* a small integer, its bits taken for a float's */
+        if (magnitude && magnitude < 0x00800000u) /* a small integer, read as a float */
             return mpt_fail(ctx, MPT_ERROR_VALUE,
                             "%s: '%s': target %zu of sample %zu has the bits of the integer %d; targets are float",
                             call, loss->name, i % outputs, i / outputs, (int)magnitude);
@@ -9830,7 +9836,7 @@ static mpt__kind mpt__kind_loss(void) {
     return k;
 }
 
-/* -- Your own -- see mpt_layer_desc; its weights are one row in the file */
+/* -- Your own layer -- see mpt_layer_desc; its weights are one row in a file */
 
 static mpt_result mpt__own_check(mpt_model *net, mpt__node *node, const mpt_layer_desc *d) {
     if (!d || !d->forward || !d->backward)
@@ -11543,7 +11549,7 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     memset(out, 0, sizeof *out);
     out->name = node->name;
     kind = mpt__kind_of(node);
-    out->kernel = kind.told ? kind.told(net, node) : kind.how;
+    out->kernel = kind.describe ? kind.describe(net, node) : kind.how;
     out->reason = node->kind == MPT__LOSS ? "losses are fp32" : node->reason;
     out->in[0] = node->in[0];
     out->in[1] = node->in[1];
@@ -12036,7 +12042,7 @@ static mpt_result mpt__check_orders(const mpt__job *job) {
         const mpt__node *node = mpt__node_of(net, id), *in = mpt__node_of(net, node->in[0]);
         const mpt__kind kind = mpt__kind_of(node);
         const int groups = kind.groups && kind.groups(node) > 1 && in->H * in->W == 1;
-        if ((kind.is_torchs && !kind.is_torchs(net, node)) || (groups && !mpt__same_order(net, node->in[0], 0)))
+        if ((kind.matches_torch && !kind.matches_torch(net, node)) || (groups && !mpt__same_order(net, node->in[0], 0)))
             return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED,
                                  "'%s' reads a flattened image, which PyTorch has in C, H, W order: it would compute "
                                  "something else there",
