@@ -10006,7 +10006,7 @@ static int mpt__type_holds(float x, mpt_dtype type) {
     return mpt__finite(mpt_widen(mpt_narrow(x, type, MPT_ROUND_NEAREST, MPT_OVERFLOW_INF, 0), type));
 }
 
-/* Can the node's policy stand beside the others'? Finds the one 16-bit type on the way. */
+/* Checks that the node's policy is valid and fits to those of the nodes before it; finds the model's 16-bit type. */
 static mpt_result mpt__policy_check(mpt_model *net, const mpt__node *node) {
     const mpt_policy *p = &node->policy;
     const int half = p->compute == MPT_F16 || p->compute == MPT_BF16;
@@ -10028,7 +10028,7 @@ static mpt_result mpt__policy_check(mpt_model *net, const mpt__node *node) {
     return MPT_OK;
 }
 
-/* With a loss every other node is read by another; without one, those that are not are the heads. */
+/* With a loss, another node must read every node's value; without one, those that no node reads are the heads. */
 static mpt_result mpt__outputs_check(mpt_model *net) {
     int id;
     for (id = 1; id <= mpt__last_value(net); id++) {
@@ -10089,7 +10089,7 @@ static mpt_result mpt__build_check(mpt_model *net, const mpt_train_desc *train) 
     return mpt__outputs_check(net);
 }
 
-/* Do products alone read a node's value, if only through a reshape? Then it may as well be stored as they read it. */
+/* Do only products read a node's value, directly or through a reshape? Then it can be stored in the type they read. */
 static int mpt__only_products(const mpt_model *net, int id) {
     int i;
     for (i = id; i < net->count; i++) {
@@ -10101,8 +10101,8 @@ static int mpt__only_products(const mpt_model *net, int id) {
     return 1;
 }
 
-/* A node's value has the compute type of its policy; the input stays fp32 until a product reads it, but in O3; what the
-   loss reads has the output type, and with it the activations between the two. */
+/* A node's value has the compute type of its policy. The input stays fp32 until a product reads it, except in O3. What
+   the loss reads has the output type, and so have the activations before it. */
 static void mpt__node_type(mpt_model *net, int id) {
     mpt__node *node = mpt__node_of(net, id);
     const mpt__node *in = mpt__input_of(net, node);
@@ -10123,13 +10123,13 @@ static void mpt__node_type(mpt_model *net, int id) {
     }
 }
 
-/* Is this node's value, and its gradient, as good as its input's for whoever has both? */
+/* Can this node and its input share one value and one gradient? */
 static int mpt__one_value(const mpt__node *node, const mpt__node *in) {
     return in->consumers == 1 && node->type == in->type && node->grad_type == in->grad_type;
 }
 
-/* An activation behind a layer that can compute it in passing, and that nobody reads without it. Layers know one leaky
-   ReLU, that of slope 0.01. */
+/* Fuses an activation into the layer before it, if that can compute it and no other node reads the layer's value.
+   Layers can only compute the leaky ReLU whose slope is 0.01. */
 static void mpt__fuse(mpt__node *node, mpt__node *in) {
     if (!mpt__one_value(node, in) || !mpt__kind_of(in).fuses || in->kept || node->kept) return;
     if (in->act || mpt__act_saves_input(node->act) || !mpt__is_zero(node->negative_slope)) return;
@@ -10137,7 +10137,7 @@ static void mpt__fuse(mpt__node *node, mpt__node *in) {
     in->act = in->slope = node->act;
 }
 
-/* The ReLU before a max pool takes its derivative behind it. */
+/* The derivative of a ReLU before a max pool is applied to the pool's dy, which is smaller. */
 static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
     const mpt__kind kind = mpt__kind_of(node);
     if (!kind.delays_slope || !kind.delays_slope(node)) return;
@@ -10146,14 +10146,14 @@ static void mpt__delay_slope(mpt_model *net, mpt__node *node, mpt__node *in) {
     in->slope = mpt__node_of(net, in->in[0])->slope = MPT_IDENTITY;
 }
 
-/* A batch norm that reads a product's value alone may write over it. (One without beta has no room for what its folding
-   adds.) */
+/* A batch norm may overwrite a product's value that only it reads. (Without beta there is no place for the bias of its
+   folding.) */
 static int mpt__goes_in_place(const mpt_model *net, const mpt__node *node, const mpt__node *in) {
     if (!net->train.fold || !in || !mpt__is_batch_norm(node) || !mpt__kind_of(in).product) return 0;
     return mpt__one_value(node, in) && !in->kept && !node->no_affine;
 }
 
-/* Marks the node that computes output `id`, and those between it and the output: activations, reshapes, slices. */
+/* Marks the node that computes output `id`, and the activations, reshapes and slices between it and the output. */
 static void mpt__mark_logits(mpt_model *net, int id) {
     mpt__node *node = mpt__node_of(net, id);
     const int output = id;
@@ -10166,14 +10166,14 @@ static void mpt__mark_logits(mpt_model *net, int id) {
     node->logits = 1;
 }
 
-/* *count: elements of its weight. 0: they overflow size_t. */
+/* *count: elements of its weight. Returns 0 if they overflow size_t. */
 static int mpt__weights_of(const mpt__node *node, size_t *count) {
     const mpt__kind kind = mpt__kind_of(node);
     *count = kind.weights_in_all ? kind.weights_in_all(node) : 0;
     return !kind.fan_in || mpt__size_mul(count, kind.fan_in(node), (size_t)node->C);
 }
 
-/* Finds the linear layer whose outputs reshape `id` makes an image of. */
+/* Finds the linear layer whose outputs reshape `id` turns into an image. */
 static void mpt__mark_shaped(mpt_model *net, int id) {
     const mpt__node *image = mpt__node_of(net, id);
     int at = image->kind == MPT__RESHAPE ? image->in[0] : 0;
@@ -10213,7 +10213,7 @@ static void mpt__build_types(mpt_model *net) {
     for (id = 1; id <= net->count; id++) mpt__mark_shaped(net, id);
 }
 
-/* Weight and bias of a node, where it has them. */
+/* Adds weight and bias of a node, if it has them. */
 static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     const mpt__kind kind = mpt__kind_of(node);
     const int norm = kind.weight_dims == 1;
@@ -10249,7 +10249,7 @@ static mpt_result mpt__build_params(mpt_model *net) {
     return mpt_params_build(net->params);
 }
 
-/* The statistics of the running step start from those of the last applied one. */
+/* The statistics of a step start from those of the last applied step. */
 static mpt_result mpt__reset_statistics(mpt_model *net) {
     if (!net->statistics) return MPT_OK;
     return net->ctx->backend.copy(net->ctx, net->pending, net->running, net->statistics * sizeof *net->running);
@@ -10265,7 +10265,7 @@ static mpt_result mpt__build_init(mpt_model *net) {
     return mpt__reset_statistics(net);
 }
 
-/* Adds a buffer of `count` elements that is alive from `first` to `last`. Returns its number. */
+/* Adds a buffer of `count` elements that is in use from `first` to `last`. Returns its number. */
 static int mpt__plan_add(mpt_model *net, size_t count, size_t size, int first, int last) {
     mpt__buffer *b = &net->buffers[net->buffer_count++];
     b->bytes = (count * size + MPT__ALIGN - 1) / MPT__ALIGN * MPT__ALIGN;
@@ -10280,7 +10280,7 @@ static void mpt__plan_extend(mpt_model *net, int buffer, int moment) {
     if (b && moment < b->first) b->first = moment;
 }
 
-/* Lays buffers into one block: each at the lowest offset where it overlaps none that is alive at the same time. */
+/* Places buffers in one block, each at the lowest offset where it overlaps none that is in use at the same time. */
 static void mpt__plan_offsets(mpt_model *net) {
     int i, j, moved;
     net->block_bytes = 0;
@@ -10301,8 +10301,8 @@ static void mpt__plan_offsets(mpt_model *net) {
     }
 }
 
-/* The side of a sum whose input has its gradient in the sum's own buffer, so that none is copied there; or -1. No later
-   node may read that input: what they add to its gradient must come after. */
+/* The side of a sum whose input can have its gradient in the sum's own buffer, so that it need not be copied; or -1. No
+   later node may read that input, because it would add to the gradient too early. */
 static int mpt__shared_side(const mpt_model *net, int id) {
     const mpt__node *node = &net->nodes[id - 1];
     int side, reader;
@@ -10319,7 +10319,7 @@ static int mpt__shared_side(const mpt_model *net, int id) {
     return -1;
 }
 
-/* The buffers that node `id` has of its own, which runs forward at moment `first` and backward at `last`. */
+/* Adds the buffers of node `id`, which runs forward at moment `first` and backward at `last`. */
 static void mpt__plan_node(mpt_model *net, int id, int first, int last) {
     mpt__node *node = mpt__node_of(net, id);
     const mpt__node *in = mpt__input_of(net, node);
@@ -10338,7 +10338,7 @@ static void mpt__plan_node(mpt_model *net, int id, int first, int last) {
     else node->grad = mpt__plan_add(net, count, mpt_dtype_size(node->grad_type), last, last);
 }
 
-/* Batch norm learns nothing from one value a channel. */
+/* Batch norm cannot train on one value per channel. */
 static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
     int i;
     for (i = 0; i < net->count; i++) {
@@ -10350,10 +10350,10 @@ static mpt_result mpt__check_norms(mpt_model *net, size_t rows) {
     return MPT_OK;
 }
 
-/* How long the buffers live that `node`, which runs forward at `first` and backward at `last`, reads and writes. */
+/* Extends the lives of the buffers that `node` reads and writes; it runs forward at `first` and backward at `last`. */
 static void mpt__plan_lives(mpt_model *net, const mpt__node *node, int first, int last) {
     const mpt__kind kind = mpt__kind_of(node);
-    const int before = net->count - 1, after = 2 * net->count; /* of and after the backward pass */
+    const int before = net->count - 1, after = 2 * net->count; /* before and after the backward pass */
     int side;
     if (node->kept) {
         mpt__plan_extend(net, node->value, after);
@@ -10372,8 +10372,8 @@ static void mpt__plan_lives(mpt_model *net, const mpt__node *node, int first, in
 }
 
 /* Moments of a step: node i (from 0) runs forward at i and backward at 2 count - 1 - i. A value lives until its last
-   reader in either pass, a gradient from its first writer to its node's backward. Flatten and fused activations share
-   the buffers of their input, and a sum the gradient's. */
+   reader in either pass, a gradient from its first writer to its node's backward pass. Flatten and fused activations
+   share the buffers of their input, and a sum may share its gradient with an input. */
 static mpt_result mpt__build_plan(mpt_model *net) {
     const int n = net->count, end = 2 * n - 1;
     int i;
@@ -10389,7 +10389,7 @@ static mpt_result mpt__build_plan(mpt_model *net) {
     return MPT_OK;
 }
 
-/* Device memory of `bytes`; NULL for 0 bytes. Remembers in *failed if there was none. */
+/* Device memory of `bytes`; NULL for 0 bytes. Sets *failed if there was none. */
 static void *mpt__build_alloc(mpt_model *net, size_t bytes, int *failed) {
     void *p = mpt_alloc(net->ctx, bytes);
     *failed |= bytes && !p;
@@ -10405,7 +10405,7 @@ static size_t mpt__input_bytes(const mpt_model *net) { /* of a sample */
     return mpt__node_count(&net->nodes[0]) * (net->nodes[0].input.bytes ? 1 : sizeof(float));
 }
 
-/* Elements of a sample that pass through staging on their way in or out: 0 if none has to. */
+/* Elements of a sample that staging must hold on the way in or out; 0 if it is not needed. */
 static size_t mpt__staging_width(const mpt_model *net) {
     const size_t in = (mpt__input_bytes(net) + sizeof(float) - 1) / sizeof(float);
     const int brought = !mpt__input_is_f32(net);
@@ -10428,7 +10428,7 @@ static size_t mpt__channels_bytes(const mpt_model *net) {
 
 static mpt_result mpt__gather_gradients(void *user);
 
-/* Pass i (from 0) finds as many sums as i has ones in binary. */
+/* Before pass i (from 0) there are as many sums as i has ones in binary. */
 static size_t mpt__sums_apart_bytes(mpt_model *net) {
     int passes;
     net->sums_apart_count = 0;
@@ -10442,7 +10442,8 @@ static size_t mpt__sample_weights_bytes(const mpt_model *net) {
     return 0;
 }
 
-static size_t mpt__averages_bytes(const mpt_model *net) { /* as products read them; fp32 as they are */
+/* Averages as products read them; fp32 ones are read as they are. */
+static size_t mpt__averages_bytes(const mpt_model *net) {
     if (net->params->copy.data) return net->params->trained * mpt_dtype_size(net->params->copy.type);
     return 0;
 }
@@ -10493,9 +10494,10 @@ static mpt_result mpt__build_memory(mpt_model *net) {
 }
 
 static mpt_result mpt__node_tuning(mpt_model *net, const mpt__node *node) {
-    const double lr = mpt__or(node->tuning.lr_factor, 1), told = node->tuning.weight_decay_factor;
-    const double decay = net->opt->op.desc.weight_decay * (told < 0 ? 0 : mpt__or(told, 1));
-    if (!node->trains || (lr >= 1 && lr <= 1 && !(told < 0 || told > 0))) return MPT_OK;
+    const double lr = mpt__or(node->tuning.lr_factor, 1), factor = node->tuning.weight_decay_factor;
+    double decay = net->opt->op.desc.weight_decay * mpt__or(factor, 1);
+    if (factor < 0) decay = 0;
+    if (!node->trains || (lr >= 1 && lr <= 1 && !(factor < 0 || factor > 0))) return MPT_OK;
     MPT__TRY(mpt_optimizer_tensor(net->opt, node->weight, lr, decay));
     if (node->bias) return mpt_optimizer_tensor(net->opt, node->bias, lr, decay);
     return MPT_OK;
@@ -10562,8 +10564,8 @@ static mpt_array mpt__grad(const mpt_model *net, int id) {
     return mpt__buffer_array(net, mpt__node_of(net, id)->grad, mpt__node_of(net, id)->grad_type);
 }
 
-/* A tensor as its node reads it. Products: in their compute type; biases, too, for torch.autocast casts them. gamma and
-   beta: fp32 wherever there are masters. */
+/* A tensor as its node reads it. Products read weights and biases in their compute type, as torch.autocast casts both;
+   norms read gamma and beta in fp32 if there are masters. */
 static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, int tensor) {
     const mpt_array none = MPT_ZERO;
     const int averaged = net->averaged && tensor <= net->opt->op.tensors;
@@ -10577,7 +10579,7 @@ static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, 
     return mpt_params_weight(net->params, tensor);
 }
 
-/* Where the gradient of a tensor goes in this pass: into the last of the sums. data NULL: it is frozen. */
+/* Where this pass adds the gradient of a tensor: in the last of the sums. data NULL: the tensor is frozen. */
 static mpt_array mpt__tensor_grad(const mpt_model *net, int tensor) {
     float *grad = tensor ? mpt_params_grad(net->params, tensor) : NULL;
     if (!grad || net->sums_count < 2) return mpt_f32_array(grad);
@@ -10592,12 +10594,12 @@ static void mpt__enter(mpt_model *net, int node, mpt_pass pass, int output) {
     p->output = output;
 }
 
-/* Number of this pass among those of all ranks that make the step. */
+/* Number of this pass among the passes of all ranks in this step. */
 static uint64_t mpt__pass_number(const mpt_model *net) {
     return (uint64_t)net->train.ranks.rank * (uint64_t)net->train.accumulate + (uint64_t)net->micro;
 }
 
-/* What node `id` reads and writes in a pass over N samples, but for gradients of its inputs. */
+/* What node `id` reads and writes in a pass over N samples, except for the gradients of its inputs. */
 static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int train) {
     const mpt__node *node = mpt__node_of(net, id);
     mpt__visit v = MPT_ZERO;
@@ -10617,7 +10619,7 @@ static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int trai
         v.running = net->running + node->running;
         v.pending = net->pending + node->running;
     }
-    v.mask.p = node->p; /* named by step, micro-batch and node */
+    v.mask.p = node->p; /* the mask depends on step, micro-batch and node */
     v.mask.seed = net->train.seed;
     v.mask.tensor = mpt__pass_number(net) << 32 | (uint64_t)id;
     v.mask.step = &net->opt->op.state->applied;
@@ -10628,7 +10630,7 @@ static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int trai
     return v;
 }
 
-/* Everything but the input and the loss, which know the batch. */
+/* For all nodes except the input and the loss, which need the batch. */
 static mpt_result mpt__node_forward(mpt_model *net, int id, size_t N, int train) {
     const mpt__node *node = mpt__node_of(net, id);
     const mpt__kind kind = mpt__kind_of(node);
@@ -10640,8 +10642,8 @@ static mpt_result mpt__node_forward(mpt_model *net, int id, size_t N, int train)
     return MPT_OK;
 }
 
-/* Where a node hands the gradient of an input to. The first one that flows into it in this pass is written, those after
-   it are added; a shared one is there already. */
+/* Where a node writes the gradient of an input. The first node to do so in this pass writes it, later ones add to it;
+   if it is shared with dy, there is nothing to do. */
 static void mpt__visit_input(mpt_model *net, mpt__visit *v, int side) {
     const int to = v->node->in[side];
     mpt__node *in = to ? mpt__node_of(net, to) : NULL;
@@ -10652,7 +10654,7 @@ static void mpt__visit_input(mpt_model *net, mpt__visit *v, int side) {
     if (v->dx[side].data == v->dy.data) v->dx[side].data = NULL;
 }
 
-/* dy, in place, from behind the activation that the node computes in passing */
+/* Multiplies dy, in place, by the slope of the activation that is fused into the node. */
 static mpt_result mpt__slope_backward(const mpt__visit *v) {
     mpt_map_op op = mpt__map_op(v, MPT_MAP_ACTIVATION_GRADIENT, v->y, v->dy);
     op.b = v->dy;
@@ -10689,7 +10691,7 @@ static mpt_result mpt__need_built(const mpt_model *net, const char *call) {
     return mpt_fail(net->ctx, MPT_ERROR_ORDER, "%s: the model is not built", call);
 }
 
-/* The next samples of x, which has any type */
+/* The samples of x from number `samples` on; x may have any type */
 static const void *mpt__samples_at(const mpt_model *net, const void *x, size_t samples) {
     return (const char *)x + samples * mpt__input_bytes(net);
 }
@@ -10700,8 +10702,9 @@ static mpt_result mpt__bad_input(mpt_model *net, const char *call, const float *
                     i / features, i % features, (double)x[i]);
 }
 
-/* Inputs must be finite, labels in range: told before anything changes. target NULL: there is none. The first batch of
-   inputs is left to mpt__feed, unless its way to the device is into a value that a backward pass may still read. */
+/* Checks, before anything changes, that inputs are finite and labels in range. target NULL: there is none. The first
+   batch of inputs is left to mpt__feed, unless that copies it straight into a value that a backward pass may still
+   read. */
 static mpt_result mpt__check_batch(mpt_model *net, const char *call, const void *x, const void *target,
                                    size_t samples) {
     const mpt__node *input = &net->nodes[0], *loss = mpt__loss_of(net);
@@ -10720,8 +10723,8 @@ static mpt_result mpt__check_batch(mpt_model *net, const char *call, const void 
     return mpt__targets_check(net->ctx, call, loss, (const float *)target, samples);
 }
 
-/* Brings the inputs of a pass to the device: where mpt__run_forward finds them is *at. If they are not finite nothing
-   has changed; call NULL: they are known to be. */
+/* Brings the inputs of a pass to the device, *at, for mpt__run_forward. If they are not finite nothing has changed;
+   call NULL: they were checked before. */
 static mpt_result mpt__feed(mpt_model *net, const char *call, const void *x, size_t rows, const void **at) {
     const mpt_input_desc *in = &net->nodes[0].input;
     mpt_feed_op op = MPT_ZERO;
@@ -10739,7 +10742,7 @@ static mpt_result mpt__feed(mpt_model *net, const char *call, const void *x, siz
     return MPT_OK;
 }
 
-/* The value of the input from what was fed */
+/* Computes the value of the input from what was fed. */
 static mpt_result mpt__input_forward(mpt_model *net, const void *fed, size_t rows) {
     const mpt__node *node = &net->nodes[0];
     const mpt_array value = mpt__value(net, 1);
@@ -10798,7 +10801,7 @@ static mpt_result mpt__run_forward(mpt_model *net, const void *fed, const void *
     return r;
 }
 
-/* mpt_step, of which the optimizer alone hears, ends a step in any stage. */
+/* mpt_step ends a step in any stage, but only the optimizer knows of it. */
 static mpt__stage mpt__stage_of(const mpt_model *net) {
     if (net->opt->steps == net->stage_step) return net->stage;
     return MPT__BETWEEN;
@@ -10809,10 +10812,10 @@ static void mpt__stage_set(mpt_model *net, mpt__stage stage) {
     net->stage_step = net->opt->steps;
 }
 
-/* Have passes gone by since the last step whose gradients the next one would add to? */
+/* Have backward passes been made since the last step, so that the next one would add to their gradients? */
 static int mpt__has_gradients(const mpt_model *net) { return mpt__stage_of(net) >= MPT__GATHERED; }
 
-/* Forgets all passes since the last step. */
+/* Discards all passes since the last step. */
 static mpt_result mpt__forget_passes(mpt_model *net) {
     if (mpt__has_gradients(net)) MPT__TRY(mpt__reset_statistics(net));
     mpt__stage_set(net, MPT__BETWEEN);
@@ -10821,7 +10824,7 @@ static mpt_result mpt__forget_passes(mpt_model *net) {
     return MPT_OK;
 }
 
-/* Of the sums of losses [0] is that of the passes so far, the new one included, and [2] that without it. */
+/* Of the sums of losses, [0] includes the new pass and [2] only the passes before it. */
 static mpt_result mpt__start_forward(mpt_model *net) {
     mpt_backend *backend = &net->ctx->backend;
     mpt_loss_sum *sum = &net->sums[0], *before = &net->sums[2];
@@ -10860,7 +10863,7 @@ MPT_DEF mpt_result mpt_sample_weights(mpt_model *net, const float *weights) {
     return MPT_OK;
 }
 
-/* What was handed over is for this call, and for no later one. */
+/* The weights that were given are for this call only. */
 static void mpt__take_weights(mpt_model *net) {
     net->weights = net->given;
     net->given = NULL;
@@ -10889,10 +10892,10 @@ MPT_DEF mpt_result mpt_forward(mpt_model *net, const void *x, const void *target
     return mpt__train_forward(net, fed, target, samples);
 }
 
-/* Does a forward pass of the step under way wait for its backward pass? */
+/* Does a forward pass of this step wait for its backward pass? */
 static int mpt__waits(const mpt_model *net) { return net->forward_rows && mpt__stage_of(net) != MPT__BETWEEN; }
 
-/* A pass writes a sum of its own, or, where more passes came than `accumulate` says, adds to the last. */
+/* Each pass starts a sum, or adds to the last one if there are more passes than `accumulate`. */
 static void mpt__sums_begin(mpt_model *net) {
     if (!net->micro) net->sums_count = 0;
     if (net->sums_count > net->sums_apart_count) return;
@@ -10914,7 +10917,7 @@ static mpt_result mpt__sums_join(mpt_model *net) {
     return mpt_op_map(net->ctx, &op);
 }
 
-/* Sums of as many passes are joined at once, all of them when the step has its passes. */
+/* Joins sums of equally many passes; when the step has all its passes, joins all sums. */
 static mpt_result mpt__sums_end(mpt_model *net) {
     int last;
     net->sums_of[net->sums_count - 1]++;
@@ -11018,11 +11021,12 @@ static mpt_result mpt__train_calls(mpt_model *net, const char *call, const void 
     return mpt_scaler_update(net->scaler);
 }
 
-/* Are the calls those of the last step? Not behind backward passes without a step, nor among other optimizers. */
+/* Will a step make the same calls as the one before? Not after backward passes without a step, nor if the scaler has
+   other optimizers. */
 static int mpt__step_known(const mpt_model *net) {
     int i;
     if (!net->ctx->backend.begin || net->opt->phase != MPT__READY || mpt__has_gradients(net)) return 0;
-    if (mpt__sample_weights_bytes(net) && !net->weights) return 0; /* what is recorded uploads them */
+    if (mpt__sample_weights_bytes(net) && !net->weights) return 0; /* a recorded step uploads them */
     if (net->train.ranks.ranks > 1 && !net->train.ranks.on_stream) return 0;
     for (i = 1; i <= net->count; i++)
         if (mpt__node_of(net, i)->kind == MPT__OWN) return 0;
@@ -11031,7 +11035,7 @@ static int mpt__step_known(const mpt_model *net) {
     return 1;
 }
 
-/* Between steps: of the model's optimizer, and no other of the scaler may keep it from its update. */
+/* Checks that the model's optimizer is between steps, and that no other optimizer keeps the scaler from its update. */
 static mpt_result mpt__need_between(const mpt_model *net, const char *call) {
     int i;
     if (net->opt->phase != MPT__READY)
@@ -11045,7 +11049,7 @@ static mpt_result mpt__need_between(const mpt_model *net, const char *call) {
     return MPT_OK;
 }
 
-/* recorded: as the device may have recorded it. */
+/* recorded: the device may record the step, or execute a recorded one. */
 static mpt_result mpt__train_once(mpt_model *net, const char *call, const void *x, const float *target, size_t samples,
                                   int recorded, int *again) {
     mpt_backend *backend = &net->ctx->backend;
@@ -11056,7 +11060,7 @@ static mpt_result mpt__train_once(mpt_model *net, const char *call, const void *
     if (recorded) {
         const mpt_result ended = backend->end(net->ctx, r, again);
         if (begun) r = ended;
-        else *again = 0; /* a device that is lost has nothing to say */
+        else *again = 0; /* the device is lost */
     }
     if (*again) net->opt->phase = MPT__READY;
     return r;
@@ -11072,7 +11076,7 @@ static mpt_result mpt__ranks_failed(mpt_model *net) {
                     why);
 }
 
-/* Says words(SLOT_WORDS) to all ranks; what each has said is in slots_host. */
+/* Tells words(SLOT_WORDS) to all ranks; those that each rank told are then in slots_host. */
 static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
     const size_t n = (size_t)net->train.ranks.ranks * MPT__SLOT;
     mpt_ranks_op op = MPT_ZERO;
@@ -11086,8 +11090,7 @@ static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
 
 static uint64_t mpt__settings_hash(const mpt_model *net);
 
-/* A hash of what must be the same on all ranks: layers, settings, initial weights. *failed: there was no memory for
-   it. */
+/* A hash of what must be equal on all ranks: layers, settings, initial weights. *failed: there was no memory for it. */
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
     float *weights = (float *)mpt__host_alloc(net->ctx, count * sizeof *weights);
@@ -11100,7 +11103,7 @@ static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     return hash;
 }
 
-/* Have all ranks built the same model? `built`: how it went here; a rank that failed tells the others. */
+/* Checks that all ranks have built the same model. `built`: this rank's result; a rank that failed tells the others. */
 static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
     const int ranks = net->train.ranks.ranks, rank = net->train.ranks.rank;
     uint64_t mine[MPT__SLOT_WORDS] = {0};
@@ -11131,7 +11134,7 @@ static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
     return MPT_OK;
 }
 
-/* Before the gradients are checked: the sums of the passes become one, and with other ranks that of all ranks. */
+/* Called before the gradients are checked: adds up the sums of all passes, then those of all ranks. */
 static mpt_result mpt__gather_gradients(void *user) {
     mpt_model *net = (mpt_model *)user;
     mpt_ranks_op op = MPT_ZERO;
@@ -11148,8 +11151,8 @@ static mpt_result mpt__gather_gradients(void *user) {
     return mpt__ranks_failed(net);
 }
 
-/* A rank that cannot make its passes joins the others with a gradient that is none: all skip the step, and nobody
-   waits. */
+/* A rank that cannot make its passes joins the others with a NaN gradient, so that none of them waits and all skip the
+   step. */
 static void mpt__join_failed(mpt_model *net) {
     const float nan = mpt__float(0x7fc00000u);
     char why[sizeof net->ctx->why];
@@ -11168,7 +11171,7 @@ static void mpt__join_failed(mpt_model *net) {
     net->ctx->failed = failed;
 }
 
-/* What is wrong with these samples, before anything is done with them */
+/* Checks samples and targets of a step before it begins. */
 static mpt_result mpt__check_samples(mpt_model *net, const char *call, const void *x, const void *target,
                                      size_t samples) {
     const size_t batch = (size_t)net->train.batch, whole = batch * (size_t)net->train.accumulate;
@@ -11214,26 +11217,42 @@ MPT_DEF mpt_result mpt_train_samples(mpt_model *net, const void *x, const void *
     return mpt__train(net, "train_samples", x, target, samples);
 }
 
-MPT_DEF mpt_params *mpt_model_params(mpt_model *net) { return net ? net->params : NULL; }
-MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net) { return net ? net->opt : NULL; }
-MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net) { return net ? net->scaler : NULL; }
+MPT_DEF mpt_params *mpt_model_params(mpt_model *net) {
+    if (!net) return NULL;
+    return net->params;
+}
+
+MPT_DEF mpt_optimizer *mpt_model_optimizer(mpt_model *net) {
+    if (!net) return NULL;
+    return net->opt;
+}
+
+MPT_DEF mpt_scaler *mpt_model_scaler(mpt_model *net) {
+    if (!net) return NULL;
+    return net->scaler;
+}
 
 MPT_DEF double mpt_loss(mpt_model *net) {
     mpt_loss_sum sum = MPT_ZERO;
     int left_out;
     if (!net || !net->built) return (double)mpt__float(0x7fc00000u);
-    left_out = net->stage == MPT__RESUMED && mpt__stage_of(net) == MPT__BETWEEN; /* its last pass, by the step */
+    left_out = net->stage == MPT__RESUMED && mpt__stage_of(net) == MPT__BETWEEN; /* the step ignored its last pass */
     if (mpt_download(net->ctx, &sum, &net->sums[left_out ? 2 : 0], sizeof sum) != MPT_OK)
         return (double)mpt__float(0x7fc00000u);
     if (sum.weight > 0) return sum.loss / sum.weight;
     return 0;
 }
 
-MPT_DEF float mpt_loss_scale(mpt_model *net) { return net && net->built ? mpt_scaler_scale(net->scaler) : 0.0f; }
+MPT_DEF float mpt_loss_scale(mpt_model *net) {
+    if (!net || !net->built) return 0;
+    return mpt_scaler_scale(net->scaler);
+}
 
 static uint64_t mpt__steps(mpt_model *net, int skipped) {
-    mpt_optimizer_state *s = net && net->built ? &net->opt->mirror : NULL;
-    if (!s || mpt_optimizer_get_state(net->opt, s) != MPT_OK) return UINT64_MAX;
+    mpt_optimizer_state *s;
+    if (!net || !net->built) return UINT64_MAX;
+    s = &net->opt->mirror;
+    if (mpt_optimizer_get_state(net->opt, s) != MPT_OK) return UINT64_MAX;
     if (skipped) return s->skipped;
     return s->applied;
 }
@@ -11248,7 +11267,7 @@ MPT_DEF size_t mpt_model_outputs(const mpt_model *net) {
     return 0;
 }
 
-/* An evaluation writes over the activations that a backward pass would read. */
+/* An evaluation overwrites the activations that a backward pass would read. */
 static mpt_result mpt__need_activations(const mpt_model *net, const char *call) {
     if (!mpt__waits(net)) return MPT_OK;
     return mpt_fail(net->ctx, MPT_ERROR_ORDER,
@@ -11260,7 +11279,7 @@ static int mpt__uses_average(const mpt_model *net, uint64_t applied) {
     return net->use_average && applied > net->opt->op.average_from;
 }
 
-/* Of the weights that an evaluation reads */
+/* Decides which weights an evaluation reads, and rounds averages for it. */
 static mpt_result mpt__choose_weights(mpt_model *net) {
     mpt_optimizer_state *state = &net->opt->mirror;
     net->averaged = 0;
@@ -11306,7 +11325,7 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *targe
     return MPT_OK;
 }
 
-/* An array of n elements to host memory, as fp32. */
+/* Copies an array of n elements to host memory, as fp32. */
 static mpt_result mpt__read_array(mpt_model *net, size_t n, mpt_array x, float *out) {
     if (x.type != MPT_F32) {
         MPT__TRY(mpt_cast(net->ctx, n, x, mpt_f32_array(net->staging), NULL));
@@ -11356,7 +11375,7 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
     double factor;
     MPT__TRY(mpt__need_kept(net, "node_grad", id, out));
     if (mpt__stage_of(net) != MPT__GATHERED)
-        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_grad: no backward pass is the last thing that was done");
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "node_grad: the last call was not a backward pass");
     n = net->rows * mpt__node_count(mpt__node_of(net, id));
     MPT__TRY(mpt__read_array(net, n, mpt__grad(net, id), out));
     factor = mpt__passes(net) / (double)mpt_scaler_scale(net->scaler);
@@ -11364,7 +11383,7 @@ MPT_DEF mpt_result mpt_node_grad(mpt_model *net, int id, float *out) {
     return MPT_OK;
 }
 
-/* -- Folding -- y = (w x + b - mean) gamma / deviation + beta = w' x + b', where b' takes beta's place */
+/* -- Folding -- y = (w x + b - mean) gamma / deviation + beta = w' x + b', with b' stored in beta */
 
 static mpt_result mpt__need_unfolded(const mpt_model *net, const char *call) {
     int id;
@@ -11375,7 +11394,7 @@ static mpt_result mpt__need_unfolded(const mpt_model *net, const char *call) {
     return MPT_OK;
 }
 
-/* What folding a norm reads and writes, on the host */
+/* The host arrays for folding a norm */
 typedef struct mpt__fold {
     size_t C, count; /* channels, weights */
     float *w, *bias, *gamma, *beta, *mean, *variance;
@@ -11403,7 +11422,7 @@ static mpt_result mpt__fold_read(mpt_model *net, const mpt__node *norm, const mp
     return mpt_download(net->ctx, f->mean, net->running + norm->running, 2 * f->C * sizeof(float));
 }
 
-/* w and beta as they are folded. 0: one is too large for `type`. */
+/* Folds w and beta. Returns 0 if a result is too large for `type`. */
 static int mpt__fold_rule(const mpt__fold *f, double eps, mpt_dtype type) {
     const size_t each = f->count / f->C;
     int fits = 1;
@@ -11435,7 +11454,7 @@ static mpt_result mpt__fold_norm(mpt_model *net, int id, float *room) {
 /* May this node be folded into the one before it? */
 static int mpt__folds_away(const mpt__node *node) { return node->in_place && node->bias; }
 
-/* Floats that the largest takes on the host; 0: there is none */
+/* Host floats needed to fold the largest norm; 0 if there is none to fold */
 static size_t mpt__fold_room(const mpt_model *net) {
     size_t most = 0;
     int id;
@@ -11448,7 +11467,7 @@ static size_t mpt__fold_room(const mpt_model *net) {
     return most;
 }
 
-/* All that can be, of weights that are as they were loaded. */
+/* Folds every norm that can be folded; the weights are those just loaded. */
 static mpt_result mpt__fold_all(mpt_model *net, float *room) {
     int id;
     for (id = 1; id <= net->count; id++)
@@ -11456,9 +11475,12 @@ static mpt_result mpt__fold_all(mpt_model *net, float *room) {
     return MPT_OK;
 }
 
-/* -- The plan as told -- */
+/* -- Inspection -- */
 
-MPT_DEF int mpt_model_nodes(const mpt_model *net) { return net ? net->count : 0; }
+MPT_DEF int mpt_model_nodes(const mpt_model *net) {
+    if (!net) return 0;
+    return net->count;
+}
 
 MPT_DEF mpt_train_desc mpt_model_train_desc(const mpt_model *net) {
     const mpt_train_desc none = MPT_ZERO;
@@ -11472,7 +11494,7 @@ MPT_DEF const float *mpt_model_running(const mpt_model *net, int id) {
     return NULL;
 }
 
-/* The one judge of running statistics: means(C) are finite, and the variances(C) behind them not negative, too. */
+/* Checks that means(C) and the variances(C) after them are finite, and the variances not negative. */
 static mpt_result mpt__running_check(mpt_context *ctx, const char *call, const mpt__node *node, const float *host) {
     const size_t C = (size_t)node->C;
     size_t i;
@@ -11497,9 +11519,12 @@ MPT_DEF mpt_result mpt_model_set_running(mpt_model *net, int id, const float *ho
     return mpt_upload(net->ctx, net->pending + at, host, bytes);
 }
 
-MPT_DEF mpt_context *mpt_model_context(const mpt_model *net) { return net ? net->ctx : NULL; }
+MPT_DEF mpt_context *mpt_model_context(const mpt_model *net) {
+    if (!net) return NULL;
+    return net->ctx;
+}
 
-/* A forward pass that no step follows must not count: what it touches is put back. */
+/* A pass without a step must not count: everything that it changes is restored. */
 MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target, size_t samples, float scale) {
     mpt_scaler_state scaler;
     mpt_loss_sum sums[MPT__SUMS];
@@ -11510,7 +11535,7 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target,
     mpt_result r, kept;
     MPT__TRY(mpt__need_built(net, "replay"));
     if (net->opt->phase != MPT__READY || mpt__has_gradients(net))
-        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "replay: a step is under way, whose gradients it would overwrite");
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER, "replay: it would overwrite the gradients of an unfinished step");
     stage = net->stage;
     step = net->stage_step;
     micro = net->micro;
@@ -11528,7 +11553,7 @@ MPT_DEF mpt_result mpt_replay(mpt_model *net, const void *x, const void *target,
     net->micro = micro;
     net->forward_rows = 0;
     if (r == MPT_OK) return kept;
-    net->ctx->failed = r; /* not what came after it */
+    net->ctx->failed = r; /* instead of a later failure */
     memcpy(net->ctx->why, why, sizeof why);
     return r;
 }
