@@ -11603,7 +11603,7 @@ MPT_DEF mpt_result mpt_model_node(const mpt_model *net, int id, mpt_node_info *o
     return MPT_OK;
 }
 
-/* Arrays that a built model has from its device. */
+/* Number of arrays that a built model has on its device. */
 static size_t mpt__device_arrays(const mpt_model *net) {
     const mpt_params *p = net->params;
     size_t count = 5; /* block, targets, sums; states of scaler and optimizer */
@@ -11683,7 +11683,7 @@ typedef struct mpt__table { /* a line at a time */
     char line[256];
 } mpt__table;
 
-/* CSV: in quotes where it must be. */
+/* A cell of CSV, in quotes where necessary. */
 static void mpt__put_csv(mpt__text *t, const char *cell) {
     const int quoted = strpbrk(cell, ",\"\n") != NULL;
     if (quoted) mpt__put_char(t, '"');
@@ -11694,7 +11694,7 @@ static void mpt__put_csv(mpt__text *t, const char *cell) {
     if (quoted) mpt__put_char(t, '"');
 }
 
-/* The next cell of a line: in text followed by blanks up to its column's end. */
+/* Adds a cell to the line; in text, with blanks up to its column's end. */
 MPT__PRINTF(2, 3)
 static void mpt__cell(mpt__table *t, const char *format, ...) {
     const int end = t->columns[t->at].end;
@@ -11717,13 +11717,13 @@ static void mpt__cell(mpt__table *t, const char *format, ...) {
 
 static void mpt__row_end(mpt__table *t) {
     mpt__put_char(&t->text, '\n');
-    t->text.at[-1] = '\n'; /* of a line that was cut, too */
+    t->text.at[-1] = '\n'; /* also if the line was cut */
     t->write(t->line, t->user);
     t->text.at = t->line;
     t->at = 0;
 }
 
-/* The header. Columns end with the one whose end is 0. */
+/* Writes the header. The last column is the one whose end is 0. */
 static void mpt__table_start(mpt__table *t, const mpt__column *columns, mpt_style style, mpt_write write, void *user) {
     int i = 0;
     t->style = style;
@@ -11808,15 +11808,15 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
     return MPT_OK;
 }
 
-/* -- Where a file lies -- a table: on the disk, where files are FILE *, in memory, or in a test that makes each of
-   these fail. 0: failed. */
+/* -- File systems -- a table: for the disk, where files are FILE *, for memory, or for a test that makes each of these
+   fail. Each returns 0 if it failed. */
 
 typedef struct mpt__disk {
     void *(*open)(const char *path, int writing);
-    int (*size)(void *file, uint64_t *bytes); /* of a file that was just opened */
+    int (*size)(void *file, uint64_t *bytes); /* called first after open */
     int (*read)(void *file, void *to, size_t bytes);
     int (*write)(void *file, const void *from, size_t bytes);
-    int (*close)(void *file, int flush); /* flush: it was written, bring it to the disk; closes it in any case */
+    int (*close)(void *file, int flush); /* flush: writes what is buffered to the disk first; closes in any case */
     int (*rename)(const char *from, const char *to);
     int (*remove)(const char *path);
 } mpt__disk;
@@ -11871,7 +11871,7 @@ MPT__SYSTEM(int, fileno, (FILE * file)) /* -std=c99 hides them */
 MPT__SYSTEM(int, fsync, (int file))
 MPT__SYSTEM(char *, realpath, (const char *path, char *out))
 static int mpt__file_sync(FILE *file) { return mpt__sys_fsync(mpt__sys_fileno(file)) == 0; }
-/* With the permissions of the file that it replaces */
+/* Keeps the permissions of the file that it replaces. */
 static int mpt__file_rename(const char *from, const char *to) {
     struct stat old;
     if (stat(to, &old) == 0 && chmod(from, old.st_mode & 07777) != 0) return 0;
@@ -11883,15 +11883,15 @@ static int mpt__file_rename(const char *from, const char *to) { return rename(fr
 #endif
 #endif
 
-#ifdef MPT__POSIX /* x: a new one */
+#ifdef MPT__POSIX /* x: must not exist */
 static void *mpt__file_open(const char *path, int writing) { return fopen(path, writing ? "wbx" : "rb"); }
 #else
 static void *mpt__file_open(const char *path, int writing) { return fopen(path, writing ? "wb" : "rb"); }
 #endif
-#ifdef _WIN32 /* whose long has 32 bits */
+#ifdef _WIN32 /* long has 32 bits */
 static int mpt__seek_end(FILE *file) { return _fseeki64(file, 0, SEEK_END) == 0; }
 static int64_t mpt__tell(FILE *file) { return _ftelli64(file); }
-#else /* where long has 32 bits, fopen opens no file over 2 GiB, unless off_t was made larger: then ftell fails */
+#else /* if long has 32 bits, fopen refuses files over 2 GiB, or with a larger off_t ftell fails */
 static int mpt__seek_end(FILE *file) { return fseek(file, 0, SEEK_END) == 0; }
 static int64_t mpt__tell(FILE *file) { return ftell(file); }
 #endif
@@ -11926,7 +11926,7 @@ static uint64_t mpt__get_bytes(const unsigned char *at, size_t bytes) {
     return value;
 }
 
-/* Element i of an array of 16- or 32-bit elements, as this machine has them. */
+/* Element i of an array of 16- or 32-bit elements, in this machine's byte order. */
 static uint32_t mpt__get_element(const void *array, size_t i, size_t size) {
     if (size == 2) return ((const uint16_t *)array)[i];
     return ((const uint32_t *)array)[i];
@@ -11937,26 +11937,26 @@ static void mpt__put_element(void *array, size_t i, size_t size, uint32_t bits) 
     else ((uint32_t *)array)[i] = bits;
 }
 
-/* FNV-1a, of the bytes one after the other. */
+/* FNV-1a over the bytes. */
 static uint64_t mpt__sum_bytes(uint64_t sum, const unsigned char *bytes, size_t count) {
     while (count--) sum = (sum ^ *bytes++) * 0x100000001b3u;
     return sum;
 }
 
-/* -- A file on its way in or out -- */
+/* -- What saving and loading work on -- */
 
 typedef struct mpt__file_type {
     const char *name;
     size_t size;
 } mpt__file_type;
 
-/* Elements that a file may have; the first ones are mpt_dtype. */
+/* Element types that a file may have; the first ones are those of mpt_dtype. */
 enum { MPT__U8 = MPT_DTYPE_COUNT, MPT__U16, MPT__I64, MPT__FILE_TYPES = 16, MPT__DIMS = 8, MPT__HEADER = 100000000 };
 static const mpt__file_type mpt__file_types[MPT__FILE_TYPES] = {
     {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"U8", 1},  {"U16", 2}, {"I64", 8},
     {"F64", 8}, {"I8", 1},  {"I16", 2},  {"I32", 4},     {"U32", 4},     {"U64", 8}, {"C64", 8}, {"BOOL", 1}};
 
-typedef struct mpt__entry { /* a tensor of a file that is read, as its header has it */
+typedef struct mpt__entry { /* a tensor in the header of a file that is read */
     const char *name;
     int type, dims, used;
     uint64_t shape[MPT__DIMS], begin, end;
@@ -11964,34 +11964,35 @@ typedef struct mpt__entry { /* a tensor of a file that is read, as its header ha
 
 typedef enum mpt__part_kind {
     MPT__STATE = 0, /* counters and settings: 64-bit words, see mpt__walk */
-    MPT__RAW,       /* elements as the device has them */
-    MPT__RUNNING,   /* half of a batch norm's statistics */
-    MPT__VALUES,    /* a tensor of parameters as the numbers that mpt_params_get tells */
-    MPT__SUM        /* of all bytes before it */
+    MPT__RAW,       /* elements as they are on the device */
+    MPT__RUNNING,   /* running means or variances of a batch norm */
+    MPT__VALUES,    /* a tensor of parameters, as the numbers that mpt_params_get returns */
+    MPT__SUM        /* checksum of all bytes before it */
 } mpt__part_kind;
 
-typedef struct mpt__part { /* a tensor of a file, as the model has it */
+typedef struct mpt__part { /* a tensor of the model that is saved or loaded */
     char name[80];
     mpt__part_kind kind;
     int id;         /* which state; node of a running statistic; tensor of values */
-    int moment;     /* RAW: of the optimizer, 1..3; of averages, which are judged as the first: 1; 0: none */
+    int moment;     /* RAW: 1..3 for the optimizer's moments; 1 for averages, which are checked like the first; 0:
+                       none */
     int type, dims; /* in the file */
     uint64_t shape[4];
     size_t count;            /* of all elements */
-    size_t columns, inner;   /* of a row; filters: channels inside, which PyTorch has outside */
-    int reads;               /* node whose value the columns go with; 0: in the model's order */
-    int makes;               /* the same of the rows */
+    size_t columns, inner;   /* elements of a row; filters: channels, innermost here but not in PyTorch */
+    int reads;               /* node whose elements the columns belong to; 0: columns are in the model's order */
+    int makes;               /* the same for the rows */
     void *device;            /* RAW, RUNNING */
-    int half;                /* loading partly: of a pair of running statistics, the other is not there */
-    const mpt__entry *entry; /* loading: where it comes from... */
-    char *staging;           /* ...and what it becomes, ready to be uploaded */
+    int half;                /* partial loading: of a pair of running statistics, the other one is missing */
+    const mpt__entry *entry; /* loading: the tensor in the file... */
+    char *staging;           /* ...and its elements, ready to be uploaded */
 } mpt__part;
 
-typedef struct mpt__state { /* what is no array */
+typedef struct mpt__state { /* everything except arrays */
     mpt_optimizer_state optimizer;
     mpt_scaler_state scaler;
     double lr;
-    mpt_tensor_slice *slices; /* of each tensor; behind this struct */
+    mpt_tensor_slice *slices; /* of each tensor; allocated behind this struct */
 } mpt__state;
 
 typedef struct mpt__job {
@@ -12001,18 +12002,18 @@ typedef struct mpt__job {
     const char *call, *path; /* path NULL: in memory */
     const mpt__disk *disk;
     void *file;
-    int full; /* a checkpoint, else weights of this type */
+    int full; /* 1: a checkpoint; 0: weights of this type */
     int type;
     int averages;   /* the checkpoint has them */
-    float *folding; /* room for it */
+    float *folding; /* room for folding a norm */
     mpt__part *parts;
     int count;
     mpt__state *state;
-    char *header, *at; /* the header; reading: how far it is read */
+    char *header, *at; /* the header; reading: the next byte of it */
     size_t header_bytes;
     mpt__entry *entries;
     int entry_count, entry_capacity;
-    unsigned char *data; /* of the file; writing: of one part */
+    unsigned char *data; /* reading: of the file; writing: of one part */
     size_t data_bytes;
     char *staging;
 } mpt__job;
@@ -12032,9 +12033,9 @@ static size_t mpt__part_bytes(const mpt__part *part) { return part->count * mpt_
 
 /* -- Which tensors a model has -- */
 
-/* Where PyTorch, which flattens images in C, H, W order, has element i of a node's value. A value of one pixel has the
-   order of the input that its layer says it follows: a concatenation of the one that *i, which it changes, falls
-   into; what a linear layer makes has that of the image it becomes. id 0: the model's order */
+/* The index in PyTorch, which flattens images in C, H, W order, of element i of a node's value. A value of one pixel
+   has the order of the input that its layer follows; a concatenation follows the input that *i falls into, and changes
+   *i. The outputs of a linear layer have the order of the image that they are reshaped to. id 0: the model's order */
 static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     size_t before = 0; /* elements of the inputs to the left */
     while (id) {
@@ -12048,7 +12049,7 @@ static size_t mpt__torch_index(const mpt_model *net, int id, size_t i) {
     return before + i;
 }
 
-/* Has PyTorch the elements of two values in the same order? `other` 0: in the model's. */
+/* Are the elements of two values in the same order in PyTorch? `other` 0: the model's order. */
 static int mpt__same_order(const mpt_model *net, int id, int other) {
     const size_t count = mpt__node_count(mpt__node_of(net, id));
     size_t i;
@@ -12057,9 +12058,9 @@ static int mpt__same_order(const mpt_model *net, int id, int other) {
     return 1;
 }
 
-/* Layers that compute something else on a flattened image than PyTorch, which has its elements in C, H, W order, so
-   that no order of their weights makes up for it: sums and products with what is in another order, groups of
-   channels, slices of it, and what it becomes in another shape. */
+/* Refuses models with a layer that computes something else than PyTorch because a flattened image has another order
+   there, which no order of the layer's weights makes up for: sums and products with a value in another order, groups of
+   channels, slices, and reshapes. */
 static mpt_result mpt__check_orders(const mpt__job *job) {
     const mpt_model *net = job->net;
     int id;
@@ -12069,14 +12070,14 @@ static mpt_result mpt__check_orders(const mpt__job *job) {
         const int groups = kind.groups && kind.groups(node) > 1 && in->H * in->W == 1;
         if ((kind.matches_torch && !kind.matches_torch(net, node)) || (groups && !mpt__same_order(net, node->in[0], 0)))
             return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED,
-                                 "'%s' reads a flattened image, which PyTorch has in C, H, W order: it would compute "
+                                 "'%s' reads a flattened image, which is in C, H, W order in PyTorch: it would compute "
                                  "something else there",
                                  node->name);
     }
     return MPT_OK;
 }
 
-/* Where element i of the model's order stands in the file. */
+/* The index in the file of element i of a tensor of the model. */
 static size_t mpt__part_index(const mpt_model *net, const mpt__part *part, size_t i) {
     const size_t column = i % part->columns, number = i / part->columns;
     const size_t row = mpt__torch_index(net, part->makes, number) * part->columns;
@@ -12101,7 +12102,7 @@ static mpt__part *mpt__part_add(mpt__job *job, const char *prefix, const char *n
     return part;
 }
 
-/* A tensor of a node with PyTorch's shape; elements: of tensor 0, on the device. */
+/* Adds a tensor of a node, with PyTorch's shape; elements: the flat array on the device. */
 static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node *node, int tensor, mpt__part_kind kind,
                              int type, void *elements) {
     const mpt_params *params = job->net->params;
@@ -12127,7 +12128,7 @@ static void mpt__list_tensor(mpt__job *job, const char *prefix, const mpt__node 
     part->shape[3] = node->conv.S;
 }
 
-/* The tensors up to `last`, in the order of the nodes. */
+/* Adds the tensors up to `last`, in the order of the nodes. */
 static void mpt__list_some(mpt__job *job, const char *prefix, mpt__part_kind kind, int type, void *elements, int last) {
     int id, i;
     for (id = 1; id <= job->net->count; id++) {
@@ -12160,7 +12161,7 @@ static void mpt__list_running(mpt__job *job) {
 }
 
 enum { MPT__SETTINGS = 0, MPT__OPTIMIZER, MPT__SCALER, MPT__STATES, MPT__SETTINGS_VERSION = 2 };
-enum { MPT__STATE_BYTES = 1 << 24 }; /* of a state whose version is still to be read, at most */
+enum { MPT__STATE_BYTES = 1 << 24 }; /* of a state that is read although its size is wrong, for its version */
 static size_t mpt__state_words(const mpt__job *job, int which);
 
 static void mpt__list_states(mpt__job *job) {
@@ -12198,7 +12199,7 @@ static void mpt__list_averages(mpt__job *job) {
     for (; i < job->count; i++) job->parts[i].moment = 1;
 }
 
-/* The weights of a checkpoint as the policy keeps them: masters, or 16 bits and what goes with them. */
+/* Adds the weights of a checkpoint as the policy keeps them: masters, or 16-bit weights and what belongs to them. */
 static void mpt__list_kept(mpt__job *job) {
     const mpt_params *params = job->net->params;
     const int split = params->desc.master == MPT_MASTER_SPLIT;
@@ -12208,7 +12209,7 @@ static void mpt__list_kept(mpt__job *job) {
     mpt__list_tensors(job, "mpt.low.", MPT__RAW, split ? (int)MPT__U16 : (int)params->copy.type, params->low);
 }
 
-/* All tensors, those of wide elements first: then PyTorch finds each at a multiple of its element's size. */
+/* Lists all tensors, those with wide elements first, so that each begins at a multiple of its element's size. */
 static mpt_result mpt__list(mpt__job *job) {
     const size_t nodes = (size_t)job->net->count, tensors = (size_t)job->net->params->count;
     const size_t most = MPT__STATES + 1 + 2 * nodes + 6 * tensors;
@@ -12228,16 +12229,16 @@ static mpt_result mpt__list(mpt__job *job) {
     return MPT_OK;
 }
 
-/* -- Counters and settings -- one list of members each, walked to count the words, to write them and to read them */
+/* -- Counters and settings -- one list of members each, walked to count, write, read or hash the words */
 
 typedef struct mpt__walk {
     unsigned char *at; /* the next 8 bytes; NULL: only counted */
     int reading;
     size_t words;
     uint64_t hash;              /* of the words */
-    const char *node, *differs; /* the first member that reading has changed, "" or the node before it... */
-    double theirs, ours;        /* ...what the file has, and what was there */
-    const char *unfit;          /* a member that cannot hold what the file has */
+    const char *node, *differs; /* the first member whose value in the file differs, and its node, or ""... */
+    double theirs, ours;        /* ...its value in the file and in the model */
+    const char *unfit;          /* a member that cannot hold the file's value */
 } mpt__walk;
 
 static uint64_t mpt__walk_word(mpt__walk *w, uint64_t ours) {
@@ -12343,7 +12344,7 @@ static void mpt__walk_train(mpt__walk *w, mpt_train_desc *s) { MPT__TRAIN_MEMBER
 static void mpt__walk_node(mpt__walk *w, mpt__node *s) { MPT__NODE_MEMBERS(MPT__X) }
 #undef MPT__X
 
-/* What is not restored, but must be the same: walked in copies. */
+/* Settings that are not restored but must be equal: walked in copies. */
 static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
     mpt_train_desc train = net->train;
     int id;
@@ -12362,7 +12363,7 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
     if (net->channels) mpt__walk_uint64_t(w, "scale and shift of bytes", net->bytes_sum);
 }
 
-/* Of these, and of what a checkpoint restores, or may be another there. */
+/* A hash of these, and of settings that a checkpoint restores or that may differ from it. */
 static uint64_t mpt__settings_hash(const mpt_model *net) {
     mpt_scaler_state scaler = mpt_scaler_start(&net->train.scaler);
     mpt__walk w = MPT_ZERO;
@@ -12398,7 +12399,7 @@ static mpt__walk mpt__walk_state(const mpt__job *job, int which, unsigned char *
 
 static size_t mpt__state_words(const mpt__job *job, int which) { return mpt__walk_state(job, which, NULL, 0).words; }
 
-/* Room for the state, with what the model has. */
+/* Allocates the state and fills it from the model. */
 static mpt_result mpt__state_new(mpt__job *job) {
     const mpt_optimizer *opt = job->net->opt;
     const size_t table = (size_t)job->net->opt->op.tensors * sizeof(mpt_tensor_slice);
@@ -12473,7 +12474,7 @@ static mpt_result mpt__write_header(const mpt__job *job) {
     return mpt__need_written(job, job->header, job->header_bytes);
 }
 
-/* Elements of the model in `raw` to bytes of the file in job->data. */
+/* Converts elements of the model, in `raw`, to bytes of the file, in job->data. */
 static mpt_result mpt__pack(const mpt__job *job, const mpt__part *part, const void *raw) {
     const size_t size = mpt__file_types[part->type].size, from = part->kind == MPT__VALUES ? sizeof(float) : size;
     size_t i;
@@ -12489,7 +12490,7 @@ static mpt_result mpt__pack(const mpt__job *job, const mpt__part *part, const vo
     return MPT_OK;
 }
 
-/* A tensor of weights as it is to be saved */
+/* The numbers of a tensor that are to be saved */
 static mpt_result mpt__read_weights(const mpt__job *job, const mpt__part *part, float *out) {
     const mpt_model *net = job->net;
     const float *average = net->opt->op.average;
@@ -12528,8 +12529,8 @@ static mpt_result mpt__write_all(mpt__job *job) {
     return MPT_OK;
 }
 
-/* What is to be saved. */
-static mpt_result mpt__gather(mpt__job *job) {
+/* Collects what is to be saved. */
+static mpt_result mpt__save_prepare(mpt__job *job) {
     MPT__TRY(mpt__need_unfolded(job->net, job->call));
     MPT__TRY(mpt__state_new(job));
     MPT__TRY(mpt__list(job));
@@ -12540,7 +12541,7 @@ static mpt_result mpt__save_to_buffer(mpt__job *job) {
     mpt__memory_file *buffer = (mpt__memory_file *)job->file;
     const size_t capacity = buffer->size;
     int i;
-    MPT__TRY(mpt__gather(job));
+    MPT__TRY(mpt__save_prepare(job));
     buffer->size = 8 + job->header_bytes;
     for (i = 0; i < job->count; i++) buffer->size += mpt__part_bytes(&job->parts[i]);
     if (!buffer->to) return MPT_OK;
@@ -12551,7 +12552,7 @@ static mpt_result mpt__save_to_buffer(mpt__job *job) {
 }
 
 #ifndef MPT_NO_STDIO
-/* The temporary file becomes the file, or goes. */
+/* Writes the temporary file, then renames it, or removes it on failure. */
 static mpt_result mpt__save_to(mpt__job *job, const char *temporary) {
     const mpt__disk *disk = job->disk;
     mpt_result r;
@@ -12567,7 +12568,8 @@ static mpt_result mpt__save_to(mpt__job *job, const char *temporary) {
     return r;
 }
 
-/* A number that no other writer of the same file has at the same time: of the process, and of this job on its stack. */
+/* A number that differs from that of any other writer of the same file at the same time: a hash of the process and of
+   the address of this job on its stack. */
 static uint32_t mpt__writer(const mpt__job *job) {
 #if defined(_WIN32)
     const uint64_t process = (uint64_t)_getpid();
@@ -12579,7 +12581,7 @@ static uint32_t mpt__writer(const mpt__job *job) {
     return mpt_hash(process, (uint64_t)(uintptr_t)job, (uint64_t)(uintptr_t)job->net, 0);
 }
 
-/* The file that a symbolic link leads to, for the link is to stay one; NULL: it is none, or leads nowhere. */
+/* The file that a symbolic link leads to, so that the link stays one; NULL: the path is no link, or leads nowhere. */
 static char *mpt__linked(const mpt__job *job, mpt_result *r) {
 #ifdef MPT__POSIX
     enum { LONGEST = 4096 };
@@ -12600,7 +12602,7 @@ static mpt_result mpt__save_file(mpt__job *job) {
     size_t size;
     char *temporary, *target;
     mpt_result r;
-    MPT__TRY(mpt__gather(job));
+    MPT__TRY(mpt__save_prepare(job));
     target = mpt__linked(job, &r);
     MPT__TRY(r);
     if (target) job->path = target;
@@ -12615,8 +12617,7 @@ static mpt_result mpt__save_file(mpt__job *job) {
 }
 #endif /* MPT_NO_STDIO */
 
-/* -- Reading a header -- JSON of this one form; a 0 takes the place of the quote that ends a string, and stands behind
-   the header */
+/* -- Reading a header -- JSON, of this one form. A 0 follows the header, and replaces the quote that ends a string. */
 
 static mpt_result mpt__json_fail(const mpt__job *job, const char *what) {
     return mpt__job_fail(job, MPT_ERROR_FILE, "byte %zu of the header: %s", (size_t)(job->at - job->header), what);
@@ -12651,7 +12652,7 @@ static int mpt__json_unit(mpt__job *job) {
     return unit;
 }
 
-/* A \u escape, or two that make a pair of surrogates, to UTF-8 at *out, which they never overtake */
+/* Converts a \u escape, or a surrogate pair of two, to UTF-8 at *out; the result is never longer than the escape. */
 static mpt_result mpt__json_unicode(mpt__job *job, char **out) {
     int unit = mpt__json_unit(job), low = 0;
     char *to = *out;
@@ -12680,7 +12681,7 @@ static mpt_result mpt__json_unicode(mpt__job *job, char **out) {
     return MPT_OK;
 }
 
-/* Its escapes become what they stand for, in place. */
+/* Reads a string, replacing its escapes in place. */
 static mpt_result mpt__json_string(mpt__job *job, const char **out) {
     static const char escapes[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
     char *to;
@@ -12721,7 +12722,7 @@ static int mpt__json_word(mpt__job *job, const char *word) {
     return 1;
 }
 
-/* -1.5e+3 and the like, of JSON's grammar */
+/* A JSON number such as -1.5e+3 */
 static int mpt__json_real(mpt__job *job) {
     const char *first;
     int part;
@@ -12738,7 +12739,7 @@ static int mpt__json_real(mpt__job *job) {
     return 1;
 }
 
-/* Any value, which means nothing here. Lists and objects in one another are a stack of bits, 64 deep: 1, an object */
+/* Skips any value. Nested lists and objects are kept on a stack of bits, 64 deep: 1 is an object. */
 static mpt_result mpt__json_value(mpt__job *job) {
     uint64_t objects = 0;
     int depth = 0;
@@ -12773,7 +12774,7 @@ static mpt_result mpt__json_value(mpt__job *job) {
     }
 }
 
-/* How many bytes follow the first of a character; -1: none begins with it */
+/* How many bytes follow the first byte of a character; -1: no character begins with it */
 static int mpt__utf8_follow(unsigned char first) {
     if (first < 0x80) return 0;
     if (first < 0xc2 || first > 0xf4) return -1;
@@ -12782,7 +12783,7 @@ static int mpt__utf8_follow(unsigned char first) {
     return 3;
 }
 
-/* Is all of it UTF-8, as RFC 3629 has it: no longer than need be, no surrogates, nothing over 0x10ffff? */
+/* Is it all UTF-8 by RFC 3629: shortest forms, no surrogates, nothing above 0x10ffff? */
 static int mpt__is_utf8(const char *text, size_t bytes) {
     const unsigned char *at = (const unsigned char *)text, *end = at + bytes;
     while (at < end) {
@@ -12823,7 +12824,7 @@ static mpt_result mpt__json_numbers(mpt__job *job, uint64_t *out, int most, int 
     return mpt__json_need(job, ']');
 }
 
-/* Texts by name, which mean nothing here. */
+/* Skips the metadata, an object of strings. */
 static mpt_result mpt__json_metadata(mpt__job *job) {
     const char *text;
     if (mpt__json_word(job, "null")) return MPT_OK;
@@ -12845,7 +12846,7 @@ static mpt_result mpt__json_type(mpt__job *job, mpt__entry *entry) {
     return mpt__job_fail(job, MPT_ERROR_UNSUPPORTED, "'%s' has the unknown type '%s'", entry->name, name);
 }
 
-/* The place of a word among some; their number if it is none of them */
+/* The index of a word in a list; `count` if it is not in it */
 static int mpt__word_index(const char *word, const char *const *words, int count) {
     int i;
     for (i = 0; i < count; i++)
@@ -12853,7 +12854,7 @@ static int mpt__word_index(const char *word, const char *const *words, int count
     return count;
 }
 
-/* The three members in any order, each once; others are passed over. */
+/* Reads the three members, in any order, each once; skips others. */
 static mpt_result mpt__json_tensor(mpt__job *job, mpt__entry *entry) {
     static const char *const members[] = {"dtype", "shape", "data_offsets"};
     uint64_t places[2] = {0, 0};
@@ -12921,7 +12922,7 @@ static int mpt__lies_before(const mpt__entry *a, const mpt__entry *b) {
     return a->end < b->end;
 }
 
-/* By place. Heapsort: in place, and no file can make it slow. */
+/* Sorts by position in the file. Heapsort needs no memory, and no file can make it slow. */
 static void mpt__sort(mpt__entry *entries, size_t count) {
     size_t start = count / 2, end = count, parent, child;
     mpt__entry kept;
@@ -12940,7 +12941,7 @@ static void mpt__sort(mpt__entry *entries, size_t count) {
     }
 }
 
-/* As many bytes as type and shape say. */
+/* Checks that a tensor has as many bytes as its type and shape say. */
 static mpt_result mpt__check_entry(const mpt__job *job, const mpt__entry *entry) {
     uint64_t bytes = mpt__file_types[entry->type].size;
     int d;
@@ -12957,7 +12958,7 @@ static mpt_result mpt__check_entry(const mpt__job *job, const mpt__entry *entry)
     return MPT_OK;
 }
 
-/* The tensors fill the data, one after the other. */
+/* Checks that the tensors fill the data one after another. */
 static mpt_result mpt__check_layout(mpt__job *job) {
     uint64_t at = 0;
     int i;
@@ -12975,7 +12976,8 @@ static mpt_result mpt__check_layout(mpt__job *job) {
                          job->data_bytes);
 }
 
-/* A piece of the header at a time: a length that is made up asks for no more memory than the file has JSON. */
+/* Reads the header in growing pieces, so that a false length does not ask for much more memory than the file
+   justifies. */
 static mpt_result mpt__read_json(mpt__job *job, size_t bytes) {
     size_t have = 0, room = 0;
     while (have < bytes) {
@@ -12995,7 +12997,7 @@ static mpt_result mpt__read_json(mpt__job *job, size_t bytes) {
     return mpt__json_header(job, bytes);
 }
 
-/* The header, and whether the tensors are where it says. */
+/* Reads and checks the header. */
 static mpt_result mpt__read_header(mpt__job *job) {
     static const struct {
         const char *starts, *what;
@@ -13026,7 +13028,7 @@ static mpt_result mpt__read_header(mpt__job *job) {
     return mpt__check_layout(job);
 }
 
-/* Reads `bytes` to `to`, or, where that is NULL, past them. */
+/* Reads `bytes` to `to`, or skips them if that is NULL. */
 static mpt_result mpt__read_some(mpt__job *job, unsigned char *to, uint64_t bytes) {
     unsigned char passed[512];
     while (bytes) {
@@ -13038,8 +13040,8 @@ static mpt_result mpt__read_some(mpt__job *job, unsigned char *to, uint64_t byte
     return MPT_OK;
 }
 
-/* The tensors that were matched, so no more than the model has, one after the other; places are of these from here
-   on. */
+/* Reads the tensors that were matched, which are no more than the model has, one after another. Their begin and end are
+   positions in job->data from here on. */
 static mpt_result mpt__read_data(mpt__job *job) {
     uint64_t bytes = 0;
     int i;
@@ -13096,14 +13098,14 @@ static mpt_result mpt__match_shape(const mpt__job *job, const mpt__part *part) {
     return mpt__job_fail(job, MPT_ERROR_SHAPE, "'%s' is %s, the model's is %s", part->name, shapes[0], shapes[1]);
 }
 
-/* Has the file this tensor of the model by this name? */
+/* Does this entry of the file have the name of a tensor of the model? */
 static int mpt__is_named(const mpt__job *job, const mpt__entry *entry, const char *name) {
     const char *prefix = job->load.prefix ? job->load.prefix : "";
     const size_t length = strlen(prefix);
     return strncmp(entry->name, prefix, length) == 0 && strcmp(entry->name + length, name) == 0;
 }
 
-/* The one tensor with the name of the part; entry NULL: there is none. */
+/* Finds the only tensor with the name of the part; entry stays NULL if there is none. */
 static mpt_result mpt__match_name(const mpt__job *job, mpt__part *part) {
     int i;
     for (i = 0; i < job->entry_count; i++) {
@@ -13115,7 +13117,7 @@ static mpt_result mpt__match_name(const mpt__job *job, mpt__part *part) {
     return MPT_OK;
 }
 
-/* The part's own type, or weights in any of the three. */
+/* A tensor must have the part's type; weights may have any of the three. */
 static int mpt__fits_type(const mpt__job *job, const mpt__part *part) {
     return part->entry->type == part->type || (!job->full && part->entry->type <= (int)MPT_BF16);
 }
@@ -13143,7 +13145,7 @@ static int mpt__is_half(const mpt__job *job, int i) {
     return 1;
 }
 
-/* Drops the parts that the file does not have as the model has them. */
+/* Drops the parts that are missing in the file or do not fit. */
 static mpt_result mpt__match_partly(mpt__job *job) {
     int i, kept = 0;
     for (i = 0; i < job->count; i++) {
@@ -13167,14 +13169,14 @@ static mpt_result mpt__match_partly(mpt__job *job) {
     return MPT_OK;
 }
 
-/* Is it a state of another shape? The version, which is in the data, tells more, unless there is too much of it. */
+/* Is it a state of another size? Then its version, which is in the data, gives the better reason. */
 static int mpt__unlike(const mpt__part *part) {
     const mpt__entry *entry = part->entry;
     return part->kind == MPT__STATE && (entry->dims != 1 || entry->shape[0] != part->shape[0]) &&
            entry->end - entry->begin <= MPT__STATE_BYTES;
 }
 
-/* Once the data is there; the first that is unlike ends it. */
+/* Checks versions and sizes of the states, once the data is read. */
 static mpt_result mpt__match_states(mpt__job *job) {
     int i;
     for (i = 0; i < MPT__STATES; i++) {
@@ -13184,7 +13186,8 @@ static mpt_result mpt__match_states(mpt__job *job) {
     return MPT_OK;
 }
 
-/* Weights may stand in a checkpoint, or beside what PyTorch's batch norm counts. */
+/* May the file have this tensor though the model does not use it? Weights may be in a checkpoint, or beside the counts
+   of PyTorch's batch norms. */
 static int mpt__may_stay(const mpt__job *job, const mpt__entry *entry) {
     static const char batches[] = ".num_batches_tracked";
     const size_t length = strlen(entry->name), end = sizeof batches - 1;
@@ -13225,7 +13228,7 @@ static mpt_result mpt__check_sum(const mpt__job *job) {
     return mpt__job_fail(job, MPT_ERROR_FILE, "the data is damaged: its sum is another");
 }
 
-/* The states as the file has them, and whether they may be. */
+/* Reads and checks the states. */
 static mpt_result mpt__read_states(mpt__job *job) {
     const mpt_optimizer_state *o = &job->state->optimizer;
     int i, sound;
@@ -13250,7 +13253,7 @@ static mpt_result mpt__read_states(mpt__job *job) {
     return MPT_OK;
 }
 
-/* Bytes of the file to what will be uploaded: elements as they are, or numbers as the block keeps them. */
+/* Converts bytes of the file to what will be uploaded: elements unchanged, or numbers as the block keeps them. */
 static void mpt__unpack(const mpt__job *job, const mpt__part *part) {
     const mpt_params *params = job->net->params;
     const mpt_master mode = params->desc.master == MPT_MASTER_STOCHASTIC ? MPT_MASTER_NONE : params->desc.master;
@@ -13267,8 +13270,8 @@ static void mpt__unpack(const mpt__job *job, const mpt__part *part) {
     }
 }
 
-/* May the staged values of a part be? Running statistics are judged where the first half is. */
-static mpt_result mpt__judge(const mpt__job *job, const mpt__part *part) {
+/* Checks the staged values of a part. Running statistics are checked in pairs, with the first half. */
+static mpt_result mpt__part_check(const mpt__job *job, const mpt__part *part) {
     const int squares = part->moment >= 2 && job->net->opt->op.desc.kind != MPT_SGD;
     const float *values = (const float *)(const void *)part->staging;
     size_t i;
@@ -13282,7 +13285,7 @@ static mpt_result mpt__judge(const mpt__job *job, const mpt__part *part) {
     return MPT_OK;
 }
 
-/* All arrays as they will be uploaded, one after the other: so the halves of running statistics are side by side. */
+/* Stages all arrays, one after another, so that the halves of running statistics are side by side. */
 static mpt_result mpt__part_stage(mpt__job *job) {
     size_t bytes = 0;
     int i;
@@ -13297,7 +13300,7 @@ static mpt_result mpt__part_stage(mpt__job *job) {
         bytes += part->count * sizeof(float);
         mpt__unpack(job, part);
     }
-    for (i = 0; i < job->count; i++) MPT__TRY(mpt__judge(job, &job->parts[i]));
+    for (i = 0; i < job->count; i++) MPT__TRY(mpt__part_check(job, &job->parts[i]));
     return MPT_OK;
 }
 
@@ -13320,11 +13323,11 @@ static mpt_result mpt__upload_part(mpt__job *job, const mpt__part *part) {
     const int first = part->kind == MPT__RUNNING && part->device == mpt_model_running(job->net, part->id);
     if (part->kind == MPT__RAW) return mpt_upload(job->ctx, part->device, part->staging, mpt__part_bytes(part));
     if (part->kind == MPT__VALUES) return mpt__upload_values(job->net->params, part);
-    if (!first) return MPT_OK; /* went with the other half */
+    if (!first) return MPT_OK; /* uploaded with the other half */
     return mpt_model_set_running(job->net, part->id, (const float *)(const void *)part->staging);
 }
 
-/* From here on nothing fails but a device. */
+/* Changes the model. From here on only the device can fail. */
 static mpt_result mpt__upload_all(mpt__job *job) {
     mpt_optimizer *opt = job->net->opt;
     const mpt__state *state = job->state;
@@ -13350,7 +13353,7 @@ static mpt_result mpt__read_all(mpt__job *job) {
     return mpt__read_data(job);
 }
 
-static mpt_result mpt__take(mpt__job *job) {
+static mpt_result mpt__load_all(mpt__job *job) {
     if (job->full) {
         MPT__TRY(mpt__match_states(job));
         MPT__TRY(mpt__check_sum(job));
@@ -13364,7 +13367,7 @@ static mpt_result mpt__take(mpt__job *job) {
 
 static mpt_result mpt__load_buffer(mpt__job *job) {
     MPT__TRY(mpt__read_all(job));
-    return mpt__take(job);
+    return mpt__load_all(job);
 }
 
 #ifndef MPT_NO_STDIO
@@ -13374,14 +13377,15 @@ static mpt_result mpt__load_file(mpt__job *job) {
     if (!job->file) return mpt__job_fail(job, MPT_ERROR_FILE, "cannot be opened");
     r = mpt__read_all(job);
     job->disk->close(job->file, 0);
-    if (r == MPT_OK) return mpt__take(job);
+    if (r == MPT_OK) return mpt__load_all(job);
     return r;
 }
 #endif
 
 /* -- The calls -- */
 
-/* full: a checkpoint, else weights of this type. *job has the path, or the buffer as its file, and the disk. */
+/* full: a checkpoint; else weights of this type. The caller has set the path, or the buffer as the file, and the
+   disk. */
 static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt_model *net, int full, mpt_dtype type) {
     mpt_result r;
     job->net = net;
@@ -13418,7 +13422,7 @@ static mpt_result mpt__save_memory(const char *call, mpt_model *net, void *to, s
     job.file = &buffer;
     *size = 0;
     r = mpt__job_run(&job, mpt__save_to_buffer, net, full, type);
-    if (job.header_bytes) *size = buffer.size; /* it was counted */
+    if (job.header_bytes) *size = buffer.size; /* it was computed */
     return r;
 }
 
@@ -13506,32 +13510,31 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
 
 /* ==== REVISIONS ====
 
-   0.2.0  Files moved in from mpt_tools.h, which is gone, and work on memory as well; its instruments are
-          examples/lens.h.
-          Operations are one struct and one call each: mpt_op_gemm(ctx, &op) and so on; the calls with many arguments
-          are gone, and a bias gradient is made by the operation of the weights' gradient.
+   0.2.0  mpt_tools.h is gone. Its files are part of mpt.h, and can also be saved to and loaded from memory; its
+          instruments are in examples/lens.h.
+          Each operation is one struct and one call, such as mpt_op_gemm(ctx, &op), instead of a call with many
+          arguments; the operation of a weight gradient also computes the bias gradient.
           desc.reference = 1 opens a context that computes by plain loops.
-          A convolution has no padding by default, and `same` keeps the size with kernels of any size: what relied on
-          the old default says padding = kernel / 2. Kernels, windows, strides, padding and dilation by axis.
-          mpt_node_info has the shape of a convolution as mpt_conv2d_shape.
-          New: losses and layers of one's own, several heads, mpt_keep, frozen layers and rates by layer, inference
-          builds, mpt_train_samples, mpt_zero_grad, weights loaded by prefix and in part, several ranks, inputs as bytes
-          or in device memory, batch norms folded for prediction, averages of the weights.
-          Further nodes: mpt_slice and mpt_reshape, with which a model has several inputs; mpt_multiply, mpt_upsample,
-          on mpt_op_broadcast; mpt_global_max_pool2d. mpt_name and mpt_find. Averages of the image alone. Norms without
-          gamma and beta, in mpt_op_norm as well. train.clip_value. mpt_leaky_relu is told its slope.
-          With a one-cycle schedule momentum, or beta1, follows the cycle, as in PyTorch: no_cycle_momentum = 1 is as it
-          was.
-          Gradients are divided by `batch`, not by the weight of a step's first samples; the step is the same. Passes
-          that make one step are added as a tree, which takes memory for log2(accumulate) more gradients.
-          mpt_evaluate and mpt_predict refuse to lose a forward pass that waits for its backward pass.
-          mpt_forward and mpt_replay take the number of samples as size_t, as all calls do.
-          mpt_loss is NaN, and the counts of steps are UINT64_MAX, where they cannot be had. mpt_model_train is
-          mpt_model_train_desc, mpt_pool is mpt_pool_kind, mpt_weights_load takes a descriptor.
-          All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc: new are pos_weight, delta and, of
-          cross-entropy, probabilities as targets; rows that are positions (segmentation), and weights of samples:
-          mpt_sample_weights.
-          Checkpoints of 0.1.0 are refused; files of weights are taken.
+          A convolution has no padding by default; `same` keeps the size, for kernels of any size. Code that relied on
+          the old default needs padding = kernel / 2. Kernels, windows, strides, padding, dilation may differ by axis.
+          mpt_node_info has the shape of a convolution as an mpt_conv2d_shape.
+          New: your own losses and layers, several heads, mpt_keep, frozen layers and rates by layer, inference builds,
+          mpt_train_samples, mpt_zero_grad, loading weights by prefix and in part, several ranks, inputs as bytes or in
+          device memory, batch norms folded for prediction, moving averages of the weights.
+          New nodes: mpt_slice and mpt_reshape, by which a model can have several inputs; mpt_multiply and mpt_upsample,
+          on mpt_op_broadcast; mpt_global_max_pool2d. New: mpt_name and mpt_find, average pooling that excludes padding,
+          norms without gamma and beta, train.clip_value. mpt_leaky_relu takes its slope.
+          With a one-cycle schedule, momentum (or beta1) follows the cycle, as in PyTorch; no_cycle_momentum = 1
+          restores the old behaviour.
+          Gradients are divided by `batch` instead of the weight of a step's first samples; the step is the same. The
+          passes of a step are added as a tree, which takes memory for log2(accumulate) more gradients.
+          mpt_evaluate and mpt_predict return an error instead of losing a forward pass that waits for mpt_backward.
+          mpt_forward and mpt_replay take the number of samples as size_t, like all other calls.
+          On failure mpt_loss returns NaN, and the counts of steps return UINT64_MAX. Renamed: mpt_model_train to
+          mpt_model_train_desc, mpt_pool to mpt_pool_kind. mpt_weights_load takes a descriptor.
+          All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc; it adds pos_weight, delta,
+          probabilities as targets, losses per position (segmentation), and weights of samples: mpt_sample_weights.
+          Checkpoints of 0.1.0 are refused; its files of weights can be loaded.
    0.1.0  The first one.                                                                                              */
 
 /* ==== LICENCE ====
