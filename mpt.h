@@ -181,6 +181,7 @@
 
    12. Several ranks. Processes on one machine or on many train one model together: train.ranks gives this process's
    rank and a function that sums an array over all ranks. The steps are bit for bit those of one process; see mpt_ranks.
+   With train.shard_optimizer each rank keeps and updates only its part of the optimizer's arrays; the bits stay.
 
    13. Not here: recurrent nets and attention.                                                                        */
 
@@ -1205,18 +1206,24 @@ MPT_DEF mpt_result mpt_policy_pop(mpt_model *net);
    on R ranks with batch B makes the same step, bit for bit, as one rank with accumulate R that is given the samples of
    rank 0, then those of rank 1, and so on; and as any mix of the two whose `accumulate` is a power of two. Only batch
    norm's running statistics differ: the passes of one rank move them one after another, whereas several ranks take the
-   mean of their results. Every rank makes the same calls. mpt itself opens no connection: examples/mpi.h provides `sum`
-   over MPI, examples/nccl.cuh over NCCL. */
+   mean of their results. Every rank makes the same calls. mpt itself opens no connection: examples/mpi.h provides the
+   calls over MPI, examples/nccl.cuh over NCCL. */
 typedef struct mpt_ranks {
     int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
     /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,
        ((0 + 1) + (2 + 3)) + ..., where a subtree has the largest power of two of ranks to its left. n floats in the
        memory of the context's device. What is not MPT_OK ends the step with MPT_ERROR_DEVICE. */
     mpt_result (*sum)(void *user, float *x, size_t n);
+    /* For train.shard_optimizer, else NULL. Rank r owns x[begin[r]] .. x[begin[r + 1] - 1], which may be nothing, of an
+       array in the memory of the context's device; begin(ranks + 1) is in host memory, and begin[0] 0.
+       reduce_scatter: what this rank owns becomes the sum over all ranks, added as in `sum`; the rest may become
+       anything. all_gather: every rank is given what each owns, elements of `size` bytes. */
+    mpt_result (*reduce_scatter)(void *user, float *x, const size_t *begin);
+    mpt_result (*all_gather)(void *user, void *x, const size_t *begin, size_t size);
     void *user;
     int local_statistics; /* 1: each rank keeps running statistics of its own samples, as PyTorch's DDP; 0: their
                              mean */
-    /* 1: sum puts work on the context's stream and does not wait, as NCCL's calls do. CUDA records it with the step; in
+    /* 1: the calls put work on the context's stream and do not wait, as NCCL's do. CUDA records it with the step; in
        a step that is recorded already it calls sum once, with n 0, to be told of an error of the engine. */
     int on_stream;
 } mpt_ranks;
@@ -1237,6 +1244,14 @@ typedef struct mpt_train_desc {
     int fold; /* 1, with inference: mpt_weights_load folds a batch norm that has gamma and beta into the weights of the
                  convolution or linear layer before it, if nothing else reads or keeps that layer's value */
     mpt_ranks ranks; /* all zero: one rank */
+    /* 1: of several ranks each keeps a part of the moments, fp32 masters (or what a 16-bit weight has instead) and
+       averages, an R-th in whole runs of 4096 parameters, and updates that part (Rajbhandari et al. 2020, ZeRO-1). The
+       bits are those without it. A step sends each rank its part of the summed gradients, then all ranks the new
+       weights. mpt_params_grad is then the whole sum in that part alone, and mpt_params_master, mpt_params_low and
+       mpt_optimizer_moment are NULL where a rank has only a part. What puts an array together is called by all ranks
+       alike, between steps, and overwrites the gradients: mpt_params_get, mpt_evaluate and mpt_predict with
+       mpt_use_average, mpt_weights_save, mpt_checkpoint_save. */
+    int shard_optimizer;
 } mpt_train_desc;
 
 /* Checks the graph, plans and allocates everything, initialises the weights. train may be NULL. After an error nothing
@@ -1410,6 +1425,10 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
    that it refuses names that contain a zero byte and two tensors of one name. The model must be built and between
    steps: MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
 
+   With train.shard_optimizer all ranks call a save together, and the file is the one that is written without it. A rank
+   that should not write passes path NULL. In memory each rank passes a buffer of its own; a call that only counts needs
+   no other rank. If one rank fails, the others still finish.
+
    The calls that end in _memory read or write the same bytes in the caller's memory. Saving sets *size to their number;
    with buffer NULL it only counts them; if capacity is less it writes nothing and returns MPT_ERROR_ARGUMENT. After
    another error the buffer may hold a part of the file.
@@ -1460,7 +1479,8 @@ MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
 /* Loads it into a model built with the same nodes, policy, batch, accumulate x ranks, clip limits, seed and optimizer:
    every setting that is not in the file must be equal, down to each member of each layer's descriptor. Of several ranks
-   one saves, and all load. ema_decay may differ; if the file has no averages, they start anew. */
+   one saves (but see train.shard_optimizer), and all load. shard_optimizer and ema_decay may differ; if the file has no
+   averages, they start anew. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
@@ -1472,7 +1492,20 @@ MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes,
 typedef struct mpt_tensor_slice { /* a tensor in the flat arrays, and how its group is updated */
     size_t offset, count;
     double lr, lr_factor, weight_decay; /* lr: the optimizer's times the factor */
+    float *wide; /* device: with masters in shards, its fp32 values (count), for those who read them; else NULL */
 } mpt_tensor_slice;
+
+/* What a rank owns of the flat arrays with train.shard_optimizer. Rank r owns elements begin[r] .. begin[r + 1]. */
+typedef struct mpt_shard {
+    const mpt_ranks *ranks;
+    const size_t *begin;      /* host memory, (ranks + 1), as the next three */
+    const size_t *chunks;     /* the same in chunks of 4096 elements, whose sums of squares are `parts` */
+    const size_t *wide_begin; /* the same in `wide` */
+    const size_t *counting;   /* 0, 1, 2, ... */
+    mpt_scan *parts;          /* device (chunks of all) */
+    float *wide;              /* device: what slices name, one after the other; NULL: none does */
+    uint64_t *meters;         /* device (ranks, 2): moved and lost */
+} mpt_shard;
 
 typedef struct mpt_update_op { /* everything a step reads and writes; all pointers are device memory */
     mpt_optimizer_desc desc;
@@ -1481,6 +1514,10 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     const mpt_tensor_slice *slices; /* (tensors) */
     int tensors;
     size_t count; /* elements of the flat arrays, padding included */
+    /* With shard != NULL this rank updates elements first .. first + own, and tells the others. master, low, moment and
+       average begin with element `first`. */
+    const mpt_shard *shard;
+    size_t first, own; /* shard NULL: 0, count */
     const float *grad;
     const mpt_loss_sum *loss;   /* of a model's step; NULL: grad is 1 / S of what it should be */
     double unit;                /* with loss: grad is of the sum of losses / unit */
@@ -1493,7 +1530,7 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     float *moment[3]; /* NULL from the first that is not there */
     size_t commits;   /* see mpt_optimizer_commit */
     float *pending, *committed;
-    float *average; /* (count), or NULL: an applied step moves it, the first after number average_from copies */
+    float *average; /* (own), or NULL: an applied step moves it, the first after number average_from copies */
     double average_decay;
     uint64_t average_from;
 } mpt_update_op;
@@ -1514,6 +1551,7 @@ typedef struct mpt_ranks_op { /* what a step exchanges with the other ranks */
     mpt_loss_sum *sum;        /* of this rank's samples; becomes that of all */
     float *grad;              /* (count), becomes the sum over all ranks */
     size_t count;             /* 0: none */
+    const mpt_shard *shard;   /* grad is summed in what this rank owns; NULL: all of it */
     float *pending;           /* (statistics), becomes the mean */
     size_t statistics;        /* 0: none */
 } mpt_ranks_op;
@@ -2379,7 +2417,60 @@ MPT_HD uint64_t mpt__slot_total(const float *slots, int ranks, int i) {
     return total;
 }
 
+/* What an exchange with the other ranks came to, as a call of mpt ends */
+static inline mpt_result mpt__exchanged(mpt_context *ctx, const mpt_ranks *r, mpt_result result) {
+    char why[256];
+    size_t length;
+    if (result == MPT_OK) return MPT_OK;
+    length = strlen(mpt_why(ctx));
+    if (length >= sizeof why) length = sizeof why - 1;
+    memcpy(why, mpt_why(ctx), length);
+    why[length] = 0;
+    return mpt_fail(ctx, MPT_ERROR_DEVICE, "rank %d of %d: an exchange with all ranks failed: %s", r->rank, r->ranks,
+                    why);
+}
+
+static inline mpt_result mpt__all_gather(mpt_context *ctx, const mpt_ranks *r, void *x, const size_t *begin,
+                                         size_t size) {
+    return mpt__exchanged(ctx, r, r->all_gather(r->user, x, begin, size));
+}
+
+/* After an update every rank is given the weights that the others have updated. */
+static inline mpt_result mpt__share_weights(mpt_context *ctx, const mpt_update_op *op) {
+    const mpt_shard *s = op->shard;
+    void *weights = op->copy.data;
+    size_t size = sizeof(uint16_t);
+    mpt_result r;
+    if (!weights) {
+        weights = op->master - op->first;
+        size = sizeof(float);
+    }
+    r = mpt__all_gather(ctx, s->ranks, weights, s->begin, size);
+    if (r == MPT_OK && s->wide) r = mpt__all_gather(ctx, s->ranks, s->wide, s->wide_begin, sizeof(float));
+    if (r == MPT_OK && op->desc.meter)
+        r = mpt__all_gather(ctx, s->ranks, s->meters, s->counting, 2 * sizeof *s->meters);
+    return r;
+}
+
+/* moved and lost of all ranks */
+MPT_HD void mpt__meters_add(mpt_optimizer_state *state, const uint64_t *meters, int ranks) {
+    int r;
+    state->moved = state->lost = 0;
+    for (r = 0; r < ranks; r++) {
+        state->moved += meters[2 * r];
+        state->lost += meters[2 * r + 1];
+    }
+}
+
 /* -- Optimizers: one step -- */
+
+/* *sum += part, of elements that follow those of sum */
+MPT_HD void mpt__scan_join(mpt_scan *sum, const mpt_scan *part) {
+    if (sum->inf + sum->nan == 0 && part->inf + part->nan) sum->first = part->first;
+    sum->sum_squares += part->sum_squares;
+    sum->inf += part->inf;
+    sum->nan += part->nan;
+}
 
 /* Index of the last slice that starts at or before `element`. */
 MPT_HD int mpt__slice_at(const mpt_tensor_slice *slices, int tensors, size_t element) {
@@ -7151,12 +7242,37 @@ static mpt_result mpt__scan_do(mpt_context *ctx, size_t n, float factor, mpt_arr
     mpt__parallel(ctx, MPT__SCAN_BLOCKS, n, mpt__scan_task, &w);
     memset(out, 0, sizeof *out);
     out->first = n;
-    for (b = 0; b < MPT__SCAN_BLOCKS; b++) {
-        const mpt_scan *block = &ctx->scans[b];
-        if (out->first == n && block->inf + block->nan) out->first = block->first;
-        out->sum_squares += block->sum_squares;
-        out->inf += block->inf;
-        out->nan += block->nan;
+    for (b = 0; b < MPT__SCAN_BLOCKS; b++) mpt__scan_join(out, &ctx->scans[b]);
+    return MPT_OK;
+}
+
+/* Each chunk by itself */
+static void mpt__scan_own_task(void *arg, size_t begin, size_t end, int worker) {
+    const mpt__scan_work *w = (const mpt__scan_work *)arg;
+    const mpt_shard *s = w->update->shard;
+    float *run = mpt__worker_space(w->ctx, worker);
+    for (; begin < end; begin++) {
+        const size_t c = s->chunks[s->ranks->rank] + begin;
+        memset(&s->parts[c], 0, sizeof *s->parts);
+        mpt__scan_chunk(w, c * MPT__CHUNK, mpt__min(w->n - c * MPT__CHUNK, MPT__CHUNK), run, &s->parts[c]);
+    }
+}
+
+/* Every rank scans the chunks that it owns; then all add up those of all, in the order of one rank. */
+static mpt_result mpt__scan_shards(mpt_context *ctx, const mpt_update_op *op, mpt_scan *out) {
+    const mpt_shard *s = op->shard;
+    const size_t *chunks = s->chunks + s->ranks->rank, all = s->chunks[s->ranks->ranks];
+    const size_t each = (all + MPT__SCAN_BLOCKS - 1) / MPT__SCAN_BLOCKS;
+    mpt__scan_work w = {ctx, 1, mpt_f32_array(op->grad), op->count, all, op};
+    size_t b, c;
+    mpt__parallel(ctx, chunks[1] - chunks[0], op->own, mpt__scan_own_task, &w);
+    MPT__TRY(mpt__all_gather(ctx, s->ranks, s->parts, s->chunks, sizeof *s->parts));
+    memset(out, 0, sizeof *out);
+    out->first = op->count;
+    for (b = 0; b < all; b += each) {
+        mpt_scan block = MPT_ZERO;
+        for (c = b; c < mpt__min(b + each, all); c++) mpt__scan_join(&block, &s->parts[c]);
+        mpt__scan_join(out, &block);
     }
     return MPT_OK;
 }
@@ -7183,7 +7299,8 @@ static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
     mpt_scan scan;
     size_t i = 0;
     while (i < op->commits && mpt__finite(op->pending[i])) i++;
-    MPT__TRY(mpt__scan_do(ctx, op->count, 1, mpt_f32_array(op->grad), op, &scan));
+    if (op->shard) MPT__TRY(mpt__scan_shards(ctx, op, &scan));
+    else MPT__TRY(mpt__scan_do(ctx, op->count, 1, mpt_f32_array(op->grad), op, &scan));
     mpt__state_checked(op, &scan, i == op->commits);
     return MPT_OK;
 }
@@ -7191,26 +7308,31 @@ static mpt_result mpt__cpu_check(mpt_context *ctx, const mpt_update_op *op) {
 typedef struct mpt__update_work {
     mpt_context *ctx;
     const mpt_update_op *op;
-    int tensor; /* index of the slice */
+    int tensor;      /* index of the slice... */
+    size_t from, to; /* ...and elements of it that are updated */
     mpt__rates rates;
 } mpt__update_work;
 
 /* p(n) = the fp32 values of weights from element i of the flat arrays on */
 static void mpt__weights_read(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, float *p) {
     const uint16_t *copy = (const uint16_t *)op->copy.data;
+    const size_t own = i - op->first;
     size_t e;
-    if (op->master) memcpy(p, op->master + i, n * sizeof *p);
+    if (op->master) memcpy(p, op->master + own, n * sizeof *p);
     else if (!op->low) mpt__load(ctx, op->copy, i, n, p);
     else
-        for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low[i + e]);
+        for (e = 0; e < n; e++) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[i + e], op->low[own + e]);
 }
 
 /* The reverse. first: index of element i in its tensor, which selects its random number */
 static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, size_t i, size_t n, const float *p,
                                int tensor, size_t first) {
     uint16_t *copy = (uint16_t *)op->copy.data, none = 0;
+    float *wide = op->slices[tensor].wide;
+    const size_t own = i - op->first;
     size_t e;
-    if (op->master) memcpy(op->master + i, p, n * sizeof *p);
+    if (op->master) memcpy(op->master + own, p, n * sizeof *p);
+    if (wide) memcpy(wide + first, p, n * sizeof *p);
     if (op->mode == MPT_MASTER_F32 || op->mode == MPT_MASTER_NONE) {
         if (copy) mpt__store(ctx, op->copy, i, n, p);
         return;
@@ -7219,44 +7341,49 @@ static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, 
         uint32_t random = 0;
         if (op->mode == MPT_MASTER_STOCHASTIC)
             random = mpt_hash(op->seed, op->state->applied, (uint64_t)tensor + 1, first + e);
-        mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[i + e], op->low ? &op->low[i + e] : &none);
+        mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[i + e], op->low ? &op->low[own + e] : &none);
     }
+}
+
+/* p(n), from element `own` of the optimizer's arrays on, one step further */
+static void mpt__update_some(const mpt__update_work *w, size_t own, size_t n, float *p) {
+    float *const *moment = w->op->moment;
+    w->ctx->simd.update(&w->rates, n, p, w->op->grad + w->op->first + own, mpt__floats_at(moment[0], own),
+                        mpt__floats_at(moment[1], own), mpt__floats_at(moment[2], own));
 }
 
 /* Updates masters in place, a piece at a time, so that the copy is made from values still in cache. */
 static void mpt__update_masters(const mpt__update_work *w, size_t i, size_t n) {
     const mpt_update_op *op = w->op;
-    float *const *moment = op->moment;
+    const mpt_tensor_slice *slice = &op->slices[w->tensor];
     size_t some;
     for (; n; n -= some, i += some) {
+        float *master = op->master + (i - op->first);
         some = mpt__min(n, 1024);
-        w->ctx->simd.update(&w->rates, some, op->master + i, op->grad + i, mpt__floats_at(moment[0], i),
-                            mpt__floats_at(moment[1], i), mpt__floats_at(moment[2], i));
-        if (op->copy.data) mpt__store(w->ctx, op->copy, i, some, op->master + i);
+        mpt__update_some(w, i - op->first, some, master);
+        if (op->copy.data) mpt__store(w->ctx, op->copy, i, some, master);
+        if (slice->wide) memcpy(slice->wide + (i - slice->offset), master, some * sizeof *master);
     }
 }
 
 static void mpt__update_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__update_work *w = (const mpt__update_work *)arg;
     const mpt_update_op *op = w->op;
-    const mpt_tensor_slice *slice = &op->slices[w->tensor];
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
     mpt__meter *meter = &w->ctx->meters[worker];
     float before[MPT__RUN], p[MPT__RUN];
     if (op->master && !op->desc.meter) {
-        const size_t first = begin * MPT__RUN, last = mpt__min(end * MPT__RUN, slice->count);
-        mpt__update_masters(w, slice->offset + first, last - first);
+        const size_t first = w->from + begin * MPT__RUN, last = mpt__min(w->from + end * MPT__RUN, w->to);
+        mpt__update_masters(w, first, last - first);
         return;
     }
     for (; begin < end; begin++) {
-        const size_t first = begin * MPT__RUN, i = slice->offset + first, n = mpt__min(slice->count - first, MPT__RUN);
-        float *const *moment = op->moment;
+        const size_t i = w->from + begin * MPT__RUN, n = mpt__min(w->to - i, MPT__RUN);
         size_t e;
         mpt__weights_read(w->ctx, op, i, n, p);
         memcpy(before, p, n * sizeof *p);
-        w->ctx->simd.update(&w->rates, n, p, op->grad + i, mpt__floats_at(moment[0], i), mpt__floats_at(moment[1], i),
-                            mpt__floats_at(moment[2], i));
-        mpt__weights_write(w->ctx, op, i, n, p, w->tensor, first);
+        mpt__update_some(w, i - op->first, n, p);
+        mpt__weights_write(w->ctx, op, i, n, p, w->tensor, i - op->slices[w->tensor].offset);
         if (!op->desc.meter) continue;
         for (e = 0; e < n; e++) {
             if (p[e] == before[e]) continue;
@@ -7274,40 +7401,60 @@ static void mpt__average_task(void *arg, size_t begin, size_t end, int worker) {
     size_t e;
     (void)worker;
     for (; begin < end; begin++) {
-        const size_t i = begin * MPT__RUN, n = mpt__min(op->count - i, MPT__RUN);
-        mpt__weights_read(w->ctx, op, i, n, p);
-        for (e = 0; e < n; e++) op->average[i + e] = mpt__average(op, op->average[i + e], p[e]);
+        const size_t own = begin * MPT__RUN, n = mpt__min(op->own - own, MPT__RUN);
+        mpt__weights_read(w->ctx, op, op->first + own, n, p);
+        for (e = 0; e < n; e++) op->average[own + e] = mpt__average(op, op->average[own + e], p[e]);
     }
 }
 
-static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
+/* The elements that this rank owns, tensor by tensor */
+static void mpt__update_tensors(mpt__update_work *w) {
+    const mpt_update_op *op = w->op;
     mpt_optimizer_state *state = op->state;
+    mpt_context *ctx = w->ctx;
+    int t;
+    memset(ctx->meters, 0, sizeof ctx->meters);
+    for (t = 0; t < op->tensors; t++) {
+        const mpt_tensor_slice *slice = &op->slices[t];
+        size_t count;
+        w->tensor = t;
+        w->from = mpt__max(slice->offset, op->first);
+        w->to = mpt__min(slice->offset + slice->count, op->first + op->own);
+        if (w->from >= w->to) continue;
+        count = w->to - w->from;
+        w->rates = mpt__rates_of(op, slice);
+        mpt__parallel(ctx, (count + MPT__RUN - 1) / MPT__RUN, count * 4, mpt__update_task, w);
+    }
+    state->moved = state->lost = 0;
+    for (t = 0; t < mpt_thread_count(ctx); t++) {
+        state->moved += ctx->meters[t].moved;
+        state->lost += ctx->meters[t].lost;
+    }
+}
+
+/* Ranks exchange their weights after a step that is skipped, too, so that each can rely on the others. */
+static mpt_result mpt__update_share(mpt_context *ctx, const mpt_update_op *op) {
+    const mpt_ranks *r = op->shard->ranks;
+    uint64_t *meter = op->shard->meters + 2 * r->rank;
+    meter[0] = op->state->moved;
+    meter[1] = op->state->lost;
+    MPT__TRY(mpt__share_weights(ctx, op));
+    if (op->desc.meter && !op->state->found) mpt__meters_add(op->state, op->shard->meters, r->ranks);
+    return MPT_OK;
+}
+
+static mpt_result mpt__cpu_update(mpt_context *ctx, const mpt_update_op *op) {
     const int found = mpt__step_found(op) != 0;
     mpt__update_work w;
-    int t;
-    if (!found) {
-        memset(ctx->meters, 0, sizeof ctx->meters);
-        w.ctx = ctx;
-        w.op = op;
-        for (t = 0; t < op->tensors; t++) {
-            const size_t count = op->slices[t].count;
-            w.tensor = t;
-            w.rates = mpt__rates_of(op, &op->slices[t]);
-            mpt__parallel(ctx, (count + MPT__RUN - 1) / MPT__RUN, count * 4, mpt__update_task, &w);
-        }
-        state->moved = state->lost = 0;
-        for (t = 0; t < mpt_thread_count(ctx); t++) {
-            state->moved += ctx->meters[t].moved;
-            state->lost += ctx->meters[t].lost;
-        }
-    }
+    w.ctx = ctx;
+    w.op = op;
+    if (!found) mpt__update_tensors(&w);
     if (op->commits && found) memcpy(op->pending, op->committed, op->commits * sizeof *op->pending);
     else if (op->commits) memcpy(op->committed, op->pending, op->commits * sizeof *op->pending);
     mpt__state_stepped(op);
-    w.ctx = ctx;
-    w.op = op;
     if (op->average && !found)
-        mpt__parallel(ctx, (op->count + MPT__RUN - 1) / MPT__RUN, op->count * 2, mpt__average_task, &w);
+        mpt__parallel(ctx, (op->own + MPT__RUN - 1) / MPT__RUN, op->own * 2, mpt__average_task, &w);
+    if (op->shard) return mpt__update_share(ctx, op);
     return MPT_OK;
 }
 
@@ -7332,7 +7479,8 @@ static mpt_result mpt__cpu_ranks(mpt_context *ctx, const mpt_ranks_op *op) {
     memcpy(words, op->sum, sizeof words);
     for (i = 0; i < slots; i++) op->slots[i] = mpt__slot_put(words, r->rank, i);
     MPT__TRY(r->sum(r->user, op->slots, slots));
-    if (op->count) MPT__TRY(r->sum(r->user, op->grad, op->count));
+    if (op->shard) MPT__TRY(r->reduce_scatter(r->user, op->grad, op->shard->begin));
+    else if (op->count) MPT__TRY(r->sum(r->user, op->grad, op->count));
     if (op->statistics) MPT__TRY(r->sum(r->user, op->pending, op->statistics));
     for (i = 0; i < op->statistics; i++) op->pending[i] = mpt__mul_rn(op->pending[i], share);
     for (w = 0; w < MPT__SLOT_WORDS; w++) words[w] = mpt__slot_total(op->slots, r->ranks, w);
@@ -7603,7 +7751,12 @@ typedef struct mpt__tensor {
     char name[64];
     size_t offset, count;
     unsigned group;
+    int wide;       /* its fp32 value is read */
+    size_t wide_at; /* where it is in the shard's `wide`; others: where the next one is */
 } mpt__tensor;
+
+/* What a shard has a part of, in the order in which it is put together to be saved; 0 is none. */
+enum { MPT__MOMENTS = 1, MPT__AVERAGES = 4, MPT__MASTERS, MPT__LOWS, MPT__ROLES };
 
 struct mpt_params {
     mpt_context *ctx;
@@ -7617,7 +7770,12 @@ struct mpt_params {
     int trained_count;
     float *master, *grad; /* device */
     mpt_array copy;
-    uint16_t *low; /* see mpt_update_op */
+    uint16_t *low;     /* see mpt_update_op */
+    size_t first, own; /* trained elements that this rank updates: 0, trained without a shard */
+    mpt_shard *shard;  /* NULL: none */
+    /* Puts a role together in `grad`, which all ranks do together. */
+    mpt_result (*collect)(void *user, int role);
+    void *collect_user;
 };
 
 enum { MPT__TENSOR_ALIGN = 16 }; /* elements: 32 bytes in 16 bits, enough for cuBLAS's 16-byte rule */
@@ -7644,7 +7802,17 @@ MPT_DEF mpt_params *mpt_params_new(mpt_context *ctx, const mpt_params_desc *desc
     return params;
 }
 
+static void mpt__shard_free(mpt_params *params) {
+    if (!params->shard) return;
+    mpt_free(params->ctx, params->shard->parts);
+    mpt_free(params->ctx, params->shard->wide);
+    mpt_free(params->ctx, params->shard->meters);
+    mpt__host_free(params->ctx, params->shard);
+    params->shard = NULL;
+}
+
 static void mpt__params_clear(mpt_params *params) {
+    mpt__shard_free(params);
     mpt_free(params->ctx, params->master);
     mpt_free(params->ctx, params->grad);
     mpt_free(params->ctx, params->copy.data);
@@ -7712,9 +7880,82 @@ MPT_DEF int mpt_params_add(mpt_params *params, const char *name, size_t count, u
     return params->count;
 }
 
-MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
+/* Elements of tensor t, from 0, with the padding behind it */
+static size_t mpt__padded(const mpt__tensor *tensor) {
+    return (tensor->count + MPT__TENSOR_ALIGN - 1) / MPT__TENSOR_ALIGN * MPT__TENSOR_ALIGN;
+}
+
+/* Elements of `wide` that lie before element i of the flat arrays */
+static size_t mpt__wide_before(const mpt_params *params, size_t i) {
+    size_t before = 0;
+    int t;
+    for (t = 0; t < params->trained_count; t++) {
+        const mpt__tensor *tensor = &params->tensors[t];
+        if (tensor->wide && i > tensor->offset) before += mpt__min(i - tensor->offset, mpt__padded(tensor));
+    }
+    return before;
+}
+
+/* Are masters, or what a weight has instead, in shards? With fp32 weights the masters are what all ranks read. */
+static int mpt__parted(const mpt_params *params) { return params->shard && params->copy.data; }
+
+/* Deals the chunks out evenly, in the order of ranks. */
+static void mpt__shard_deal(mpt_params *params, const mpt_ranks *ranks, size_t *begin, size_t chunks) {
+    const size_t R = (size_t)ranks->ranks, few = chunks / R, rest = chunks % R;
+    size_t r;
+    for (r = 0; r <= R; r++) {
+        const size_t chunk = r * few + mpt__min(r, rest), element = mpt__min(chunk * MPT__CHUNK, params->trained);
+        begin[r] = element;
+        begin[R + 1 + r] = chunk;
+        begin[2 * (R + 1) + r] = mpt__wide_before(params, element);
+        begin[3 * (R + 1) + r] = r;
+    }
+    params->first = begin[ranks->rank];
+    params->own = begin[ranks->rank + 1] - params->first;
+}
+
+static size_t mpt__shard_bytes(const mpt_ranks *ranks) {
+    return sizeof(mpt_shard) + 4 * ((size_t)ranks->ranks + 1) * sizeof(size_t);
+}
+
+static mpt_result mpt__shard_new(mpt_params *params, const mpt_ranks *ranks, int has_wide) {
+    const size_t each = (size_t)ranks->ranks + 1, chunks = (params->trained + MPT__CHUNK - 1) / MPT__CHUNK;
+    mpt_shard *s = (mpt_shard *)mpt__host_alloc(params->ctx, mpt__shard_bytes(ranks));
+    size_t *begin = (size_t *)(void *)(s + 1), wide;
+    int t;
+    if (!s) return MPT_ERROR_NO_MEMORY;
+    params->shard = s;
+    for (t = 0; t < params->trained_count; t++) {
+        params->tensors[t].wide &= has_wide;
+        params->tensors[t].wide_at = mpt__wide_before(params, params->tensors[t].offset);
+    }
+    mpt__shard_deal(params, ranks, begin, chunks);
+    wide = begin[3 * each - 1];
+    s->ranks = ranks;
+    s->begin = begin;
+    s->chunks = begin + each;
+    s->wide_begin = begin + 2 * each;
+    s->counting = begin + 3 * each;
+    s->parts = (mpt_scan *)mpt_alloc(params->ctx, chunks * sizeof *s->parts);
+    s->meters = (uint64_t *)mpt_alloc(params->ctx, 2 * (size_t)ranks->ranks * sizeof *s->meters);
+    if (wide) s->wide = (float *)mpt_alloc(params->ctx, wide * sizeof(float));
+    if (s->parts && s->meters && (!wide || s->wide)) return MPT_OK;
+    return MPT_ERROR_NO_MEMORY;
+}
+
+/* Elements of an array of this rank's own: not 0, so that each is there or not on all ranks alike */
+static size_t mpt__own_room(const mpt_params *params) { return mpt__max(params->own, MPT__TENSOR_ALIGN); }
+
+/* Elements of the arrays of masters and of low bits: those of frozen tensors follow this rank's own. */
+static size_t mpt__kept_room(const mpt_params *params, size_t elements, int parted) {
+    if (!parted) return elements;
+    return mpt__max(params->own + elements - params->trained, MPT__TENSOR_ALIGN);
+}
+
+/* ranks: each is to have a part; else NULL */
+static mpt_result mpt__params_build(mpt_params *params, const mpt_ranks *ranks) {
     const mpt_params_desc *d;
-    size_t elements = 0, bytes;
+    size_t elements = 0, bytes, kept;
     int t, masters, lows;
     if (!params) return MPT_ERROR_ARGUMENT;
     d = &params->desc;
@@ -7724,17 +7965,23 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
     for (t = 0; t < params->count; t++) {
         mpt__tensor *tensor = &params->tensors[t];
         tensor->offset = elements;
-        elements += (tensor->count + MPT__TENSOR_ALIGN - 1) / MPT__TENSOR_ALIGN * MPT__TENSOR_ALIGN;
+        elements += mpt__padded(tensor);
         MPT__TRY(mpt__need_size(params->ctx, "params_build", tensor->name, elements, 1, 1, 1));
         if (t < params->trained_count) params->trained = elements;
     }
     bytes = elements * sizeof(float);
     masters = d->master == MPT_MASTER_F32;
     lows = d->master == MPT_MASTER_SPLIT || d->master == MPT_MASTER_KAHAN;
+    params->own = params->trained;
+    if (ranks && params->trained && mpt__shard_new(params, ranks, masters && d->type != MPT_F32) != MPT_OK) {
+        mpt__params_clear(params);
+        return MPT_ERROR_NO_MEMORY;
+    }
+    kept = mpt__kept_room(params, elements, params->shard && d->type != MPT_F32);
     if (params->trained) params->grad = (float *)mpt_alloc(params->ctx, params->trained * sizeof(float));
-    if (masters) params->master = (float *)mpt_alloc(params->ctx, bytes);
+    if (masters) params->master = (float *)mpt_alloc(params->ctx, kept * sizeof(float));
     if (d->type != MPT_F32) params->copy = mpt_typed_array(mpt_alloc(params->ctx, bytes / 2), d->type);
-    if (lows) params->low = (uint16_t *)mpt_alloc(params->ctx, bytes / 2);
+    if (lows) params->low = (uint16_t *)mpt_alloc(params->ctx, kept * sizeof(uint16_t));
     if ((params->trained && !params->grad) || (masters && !params->master) ||
         (d->type != MPT_F32 && !params->copy.data) || (lows && !params->low)) {
         mpt__params_clear(params);
@@ -7743,6 +7990,8 @@ MPT_DEF mpt_result mpt_params_build(mpt_params *params) {
     params->elements = elements;
     return MPT_OK;
 }
+
+MPT_DEF mpt_result mpt_params_build(mpt_params *params) { return mpt__params_build(params, NULL); }
 
 /* Whether a block is built and has the tensor; tensor 0 is all of it. */
 static int mpt__params_has(const mpt_params *params, int tensor) {
@@ -7759,9 +8008,28 @@ static float *mpt__params_slice(const mpt_params *params, float *array, int tens
     return array + mpt__params_offset(params, tensor);
 }
 
+/* Where element i of the flat arrays is in masters and low bits, if this rank has it there */
+static size_t mpt__kept_at(const mpt_params *params, size_t i) {
+    if (!mpt__parted(params)) return i;
+    if (i < params->trained) return i - params->first;
+    return params->own + i - params->trained;
+}
+
+/* Has this rank a part alone of a tensor's masters or low bits? */
+static int mpt__tensor_parted(const mpt_params *params, int tensor) {
+    return mpt__parted(params) && tensor <= params->trained_count;
+}
+
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor) {
-    if (!params) return NULL;
-    return mpt__params_slice(params, params->master, tensor);
+    if (!mpt__params_has(params, tensor) || !params->master || mpt__tensor_parted(params, tensor)) return NULL;
+    return params->master + mpt__kept_at(params, mpt__params_offset(params, tensor));
+}
+
+/* The fp32 values of a tensor for those who read them; NULL: it has none */
+static float *mpt__params_f32(mpt_params *params, int tensor) {
+    if (!tensor || !mpt__tensor_parted(params, tensor)) return mpt_params_master(params, tensor);
+    if (!params->tensors[tensor - 1].wide) return NULL;
+    return params->shard->wide + params->tensors[tensor - 1].wide_at;
 }
 
 MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
@@ -7770,8 +8038,8 @@ MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
 }
 
 MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor) {
-    if (!mpt__params_has(params, tensor) || !params->low) return NULL;
-    return params->low + mpt__params_offset(params, tensor);
+    if (!mpt__params_has(params, tensor) || !params->low || mpt__tensor_parted(params, tensor)) return NULL;
+    return params->low + mpt__kept_at(params, mpt__params_offset(params, tensor));
 }
 
 MPT_DEF mpt_array mpt_params_weight(mpt_params *params, int tensor) {
@@ -7817,7 +8085,33 @@ static mpt_result mpt__params_need(mpt_params *params, const char *call, int ten
     return MPT_OK;
 }
 
-/* Sets a tensor that has no fp32 masters: computes its 16-bit parts, copy and low, on the host. */
+/* Host memory to masters, low bits, moments or averages, elements of `size` bytes: what this rank has of a tensor. */
+static mpt_result mpt__part_upload(mpt_params *params, void *array, size_t size, int tensor, const void *host) {
+    const size_t at = mpt__params_offset(params, tensor), end = at + mpt_params_count(params, tensor);
+    const size_t from = mpt__max(at, params->first), to = mpt__min(end, params->first + params->own);
+    const size_t frozen = mpt__max(at, params->trained);
+    char *first = (char *)array;
+    if (from < to)
+        MPT__TRY(mpt_upload(params->ctx, first + (from - params->first) * size, (const char *)host + (from - at) * size,
+                            (to - from) * size));
+    if (frozen >= end) return MPT_OK;
+    return mpt_upload(params->ctx, first + (params->own + frozen - params->trained) * size,
+                      (const char *)host + (frozen - at) * size, (end - frozen) * size);
+}
+
+/* The reverse, of masters or low bits. With a shard those of trained tensors have been put together. */
+static mpt_result mpt__part_download(mpt_params *params, const void *array, size_t size, int tensor, void *host) {
+    const size_t at = mpt__params_offset(params, tensor), end = at + mpt_params_count(params, tensor);
+    const size_t to = mpt__min(end, params->trained), frozen = mpt__max(at, params->trained);
+    const char *trained = (const char *)array;
+    if (mpt__parted(params)) trained = (const char *)params->grad;
+    if (at < to) MPT__TRY(mpt_download(params->ctx, host, trained + at * size, (to - at) * size));
+    if (frozen >= end) return MPT_OK;
+    return mpt_download(params->ctx, (char *)host + (frozen - at) * size,
+                        (const char *)array + mpt__kept_at(params, frozen) * size, (end - frozen) * size);
+}
+
+/* What is read of a tensor that has been given these values, in 16 bits, and the low bits with it */
 static mpt_result mpt__params_set_halves(mpt_params *params, int tensor, const float *host) {
     mpt_context *ctx = params->ctx;
     const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(uint16_t);
@@ -7830,44 +8124,70 @@ static mpt_result mpt__params_set_halves(mpt_params *params, int tensor, const f
     if (mode == MPT_MASTER_STOCHASTIC) mode = MPT_MASTER_NONE; /* values from outside are rounded to nearest */
     for (i = 0; i < count; i++) mpt__weight_store(mode, params->desc.type, host[i], 0, &copy[i], &low[i]);
     r = mpt_upload(ctx, mpt_params_weight(params, tensor).data, copy, bytes);
-    if (r == MPT_OK && params->low) r = mpt_upload(ctx, mpt_params_low(params, tensor), low, bytes);
+    if (r == MPT_OK && params->low) r = mpt__part_upload(params, params->low, sizeof *low, tensor, low);
     mpt__host_free(ctx, copy);
     return r;
 }
 
-static mpt_result mpt__params_get_halves(mpt_params *params, int tensor, float *host) {
+/* lows: with the low bits, where there are some */
+static mpt_result mpt__params_get_halves(mpt_params *params, int tensor, int lows, float *host) {
     mpt_context *ctx = params->ctx;
     const size_t count = mpt_params_count(params, tensor), bytes = count * sizeof(uint16_t);
+    const mpt_master mode = lows ? params->desc.master : MPT_MASTER_NONE;
     uint16_t *copy = (uint16_t *)mpt__host_alloc(ctx, 2 * bytes), *low;
     mpt_result r;
     size_t i;
     if (!copy) return MPT_ERROR_NO_MEMORY;
     low = copy + count;
     r = mpt_download(ctx, copy, mpt_params_weight(params, tensor).data, bytes);
-    if (r == MPT_OK && params->low) r = mpt_download(ctx, low, mpt_params_low(params, tensor), bytes);
+    if (r == MPT_OK && lows && params->low) r = mpt__part_download(params, params->low, sizeof *low, tensor, low);
     if (r == MPT_OK)
-        for (i = 0; i < count; i++) host[i] = mpt__weight_load(params->desc.master, params->desc.type, copy[i], low[i]);
+        for (i = 0; i < count; i++) host[i] = mpt__weight_load(mode, params->desc.type, copy[i], low[i]);
     mpt__host_free(ctx, copy);
     return r;
+}
+
+/* Masters of a tensor, or of all, as far as this rank has them, and the fp32 values that are read */
+static mpt_result mpt__params_set_masters(mpt_params *params, int tensor, const float *host) {
+    const int last = tensor ? tensor : params->trained_count;
+    int t;
+    MPT__TRY(mpt__part_upload(params, params->master, sizeof *host, tensor, host));
+    for (t = tensor ? tensor : 1; t <= last && t <= params->trained_count; t++) {
+        const mpt__tensor *tensors = &params->tensors[t - 1];
+        const size_t from = tensors->offset - mpt__params_offset(params, tensor);
+        if (!tensors->wide) continue;
+        MPT__TRY(mpt_upload(params->ctx, params->shard->wide + tensors->wide_at, host + from,
+                            tensors->count * sizeof *host));
+    }
+    return MPT_OK;
 }
 
 MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *host) {
     float *master;
     MPT__TRY(mpt__params_need(params, "params_set", tensor, host));
     master = mpt_params_master(params, tensor);
-    if (!master) return mpt__params_set_halves(params, tensor, host);
+    if (!master) {
+        if (params->master) MPT__TRY(mpt__params_set_masters(params, tensor, host));
+        return mpt__params_set_halves(params, tensor, host);
+    }
     MPT__TRY(mpt_upload(params->ctx, master, host, mpt_params_count(params, tensor) * sizeof *host));
     if (!params->copy.data) return MPT_OK;
     return mpt_cast(params->ctx, mpt_params_count(params, tensor), mpt_f32_array(master),
                     mpt_params_weight(params, tensor), NULL);
 }
 
+/* Masters or low bits that are in shards have been put together. */
+static mpt_result mpt__params_read(mpt_params *params, int tensor, float *host) {
+    if (!params->master) return mpt__params_get_halves(params, tensor, 1, host);
+    return mpt__part_download(params, params->master, sizeof *host, tensor, host);
+}
+
 MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
-    float *master;
     MPT__TRY(mpt__params_need(params, "params_get", tensor, host));
-    master = mpt_params_master(params, tensor);
-    if (!master) return mpt__params_get_halves(params, tensor, host);
-    return mpt_download(params->ctx, host, master, mpt_params_count(params, tensor) * sizeof *host);
+    if (mpt__tensor_parted(params, tensor) && params->master)
+        MPT__TRY(params->collect(params->collect_user, MPT__MASTERS));
+    if (mpt__tensor_parted(params, tensor) && params->low) MPT__TRY(params->collect(params->collect_user, MPT__LOWS));
+    return mpt__params_read(params, tensor, host);
 }
 
 MPT_DEF mpt_result mpt_params_zero_grad(mpt_params *params) {
@@ -8032,9 +8352,9 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     mpt_context *ctx = opt->ctx;
     mpt_update_op *op = &opt->op;
     const mpt_params *params = opt->params;
-    const size_t table = (size_t)params->trained_count * sizeof(mpt_tensor_slice),
-                 array = params->trained * sizeof(float);
-    const int moments = array ? mpt__moment_count(&op->desc) : 0;
+    const size_t table = (size_t)params->trained_count * sizeof(mpt_tensor_slice);
+    const size_t array = mpt__own_room(params) * sizeof(float);
+    const int moments = params->trained ? mpt__moment_count(&op->desc) : 0;
     int t;
     op->state = (mpt_optimizer_state *)mpt_alloc(ctx, sizeof *op->state);
     if (table) opt->slices = (mpt_tensor_slice *)mpt__host_alloc(ctx, table);
@@ -8049,6 +8369,7 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
         opt->slices[t].count = params->tensors[t].count;
         opt->slices[t].lr_factor = 1;
         opt->slices[t].weight_decay = op->desc.weight_decay;
+        if (params->tensors[t].wide) opt->slices[t].wide = mpt__params_f32(opt->params, t + 1);
     }
     op->scaler = opt->scaler->state;
     op->tensors = params->trained_count;
@@ -8056,7 +8377,11 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     op->grad = params->grad;
     op->mode = params->desc.master;
     op->seed = params->desc.seed;
+    op->shard = params->shard;
+    op->first = params->first;
+    op->own = params->own;
     op->master = params->master;
+    if (params->master && !mpt__parted(params)) op->master += params->first;
     op->copy = params->copy;
     op->low = params->low;
     opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
@@ -8270,7 +8595,7 @@ MPT_DEF mpt_result mpt_optimizer_commit(mpt_optimizer *opt, size_t count, float 
 }
 
 MPT_DEF float *mpt_optimizer_moment(mpt_optimizer *opt, int moment, int tensor) {
-    if (!opt || moment < 1 || moment > 3) return NULL;
+    if (!opt || moment < 1 || moment > 3 || opt->op.shard) return NULL;
     return mpt__params_slice(opt->params, opt->op.moment[moment - 1], tensor);
 }
 
@@ -10234,6 +10559,24 @@ static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     return MPT_OK;
 }
 
+/* Does each rank keep a part of the optimizer alone? */
+static int mpt__shards(const mpt_model *net) {
+    return net->train.shard_optimizer && net->train.ranks.ranks > 1 && !net->train.inference;
+}
+
+/* Is the fp32 value of a node's tensors read where there are masters? A product reads the copies but in fp32. */
+static int mpt__reads_f32(const mpt__node *node) {
+    return !mpt__kind_of(node).product || node->policy.compute == MPT_F32;
+}
+
+static void mpt__mark_wide(mpt_model *net, const mpt__node *node) {
+    const int wide = mpt__reads_f32(node);
+    if (node->weight) net->params->tensors[node->weight - 1].wide = wide;
+    if (node->bias) net->params->tensors[node->bias - 1].wide = wide;
+}
+
+static mpt_result mpt__collect(void *user, int role);
+
 static mpt_result mpt__build_params(mpt_model *net) {
     mpt_params_desc desc = MPT_ZERO;
     int id, frozen;
@@ -10246,7 +10589,11 @@ static mpt_result mpt__build_params(mpt_model *net) {
     for (frozen = 0; frozen < 2; frozen++) /* these come last */
         for (id = 1; id <= net->count; id++)
             if (mpt__node_of(net, id)->trains == !frozen) MPT__TRY(mpt__node_params(net, mpt__node_of(net, id)));
-    return mpt_params_build(net->params);
+    if (!mpt__shards(net)) return mpt_params_build(net->params);
+    for (id = 1; id <= net->count; id++) mpt__mark_wide(net, mpt__node_of(net, id));
+    net->params->collect = mpt__collect;
+    net->params->collect_user = net;
+    return mpt__params_build(net->params, &net->train.ranks);
 }
 
 /* The statistics of a step start from those of the last applied step. */
@@ -10452,7 +10799,7 @@ static void mpt__build_averages(mpt_model *net, int *failed) {
     mpt_update_op *op = &net->opt->op;
     if (!(net->train.ema_decay > 0)) return;
     op->average_decay = net->train.ema_decay;
-    op->average = (float *)mpt__build_alloc(net, net->params->trained * sizeof(float), failed);
+    op->average = (float *)mpt__build_alloc(net, mpt__own_room(net->params) * sizeof(float), failed);
     net->averages = mpt_typed_array(mpt__build_alloc(net, mpt__averages_bytes(net), failed), net->params->copy.type);
 }
 
@@ -10530,6 +10877,9 @@ static mpt_result mpt__build_slots(mpt_model *net) {
 static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *train) {
     MPT__TRY(mpt__build_check(net, train));
     MPT__TRY(mpt__build_slots(net));
+    if (mpt__shards(net) && (!net->train.ranks.reduce_scatter || !net->train.ranks.all_gather))
+        return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT,
+                        "model_build: shard_optimizer without ranks.reduce_scatter or ranks.all_gather");
     mpt__build_types(net);
     MPT__TRY(mpt__build_params(net));
     MPT__TRY(mpt__build_training(net));
@@ -10564,6 +10914,12 @@ static mpt_array mpt__grad(const mpt_model *net, int id) {
     return mpt__buffer_array(net, mpt__node_of(net, id)->grad, mpt__node_of(net, id)->grad_type);
 }
 
+/* Averages of all trained weights, which with a shard have been put together. */
+static float *mpt__averages(const mpt_model *net) {
+    if (net->params->shard) return net->params->grad;
+    return net->opt->op.average;
+}
+
 /* A tensor as its node reads it. Products read weights and biases in their compute type, as torch.autocast casts both;
    norms read gamma and beta in fp32 if there are masters. */
 static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, int tensor) {
@@ -10571,9 +10927,9 @@ static mpt_array mpt__tensor_array(const mpt_model *net, const mpt__node *node, 
     const int averaged = net->averaged && tensor <= net->opt->op.tensors;
     float *master;
     if (!tensor) return none;
-    master = mpt_params_master(net->params, tensor);
-    if (mpt__kind_of(node).product) master = node->policy.compute == MPT_F32 ? master : NULL;
-    if (averaged && master) return mpt_f32_array(net->opt->op.average + mpt__params_offset(net->params, tensor));
+    master = mpt__params_f32(net->params, tensor);
+    if (!mpt__reads_f32(node)) master = NULL;
+    if (averaged && master) return mpt_f32_array(mpt__averages(net) + mpt__params_offset(net->params, tensor));
     if (averaged) return mpt__array_at(net->averages, mpt__params_offset(net->params, tensor));
     if (master) return mpt_f32_array(master);
     return mpt_params_weight(net->params, tensor);
@@ -11068,14 +11424,6 @@ static mpt_result mpt__train_once(mpt_model *net, const char *call, const void *
 
 /* -- Ranks -- */
 
-static mpt_result mpt__ranks_failed(mpt_model *net) {
-    const mpt_ranks *r = &net->train.ranks;
-    char why[sizeof net->ctx->why];
-    memcpy(why, net->ctx->why, sizeof why);
-    return mpt_fail(net->ctx, MPT_ERROR_DEVICE, "rank %d of %d: the sum over all ranks failed: %s", r->rank, r->ranks,
-                    why);
-}
-
 /* Tells words(SLOT_WORDS) to all ranks; those that each rank told are then in slots_host. */
 static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
     const size_t n = (size_t)net->train.ranks.ranks * MPT__SLOT;
@@ -11084,19 +11432,22 @@ static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
     op.slots = net->slots;
     op.sum = (mpt_loss_sum *)(void *)(net->slots + n);
     MPT__TRY(mpt_upload(net->ctx, op.sum, words, MPT__SLOT_WORDS * sizeof *words));
-    if (net->ctx->backend.ranks(net->ctx, &op) != MPT_OK) return mpt__ranks_failed(net);
+    MPT__TRY(mpt__exchanged(net->ctx, op.ranks, net->ctx->backend.ranks(net->ctx, &op)));
     return mpt_download(net->ctx, net->slots_host, net->slots, n * sizeof(float));
 }
 
 static uint64_t mpt__settings_hash(const mpt_model *net);
 
-/* A hash of what must be equal on all ranks: layers, settings, initial weights. *failed: there was no memory for it. */
+/* A hash of what must be equal on all ranks: layers, settings, initial weights (their copies, where each rank has only
+   a part of the masters). *failed: there was no memory for it. */
 static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     const size_t count = mpt_params_count(net->params, 0);
     float *weights = (float *)mpt__host_alloc(net->ctx, count * sizeof *weights);
     uint64_t hash = mpt__settings_hash(net);
     size_t i;
-    *failed = !weights || mpt_params_get(net->params, 0, weights) != MPT_OK;
+    *failed = !weights;
+    if (weights && mpt__parted(net->params)) *failed = mpt__params_get_halves(net->params, 0, 0, weights) != MPT_OK;
+    else if (weights) *failed = mpt_params_get(net->params, 0, weights) != MPT_OK;
     if (!*failed)
         for (i = 0; i < count; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
     mpt__host_free(net->ctx, weights);
@@ -11134,6 +11485,28 @@ static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
     return MPT_OK;
 }
 
+/* What this rank owns of a role; NULL: the model has none of it. */
+static void *mpt__role_of(const mpt_model *net, int role) {
+    if (role < MPT__AVERAGES) return net->opt->op.moment[role - MPT__MOMENTS];
+    if (role == MPT__AVERAGES) return net->opt->op.average;
+    if (role == MPT__MASTERS) return net->params->master;
+    return net->params->low;
+}
+
+/* Puts a role together in the gradients, which are as long and rest between steps. */
+static mpt_result mpt__collect(void *user, int role) {
+    mpt_model *net = (mpt_model *)user;
+    const mpt_params *p = net->params;
+    const size_t size = role == MPT__LOWS ? sizeof(uint16_t) : sizeof(float);
+    char *whole = (char *)p->grad;
+    if (net->opt->phase != MPT__READY || mpt__has_gradients(net))
+        return mpt_fail(net->ctx, MPT_ERROR_ORDER,
+                        "shard_optimizer: a step is under way, whose gradients would be overwritten");
+    if (p->own)
+        MPT__TRY(net->ctx->backend.copy(net->ctx, whole + p->first * size, mpt__role_of(net, role), p->own * size));
+    return mpt__all_gather(net->ctx, p->shard->ranks, whole, p->shard->begin, size);
+}
+
 /* Called before the gradients are checked: adds up the sums of all passes, then those of all ranks. */
 static mpt_result mpt__gather_gradients(void *user) {
     mpt_model *net = (mpt_model *)user;
@@ -11145,10 +11518,10 @@ static mpt_result mpt__gather_gradients(void *user) {
     op.sum = &net->sums[net->opt->op.loss == &net->sums[2] ? 2 : 0];
     op.grad = mpt_params_grad(net->params, 0);
     op.count = net->params->trained;
+    op.shard = net->params->shard;
     op.pending = net->pending;
     if (!op.ranks->local_statistics) op.statistics = net->statistics;
-    if (net->ctx->backend.ranks(net->ctx, &op) == MPT_OK) return MPT_OK;
-    return mpt__ranks_failed(net);
+    return mpt__exchanged(net->ctx, op.ranks, net->ctx->backend.ranks(net->ctx, &op));
 }
 
 /* A rank that cannot make its passes joins the others with a NaN gradient, so that none of them waits and all skip the
@@ -11286,8 +11659,9 @@ static mpt_result mpt__choose_weights(mpt_model *net) {
     if (!net->use_average) return MPT_OK;
     MPT__TRY(mpt_optimizer_get_state(net->opt, state));
     net->averaged = mpt__uses_average(net, state->applied);
+    if (net->averaged && net->params->shard) MPT__TRY(mpt__collect(net, MPT__AVERAGES));
     if (!net->averaged || !net->averages.data) return MPT_OK;
-    return mpt_cast(net->ctx, net->params->trained, mpt_f32_array(net->opt->op.average), net->averages, NULL);
+    return mpt_cast(net->ctx, net->params->trained, mpt_f32_array(mpt__averages(net)), net->averages, NULL);
 }
 
 MPT_DEF mpt_result mpt_use_average(mpt_model *net, int use) {
@@ -11304,13 +11678,13 @@ MPT_DEF mpt_result mpt_evaluate(mpt_model *net, const void *x, const void *targe
     size_t i, rows, width;
     MPT__TRY(mpt__need_built(net, "evaluate"));
     mpt__take_weights(net);
+    MPT__TRY(mpt__need_activations(net, "evaluate"));
+    MPT__TRY(mpt__choose_weights(net)); /* first: other ranks may wait */
     if (!target || !out || !samples)
         return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "evaluate: target or out is NULL, or there are no samples");
     MPT__TRY(mpt__need_loss(net, "evaluate"));
-    MPT__TRY(mpt__need_activations(net, "evaluate"));
     MPT__TRY(mpt__check_batch(net, "evaluate", x, target, samples));
     width = mpt__target_width(net);
-    MPT__TRY(mpt__choose_weights(net));
     MPT__TRY(net->ctx->backend.zero(net->ctx, &net->sums[1], sizeof sum));
     for (i = 0; i < samples; i += rows) {
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -11338,11 +11712,11 @@ MPT_DEF mpt_result mpt_predict(mpt_model *net, const void *x, size_t samples, fl
     const void *fed;
     size_t i, rows, outputs;
     MPT__TRY(mpt__need_built(net, "predict"));
-    if (!out) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "predict: out is NULL");
     MPT__TRY(mpt__need_activations(net, "predict"));
+    MPT__TRY(mpt__choose_weights(net)); /* first: other ranks may wait */
+    if (!out) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "predict: out is NULL");
     MPT__TRY(mpt__check_batch(net, "predict", x, NULL, samples));
     outputs = mpt_model_outputs(net);
-    MPT__TRY(mpt__choose_weights(net));
     for (i = 0; i < samples; i += rows) {
         mpt_array logits = mpt__value(net, mpt__output_of(net));
         rows = mpt__min(samples - i, (size_t)net->train.batch);
@@ -11616,6 +11990,7 @@ static size_t mpt__device_arrays(const mpt_model *net) {
     if (p->copy.data) count++;
     if (p->master) count++;
     if (p->low) count++;
+    if (p->shard) count += p->shard->wide ? 3 : 2; /* parts and meters, too */
     if (net->staging) count++;
     if (net->loss_weights) count++;
     if (net->sample_weights) count++;
@@ -11630,7 +12005,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     const size_t host = MPT__OVERHEAD;
     mpt_memory m = MPT_ZERO;
     const mpt_params *p;
-    size_t slices;
+    size_t slices, kept;
     int i;
     if (!net) return m;
     m.bookkeeping = sizeof *net + host;
@@ -11638,20 +12013,27 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     if (!net->built) return m;
     p = net->params;
     slices = (size_t)p->trained_count * sizeof(mpt_tensor_slice);
+    kept = mpt__kept_room(p, p->elements, mpt__parted(p));
     m.gradients = p->trained * 4 * (size_t)(1 + net->sums_apart_count);
     for (i = 0; i < 3; i++)
-        if (net->opt->op.moment[i]) m.moments += p->trained * 4;
-    if (net->opt->op.average) m.moments += p->trained * 4 + mpt__averages_bytes(net);
+        if (net->opt->op.moment[i]) m.moments += mpt__own_room(p) * 4;
+    if (net->opt->op.average) m.moments += mpt__own_room(p) * 4 + mpt__averages_bytes(net);
     if (net->policy.param == MPT_F32) {
-        m.weights = p->elements * 4;
+        m.weights = kept * 4;
         if (p->copy.data) m.weights += p->elements * 2; /* O1 */
     } else {
         m.weights = p->elements * 2;
-        if (p->master) m.masters = p->elements * 4;
-        if (p->low) m.masters = p->elements * 2;
+        if (p->master) m.masters = kept * 4;
+        if (p->low) m.masters = kept * 2;
+    }
+    if (p->shard) {
+        const int ranks = net->train.ranks.ranks;
+        m.weights += p->shard->wide_begin[ranks] * sizeof(float);
+        m.workspace += p->shard->chunks[ranks] * sizeof(mpt_scan) + 2 * (size_t)ranks * sizeof(uint64_t);
+        m.bookkeeping += mpt__shard_bytes(&net->train.ranks) + host;
     }
     m.activations = net->block_bytes;
-    m.workspace = net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums;
+    m.workspace += net->staging_bytes + net->target_bytes + MPT__SUMS * sizeof *net->sums;
     m.workspace += sizeof *net->scaler->state + sizeof *net->opt->op.state + slices;
     m.workspace += 2 * net->statistics * sizeof(float);
     if (net->loss_weights) m.workspace += mpt__loss_outputs(mpt__loss_of(net)) * sizeof(float);
@@ -11974,8 +12356,7 @@ typedef struct mpt__part { /* a tensor of the model that is saved or loaded */
     char name[80];
     mpt__part_kind kind;
     int id;         /* which state; node of a running statistic; tensor of values */
-    int moment;     /* RAW: 1..3 for the optimizer's moments; 1 for averages, which are checked like the first; 0:
-                       none */
+    int role;       /* RAW: what may be in shards, as MPT__MOMENTS; 0: none of that */
     int type, dims; /* in the file */
     uint64_t shape[4];
     size_t count;            /* of all elements */
@@ -12005,6 +12386,8 @@ typedef struct mpt__job {
     int full; /* 1: a checkpoint; 0: weights of this type */
     int type;
     int averages;   /* the checkpoint has them */
+    int saves;      /* a file is written: with a shard all ranks do it together... */
+    int collected;  /* ...and have put the roles up to this one together */
     float *folding; /* room for folding a norm */
     mpt__part *parts;
     int count;
@@ -12171,15 +12554,26 @@ static void mpt__list_states(mpt__job *job) {
         mpt__part_add(job, names[i], "", "", MPT__STATE, MPT__I64, mpt__state_words(job, i))->id = i;
 }
 
+/* Is a role in shards? */
+static int mpt__is_sharded(const mpt_model *net, int role) {
+    if (role >= MPT__MASTERS) return mpt__parted(net->params);
+    return role && net->params->shard;
+}
+
+/* Tensors up to `last` of a role, if the model has it */
+static void mpt__list_role(mpt__job *job, const char *prefix, int role, int type, int last) {
+    const mpt_model *net = job->net;
+    int i = job->count;
+    void *elements = mpt__role_of(net, role);
+    if (elements && mpt__is_sharded(net, role)) elements = net->params->grad;
+    if (elements) mpt__list_some(job, prefix, MPT__RAW, type, elements, last);
+    for (; i < job->count; i++) job->parts[i].role = role;
+}
+
 static void mpt__list_moments(mpt__job *job) {
     static const char *const names[] = {"mpt.moment1.", "mpt.moment2.", "mpt.moment3."};
     int i;
-    for (i = 1; i <= 3; i++) {
-        float *moment = mpt_optimizer_moment(job->net->opt, i, 0);
-        int first = job->count;
-        if (moment) mpt__list_some(job, names[i - 1], MPT__RAW, MPT_F32, moment, job->net->opt->op.tensors);
-        for (; first < job->count; first++) job->parts[first].moment = i;
-    }
+    for (i = 0; i < 3; i++) mpt__list_role(job, names[i], MPT__MOMENTS + i, MPT_F32, job->net->opt->op.tensors);
 }
 
 static int mpt__has_averages(const mpt__job *job) {
@@ -12193,10 +12587,8 @@ static int mpt__has_averages(const mpt__job *job) {
 
 static void mpt__list_averages(mpt__job *job) {
     const mpt_update_op *op = &job->net->opt->op;
-    int i = job->count;
     job->averages = op->average && mpt__has_averages(job);
-    if (job->averages) mpt__list_some(job, "mpt.average.", MPT__RAW, MPT_F32, op->average, op->tensors);
-    for (; i < job->count; i++) job->parts[i].moment = 1;
+    if (job->averages) mpt__list_role(job, "mpt.average.", MPT__AVERAGES, MPT_F32, op->tensors);
 }
 
 /* Adds the weights of a checkpoint as the policy keeps them: masters, or 16-bit weights and what belongs to them. */
@@ -12205,8 +12597,7 @@ static void mpt__list_kept(mpt__job *job) {
     const int split = params->desc.master == MPT_MASTER_SPLIT;
     if (params->master) mpt__list_tensors(job, "", MPT__VALUES, MPT_F32, NULL);
     else mpt__list_tensors(job, "", MPT__RAW, (int)params->copy.type, params->copy.data);
-    if (!params->low) return;
-    mpt__list_tensors(job, "mpt.low.", MPT__RAW, split ? (int)MPT__U16 : (int)params->copy.type, params->low);
+    mpt__list_role(job, "mpt.low.", MPT__LOWS, split ? (int)MPT__U16 : (int)params->copy.type, params->count);
 }
 
 /* Lists all tensors, those with wide elements first, so that each begins at a multiple of its element's size. */
@@ -12372,6 +12763,7 @@ static uint64_t mpt__settings_hash(const mpt_model *net) {
     mpt__walk_int(&w, "accumulate", net->train.accumulate);
     mpt__walk_double(&w, "lr", net->train.optimizer.lr);
     mpt__walk_double(&w, "ema_decay", net->train.ema_decay);
+    mpt__walk_int(&w, "shard_optimizer", net->train.shard_optimizer);
     return w.hash;
 }
 
@@ -12490,15 +12882,45 @@ static mpt_result mpt__pack(const mpt__job *job, const mpt__part *part, const vo
     return MPT_OK;
 }
 
-/* The numbers of a tensor that are to be saved */
-static mpt_result mpt__read_weights(const mpt__job *job, const mpt__part *part, float *out) {
+/* What the values of trained weights are written from; 0: from the copies */
+static int mpt__values_role(const mpt__job *job) {
     const mpt_model *net = job->net;
-    const float *average = net->opt->op.average;
-    const int frozen = part->id > net->opt->op.tensors;
-    if (job->full || frozen || !mpt__uses_average(net, job->state->optimizer.applied))
-        return mpt_params_get(net->params, part->id, out);
-    average += mpt__params_offset(net->params, part->id);
-    return mpt_download(job->ctx, out, average, part->count * sizeof *out);
+    if (!job->full && mpt__uses_average(net, net->opt->mirror.applied)) return MPT__AVERAGES;
+    if (net->params->master) return MPT__MASTERS;
+    if (net->params->low) return MPT__LOWS;
+    return 0;
+}
+
+/* Is a role written that must be put together? */
+static int mpt__must_collect(const mpt__job *job, int role) {
+    const mpt_model *net = job->net;
+    if (!job->saves || !mpt__is_sharded(net, role) || !mpt__role_of(net, role)) return 0;
+    if (!job->full) return role == mpt__values_role(job);
+    return role != MPT__AVERAGES || net->opt->mirror.applied > net->opt->op.average_from;
+}
+
+/* Puts together what is written next, and what comes before it on all ranks. */
+static mpt_result mpt__collect_up_to(mpt__job *job, int role) {
+    while (job->collected < role)
+        if (mpt__must_collect(job, ++job->collected)) MPT__TRY(mpt__collect(job->net, job->collected));
+    return MPT_OK;
+}
+
+/* The numbers of a tensor that are to be saved */
+static mpt_result mpt__read_weights(mpt__job *job, const mpt__part *part, float *out) {
+    const mpt_model *net = job->net;
+    const int frozen = part->id > net->opt->op.tensors, role = frozen ? 0 : mpt__values_role(job);
+    MPT__TRY(mpt__collect_up_to(job, role));
+    if (role != MPT__AVERAGES) return mpt__params_read(net->params, part->id, out);
+    return mpt_download(job->ctx, out, mpt__averages(net) + mpt__params_offset(net->params, part->id),
+                        part->count * sizeof *out);
+}
+
+static mpt_result mpt__read_raw(mpt__job *job, const mpt__part *part, void *out) {
+    mpt_params *params = job->net->params;
+    MPT__TRY(mpt__collect_up_to(job, part->role));
+    if (part->role == MPT__LOWS) return mpt__part_download(params, params->low, sizeof *params->low, part->id, out);
+    return mpt_download(job->ctx, out, part->device, mpt__part_bytes(part));
 }
 
 static mpt_result mpt__write_part(mpt__job *job, const mpt__part *part, uint64_t *sum) {
@@ -12508,7 +12930,7 @@ static mpt_result mpt__write_part(mpt__job *job, const mpt__part *part, uint64_t
     else if (part->kind == MPT__SUM) mpt__put_bytes(job->data, *sum, bytes);
     else {
         if (part->kind == MPT__VALUES) MPT__TRY(mpt__read_weights(job, part, (float *)raw));
-        else MPT__TRY(mpt_download(job->ctx, raw, part->device, bytes));
+        else MPT__TRY(mpt__read_raw(job, part, raw));
         MPT__TRY(mpt__pack(job, part, raw));
     }
     *sum = mpt__sum_bytes(*sum, job->data, bytes);
@@ -13272,12 +13694,14 @@ static void mpt__unpack(const mpt__job *job, const mpt__part *part) {
 
 /* Checks the staged values of a part. Running statistics are checked in pairs, with the first half. */
 static mpt_result mpt__part_check(const mpt__job *job, const mpt__part *part) {
-    const int squares = part->moment >= 2 && job->net->opt->op.desc.kind != MPT_SGD;
+    const int moment = part->role >= MPT__MOMENTS && part->role <= MPT__AVERAGES;
+    const int squares =
+        moment && part->role != MPT__MOMENTS && part->role != MPT__AVERAGES && job->net->opt->op.desc.kind != MPT_SGD;
     const float *values = (const float *)(const void *)part->staging;
     size_t i;
     if (part->kind == MPT__RUNNING && part->device == mpt_model_running(job->net, part->id))
         return mpt__running_check(job->ctx, job->call, mpt__node_of(job->net, part->id), values);
-    if (!part->moment) return MPT_OK;
+    if (!moment) return MPT_OK;
     for (i = 0; i < part->count; i++)
         if (!mpt__finite(values[i]) || (squares && values[i] < 0))
             return mpt__job_fail(job, MPT_ERROR_FILE, "element %zu of '%s' is %g, which no moment can be", i,
@@ -13304,23 +13728,41 @@ static mpt_result mpt__part_stage(mpt__job *job) {
     return MPT_OK;
 }
 
+/* Staged fp32 values become those of the copy, in place. */
+static void mpt__narrow_staged(const mpt_params *params, const mpt__part *part) {
+    uint16_t *copy = (uint16_t *)(void *)part->staging, low;
+    size_t i;
+    for (i = 0; i < part->count; i++) {
+        float value;
+        memcpy(&value, part->staging + i * sizeof value, sizeof value);
+        mpt__weight_store(MPT_MASTER_F32, params->desc.type, value, 0, &copy[i], &low);
+    }
+}
+
 static mpt_result mpt__upload_values(mpt_params *params, const mpt__part *part) {
     const mpt_array weight = mpt_params_weight(params, part->id);
     const size_t bytes = part->count * sizeof(uint16_t);
     float *master = mpt_params_master(params, part->id);
-    uint16_t *low = mpt_params_low(params, part->id);
+    if (!master && params->master) {
+        float *values = (float *)(void *)part->staging;
+        MPT__TRY(mpt__params_set_masters(params, part->id, values));
+        mpt__narrow_staged(params, part);
+    }
     if (master) {
         MPT__TRY(mpt_upload(params->ctx, master, part->staging, 2 * bytes));
         if (!params->copy.data) return MPT_OK;
         return mpt_cast(params->ctx, part->count, mpt_f32_array(master), weight, NULL);
     }
     MPT__TRY(mpt_upload(params->ctx, weight.data, part->staging, bytes));
-    if (low) return mpt_upload(params->ctx, low, part->staging + bytes, bytes);
+    if (params->low) return mpt__part_upload(params, params->low, sizeof(uint16_t), part->id, part->staging + bytes);
     return MPT_OK;
 }
 
 static mpt_result mpt__upload_part(mpt__job *job, const mpt__part *part) {
     const int first = part->kind == MPT__RUNNING && part->device == mpt_model_running(job->net, part->id);
+    if (part->role)
+        return mpt__part_upload(job->net->params, mpt__role_of(job->net, part->role), mpt__file_types[part->type].size,
+                                part->id, part->staging);
     if (part->kind == MPT__RAW) return mpt_upload(job->ctx, part->device, part->staging, mpt__part_bytes(part));
     if (part->kind == MPT__VALUES) return mpt__upload_values(job->net->params, part);
     if (!first) return MPT_OK; /* uploaded with the other half */
@@ -13384,8 +13826,21 @@ static mpt_result mpt__load_file(mpt__job *job) {
 
 /* -- The calls -- */
 
+/* A rank that did not write all of the file gives what it owns to those who do. */
+static mpt_result mpt__collect_rest(mpt__job *job, mpt_result r) {
+    char why[sizeof job->ctx->why];
+    const mpt_result failed = job->ctx->failed;
+    mpt_result joined;
+    memcpy(why, job->ctx->why, sizeof why);
+    joined = mpt__collect_up_to(job, MPT__ROLES - 1);
+    if (r == MPT_OK) return joined;
+    memcpy(job->ctx->why, why, sizeof why);
+    job->ctx->failed = failed;
+    return r;
+}
+
 /* full: a checkpoint; else weights of this type. The caller has set the path, or the buffer as the file, and the
-   disk. */
+   disk. run NULL: only other ranks write the file. */
 static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt_model *net, int full, mpt_dtype type) {
     mpt_result r;
     job->net = net;
@@ -13397,7 +13852,9 @@ static mpt_result mpt__job_run(mpt__job *job, mpt_result (*run)(mpt__job *), mpt
     if (full) MPT__TRY(mpt__need_training(net, job->call));
     if (net->opt->phase != MPT__READY || mpt__has_gradients(net))
         return mpt__job_fail(job, MPT_ERROR_ORDER, "in the middle of a step; mpt_step and mpt_scaler_update end it");
-    r = run(job);
+    MPT__TRY(mpt_optimizer_get_state(net->opt, &net->opt->mirror));
+    r = run ? run(job) : MPT_OK;
+    r = mpt__collect_rest(job, r);
     mpt__host_free(job->ctx, job->parts);
     mpt__host_free(job->ctx, job->state);
     mpt__host_free(job->ctx, job->header);
@@ -13420,6 +13877,7 @@ static mpt_result mpt__save_memory(const char *call, mpt_model *net, void *to, s
     job.call = call;
     job.disk = &mpt__in_memory;
     job.file = &buffer;
+    job.saves = to != NULL;
     *size = 0;
     r = mpt__job_run(&job, mpt__save_to_buffer, net, full, type);
     if (job.header_bytes) *size = buffer.size; /* it was computed */
@@ -13480,11 +13938,17 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
     return mpt__no_files(net, "checkpoint_load");
 }
 #else
+static mpt_result mpt__no_path(mpt__job *job) {
+    return mpt_fail(job->ctx, MPT_ERROR_ARGUMENT, "%s: path is NULL or empty", job->call);
+}
+
 static mpt_result mpt__path_run(const char *call, mpt_result (*run)(mpt__job *), mpt_model *net, const char *path,
                                 int full, mpt_dtype type, const mpt_load_desc *load, const mpt__disk *disk) {
     mpt__job job = MPT_ZERO;
     MPT__TRY(mpt__need_built(net, call));
-    if (!path || !*path) return mpt_fail(net->ctx, MPT_ERROR_ARGUMENT, "%s: path is NULL or empty", call);
+    job.saves = run == mpt__save_file;
+    if (!path && job.saves && net->params->shard) run = NULL;
+    else if (!path || !*path) run = mpt__no_path;
     if (load) job.load = *load;
     job.call = call;
     job.path = path;
@@ -13534,6 +13998,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           mpt_model_train_desc, mpt_pool to mpt_pool_kind. mpt_weights_load takes a descriptor.
           All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc; it adds pos_weight, delta,
           probabilities as targets, losses per position (segmentation), and weights of samples: mpt_sample_weights.
+          train.shard_optimizer, with two more calls in mpt_ranks; mpt_update_op names the part that a rank updates.
           Checkpoints of 0.1.0 are refused; its files of weights can be loaded.
    0.1.0  The first one.                                                                                              */
 

@@ -24,6 +24,11 @@ typedef struct rank {
     int large; /* step in which it has an input that is an inf in 16 bits; -1: none */
     const problem *p;
     int local; /* see mpt_ranks */
+    int shard, optimizer, meter, frozen;
+    double ema, clip_value;
+    int last;                      /* steps are first .. last - 1; 0: STEPS */
+    int first;                     /* not 0: it goes on from... */
+    const struct rank *checkpoint; /* ...what this one saved */
     /* what it comes to */
     mpt_result built, step[STEPS];
     char why[256];
@@ -33,7 +38,12 @@ typedef struct rank {
     float scale;
     uint64_t applied, skipped;
     mpt_optimizer_state state;
-    float running[2 * CHANNELS]; /* net 2 */
+    float running[2 * CHANNELS];     /* net 2 */
+    unsigned char *file;             /* a checkpoint, for nets from 3 on... */
+    size_t file_bytes, file_weights; /* ...and behind it, if it is rank 0, weights, from here on */
+    float output[BATCH * CLASSES];
+    mpt_memory memory;
+    size_t held; /* bytes, as the allocator counts them; 0: it does not */
 } rank;
 
 /* -- What the engine does -- */
@@ -44,8 +54,31 @@ static mpt_context *rank_open(rank *me);
 static void rank_close(rank *me, mpt_context *ctx);
 static mpt_result rank_join(rank *me, mpt_context *ctx, mpt_ranks *out);
 static void rank_leave(rank *me);
+static size_t rank_held(const rank *me);
 
 /* -- A rank -- */
+
+/* Large enough to be dealt out in runs of 4096: net 3 has three of them, net 4 nine, in which a layer in fp32 spans
+   four. */
+static int large_layers(mpt_model *net, int kind, int frozen) {
+    int h = mpt_input(net, SIDE, SIDE, CHANNELS);
+    mpt_conv2d_desc conv = MPT_ZERO;
+    if (kind == 3) {
+        h = mpt_dropout(net, mpt_gelu(net, mpt_linear(net, h, 130, NULL)), 0.25f);
+        return mpt_linear(net, h, CLASSES, NULL);
+    }
+    conv.same = 1;
+    conv.tuning.frozen = frozen;
+    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 16, 3, &conv), NULL));
+    conv.tuning.frozen = 0;
+    conv.tuning.lr_factor = 0.5;
+    h = mpt_relu(net, mpt_batch_norm(net, mpt_conv2d(net, h, 64, 3, &conv), NULL));
+    h = mpt_dropout(net, mpt_max_pool2d(net, h, 2, NULL), 0.1f);
+    CHECK(mpt_policy_push(net, mpt_policy_preset(MPT_O0, MPT_F16)) == MPT_OK);
+    h = mpt_relu(net, mpt_linear(net, h, 40, NULL));
+    CHECK(mpt_policy_pop(net) == MPT_OK);
+    return mpt_linear(net, h, CLASSES, NULL);
+}
 
 static int layers(mpt_model *net, int kind) {
     int h = mpt_input(net, SIDE, SIDE, CHANNELS);
@@ -60,6 +93,59 @@ static int layers(mpt_model *net, int kind) {
     return mpt_linear(net, mpt_global_avg_pool2d(net, h), CLASSES, NULL);
 }
 
+static mpt_optimizer_desc optimizer_of(const rank *me) {
+    mpt_optimizer_desc desc = mpt_adam(0.01);
+    if (me->optimizer == 1) {
+        desc = mpt_sgd(0.05, 0.9);
+        desc.nesterov = 1;
+        desc.weight_decay = 0.01;
+    }
+    if (me->optimizer == 2) {
+        desc = mpt_adamw(0.01);
+        desc.amsgrad = 1;
+    }
+    desc.meter = me->meter;
+    return desc;
+}
+
+/* All ranks of shards do this together; what each of them has then is the same as without shards. */
+static void save(rank *me, mpt_context *ctx, mpt_model *net) {
+    const int sharded = me->shard && me->ranks > 1;
+    mpt_params *params = mpt_model_params(net);
+    unsigned char few[1];
+    size_t weights = 0, counted;
+    CHECK_OK(ctx, mpt_checkpoint_save_memory(net, NULL, 0, &me->file_bytes));
+    CHECK_OK(ctx, mpt_weights_save_memory(net, NULL, 0, &weights, MPT_F32));
+    me->file = (unsigned char *)test_memory(me->file_bytes + weights);
+    me->file_weights = me->file_bytes;
+    /* put back as it was */
+    if (me->policy.master == MPT_MASTER_F32) CHECK_OK(ctx, mpt_params_set(params, 0, me->weights));
+    if (me->ema > 0) CHECK_OK(ctx, mpt_use_average(net, 1));
+    CHECK_OK(ctx, mpt_predict(net, me->p->x, BATCH, me->output));
+    if (sharded && me->number == 1) /* the others go on */
+        CHECK_ERROR(ctx, mpt_checkpoint_save_memory(net, few, 1, &counted), MPT_ERROR_ARGUMENT, "capacity");
+    else CHECK_OK(ctx, mpt_checkpoint_save_memory(net, me->file, me->file_bytes, &me->file_bytes));
+    CHECK_OK(ctx, mpt_checkpoint_save_memory(net, me->file, me->file_bytes, &me->file_bytes));
+    if (sharded && me->number) CHECK_OK(ctx, mpt_weights_save(net, NULL, MPT_F32));
+    else CHECK_OK(ctx, mpt_weights_save_memory(net, me->file + me->file_bytes, weights, &counted, MPT_F32));
+    if (!sharded || !me->number) me->file_bytes += weights;
+}
+
+/* Pointers to what a rank has a part of are not handed out. */
+static void look(const rank *me, mpt_model *net) {
+    mpt_params *params = mpt_model_params(net);
+    const int parted = me->policy.master == MPT_MASTER_F32 && mpt_params_weight(params, 0).type != MPT_F32;
+    if (!me->shard || me->ranks < 2) return;
+    CHECK((mpt_params_master(params, 1) == NULL) == (parted || me->policy.master != MPT_MASTER_F32));
+    CHECK(mpt_params_low(params, 1) == NULL);
+    CHECK(mpt_optimizer_moment(mpt_model_optimizer(net), 1, 1) == NULL);
+    if (me->net == 4 && me->frozen && parted) CHECK(mpt_params_master(params, mpt_params_tensors(params)) != NULL);
+}
+
+static size_t all_bytes(mpt_memory m) {
+    return m.weights + m.masters + m.gradients + m.moments + m.activations + m.workspace + m.bookkeeping;
+}
+
 static void *live(void *user) {
     static const float class_weights[CLASSES] = {1, 0.3f, 2.7f};
     rank *me = (rank *)user;
@@ -68,27 +154,38 @@ static void *live(void *user) {
     mpt_loss_desc loss = MPT_ZERO;
     mpt_context *ctx;
     mpt_model *net;
-    int step;
+    size_t before;
+    int step, last = me->last ? me->last : STEPS;
     ctx = rank_open(me);
+    before = rank_held(me);
     net = mpt_model_new(ctx, me->policy);
     loss.class_weights = class_weights;
     loss.ignore = 1;
     loss.ignore_index = -100;
     loss.weighted = me->net == 0;
     if (me->other == 4) loss.label_smoothing = 0.1f;
-    mpt_softmax_cross_entropy(net, layers(net, me->net), &loss);
+    if (me->net < 3) mpt_softmax_cross_entropy(net, layers(net, me->net), &loss);
+    else mpt_softmax_cross_entropy(net, large_layers(net, me->net, me->frozen), &loss);
     train.batch = BATCH;
     train.accumulate = me->accumulate;
-    train.optimizer = mpt_adam(0.01);
+    train.optimizer = optimizer_of(me);
+    train.shard_optimizer = me->shard;
+    train.ema_decay = me->ema;
+    train.clip_value = me->clip_value;
     train.clip_norm = 1;
     train.seed = me->seed;
     if (me->other == 1) train.seed = 12;
     if (me->other == 2) train.ema_decay = 0.9;
+    if (me->other == 5) train.shard_optimizer = 1;
     if (me->other == 3) train.scaler.growth_interval = 7;
     if (me->ranks > 1) CHECK_OK(ctx, rank_join(me, ctx, &train.ranks));
     train.ranks.local_statistics = me->local;
     me->built = mpt_model_build(net, &train);
-    for (step = 0; step < STEPS && me->built == MPT_OK; step++) {
+    me->memory = mpt_model_memory(net);
+    me->held = rank_held(me) - before;
+    if (me->built == MPT_OK) look(me, net);
+    if (me->first) CHECK_OK(ctx, mpt_checkpoint_load_memory(net, me->checkpoint->file, me->checkpoint->file_weights));
+    for (step = me->first; step < last && me->built == MPT_OK; step++) {
         const size_t first = (size_t)step * all + (size_t)me->number * mine;
         int32_t label[MOST * BATCH];
         float x[MOST * BATCH * PIXELS];
@@ -101,15 +198,14 @@ static void *live(void *user) {
         if (step == me->bad) snprintf(me->why, sizeof me->why, "%s", mpt_why(ctx));
     }
     if (me->built == MPT_OK) {
-        me->count = mpt_params_count(mpt_model_params(net), 0);
-        me->weights = (float *)malloc(me->count * sizeof *me->weights);
-        if (me->weights) mpt_params_get(mpt_model_params(net), 0, me->weights);
+        me->weights = test_params(ctx, net, &me->count);
         me->loss = mpt_loss(net);
         if (me->net == 2) CHECK_OK(ctx, mpt_download(ctx, me->running, mpt_model_running(net, 2), sizeof me->running));
         me->scale = mpt_loss_scale(net);
         me->applied = mpt_steps_applied(net);
         me->skipped = mpt_steps_skipped(net);
         mpt_optimizer_get_state(mpt_model_optimizer(net), &me->state);
+        if (me->net >= 3) save(me, ctx, net);
     } else {
         snprintf(me->why, sizeof me->why, "%s", mpt_why(ctx));
     }
@@ -152,7 +248,10 @@ static void reset(rank *of, int ranks) {
 
 static void clear_ranks(rank *of, int ranks) {
     int r;
-    for (r = 0; r < ranks; r++) free(of[r].weights);
+    for (r = 0; r < ranks; r++) {
+        free(of[r].weights);
+        free(of[r].file);
+    }
     reset(of, ranks);
 }
 
@@ -212,12 +311,13 @@ static void test_same_bits(int net, mpt_policy policy, int passes) {
 }
 
 /* A rank with a bad label returns its reason; all skip that step, and go on together. */
-static void test_bad_label(int ranks) {
+static void test_bad_label(int ranks, int shard) {
     problem *p = problem_new();
-    const rank like = like_of(1, mpt_policy_preset(MPT_O2, MPT_F16), p);
+    rank like = like_of(shard ? 4 : 1, mpt_policy_preset(MPT_O2, MPT_F16), p);
     rank some[MOST];
     int r;
     reset(some, MOST);
+    like.shard = shard;
     some[1].bad = 2;
     run(some, &like, ranks, 1);
     for (r = 0; r < ranks; r++) {
@@ -233,12 +333,13 @@ static void test_bad_label(int ranks) {
 }
 
 /* A rank whose gradient is none makes all of them skip the step, with the same scale then. */
-static void test_large_input(int ranks) {
+static void test_large_input(int ranks, int shard) {
     problem *p = problem_new();
-    const rank like = like_of(1, mpt_policy_preset(MPT_O2, MPT_F16), p);
+    rank like = like_of(shard ? 4 : 1, mpt_policy_preset(MPT_O2, MPT_F16), p);
     rank some[MOST];
     int r;
     reset(some, MOST);
+    like.shard = shard;
     some[ranks - 1].large = 2;
     run(some, &like, ranks, 1);
     for (r = 0; r < ranks; r++) {
@@ -295,7 +396,7 @@ static void test_other_models(void) {
     const rank like = like_of(0, mpt_policy_preset(MPT_O0, MPT_F16), p);
     rank some[MOST];
     int r, other;
-    for (other = 1; other < 5; other++) {
+    for (other = 1; other < 6; other++) {
         reset(some, MOST);
         some[2].other = other;
         run(some, &like, 3, 1);
@@ -305,6 +406,122 @@ static void test_other_models(void) {
         }
         clear_ranks(some, MOST);
     }
+    free(p);
+}
+
+/* Each rank of shards has what each has without them: weights, file, output. */
+static void same_as_whole(rank *like, int ranks, int accumulate) {
+    rank whole[MOST], some[MOST];
+    int r, step;
+    reset(whole, MOST);
+    reset(some, MOST);
+    like->shard = 0;
+    run(whole, like, ranks, accumulate);
+    like->shard = 1;
+    run(some, like, ranks, accumulate);
+    for (r = 0; r < ranks; r++) {
+        const size_t bytes = some[r].file_bytes;
+        CHECK(some[r].built == MPT_OK && some[r].applied == STEPS);
+        for (step = 0; step < STEPS; step++) CHECK(some[r].step[step] == MPT_OK);
+        CHECK(some[r].count == whole[0].count);
+        CHECK(memcmp(some[r].weights, whole[0].weights, whole[0].count * sizeof(float)) == 0);
+        CHECK(bytes >= some[r].file_weights && bytes <= whole[0].file_bytes);
+        CHECK(r || bytes == whole[0].file_bytes);
+        if (!CHECK(memcmp(some[r].file, whole[0].file, bytes) == 0))
+            printf("    rank %d of %d, net %d, type %s, master %d\n", r, ranks, like->net,
+                   mpt_dtype_name(like->policy.compute), (int)like->policy.master);
+        CHECK(memcmp(some[r].output, whole[0].output, sizeof whole[0].output) == 0);
+        CHECK(some[r].held == 0 || some[r].held == all_bytes(some[r].memory));
+        if (like->meter) CHECK(some[r].state.moved && some[r].state.moved == whole[r].state.moved);
+    }
+    clear_ranks(whole, MOST);
+    clear_ranks(some, MOST);
+}
+
+static mpt_policy policy_with(mpt_dtype type, mpt_master master) {
+    mpt_policy policy = mpt_policy_preset(MPT_O2, type);
+    policy.master = master;
+    return policy;
+}
+
+/* Nets, types, masters, optimizers and clip limits */
+static void test_shards(int ranks) {
+    problem *p = problem_new();
+    const mpt_policy policies[] = {mpt_policy_preset(MPT_O0, MPT_F16),          mpt_policy_preset(MPT_O2, MPT_F16),
+                                   mpt_policy_preset(MPT_O2, MPT_BF16),         mpt_policy_preset(MPT_O1, MPT_BF16),
+                                   policy_with(MPT_BF16, MPT_MASTER_SPLIT),     policy_with(MPT_F16, MPT_MASTER_KAHAN),
+                                   policy_with(MPT_BF16, MPT_MASTER_STOCHASTIC)};
+    const int count = (int)(sizeof policies / sizeof *policies);
+    int i;
+    for (i = 0; i < count + 4; i++) {
+        rank like = like_of(i < count ? 3 : 4, policies[i % count], p);
+        like.optimizer = (i + ranks) % 3;
+        like.ema = i % 2 ? 0.8 : 0;
+        like.meter = i == 1 || i == 4 || i == 7;
+        like.clip_value = i % 3 ? 0 : 0.01;
+        like.frozen = i % 2 == 0;
+        same_as_whole(&like, ranks, ranks == 2 ? 1 + i % 2 : 1);
+    }
+    free(p);
+}
+
+/* Moments, masters and averages are dealt out in runs of 4096; the rest is as it is without shards. */
+static void test_shard_bytes(void) {
+    enum { RANKS = 3 };
+    problem *p = problem_new();
+    rank like = like_of(4, mpt_policy_preset(MPT_O2, MPT_BF16), p);
+    rank whole[MOST], some[MOST];
+    size_t masters = 0, moments = 0;
+    int r;
+    reset(whole, MOST);
+    reset(some, MOST);
+    run(whole, &like, RANKS, 1);
+    like.shard = 1;
+    run(some, &like, RANKS, 1);
+    for (r = 0; r < RANKS; r++) {
+        const mpt_memory m = some[r].memory, w = whole[r].memory;
+        CHECK_EQUAL(m.gradients, w.gradients);
+        CHECK_EQUAL(m.activations, w.activations);
+        CHECK_EQUAL(m.moments, 2 * m.masters); /* Adam's */
+        CHECK_EQUAL(m.masters, r < RANKS - 1 ? 3 * 4096 * 4 : w.masters - masters);
+        CHECK(m.weights > w.weights && m.weights < w.weights + w.masters); /* fp32 values that are read */
+        masters += m.masters;
+        moments += m.moments;
+    }
+    CHECK_EQUAL(masters, whole[0].memory.masters);
+    CHECK_EQUAL(moments, whole[0].memory.moments);
+    clear_ranks(whole, MOST);
+    clear_ranks(some, MOST);
+    free(p);
+}
+
+/* Two ranks of shards save; four of them, one, and two without shards go on, as if nobody had stopped. */
+static void test_shard_resume(void) {
+    problem *p = problem_new();
+    rank like = like_of(3, mpt_policy_preset(MPT_O2, MPT_F16), p);
+    rank half[MOST], some[MOST], whole[MOST];
+    int way;
+    like.ema = 0.8;
+    like.optimizer = 2;
+    reset(half, MOST);
+    reset(some, MOST);
+    reset(whole, MOST);
+    run(whole, &like, 1, 4);
+    like.shard = 1;
+    like.last = 2;
+    run(half, &like, 2, 2);
+    like.first = 2;
+    like.last = STEPS;
+    like.checkpoint = &half[1];
+    for (way = 0; way < 3; way++) {
+        like.shard = way < 2;
+        run(some, &like, way ? way : 4, way ? 4 / way : 1);
+        CHECK_EQUAL(some[0].file_bytes, whole[0].file_bytes);
+        CHECK(memcmp(some[0].file, whole[0].file, whole[0].file_bytes) == 0);
+        clear_ranks(some, MOST);
+    }
+    clear_ranks(half, MOST);
+    clear_ranks(whole, MOST);
     free(p);
 }
 

@@ -1054,7 +1054,8 @@ static void test_known_members(void) {
         uint64_t f;
         double j;    /* ema_decay: may be another */
         int g, k;    /* inference, fold: has no checkpoint */
-        mpt_ranks h; /* a checkpoint goes on with any number of ranks */
+        mpt_ranks h; /* a checkpoint goes on with any number of ranks... */
+        int l;       /* ...and with or without shard_optimizer */
     } train;
     typedef struct {
         mpt_optimizer_kind a;

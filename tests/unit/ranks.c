@@ -10,36 +10,39 @@ typedef struct engine {
     pthread_mutex_t lock;
     pthread_cond_t turn;
     int ranks, came, left, broken;
-    float *x[4];
+    void *x[4];
 } engine;
 
 typedef struct seat { /* a rank's place in it */
     engine *e;
     int rank;
+    test_counter counter;
 } seat;
 
 #include "../ranks.h"
 
-static float tree(float *const *x, int first, int count, size_t i) {
+static float tree(void *const *x, int first, int count, size_t i) {
     int left = 1;
-    if (count == 1) return x[first][i];
+    if (count == 1) return ((const float *)x[first])[i];
     while (2 * left < count) left *= 2;
     return tree(x, first, left, i) + tree(x, first + left, count - left, i);
 }
 
-static mpt_result add_all(void *user, float *x, size_t n) {
-    seat *s = (seat *)user;
+/* What the last to come does with the arrays of all */
+typedef struct task {
+    void (*run)(engine *e, const struct task *t);
+    const size_t *begin;
+    size_t size; /* elements, or bytes of one */
+} task;
+
+static mpt_result meet(seat *s, void *x, const task *t) {
     engine *e = s->e;
-    size_t i;
-    int r;
+    int broken;
     pthread_mutex_lock(&e->lock);
     while (e->left) pthread_cond_wait(&e->turn, &e->lock); /* those before are still leaving */
     e->x[s->rank] = x;
     if (++e->came == e->ranks) {
-        for (i = 0; i < n; i++) {
-            const float sum = tree(e->x, 0, e->ranks, i);
-            for (r = 0; r < e->ranks; r++) e->x[r][i] = sum;
-        }
+        t->run(e, t);
         e->came = 0;
         e->left = e->ranks;
         pthread_cond_broadcast(&e->turn);
@@ -47,9 +50,57 @@ static mpt_result add_all(void *user, float *x, size_t n) {
         while (!e->left) pthread_cond_wait(&e->turn, &e->lock);
     }
     if (--e->left == 0) pthread_cond_broadcast(&e->turn);
-    r = e->broken;
+    broken = e->broken;
     pthread_mutex_unlock(&e->lock);
-    return r ? MPT_ERROR_DEVICE : MPT_OK;
+    return broken ? MPT_ERROR_DEVICE : MPT_OK;
+}
+
+static void add_arrays(engine *e, const task *t) {
+    size_t i;
+    int r;
+    for (i = 0; i < t->size; i++) {
+        const float sum = tree(e->x, 0, e->ranks, i);
+        for (r = 0; r < e->ranks; r++) ((float *)e->x[r])[i] = sum;
+    }
+}
+
+/* Nobody may rely on what a rank does not own. */
+static void scatter_arrays(engine *e, const task *t) {
+    size_t i;
+    int r, owner;
+    for (owner = 0; owner < e->ranks; owner++)
+        for (i = t->begin[owner]; i < t->begin[owner + 1]; i++) {
+            const float sum = tree(e->x, 0, e->ranks, i);
+            for (r = 0; r < e->ranks; r++) ((float *)e->x[r])[i] = r == owner ? sum : test_float(0x7fc00000u);
+        }
+}
+
+static void gather_arrays(engine *e, const task *t) {
+    int r, owner;
+    for (owner = 0; owner < e->ranks; owner++)
+        for (r = 0; r < e->ranks; r++) {
+            const size_t at = t->begin[owner] * t->size, bytes = t->begin[owner + 1] * t->size - at;
+            if (r != owner) memcpy((char *)e->x[r] + at, (char *)e->x[owner] + at, bytes);
+        }
+}
+
+static mpt_result add_all(void *user, float *x, size_t n) {
+    task t = {add_arrays, NULL, 0};
+    t.size = n;
+    return meet((seat *)user, x, &t);
+}
+
+static mpt_result scatter_all(void *user, float *x, const size_t *begin) {
+    task t = {scatter_arrays, NULL, 0};
+    t.begin = begin;
+    return meet((seat *)user, x, &t);
+}
+
+static mpt_result gather_all(void *user, void *x, const size_t *begin, size_t size) {
+    task t = {gather_arrays, NULL, 0};
+    t.begin = begin;
+    t.size = size;
+    return meet((seat *)user, x, &t);
 }
 
 static void engine_begin(engine *e, int ranks) {
@@ -65,22 +116,24 @@ static void engine_end(engine *e) {
 }
 
 static mpt_context *rank_open(rank *me) {
-    mpt_context_desc desc = MPT_ZERO;
-    (void)me;
-    desc.threads = 1;
+    const mpt_context_desc desc = test_counting(&me->at.counter, 1);
     return mpt_open(&desc);
 }
 
 static void rank_close(rank *me, mpt_context *ctx) {
-    (void)me;
     mpt_close(ctx);
+    CHECK(test_counter_clean(&me->at.counter));
 }
+
+static size_t rank_held(const rank *me) { return me->at.counter.bytes; }
 
 static mpt_result rank_join(rank *me, mpt_context *ctx, mpt_ranks *out) {
     (void)ctx;
     me->at.rank = out->rank = me->number;
     out->ranks = me->ranks;
     out->sum = add_all;
+    out->reduce_scatter = scatter_all;
+    out->all_gather = gather_all;
     out->user = &me->at;
     return MPT_OK;
 }
@@ -91,7 +144,8 @@ static void test_rank_errors(void) {
     mpt_context *ctx = test_open(NULL);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
     mpt_train_desc train = MPT_ZERO;
-    seat s = {NULL, 0};
+    seat s;
+    memset(&s, 0, sizeof s);
     mpt_softmax_cross_entropy(net, layers(net, 0), NULL);
     train.ranks.ranks = 2;
     CHECK_ERROR(ctx, mpt_model_build(net, &train), MPT_ERROR_ARGUMENT, "sum");
@@ -115,8 +169,13 @@ int main(int argc, char **argv) {
             RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_BF16), passes));
             RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O1, MPT_BF16), passes));
         }
-    RUN_TEST(test_bad_label(3));
-    RUN_TEST(test_large_input(3));
+    RUN_TEST(test_bad_label(3, 0));
+    RUN_TEST(test_bad_label(3, 1));
+    RUN_TEST(test_large_input(3, 0));
+    RUN_TEST(test_large_input(3, 1));
+    for (passes = 2; passes <= 4; passes++) RUN_TEST(test_shards(passes));
+    RUN_TEST(test_shard_bytes());
+    RUN_TEST(test_shard_resume());
     RUN_TEST(test_running(3, 0));
     RUN_TEST(test_running(3, 1));
     RUN_TEST(test_other_models());
