@@ -11,7 +11,7 @@
        #define MPT_CUDA_IMPLEMENTATION
        #include "mpt_cuda.cuh"
 
-   Every other file, plain C included, just includes this header, which brings mpt.h. Link with cuBLAS:
+   Every other file, also plain C, just includes this header, which includes mpt.h. Link with cuBLAS:
 
        nvcc -O2 -arch=all-major program.cu -o program -lcublas -lcublasLt
 
@@ -42,42 +42,42 @@
 
    ==== MANUAL ====
 
-   1. Use. mpt_cuda_open(NULL) in place of mpt_open(NULL); all else is the API of mpt.h. Arrays that floor 1 and 2 take,
-   labels and targets included, are device memory there: mpt_alloc, mpt_upload, mpt_download. A model takes host arrays
-   as on the CPU, or inputs in device memory (mpt_input_desc).
+   1. Use. Call mpt_cuda_open(NULL) instead of mpt_open(NULL); everything else is the API of mpt.h. The arrays that
+   floors 1 and 2 take, including labels and targets, must be in device memory: mpt_alloc, mpt_upload, mpt_download. A
+   model takes host arrays as on the CPU, or inputs in device memory (mpt_input_desc).
 
-   2. Needs CUDA 11.8 or later and a GPU of compute capability 7.5 or later. -arch=all-major builds for all of them and
-   adds PTX, which newer devices compile for themselves; -arch=native builds for this machine's alone, in a fraction of
-   the time. Where only PTX is there, the first start takes seconds. Without -O2 nvcc compiles the host's half at -O0.
-   Do not pass --use_fast_math: it flushes subnormals; the log is told when a context opens. Nothing is read from the
-   environment but what CUDA itself reads: CUDA_VISIBLE_DEVICES and the like.
+   2. Requirements. CUDA 11.8 or later and a GPU of compute capability 7.5 or later. -arch=all-major builds for all of
+   them and adds PTX, which newer devices compile themselves; -arch=native builds only for this machine's GPU, in a
+   fraction of the time. A device for which there is only PTX takes seconds at the first start. Without -O2 nvcc
+   compiles the host code at -O0. Do not pass --use_fast_math, which flushes subnormals; a context that opens in such a
+   build logs this. mpt reads no environment variables, but CUDA does: CUDA_VISIBLE_DEVICES and others.
 
-   3. Order of work. All calls put their work on one stream and return; only calls that give the host something
+   3. Order of work. All calls put their work on one stream and return; only calls that return something to the host
    (download, scan, histogram, states, loss, metrics) wait for it. Uploads copy your array into pinned memory before
-   they return. Work of your own on the arrays goes on the same stream, given in mpt_cuda_desc. The device that is
-   current before a call is current after it, if anything has used it; else the context's device stays current, since to
-   return to an unused device would create a context there.
+   they return. Put your own work on the arrays on the same stream, which you give in mpt_cuda_desc. The device that is
+   current before a call is current after it, if the program has used it; otherwise the context's device stays current,
+   because switching back to an unused device would create a context there.
 
-   4. Numbers. Products accumulate in fp32 (reduced-precision split-K is forbidden) and round once; fp32 products are
+   4. Numbers. Products accumulate in fp32 (reduced-precision split-K is disabled) and round once; fp32 products are
    fp32, or TF32 if asked for. Casts, scans, dropout, scaler and optimizers give the CPU's bits; the rest differs in the
-   order of sums. All reductions have a fixed order that depends on the shape only: the same bits every time on the same
-   device. On any device the same are those made of correctly rounded operations alone: casts, scans, histograms, sums
-   of arrays, ReLU, dropout, pools, scaler and optimizers. Not so products, nor what the compiler may contract or has a
-   part of CUDA's exp, log, tanh or erf: other activations, norms, losses.
+   order of sums. All reductions have a fixed order that depends only on the shape: the same bits every time on the same
+   device. Operations made only of correctly rounded arithmetic give the same bits on all devices: casts, scans,
+   histograms, sums of arrays, ReLU, dropout, pools, scaler and optimizers. Products do not, nor does anything that the
+   compiler may contract or that uses CUDA's exp, log, tanh or erf: other activations, norms, losses.
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
-   convolutions share a block that grows up to desc.workspace (beyond it only where a single row, or with a stride the
-   gradient of an image, needs more) in the first step, and so do the fp32 sums of products, where there are any;
-   operands of two types are cast in a third, as long as they are. After that a step allocates nothing.
+   convolutions share a block that grows in the first step, up to desc.workspace (and beyond it only if a single row, or
+   with a stride the gradient of one image, needs more). The fp32 sums of products have such a block, too; operands of
+   different types are cast in a third one, as large as they are. After that a step allocates nothing.
 
-   6. Errors. What CUDA or cuBLAS report becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE with the call, file, line and
-   the driver's text in mpt_why. Since work is asynchronous, a later call may be the one that tells, of
-   MPT_ERROR_DIVERGED as well: up to four steps late.
+   6. Errors. An error of CUDA or cuBLAS becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE, with the call, file, line and
+   the driver's text in mpt_why. Because work is asynchronous, a later call may report it; MPT_ERROR_DIVERGED may also
+   come up to four steps late.
 
-   7. Training steps. The second mpt_train_step of a model records its work as a CUDA graph; later ones are one launch,
-   and an upload of the batch that goes ahead while the step before runs. Learning rates, group settings, scale and
-   weights may be set between steps. With ranks the sum over them is part of the graph if mpt_ranks.on_stream says that
-   it can be; examples/nccl.cuh is such a sum.                                                                        */
+   7. Training steps. The second mpt_train_step of a model records its work as a CUDA graph; later steps are one launch,
+   and an upload of the batch that overlaps with the step before. Learning rates, group settings, scale and weights may
+   be set between steps. With ranks the sum over them is part of the graph if mpt_ranks.on_stream allows it;
+   examples/nccl.cuh is such a sum. */
 
 #ifndef MPT_CUDA_H
 #define MPT_CUDA_H
@@ -91,21 +91,22 @@ extern "C" {
 /* ==== API ==== */
 
 typedef struct mpt_cuda_desc {
-    mpt_context_desc context; /* allocator of the host side, log; threads mean nothing here */
+    mpt_context_desc context; /* allocator of the host side, log; threads is not used */
     int device;               /* number of the device, from 0 */
-    void *stream;             /* a cudaStream_t of that device; NULL: the context makes its own. Best one created with
-                                 cudaStreamNonBlocking: work on the default stream breaks the recording of others */
-    void *cublas;             /* a cublasHandle_t of that device; NULL: its own. In use by the context alone until
-                                 mpt_close puts stream, math mode and pointer mode back, and cuBLAS's own workspace */
-    size_t workspace;         /* most bytes of a block of temporaries, see manual 5; 0: 64 MiB or, where that is less,
-                                 half of the device's L2 cache, but at least 8 MiB */
+    void *stream;             /* a cudaStream_t of that device; NULL: the context creates one. Use
+                                 cudaStreamNonBlocking: work on the default stream breaks the recording of other
+                                 streams */
+    void *cublas;             /* a cublasHandle_t of that device; NULL: the context creates one. Only the context may
+                                 use it until mpt_close, which restores stream, math mode, pointer mode and workspace */
+    size_t workspace;         /* most bytes of a block of temporaries, see manual 5; 0: 64 MiB or half of the device's
+                                 L2 cache, whichever is less, but at least 8 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
-    int no_graph;             /* 1: training steps are not recorded: every kernel is launched by itself */
+    int no_graph;             /* 1: training steps are not recorded: every kernel is launched separately */
 } mpt_cuda_desc;
 
-/* Opens a context on a GPU. desc may be NULL (all defaults); it is copied. Returns NULL where there is no device, the
-   driver is too old, the build has no code for the device, memory is short or desc is wrong; desc->context.log gets the
-   reason. Close it with mpt_close. */
+/* Opens a context on a GPU. desc may be NULL (all defaults); it is copied. Returns NULL if there is no device, the
+   driver is too old, the build has no code for the device, there is too little memory, or desc is wrong;
+   desc->context.log gets the reason. Close it with mpt_close. */
 MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *desc);
 
 #ifdef __cplusplus
@@ -134,48 +135,48 @@ MPT_DEF mpt_context *mpt_cuda_open(const mpt_cuda_desc *desc);
 /* ==== DEVICE ==== */
 
 enum {
-    MPTC__THREADS = 256,      /* of a block */
+    MPTC__THREADS = 256,      /* in a block */
     MPTC__WARP = 32,
     MPTC__WARPS = MPTC__THREADS / MPTC__WARP,
     MPTC__BLOCKS_EACH = 8,    /* blocks that fill a multiprocessor: 2048 threads */
     MPTC__MIRRORS = 16,       /* scalers whose state is mirrored on the host */
-    MPTC__SLOTS = 2,          /* buffers that uploads take in turn */
-    MPTC__GRAPHS = 8,         /* models whose steps are recorded at a time */
-    MPTC__TRIES = 3           /* to record a model's step */
+    MPTC__SLOTS = 2,          /* buffers that uploads use in turn */
+    MPTC__GRAPHS = 8,         /* models whose steps are kept recorded */
+    MPTC__TRIES = 3           /* attempts to record a model's step */
 };
 
 static const size_t mptc__align = 256;                    /* of the parts of the scratch block */
-static const size_t mptc__staging_most = (size_t)64 << 20; /* longer uploads go in pieces */
+static const size_t mptc__staging_most = (size_t)64 << 20; /* longer uploads are made in pieces */
 
-typedef struct mptc__slot { /* for uploads; or a feed: for the batches of recorded steps, which read them here */
+typedef struct mptc__slot { /* a buffer for uploads; or a feed, from which recorded steps read their batches */
     char *host;         /* pinned */
     char *device;       /* of a feed */
     size_t bytes;
-    cudaEvent_t copied; /* recorded behind the copy from host... */
-    cudaEvent_t used;   /* ...and behind the step */
+    cudaEvent_t copied; /* recorded after the copy from host... */
+    cudaEvent_t used;   /* ...and after the step */
 } mptc__slot;
 
 typedef struct mptc__graph { /* the steps of one model */
     mpt_update_op key;                 /* see begin in mpt_backend; state NULL: this place is free */
     size_t fed;                        /* bytes that a step is fed; 0: none has run yet */
-    int resident;                      /* some of them lie in device memory */
-    cudaGraphExec_t exec[MPTC__SLOTS]; /* recorded to read either feed; NULL: not yet */
-    int failures;                      /* of recording; after MPTC__TRIES of them it is given up */
+    int resident;                      /* some of them are in device memory */
+    cudaGraphExec_t exec[MPTC__SLOTS]; /* one that reads each feed; NULL: not recorded yet */
+    int failures;                      /* failed recordings; after MPTC__TRIES the steps are launched call by call */
     uint64_t used;
 } mptc__graph;
 
 typedef enum mptc__mode { MPTC__DIRECT = 0, MPTC__RECORD, MPTC__REPLAY } mptc__mode;
 
-typedef struct mptc__step { /* from begin to end */
+typedef struct mptc__step { /* the current step, from begin to end */
     int open;
-    mptc__mode mode; /* what becomes of launches: they are made, recorded, or left to the graph */
+    mptc__mode mode; /* launches are made, recorded, or skipped because the graph has them */
     mptc__graph *graph;
     const void *staging;
-    int turn, reads; /* feed of this step; feed that the calls read, another one if they are recorded only */
+    int turn, reads; /* feed of this step; feed that the calls read, the other one if they are only recorded */
     size_t fed;      /* bytes so far */
     int resident;    /* inputs are in device memory */
-    int again;       /* nothing was done: all calls are to be made once more... */
-    int failed;      /* ...call by call, since recording them failed */
+    int again;       /* nothing was done: all calls must be made once more... */
+    int failed;      /* ...and launched, because recording them failed */
 } mptc__step;
 
 typedef struct mptc__sums { /* db(C) = sums over the rows of dy(rows,C) + beta db: the gradient of a bias */
@@ -184,36 +185,36 @@ typedef struct mptc__sums { /* db(C) = sums over the rows of dy(rows,C) + beta d
     float beta;
 } mptc__sums;
 
-/* What was asked for and waits, because the call that follows may do it in passing:
+/* Work that is held back because the next call may be able to do it along with its own:
 
-     asked for               waits as   taken by                                which then
-     few bytes to be 0       clear      an elementwise operation                clears them besides
-     upload in a step        to         its reader, a cast or a loss            reads the feed: no copy
-     bias of logits          finish     their loss                              adds it as it reads them
-     gradient of a bias      bias       slices of the product of the weights'   has it as its epilogue
-     gradient of a pool      pool       the gradient of the ReLU before it      is applied as it is stored
-     product of few terms    few        the gradient of the ReLU before it      is applied as it is stored
-     gradient of a ReLU      slope      the pool before it                      is applied as dy is read
-     running statistics      running    the gradient of the same norm           are averaged as its sums are added
-     update                  update     the scaler's update                     is its last block
+     work                    held as    taken by                                which then
+     clearing few bytes      clear      an elementwise operation                clears them as well
+     an upload in a step     to         its reader, a cast or a loss            reads the feed: no copy
+     bias of logits          finish     their loss                              adds it while reading them
+     gradient of a bias      bias       the product for the weights' gradient   computes it in its epilogue
+     gradient of a pool      pool       the gradient of the ReLU before it      is applied before dx is stored
+     product of few terms    few        the gradient of the ReLU before it      is applied before dx is stored
+     gradient of a ReLU      slope      the pool before it                      applies it while reading dy
+     running statistics      running    the gradient of the same norm           averages them with its sums
+     update                  update     the scaler's update                     is done by its last block
 
-   Any other call finds it waiting in mptc__enter, which does it first. */
+   Any other call does held work first, in mptc__enter. */
 typedef struct mptc__held {
-    void *clear;     /* NULL: none waits */
+    void *clear;     /* NULL: none is held */
     size_t cleared;  /* bytes there, a multiple of 4 */
-    void *fed, *to;  /* a copy from there to here; to NULL: none waits */
+    void *fed, *to;  /* a copy from fed to to; to NULL: none is held */
     size_t bytes;    /* of the copy */
-    int finish;      /* 1: the bias of `product` waits */
-    int bias;        /* 1: `sums` wait */
-    int pool;        /* 1: `pooling` waits */
-    int few;         /* 1: `product`, of few terms, waits */
-    int slope;       /* 1: `sloped` waits */
-    int running;     /* 1: `averages` wait */
-    int update;      /* 1: the update of `step` waits */
+    int finish;      /* 1: the bias of `product` is held */
+    int bias;        /* 1: `sums` are held */
+    int pool;        /* 1: `pooling` is held */
+    int few;         /* 1: `product`, of few terms, is held */
+    int slope;       /* 1: `sloped` is held */
+    int running;     /* 1: `averages` are held */
+    int update;      /* 1: the update of `step` is held */
     mpt_gemm_op product;
     mptc__sums sums;
     mpt_pool2d_op pooling;
-    mpt_array pooled; /* y of the ReLU that the slope of `pooling`'s dy is of; data NULL: none */
+    mpt_array pooled; /* y of a ReLU whose slope multiplies the dy of `pooling`; data NULL: none */
     mpt_map_op sloped;
     mpt_norm_op averages;
     mpt_update_op step;
@@ -221,14 +222,14 @@ typedef struct mptc__held {
 
 enum { MPTC__PLAN_KEY = 15, MPTC__PLANS = 256 };
 
-typedef struct mptc__plan { /* what cuBLASLt said about a product with an epilogue */
+typedef struct mptc__plan { /* what cuBLASLt's heuristic said about a product with an epilogue */
     int key[MPTC__PLAN_KEY];
     int fuses;
-    int apart; /* 1: though it fuses, column sums had better be made apart */
+    int apart; /* 1: it fuses, but separate column sums are faster */
     cublasLtMatmulAlgo_t algo;
 } mptc__plan;
 
-typedef struct mptc__block { /* device memory that grows as it is needed */
+typedef struct mptc__block { /* device memory that grows on demand */
     char *at;
     size_t bytes;
 } mptc__block;
@@ -239,23 +240,23 @@ typedef struct mptc__device {
     int (*context_state)(int device, unsigned *flags, int *active); /* of the driver: cuDevicePrimaryCtxGetState */
     cudaStream_t stream;
     cublasHandle_t cublas;
-    cudaStream_t user_stream; /* what a handle of the user had, to put back */
+    cudaStream_t user_stream; /* settings of the user's handle, to be restored */
     cublasMath_t user_math;
     cublasPointerMode_t user_mode;
     mptc__block products;     /* workspace of cuBLAS and cuBLASLt: calls of one stream share it */
-    mptc__block scratch;      /* temporaries of the running operation */
+    mptc__block scratch;      /* temporaries of the current operation */
     mptc__block casts;        /* its operands in fp32 */
-    mptc__block sums;         /* what its products are in fp32 */
+    mptc__block sums;         /* its products in fp32 */
     mptc__block rates;        /* mpt__rates of the tensors of an optimizer... */
-    const void *rated;        /* ...with this state, which nothing has touched since; NULL: of none */
-    char *zeros;              /* device, all 0 between launches: meter of mptc__update_k, and then the... */
-    unsigned *tickets;        /* ...tickets of mptc__last_block, as many as MPTC__SUM_BLOCKS */
+    const void *rated;        /* ...with this state, unchanged since; NULL: not valid */
+    char *zeros;              /* device, all 0 between launches: the meter of mptc__update_k, then the... */
+    unsigned *tickets;        /* ...tickets of mptc__last_block, MPTC__SUM_BLOCKS of them */
     mptc__slot slots[MPTC__SLOTS];
     unsigned uploads;
     int32_t *stuck;           /* pinned: MPTC__MIRRORS copies of mpt_scaler_state.stuck */
     const mpt_scaler_state *mirrored[MPTC__MIRRORS];
     cudaStream_t feeder; /* copies feeds while steps run */
-    cudaEvent_t arrived; /* behind what was on the stream before a step: inputs in device memory are there */
+    cudaEvent_t arrived; /* recorded before a step: inputs in device memory are complete */
     mptc__slot feeds[MPTC__SLOTS];
     mptc__graph graphs[MPTC__GRAPHS];
     mptc__step step;
@@ -273,13 +274,13 @@ static size_t mptc__round_up(size_t a, size_t b) { return mptc__divide_up(a, b) 
 
 /* -- Errors -- */
 
-/* `call` up to its parenthesis, where in this file, and what the driver says. */
+/* Fails with the name of `call`, the line in this file, and the driver's text. */
 static mpt_result mptc__failed(mpt_context *ctx, int memory, const char *call, int line, const char *text) {
     char name[64];
     size_t n = 0;
     for (; call[n] && call[n] != '(' && n + 1 < sizeof name; n++) name[n] = call[n];
     name[n] = 0;
-    cudaGetLastError(); /* it is told here */
+    cudaGetLastError(); /* clears it: it is reported here */
     return mpt_fail(ctx, memory ? MPT_ERROR_NO_MEMORY : MPT_ERROR_DEVICE, "cuda: %s: %s (mpt_cuda.cuh:%d)", name, text,
                     line);
 }
@@ -303,7 +304,7 @@ static mpt_result mptc__cublas_result(mpt_context *ctx, cublasStatus_t s, const 
 #define MPTC__CUDA(call) MPTC__TRY(mptc__cuda_result(ctx, (call), #call, __LINE__))
 #define MPTC__CUBLAS(call) MPTC__TRY(mptc__cublas_result(ctx, (call), #call, __LINE__))
 
-/* Starts a kernel on the context's stream, unless a graph has it already. */
+/* Launches a kernel on the context's stream, unless the graph has it already. */
 template <typename... parameters, typename... arguments>
 static mpt_result mptc__launch(mpt_context *ctx, const char *what, int line, void (*kernel)(parameters...), dim3 blocks,
                                dim3 threads, arguments... values) {
@@ -316,17 +317,17 @@ static mpt_result mptc__launch(mpt_context *ctx, const char *what, int line, voi
 #define MPTC__LAUNCH(kernel, blocks, threads, ...) \
     mptc__launch(ctx, "launch of " #kernel, __LINE__, kernel, blocks, threads, __VA_ARGS__)
 
-/* The same with the blocks that `work` threads' worth of work needs */
+/* The same with as many blocks as `work` threads need */
 #define MPTC__SPREAD(kernel, work, ...) MPTC__LAUNCH(kernel, mptc__blocks(ctx, work), MPTC__THREADS, __VA_ARGS__)
 
-/* An error that somebody left is told as theirs. The answer of a query, "not ready", is none. */
+/* Reports an error that was left by the caller as the caller's. "Not ready", the answer to a query, is no error. */
 static mpt_result mptc__no_error(mpt_context *ctx) {
     const cudaError_t e = cudaGetLastError();
     if (e == cudaSuccess || e == cudaErrorNotReady) return MPT_OK;
     return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: an error from before this call: %s", cudaGetErrorString(e));
 }
 
-/* Tells the log what makes this context slower or less exact than it could be, and why; no call fails. */
+/* Logs what makes this context slower or less exact than it could be, and why; no call fails. */
 static void mptc__say(mpt_context *ctx, const char *what, const char *why) {
     const mpt_context_desc *host = &mptc__of(ctx)->desc.context;
     char text[256];
@@ -339,14 +340,14 @@ static void mptc__say(mpt_context *ctx, const char *what, const char *why) {
 
 static mpt_result mptc__held_do(mpt_context *ctx);
 
-/* Every operation starts here. */
+/* Every operation starts with this. */
 static mpt_result mptc__enter(mpt_context *ctx) {
     mptc__of(ctx)->rated = NULL;
     MPTC__TRY(mptc__no_error(ctx));
     return mptc__held_do(ctx);
 }
 
-/* Of a call that does not read what is uploaded: that waits on. */
+/* For a call that does not read uploaded data: a held upload stays held. */
 static mpt_result mptc__enter_beside(mpt_context *ctx) {
     mptc__held *held = &mptc__of(ctx)->held;
     void *to = held->to;
@@ -358,7 +359,7 @@ static mpt_result mptc__enter_beside(mpt_context *ctx) {
 
 /* -- Memory -- */
 
-/* Device memory, or pinned memory of the host; not cleared. NULL and a reason if it fails. */
+/* Device memory, or pinned host memory; not cleared. NULL and a reason if it fails. */
 static void *mptc__malloc(mpt_context *ctx, size_t bytes, int pinned) {
     void *p = NULL;
     size_t available = 0, total = 0;
@@ -367,7 +368,7 @@ static void *mptc__malloc(mpt_context *ctx, size_t bytes, int pinned) {
     else if (pinned) e = cudaHostAlloc(&p, bytes, cudaHostAllocDefault);
     else e = cudaMalloc(&p, bytes);
     if (e == cudaSuccess) return p;
-    cudaGetLastError(); /* it is told here */
+    cudaGetLastError(); /* clears it: it is reported here */
     if (e != cudaErrorMemoryAllocation) {
         mptc__failed(ctx, 0, "allocation", __LINE__, cudaGetErrorString(e));
     } else if (pinned) {
@@ -390,7 +391,7 @@ static mpt_result mptc__zero(mpt_context *ctx, void *p, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     MPTC__TRY(mptc__enter_beside(ctx));
     if (!device->step.open || bytes % 4 || bytes > MPTC__THREADS * 4) return mptc__clear(ctx, p, bytes);
-    device->held.clear = p; /* the sums of the losses: what the batch becomes is next */
+    device->held.clear = p; /* sums of losses; the batch is converted next */
     device->held.cleared = bytes;
     return MPT_OK;
 }
@@ -409,7 +410,7 @@ static void mptc__graph_drop(mptc__graph *graph) {
         if (graph->exec[i]) cudaGraphExecDestroy(graph->exec[i]);
 }
 
-/* Before memory goes away that recorded steps use */
+/* Called before memory is freed that recorded steps use. */
 static void mptc__graphs_drop(mptc__device *device) {
     for (int i = 0; i < MPTC__GRAPHS; i++) mptc__graph_drop(&device->graphs[i]);
 }
@@ -420,7 +421,7 @@ static void mptc__release(mpt_context *ctx, void *p) {
     for (int i = 0; i < MPTC__MIRRORS; i++)
         if (device->mirrored[i] == p) device->mirrored[i] = NULL;
     for (int i = 0; i < MPTC__GRAPHS; i++) {
-        if (device->graphs[i].key.state != p) continue; /* which lives as long as the model */
+        if (device->graphs[i].key.state != p) continue; /* the state lives as long as the model */
         mptc__graph_drop(&device->graphs[i]);
         memset(&device->graphs[i], 0, sizeof device->graphs[i]);
     }
@@ -441,7 +442,7 @@ static mpt_result mptc__copy(mpt_context *ctx, void *to, const void *from, size_
     return MPT_OK;
 }
 
-/* Makes two slots at least this long. */
+/* Makes both slots at least this large. */
 static mpt_result mptc__slots_grow(mpt_context *ctx, mptc__slot *slots, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const size_t wanted = mptc__round_up(bytes, 65536);
@@ -463,8 +464,8 @@ static mpt_result mptc__slots_grow(mpt_context *ctx, mptc__slot *slots, size_t b
     return MPT_OK;
 }
 
-/* Until the host may write again to what the copy before this event read: two uploads later it nearly always may. The
-   caller may be recording a stream of its own, in which a query is only allowed in relaxed mode. */
+/* Waits until the host may overwrite what the copy before this event read; two uploads later this is nearly always so.
+   The caller may be recording a stream of its own, where a query is allowed only in relaxed mode. */
 static mpt_result mptc__await(mpt_context *ctx, cudaEvent_t copied) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     MPTC__CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
@@ -479,8 +480,8 @@ static mpt_result mptc__await(mpt_context *ctx, cudaEvent_t copied) {
 
 static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op);
 
-/* To pinned memory. Floats that are to be looked at are, a page at a time, while it is in the cache; op->first becomes
-   the index of the first bad one. */
+/* Copies to pinned memory. Floats that are to be checked are checked page by page, while they are in the cache;
+   op->first becomes the index of the first bad one. */
 static void mptc__stage(char *to, const char *from, size_t bytes, mpt_feed_op *op) {
     const size_t page = 4096;
     if (!op->floats) {
@@ -496,8 +497,8 @@ static void mptc__stage(char *to, const char *from, size_t bytes, mpt_feed_op *o
     }
 }
 
-/* Through pinned memory: an asynchronous copy from pageable memory would wait for the stream. What is held in a step
-   has nothing to do with its uploads. */
+/* Uploads through pinned memory, because an asynchronous copy from pageable memory would wait for the stream. In a
+   step, held work does not depend on uploads and stays held. */
 static mpt_result mptc__feed(mpt_context *ctx, mpt_feed_op *op) {
     mptc__device *device = mptc__of(ctx);
     const char *from = (const char *)op->x;
@@ -534,7 +535,7 @@ static mpt_result mptc__upload(mpt_context *ctx, void *to, const void *host, siz
     return mptc__feed(ctx, &op);
 }
 
-/* Where to read what was uploaded to `to` for this call alone: in the feed, if it is there still */
+/* Where to read data that was uploaded to `to` only for this call: in the feed, if it is still there */
 static void *mptc__fed(mpt_context *ctx, void *to) {
     mptc__held *held = &mptc__of(ctx)->held;
     if (!to || held->to != to) return to;
@@ -542,7 +543,7 @@ static void *mptc__fed(mpt_context *ctx, void *to) {
     return held->fed;
 }
 
-/* Makes the block at least this long; what it held is lost. */
+/* Makes the block at least this large; its content is lost. */
 static mpt_result mptc__grow(mpt_context *ctx, mptc__block *block, size_t bytes) {
     mptc__device *device = mptc__of(ctx);
     const size_t wanted = mptc__round_up(bytes, 65536);
@@ -557,7 +558,7 @@ static mpt_result mptc__grow(mpt_context *ctx, mptc__block *block, size_t bytes)
     return MPT_OK;
 }
 
-/* The next part of the scratch block; `at` moves behind it. */
+/* The next part of the scratch block; advances `at`. */
 static void *mptc__carve(char **at, size_t bytes) {
     char *part = *at;
     *at += mptc__round_up(bytes, mptc__align);
@@ -569,7 +570,7 @@ static mpt_result mptc__need_positions(mpt_context *ctx, const char *what, size_
     return mpt_fail(ctx, MPT_ERROR_SHAPE, "cuda: %s: %zu positions, must be under 2^31", what, count);
 }
 
-/* Blocks for `work` threads' worth of work: enough to fill the device, whose threads then stride over the rest. */
+/* Blocks for the work of `work` threads: at most as many as fill the device; threads then stride over the rest. */
 static unsigned mptc__blocks(const mpt_context *ctx, size_t work) {
     const size_t most = (size_t)mptc__of(ctx)->processors * MPTC__BLOCKS_EACH;
     return (unsigned)mptc__min(work ? mptc__divide_up(work, MPTC__THREADS) : 1, most);
@@ -577,9 +578,9 @@ static unsigned mptc__blocks(const mpt_context *ctx, size_t work) {
 
 /* ==== PACKS ====
 
-   Elementwise work goes in packs of eight elements: 16 bytes of a 16-bit type, two times 16 bytes of fp32, moved by
-   128-bit loads and stores where the address allows. A kernel switches on the type of each array; the branch is the
-   same for all threads. Arithmetic is fp32. */
+   Elementwise kernels process packs of eight elements: 16 bytes of a 16-bit type or twice 16 bytes of fp32, moved by
+   128-bit loads and stores if the address allows. A kernel branches on the type of each array, the same way in all
+   threads. Arithmetic is fp32. */
 
 enum {
     MPTC__PACK = 8,
@@ -588,7 +589,7 @@ enum {
 
 #define MPTC__EACH(e) _Pragma("unroll") for (unsigned e = 0; e < MPTC__PACK; e++) /* element of a pack */
 
-/* The hardware's casts; where they would lose the payload of a NaN, the rule of mpt.h. */
+/* The hardware's casts; for NaNs, whose payload they would lose, the rule of mpt.h. */
 static __device__ __forceinline__ float mptc__widen(uint32_t bits, mpt_dtype type) {
     if (type == MPT_F32) return mpt__float(bits);
     if (type == MPT_F16 && (bits & 0x7fffu) <= 0x7c00u) return __half2float(__ushort_as_half((unsigned short)bits));
@@ -624,12 +625,12 @@ static __device__ __forceinline__ void mptc__put(mpt_array a, size_t i, float x)
     mptc__put_bits(a, i, a.type == MPT_F32 ? mpt__bits(x) : mptc__narrow(x, a.type));
 }
 
-/* May n elements from here be moved in 16-byte pieces? */
+/* Can n elements from p be moved in 16-byte pieces? */
 static __device__ __forceinline__ bool mptc__whole(const void *p, unsigned n) {
     return n == MPTC__PACK && (uintptr_t)p % 16 == 0;
 }
 
-/* words = p(n), two elements a word, zeros behind them */
+/* words = p(n), two elements per word, then zeros */
 static __device__ __forceinline__ void mptc__load_words(const uint16_t *p, unsigned n, uint32_t *words) {
     if (mptc__whole(p, n)) {
         const uint4 u = *(const uint4 *)p;
@@ -647,7 +648,7 @@ static __device__ __forceinline__ void mptc__load_words(const uint16_t *p, unsig
     }
 }
 
-/* An assignment of four words may be taken apart again by the compiler; the intrinsic may not. */
+/* The compiler may split an assignment of four words; it does not split the intrinsic. */
 static __device__ __forceinline__ void mptc__store_words(uint16_t *p, unsigned n, const uint32_t *words) {
     if (mptc__whole(p, n)) {
         __stwb((uint4 *)p, make_uint4(words[0], words[1], words[2], words[3]));
@@ -656,7 +657,7 @@ static __device__ __forceinline__ void mptc__store_words(uint16_t *p, unsigned n
     MPTC__EACH(e) if (e < n) p[e] = (uint16_t)(words[e / 2] >> e % 2 * 16);
 }
 
-/* bits(PACK) = p(n), zeros behind them */
+/* bits(PACK) = p(n), then zeros */
 static __device__ __forceinline__ void mptc__load_bits(const uint16_t *p, unsigned n, uint16_t *bits) {
     uint32_t words[MPTC__WORDS];
     mptc__load_words(p, n, words);
@@ -671,10 +672,10 @@ static __device__ __forceinline__ void mptc__store_bits(uint16_t *p, unsigned n,
     mptc__store_words(p, n, words);
 }
 
-/* One comparison for both */
+/* A single comparison tests both. */
 static __device__ __forceinline__ bool mptc__any_nan(float a, float b) { return a != a || b != b; }
 
-/* x(PACK) from a 16-bit type. The hardware's casts, unless there is a NaN among them, whose payload they would lose. */
+/* x(PACK) from a 16-bit type. Uses the hardware's casts unless there is a NaN, whose payload they would lose. */
 static __device__ __forceinline__ void mptc__widen_words(const uint32_t *words, mpt_dtype type, float *x) {
     bool nan = false;
 #pragma unroll
@@ -722,7 +723,7 @@ static __device__ __forceinline__ void mptc__narrow_words(const float *x, mpt_dt
     }
 }
 
-/* x(PACK) = a[i .. i+n), zeros behind them */
+/* x(PACK) = a[i .. i+n), then zeros */
 static __device__ __forceinline__ void mptc__load(mpt_array a, size_t i, unsigned n, float *x) {
     if (a.type == MPT_F32 && mptc__whole((const float *)a.data + i, n)) {
         const float4 *p = (const float4 *)((const float *)a.data + i), low = p[0], high = p[1];
@@ -760,8 +761,8 @@ static __device__ __forceinline__ void mptc__store(mpt_array a, size_t i, unsign
     }
 }
 
-/* Where several packs are to be under way at a time: their bits first, and then what they are. The payload of a NaN is
-   not kept, so that nothing waits for one pack before the next is asked for. */
+/* To have several loads in flight: loads the bits of all packs first, then widens them. This does not keep the payload
+   of a NaN, which would need a test of one pack before the next load. */
 typedef struct mptc__bits {
     uint32_t word[MPTC__PACK];
 } mptc__bits;
@@ -788,7 +789,7 @@ static __device__ __forceinline__ void mptc__widen_pack(const mptc__bits *bits, 
     }
 }
 
-/* Grid-stride loop: this thread's first index, and the distance of its indices. */
+/* Grid-stride loop: this thread's first index, and the distance between its indices. */
 static __device__ __forceinline__ size_t mptc__thread() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 static __device__ __forceinline__ size_t mptc__stride() { return (size_t)gridDim.x * blockDim.x; }
 
@@ -813,10 +814,10 @@ static __device__ __forceinline__ unsigned mptc__divide(unsigned x, mptc__divide
     return (unsigned)((uint64_t)x * d.multiplier >> d.shift);
 }
 
-/* True for the threads of that of `blocks` blocks which comes here last; it sees what the others wrote before they
-   came. So one launch can reduce in two stages: every block leaves its part in memory, the last one adds the parts in
-   their order. All threads of these blocks must come. *ticket is 0 between launches, which one stream runs one after
-   the other. */
+/* True for all threads of the last of `blocks` blocks to get here, which sees everything that the others wrote before.
+   So one launch can reduce in two stages: every block stores its part, and the last one adds the parts in order. All
+   threads of these blocks must call it. *ticket is 0 between launches, which do not overlap because they are on one
+   stream. */
 static __device__ bool mptc__last_block(unsigned *ticket, unsigned blocks) {
     __shared__ bool last;
     __threadfence();
@@ -832,14 +833,14 @@ static __device__ bool mptc__last_block(unsigned *ticket, unsigned blocks) {
 
 /* ==== ELEMENTWISE ==== */
 
-/* Bits of element i, x, in `type` as the rounding says. */
+/* Bits of element i, whose value is x, in `type` with this rounding */
 static __device__ uint32_t mptc__cast_bits(mpt_rounding r, mpt_dtype type, size_t i, float x) {
     const uint32_t random = r.round == MPT_ROUND_STOCHASTIC ? mpt_hash(r.seed, r.step, r.tensor, i) : 0;
     return mpt_narrow(x, type, r.round, r.overflow, random);
 }
 
-/* As mpt__activate and mpt__activate_backward have them, ReLU by one comparison, which NaN fails: mpt.h asks the bits,
-   for -ffast-math, which nvcc does not have. */
+/* Like mpt__activate and mpt__activate_backward, but ReLU is one comparison, which is false for NaN: mpt.h tests the
+   bits because of -ffast-math, which nvcc does not have. */
 static __device__ __forceinline__ float mptc__relu_slope(float saved, float dy) { return saved <= 0 ? 0.0f : dy; }
 
 static __device__ __forceinline__ float mptc__activate(mpt_activation act, float x) {
@@ -862,8 +863,8 @@ static __device__ __forceinline__ float mptc__map_activate_backward(const mpt_ma
     return mpt__map_activate_backward(op, saved, dy);
 }
 
-/* out(n) from a(n), b(n): see mpt_map_op; and clear(words) = 0. A thread takes a pack at a time. Only of its own copies
-   does the compiler see that what the hash makes of them is the same for all elements. */
+/* out(n) from a(n), b(n): see mpt_map_op; and clear(words) = 0. A thread processes a pack at a time. The local copies
+   of rounding and mask let the compiler compute the part of the hash that is the same for all elements only once. */
 static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned words) {
     const mpt_rounding rounding = op.rounding;
     const mpt_mask mask = op.mask;
@@ -902,7 +903,7 @@ static __global__ void mptc__map_k(mpt_map_op op, uint32_t *clear, unsigned word
     }
 }
 
-/* out(n) from bytes(n), whose channel is their index modulo C; and clear(words) = 0. */
+/* out(n) from bytes(n), where byte i belongs to channel i % C; and clear(words) = 0. */
 static __global__ void mptc__bytes_k(mpt_map_op op, uint32_t *clear, unsigned words) {
     const uint8_t *bytes = (const uint8_t *)op.a.data;
     if (blockIdx.x == 0 && threadIdx.x < words) clear[threadIdx.x] = 0;
@@ -933,7 +934,7 @@ static mpt_result mptc__map_run(mpt_context *ctx, const mpt_map_op *op, void *cl
     return MPTC__SPREAD(mptc__map_k, packs, *op, (uint32_t *)clear, words);
 }
 
-/* The gradient of a ReLU in place */
+/* Is it the gradient of a ReLU in place? */
 static int mptc__is_slope(const mpt_map_op *op) {
     const int relu = op->map == MPT_MAP_ACTIVATION_GRADIENT && op->act == MPT_RELU && op->beta == 0;
     return relu && op->out.data == op->b.data && op->out.type == op->b.type;
@@ -998,27 +999,27 @@ static mpt_result mptc__columns_copy(mpt_context *ctx, const mpt_columns_op *op)
 
 /* ==== COLUMNS ====
 
-   Sums over the rows of matrices (rows,C), one matrix a sample. A block takes a tile of columns and a part of the rows
-   of a sample, and leaves one sum a column; the last block of a tile adds the parts and finishes its columns. `terms`
-   says what is added: SUMS quantities at a time of the planes that are wanted, summed in `real`; and what becomes of a
-   column's sums. Over 64 registers: a thread has sums of eight columns and several rows under way. */
+   Sums over the rows of matrices (rows,C), one matrix per sample. A block sums a tile of columns over a part of a
+   sample's rows; the last block of a tile adds the parts and finishes its columns. `terms` defines what is added: SUMS
+   of the planes at a time, summed in `real`; and what is done with a column's sums. Over 64 registers: a thread has the
+   sums of eight columns and the loads of several rows in flight. */
 
 enum {
-    MPTC__SUM_ACROSS = 8,  /* threads of a row of a tile, a pack each, at most */
-    MPTC__SUM_ROWS = 8,    /* that a thread has at least, where the rows are split into parts... */
-    MPTC__SUM_PARTS = 128, /* ...of which there are at most so many, as one block has to add them... */
-    MPTC__SUM_BLOCKS = 512 /* ...and no more than make so many blocks */
+    MPTC__SUM_ACROSS = 8,  /* most threads of a row of a tile, a pack each */
+    MPTC__SUM_ROWS = 8,    /* fewest rows of a thread if the rows are split into parts */
+    MPTC__SUM_PARTS = 128, /* most parts, because one block has to add them */
+    MPTC__SUM_BLOCKS = 512 /* most blocks that the parts may add up to */
 };
 
 typedef struct mptc__columns {
     size_t samples, rows, C; /* rows of a sample */
-    size_t planes;           /* sums wanted of a column */
+    size_t planes;           /* sums to compute for a column */
     mpt_array out;           /* (C,planes) = sums + beta out */
     float beta;
     size_t tiles, chunks;    /* of columns, of planes */
     size_t slices, slice;    /* parts of a sample, rows of a part */
     double *parts;           /* (planes, samples slices, C) */
-    unsigned *tickets;       /* one a tile and chunk; NULL: the parts are all that is wanted */
+    unsigned *tickets;       /* one per tile and chunk; NULL: only the parts are wanted */
 } mptc__columns;
 
 /* out[i] = sum + beta out[i] */
@@ -1028,14 +1029,14 @@ static __device__ void mptc__sum_put(mpt_array out, size_t i, double sum, float 
     mptc__put(out, i, (float)sum);
 }
 
-/* Sum over lanes of a warp, a power of two side by side; the same in all of them, in a fixed order. */
+/* Sum over groups of `lanes` neighbouring lanes of a warp, a power of two, in a fixed order; all lanes get it. */
 template <typename real> static __device__ real mptc__warp_sum(real x, unsigned lanes = MPTC__WARP) {
     for (unsigned width = lanes / 2; width; width /= 2) x += __shfl_xor_sync(0xffffffffu, x, width);
     return x;
 }
 
-/* total[s] = sums of plane first + s over all parts, for the thread of a tile's column; a block's work. Each of its
-   stripes of threads takes every so many-th part. */
+/* total[s] = sum of plane first + s over all parts, for the thread of each column of a tile. A whole block calls it;
+   its stripes of threads share the parts. */
 template <unsigned SUMS> static __device__ void mptc__columns_fold(const mptc__columns *w, unsigned column,
                                                                    unsigned first, double *total) {
     __shared__ double sums[MPTC__THREADS];
@@ -1097,8 +1098,8 @@ template <typename terms> static __global__ void mptc__columns_k(mptc__columns w
     if (mine) t.finish(&w, column + thread, first, total);
 }
 
-/* Sum of a plane over parts part .. part+count of columns c .. c+width, each times its weight if there are weights: a
-   warp's work, with the result in all of its lanes */
+/* Sum of a plane over parts part .. part+count of columns c .. c+width, times their weights if there are any. A whole
+   warp calls it; all lanes get the result. */
 static __device__ double mptc__fold(const mptc__columns *w, size_t plane, size_t part, size_t count, size_t c,
                                     size_t width, mpt_array weight) {
     const double *parts = w->parts + (plane * w->samples * w->slices + part) * w->C + c;
@@ -1110,8 +1111,8 @@ static __device__ double mptc__fold(const mptc__columns *w, size_t plane, size_t
     return mptc__warp_sum(sum);
 }
 
-/* Cuts the work into blocks, which depend on the sizes only. The parts take the scratch block. With more than one
-   sample the parts are left there; else the columns are finished. */
+/* Divides the work into blocks, depending only on the sizes. Parts are stored in the scratch block. With more than one
+   sample they stay there; else the columns are finished. */
 template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, mptc__columns *w, const terms &t) {
     mptc__block *scratch = &mptc__of(ctx)->scratch;
     dim3 block(1, MPTC__THREADS);
@@ -1135,7 +1136,7 @@ template <typename terms> static mpt_result mptc__columns_run(mpt_context *ctx, 
     return MPTC__LAUNCH(mptc__columns_k<terms>, (unsigned)blocks, block, *w, t);
 }
 
-/* What becomes of the sums of column c where they are asked for as they are */
+/* Stores the sums of column c unchanged. */
 template <unsigned SUMS> static __device__ void mptc__columns_put(const mptc__columns *w, unsigned c, unsigned first,
                                                                   const double *total) {
 #pragma unroll
@@ -1143,8 +1144,8 @@ template <unsigned SUMS> static __device__ void mptc__columns_put(const mptc__co
         if (first + s < w->planes) mptc__sum_put(w->out, c * w->planes + first + s, total[s], w->beta);
 }
 
-/* x(rows,C) itself. Eight rows are added in fp32 and then to the sum in fp64, which many devices have at 1/64 of the
-   rate: a sum is off by at most 7 2^-24 of the sum of magnitudes, and 2^-24 of itself for the last rounding. */
+/* x(rows,C) itself. Eight rows are added in fp32 and then to the sum in fp64, which many devices compute at 1/64 of the
+   rate: the error of a sum is at most 7 2^-24 of the sum of magnitudes, plus 2^-24 of itself for the last rounding. */
 struct mptc__plain_terms {
     enum { SUMS = 1, ROWS = 8 };
     typedef double real;
@@ -1185,14 +1186,14 @@ static mpt_result mptc__sums_run(mpt_context *ctx, const mptc__sums *s) {
     return mptc__columns_run(ctx, &w, terms);
 }
 
-/* The sums wait for the product of the weights' gradient, which the same operation makes next. */
+/* Holds the sums for the product of the weights' gradient, which the same operation computes next. */
 static void mptc__sums_wait(mpt_context *ctx, size_t rows, size_t C, mpt_array dy, float beta, mpt_array db) {
     const mptc__sums sums = {rows, C, dy, db, beta};
     mptc__of(ctx)->held.bias = 1;
     mptc__of(ctx)->held.sums = sums;
 }
 
-/* The end of that operation: sums that no product took along are made now. Those of one that failed are not wanted. */
+/* Called at the end of that operation: computes the sums if no product did. If it failed, they are dropped. */
 static mpt_result mptc__sums_end(mpt_context *ctx, mpt_result result) {
     int *bias = &mptc__of(ctx)->held.bias;
     if (*bias && result == MPT_OK) return mptc__held_do(ctx);
@@ -1202,8 +1203,8 @@ static mpt_result mptc__sums_end(mpt_context *ctx, mpt_result result) {
 
 /* ==== PRODUCTS ====
 
-   cuBLAS multiplies matrices stored by columns. A row-major matrix is its transpose stored by columns, so
-   c = op(a) op(b) is asked for as c^T = op(b)^T op(a)^T: the operands change places and nothing moves. */
+   cuBLAS multiplies column-major matrices. A row-major matrix is its column-major transpose, so c = op(a) op(b) is
+   computed as c^T = op(b)^T op(a)^T: the operands change places and nothing is moved. */
 
 static cudaDataType mptc__data_type(mpt_dtype type) {
     if (type == MPT_F32) return CUDA_R_32F;
@@ -1221,7 +1222,8 @@ static mpt_array mptc__at(mpt_array a, size_t i) {
     return a;
 }
 
-/* cuBLAS writes fp32 or the operands' type, and knows no bias: all else needs the sums in fp32 first, to round once. */
+/* cuBLAS writes fp32 or the operands' type, without bias. Everything else needs the sums in fp32 first, to round
+   once. */
 static int mptc__needs_sums(const mpt_gemm_op *op) {
     return op->c.type != MPT_F32 && (op->bias.data || op->c.type != op->a.type || op->act);
 }
@@ -1253,29 +1255,30 @@ static mpt_result mptc__multiply(mpt_context *ctx, const mpt_gemm_op *op, mpt_ar
     return MPT_OK;
 }
 
-/* -- Epilogues: what cuBLASLt does in passing --
+/* -- Epilogues of cuBLASLt --
 
-   Bias and ReLU before the sums are rounded; or the sums of the columns of dy, which are the bias gradient, while it
-   reads dy for the gradient of the weights. Its ReLU makes 0 of NaN, yet hides no overflow: an inf in x makes the
-   gradient of the weights inf or NaN, one in w that of x, and logits have no ReLU.
+   It adds a bias and applies ReLU before the sums are rounded; or it sums the columns of dy, which gives the bias
+   gradient, while it reads dy for the gradient of the weights. Its ReLU turns NaN into 0, but this hides no overflow:
+   an inf in x makes the gradient of the weights inf or NaN, an inf in w that of x, and logits have no ReLU.
 
-   Not the gradients of activations. dReLU reads a mask that the forward product writes: a buffer more, 1/16 of the
-   activations, of sums before they are rounded, where fp16 makes the 0 that ends a gradient of some of them. GELU (by
-   tanh only) and dGELU leave out the rounding of x and of dy, and so the overflow by which the loss scale goes. */
+   Gradients of activations are not fused. dReLU reads a mask that the forward product writes: another buffer, 1/16 of
+   the activations, made before rounding, which in fp16 turns some values into the 0 that has no gradient. GELU (only
+   the tanh form) and dGELU skip the rounding of x and dy, and with it the overflow that the loss scale is adjusted
+   by. */
 
-typedef struct mptc__fusion { /* a product as cuBLASLt describes it: plain data, nothing is allocated */
+typedef struct mptc__fusion { /* cuBLASLt's descriptors of a product: plain data, nothing is allocated */
     cublasLtMatmulDescOpaque_t desc;
     cublasLtMatrixLayoutOpaque_t a, b, c;
     mptc__plan plan;
 } mptc__fusion;
 
-/* Largest power of two up to 16 that divides p and ld elements: so is every row aligned. */
+/* The alignment of all rows: the largest power of two, up to 16, that divides the address and ld elements. */
 static int mptc__row_align(mpt_array a, size_t ld) {
     const size_t bits = (uintptr_t)a.data | ld * mpt_dtype_size(a.type) | 16;
     return (int)(bits & (~bits + 1));
 }
 
-/* 0: it is none that cuBLASLt has. more: what it is to do besides. */
+/* The epilogue for a product, plus `more`; 0 if cuBLASLt has none. */
 static int mptc__epilogue(const mpt_gemm_op *op, int more) {
     const int types = op->a.type == op->b.type && (op->c.type == op->a.type || op->c.type == MPT_F32);
     const int bias = !op->bias.data || (op->bias.type == op->c.type && (uintptr_t)op->bias.data % 16 == 0);
@@ -1300,7 +1303,7 @@ static cublasLtMatmulPreferenceOpaque_t mptc__preference(const mptc__device *dev
     return p;
 }
 
-/* The plan with this key, or the place for it: a free one or, where the table is full, the one that the hash names. */
+/* The plan with this key, or a place for it: a free one or, if the table is full, the one at the hash. */
 static mptc__plan *mptc__plan_of(mptc__device *device, const int *key) {
     uint32_t hash = 0;
     for (int i = 0; i < MPTC__PLAN_KEY; i++) hash = (hash ^ (uint32_t)key[i]) * 0x9e3779b1u;
@@ -1312,7 +1315,7 @@ static mptc__plan *mptc__plan_of(mptc__device *device, const int *key) {
     return &device->plans[(hash >> 24) % MPTC__PLANS];
 }
 
-/* The best algorithm for the product as *f describes it. 0: there is none. */
+/* Finds the best algorithm for the product that *f describes. Returns 0 if there is none. */
 static int mptc__heuristic(const mptc__device *device, const int *key, mptc__fusion *f,
                            cublasLtMatmulHeuristicResult_t *found) {
     cublasLtMatmulPreferenceOpaque_t preference = mptc__preference(device, key);
@@ -1324,8 +1327,8 @@ static int mptc__heuristic(const mptc__device *device, const int *key, mptc__fus
 }
 
 /* Would the product alone fill the device much better than with the column sums as its epilogue? A narrow result of
-   many terms needs its terms split among the multiprocessors, and without that takes many times as long as a pass over
-   dy. What cuBLASLt says of it depends on shape and device, as a measured time would not: so bits repeat. */
+   many terms needs split-K; without it, it takes many times as long as a separate pass over dy. The heuristic depends
+   only on shape and device, unlike a measured time, so bits are reproducible. */
 static int mptc__better_apart(const mptc__device *device, const int *key, int32_t epilogue, float waves,
                               mptc__fusion *f) {
     const int32_t plain = CUBLASLT_EPILOGUE_DEFAULT;
@@ -1344,8 +1347,8 @@ static void mptc__layout(cublasLtMatrixLayoutOpaque_t *layout, cudaDataType type
     else cublasLtMatrixLayoutInit(layout, type, columns, rows, (int64_t)ld);
 }
 
-/* Can cuBLASLt do this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by shape.
-   vector: the bias or where the column sums go; heuristics refuse an epilogue that reads or writes none. */
+/* Can cuBLASLt compute this product with that epilogue? Then *f is ready for mptc__fusion_run. Answers are kept by
+   shape. vector: the bias, or where the column sums go; heuristics refuse such an epilogue without it. */
 static int mptc__fuses(mpt_context *ctx, const mpt_gemm_op *op, int epilogue, const void *vector, mptc__fusion *f) {
     mptc__device *device = mptc__of(ctx);
     const cublasComputeType_t compute = mptc__compute(ctx, op);
@@ -1387,7 +1390,7 @@ static mpt_result mptc__fusion_run(mpt_context *ctx, const mpt_gemm_op *op, void
     return MPT_OK;
 }
 
-/* Do sums wait that this product can take along, of the columns of the dy that it reads for the gradient of weights? */
+/* Are column sums held that this product can compute along with the gradient of weights, from the same dy? */
 static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusion *f) {
     const mptc__sums *s = &mptc__of(ctx)->held.sums;
     return mptc__of(ctx)->held.bias && op->trans_a && op->a.data == s->dy.data && op->m == s->C && op->lda == s->C &&
@@ -1395,7 +1398,8 @@ static int mptc__takes_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusio
            mptc__fuses(ctx, op, mptc__epilogue(op, CUBLASLT_EPILOGUE_BGRADB), s->db.data, f) && !f->plan.apart;
 }
 
-/* It does, for its rows of dy; those of other slices still wait then. Sums that add to others are made apart first. */
+/* Computes both, for its rows of dy; the sums of other slices stay held. Sums that are added to others go through a
+   buffer. */
 static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, mptc__fusion *f) {
     mptc__device *device = mptc__of(ctx);
     mptc__sums *s = &device->held.sums;
@@ -1414,10 +1418,10 @@ static mpt_result mptc__product_sums(mpt_context *ctx, const mpt_gemm_op *op, mp
     return MPT_OK;
 }
 
-/* -- Products of few terms, as the gradient of a classifier's input: dy(m,classes) w(classes,n) --
+/* -- Products of few terms, such as the gradient of a classifier's input: dy(m,classes) w(classes,n) --
 
-   Writing the result takes longer than the arithmetic, and rows of ten elements of 16 bits are not aligned as Tensor
-   Cores need them. */
+   Writing the result takes longer than the arithmetic, and rows of ten 16-bit elements do not have the alignment that
+   Tensor Cores need. */
 
 enum { MPTC__FEW = 16 };
 
@@ -1426,7 +1430,7 @@ static int mptc__has_few_terms(const mpt_gemm_op *op) {
     return plain && op->k && op->k <= MPTC__FEW && op->m * mptc__divide_up(op->n, MPTC__PACK) <= INT_MAX;
 }
 
-/* c(m,n) = alpha a(m,k) b(k,n) + beta c, which the slope of a ReLU multiplies if its y(m,n) is given. A thread takes a
+/* c(m,n) = alpha a(m,k) b(k,n) + beta c, multiplied by the slope of a ReLU if its y(m,n) is given. A thread computes a
    pack of columns of a row. */
 static __global__ void __launch_bounds__(MPTC__THREADS, 4)
 mptc__few_k(mpt_gemm_op op, mpt_array y, mptc__divider packs) {
@@ -1459,7 +1463,7 @@ static mpt_result mptc__few_run(mpt_context *ctx, const mpt_gemm_op *op, mpt_arr
     return MPTC__SPREAD(mptc__few_k, op->m * packs, *op, y, mptc__divider_of(packs));
 }
 
-/* A whole gemm, with the sums that still wait */
+/* A whole gemm, with the sums that are held */
 static mpt_result mptc__product(mpt_context *ctx, const mpt_gemm_op *op) {
     mptc__device *device = mptc__of(ctx);
     mptc__held *held = &device->held;
@@ -1489,7 +1493,7 @@ static size_t mptc__span(size_t rows, size_t columns, size_t ld) {
     return 0;
 }
 
-/* Operands of different types are both cast to fp32 first. */
+/* Casts operands of different types to fp32. */
 static mpt_result mptc__one_type(mpt_context *ctx, mpt_array *a, size_t a_count, mpt_array *b, size_t b_count) {
     mptc__block *casts = &mptc__of(ctx)->casts;
     mpt_map_op map = MPT_ZERO;
@@ -1506,7 +1510,7 @@ static mpt_result mptc__one_type(mpt_context *ctx, mpt_array *a, size_t a_count,
     return MPT_OK;
 }
 
-/* Rows of the result that go at a time, so that `each` bytes a row fit into what the workspace has left. */
+/* Rows of the result to compute at a time, so that `each` bytes per row fit into the rest of the workspace */
 static size_t mptc__slice_rows(const mptc__device *device, size_t rows, size_t each, size_t taken) {
     const size_t left = device->desc.workspace > taken ? device->desc.workspace - taken : 0;
     const size_t fit = each ? left / each : rows;
@@ -1545,18 +1549,19 @@ static mpt_result mptc__gemm(mpt_context *ctx, const mpt_gemm_op *op) {
 
 /* -- Convolution --
 
-   Three products, with a matrix that holds for each position, tap after tap, the channels which that tap reads:
+   Three products, with a matrix that holds, for each position, the channels that each tap reads, tap after tap:
 
      forward   y(outputs,K)  = patches(outputs, R S C) w(K, R S C)^T
      weights   dw(K, R S C)  = dy(outputs,K)^T patches(outputs, R S C)
      data      dx(inputs,C)  = spread(inputs, R S K) filters(R S K, C)
 
-   patches reads x, with zeros in the padding; spread reads dy at the output whose tap (r,s) is that input, zeros where
-   there is none; filters is w(K,R,S,C) with K moved inside. With a stride most of spread is zeros: then dy w is made,
-   in fp32, of which each input adds up what its taps made. Both are gathered into scratch in slices of rows that fit
-   the workspace. A 1x1 kernel with stride 1 and no padding reads x or dy as they are. Groups are a batch of such
-   products, whose C and K channels lie in rows of x and y that are `groups` times as long; a row of the gathered matrix
-   holds one group's part after the other. */
+   patches is gathered from x, with zeros in the padding; spread from dy, at the output that reads the input by tap
+   (r,s), with zeros if there is none; filters is w(K,R,S,C) with K moved inside. With a stride, most of spread would be
+   zeros: instead dy w is computed in fp32, and each input adds up the elements that its taps contributed to. Both
+   matrices are gathered into scratch in slices of rows that fit the workspace. A 1x1 kernel with stride 1 and no
+   padding reads x or dy directly. Groups are a batch of such products, whose C and K channels are parts of rows of x
+   and y that are `groups` times as long; a row of the gathered matrix holds the parts of all groups one after
+   another. */
 
 /* Rows (n, down, across) of a matrix are the positions of N images of down x across; see mptc__divider. */
 typedef struct mptc__position {
@@ -1585,7 +1590,7 @@ static __device__ __forceinline__ mptc__position mptc__position_of(unsigned i, m
     return p;
 }
 
-/* The position as many rows on as `step` is from 0: a carry in place of divisions */
+/* Adds `step`, the position of a number of rows from 0: carries instead of divisions. */
 static __device__ __forceinline__ void mptc__advance(mptc__position *p, mptc__position step, mptc__grid grid) {
     p->across += step.across;
     p->down += step.down;
@@ -1608,14 +1613,14 @@ typedef struct mptc__gather {
     mptc__divider strides_h, strides_w;
     const void *from;
     void *to;
-    unsigned first, rows;     /* of this slice... */
-    unsigned lines;           /* ...of which so many are under way at a time */
-    mptc__divider columns;    /* of the matrix, in units of the copy... */
-    mptc__divider group;      /* ...and of a group's part of it... */
-    mptc__divider channels;   /* ...and of a tap in units, or in elements where those are shorter than a unit */
+    unsigned first, rows;     /* of this slice */
+    unsigned lines;           /* rows that all threads copy at a time */
+    mptc__divider columns;    /* of the matrix, in units of the copy */
+    mptc__divider group;      /* of a group's part of it, in units */
+    mptc__divider channels;   /* of a tap, in units, or in elements if a unit holds several taps */
     mptc__divider S;
-    unsigned stride_from, ld; /* of the rows of `from` and `to`, in the same */
-    unsigned patch;           /* elements of a row, where units hold several taps */
+    unsigned stride_from, ld; /* between rows of `from` and `to`, in the same */
+    unsigned patch;           /* elements of a row, if a unit holds several taps */
 } mptc__gather;
 
 static mptc__gather mptc__gather_of(const mpt_conv2d_op *op) {
@@ -1660,11 +1665,11 @@ static __device__ __forceinline__ int mptc__tap(const mptc__gather *g, mptc__pos
     return ((int)at.n * g->down + y) * g->across + x;
 }
 
-/* x; dy; dy where rows between those of the stride read zeros */
+/* Reads x; dy with stride 1; dy with zeros between its rows and columns */
 typedef enum mptc__reads { MPTC__PATCHES = 0, MPTC__SPREAD_CLOSE, MPTC__SPREAD_WIDE } mptc__reads;
 
-/* to(rows, ld) = what the taps of rows first.. read, in units of 16 bytes of channels. A thread keeps its tap and its
-   channels and takes every `lines`-th row. */
+/* to(rows, ld) = what the taps of rows first.. read, in units of 16 bytes of channels. A thread keeps its tap and
+   channels and copies every `lines`-th row. */
 template <mptc__reads reads> static __global__ void mptc__gather_k(mptc__gather g) {
     g.spread = reads != MPTC__PATCHES;
     if (reads == MPTC__SPREAD_CLOSE) g.stride_h = g.stride_w = 1;
@@ -1689,7 +1694,7 @@ template <mptc__reads reads> static __global__ void mptc__gather_k(mptc__gather 
     }
 }
 
-/* The same where the channels of a tap do not fill a unit: the 16 bytes that a thread writes hold several taps. */
+/* The same if the channels of a tap do not fill a unit: the 16 bytes that a thread writes hold several taps. */
 template <typename element> static __global__ void mptc__gather_few_k(mptc__gather g) {
     enum { COUNT = 16 / sizeof(element) };
     const unsigned count = g.lines * g.columns.by;
@@ -1765,8 +1770,8 @@ static mpt_result mptc__gather_rows(mpt_context *ctx, const mpt_conv2d_op *op, m
     return MPTC__LAUNCH(mptc__gather_few_k<uint16_t>, blocks, MPTC__THREADS, g);
 }
 
-/* The product of one pass, for all rows at once: forward and data have the gathered matrix as a, weights as b. Rows of
-   the operands are those of x and dy as they are, which the product of a 1x1 kernel reads itself. */
+/* The product of one pass, for all rows at once: in forward and data, a stands for the gathered matrix; in weights, b
+   does. The operands given here are x and dy themselves, which the product of a 1x1 kernel reads directly. */
 static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
     const mpt_conv2d_shape *z = &op->shape;
     const size_t outputs = z->N * op->P * op->Q, patch = z->R * z->S * z->C;
@@ -1813,7 +1818,7 @@ static mpt_gemm_op mptc__conv2d_product(const mpt_conv2d_op *op) {
     return g;
 }
 
-/* Forward and data: each slice of rows of the result from its rows of the gathered matrix. */
+/* Forward and data: computes each slice of rows of the result from its rows of the gathered matrix. */
 static mpt_result mptc__conv2d_rows(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *all, size_t slice,
                                     size_t ld, void *matrix) {
     mpt_gemm_op g = *all;
@@ -1828,7 +1833,7 @@ static mpt_result mptc__conv2d_rows(mpt_context *ctx, const mpt_conv2d_op *op, c
     return MPT_OK;
 }
 
-/* Weights: the slices are added up in fp32, in dw itself or, where that is 16 bits, in scratch. */
+/* Weights: adds up the slices in fp32, in dw itself or, if that has 16 bits, in scratch. */
 static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *all, size_t slice,
                                        size_t ld, char *at) {
     mpt_gemm_op g = *all;
@@ -1849,8 +1854,8 @@ static mpt_result mptc__conv2d_weights(mpt_context *ctx, const mpt_conv2d_op *op
     return MPT_OK;
 }
 
-/* dx(rows,C) = the sums of those of columns(outputs, R S C) that the taps made for these rows, + beta dx. A thread
-   takes a pack of a row. */
+/* dx(rows,C) = sums of those elements of columns(outputs, R S C) that belong to taps on these rows, + beta dx. A thread
+   computes a pack of a row. */
 static __global__ void __launch_bounds__(MPTC__THREADS, 4)
 mptc__collect_k(mptc__gather g, const float *columns, mpt_array dx, float beta, unsigned R, unsigned C,
                 mptc__divider packs) {
@@ -1924,14 +1929,14 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
     if (for_data && (z->stride_h > 1 || z->stride_w > 1)) return mptc__conv2d_columns(ctx, op, &g);
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
-    const size_t ld = mptc__round_up(columns, 16 / size); /* rows 16 bytes aligned, as Tensor Cores like them */
+    const size_t ld = mptc__round_up(columns, 16 / size); /* Tensor Cores need rows aligned to 16 bytes */
     size_t others = 0;
     if (for_data) others = weights * size;
     if (for_weights && g.c.type != MPT_F32) others = weights * sizeof(float);
     const size_t fixed = mptc__round_up(others, mptc__align);
     size_t slice = mptc__slice_rows(device, for_weights ? outputs : g.m, ld * size, fixed);
     mpt_gemm_op part = g;
-    /* scratch, as aligned as NULL is */
+    /* scratch is aligned like NULL */
     part.a.data = NULL;
     part.lda = ld;
     part.m = slice;
@@ -1950,7 +1955,7 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
 
 /* -- Groups: a batch of products -- */
 
-/* c(m,n) = op(a) op(b) + beta c for each group, whose operands lie so many elements apart; see mptc__multiply. */
+/* c(m,n) = op(a) op(b) + beta c for each group; operands of groups are apart[] elements apart; see mptc__multiply. */
 static mpt_result mptc__multiply_groups(mpt_context *ctx, const mpt_gemm_op *op, mpt_array c, size_t ldc, float beta,
                                         size_t groups, const size_t *apart) {
     const cudaDataType type = mptc__data_type(op->a.type);
@@ -1971,10 +1976,10 @@ typedef struct mptc__groups { /* a convolution with groups */
     size_t apart[3];         /* ...and how far a, b and c of the next one are, in elements */
     int gathers;
     size_t slice, ld;        /* rows that are gathered at a time, elements of such a row */
-    char *at;                /* where to, and what else takes scratch, before it */
+    char *at;                /* scratch: for what else needs it, then for the gathered rows */
 } mptc__groups;
 
-/* Forward and data, see mptc__conv2d_rows: rows of all groups' results, which are finished together. */
+/* Forward and data, see mptc__conv2d_rows: computes rows of all groups' results and finishes them together. */
 static mpt_result mptc__groups_rows(mpt_context *ctx, const mptc__groups *w) {
     mptc__device *device = mptc__of(ctx);
     const mpt_gemm_op *all = &w->product;
@@ -2085,10 +2090,10 @@ static mpt_result mptc__conv2d_groups(mpt_context *ctx, const mpt_conv2d_op *op)
     return mptc__groups_rows(ctx, &w);
 }
 
-/* -- Depthwise convolution: one filter a channel makes no product -- */
+/* -- Depthwise convolution: with one filter per channel there is no product -- */
 
-/* Forward and data: y(rows,C) from the rows of x that the taps read, and w(taps,C). A thread takes a pack of a row.
-   Over 64 registers: sums, inputs and weights of a pack beside the shape; with 64 it would spill. */
+/* Forward and data: y(rows,C) from the rows of x that the taps read, and w(taps,C). A thread computes a pack of a row.
+   Over 64 registers: sums, inputs and weights of a pack, and the shape; with 64 it would spill. */
 static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_t rows) {
     const unsigned R = (unsigned)op.shape.R, S = (unsigned)op.shape.S;
     const size_t C = op.shape.C, packs = (C + MPTC__PACK - 1) / MPTC__PACK;
@@ -2116,7 +2121,7 @@ static __global__ void mptc__depthwise_k(mpt_conv2d_op op, mptc__gather g, size_
     }
 }
 
-struct mptc__tap_terms { /* dy times what taps tap.. read */
+struct mptc__tap_terms { /* dy times the elements that taps tap.. read */
     enum { SUMS = 3 };
     typedef float real;
     mptc__gather g;
@@ -2199,8 +2204,8 @@ static mpt_result mptc__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
 
 /* ==== NORMALISATION ====
 
-   A set is what one mean is taken of: a group of channels of a sample. Its sums come from sums over columns where the
-   sets are few or thin; or, where they have few pixels or are many and wide, a team of threads sums a set by itself. */
+   A set has one mean: a group of channels of a sample. If sets are few or thin, their sums come from sums over columns;
+   if they have few pixels, or are many and wide, a team of threads sums each set. */
 
 enum {
     MPTC__NORM_PIXELS = 8, /* few */
@@ -2212,7 +2217,7 @@ static int mptc__norm_by_sets(const mpt_norm_shape *z) {
     return z->pixels <= MPTC__NORM_PIXELS || (wide && many);
 }
 
-/* Mean and 1 / sqrt(variance + eps) of n channels of a sample from c on. The root is taken once a set. */
+/* Mean and 1 / sqrt(variance + eps) of n channels of a sample from c on; computes the root once per set. */
 static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, size_t c, unsigned n, float *mean,
                                        float *inverse) {
     const size_t each = op->shape.C / op->shape.groups, sets = op->shape.N * op->shape.groups;
@@ -2229,14 +2234,14 @@ static __device__ void mptc__norm_load(const mpt_norm_op *op, size_t sample, siz
     }
 }
 
-/* gamma or beta of n channels: all `otherwise` where there is none */
+/* gamma or beta of n channels; `otherwise` for all of them if there is none */
 static __device__ __forceinline__ void mptc__affine_load(mpt_array a, size_t c, unsigned n, float otherwise,
                                                          float *to) {
     MPTC__EACH(e) to[e] = otherwise;
     if (a.data) mptc__load(a, c, n, to);
 }
 
-/* Of the channels that a pack holds, for their normalised values: y = (x - mean) scale + shift */
+/* Constants of the channels of a pack: y = (x - mean) scale + shift */
 typedef struct mptc__normal {
     float mean[MPTC__PACK], inverse[MPTC__PACK], scale[MPTC__PACK], shift[MPTC__PACK];
 } mptc__normal;
@@ -2249,13 +2254,13 @@ static __device__ __forceinline__ void mptc__normal_load(const mpt_norm_op *op, 
     mptc__affine_load(op->beta, c, n, 0, to->shift);
 }
 
-/* The same roundings in both passes, whatever the compiler would contract */
+/* Rounds the same way in both passes, whatever the compiler would contract. */
 static __device__ __forceinline__ float mptc__normal_of(float x, float mean, float scale, float shift) {
     return __fmaf_rn(__fsub_rn(x, mean), scale, shift);
 }
 
-/* dy times the slope of the ReLU behind the norm. That is 0 where its y is, so where what was rounded to y is at most
-   `least`, half of the smallest number of y's type. To compute that anew costs no bytes; to read y would. */
+/* dy times the slope of the ReLU after the norm. The slope is 0 where y is 0, which is where the unrounded y is at most
+   `least`, half of the smallest number of y's type. Computing that again reads no memory, unlike reading y. */
 static __device__ __forceinline__ float mptc__norm_least(mpt_dtype type) {
     if (type == MPT_F16) return mpt__float(0x33000000u);               /* 2^-25 */
     if (type == MPT_BF16) return mpt__float(0x00008000u) /* 2^-134 */;
@@ -2266,18 +2271,19 @@ static __device__ __forceinline__ float mptc__norm_slope(float normal, float lea
     return dy;
 }
 
-/* The first value of a set. Sums of x - shift and of its square lose nothing where the mean is far from 0. */
+/* The first value of a set. Sums of x - shift and of its square lose no precision if the mean is far from 0. */
 static __device__ __forceinline__ float mptc__norm_shift(const mpt_norm_op *op, size_t set) {
     const mpt_norm_shape *z = &op->shape;
     return mptc__get(op->x, set / z->groups * z->pixels * z->C + set % z->groups * (z->C / z->groups));
 }
 
-/* What the sums of a set make: mean and variance of x, or the means that dx needs */
+/* Stores, from the sums of a set, mean and variance of x, or the means that dx needs. */
 static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, double a, double b) {
     const size_t sets = op->shape.N * op->shape.groups;
     const double count = (double)(op->shape.pixels * (op->shape.C / op->shape.groups));
     float *stats = op->stats + (op->pass == MPT_NORM_BACKWARD ? 2 * sets : 0) + set;
-    a /= count, b /= count;
+    a /= count;
+    b /= count;
     if (op->pass == MPT_NORM_STATS) {
         b = b < a * a ? 0 : b - a * a;
         a += (double)mptc__norm_shift(op, set);
@@ -2288,15 +2294,16 @@ static __device__ void mptc__norm_finish(const mpt_norm_op *op, size_t set, doub
 
 /* -- By columns -- */
 
-/* *a += the sum of n values relative to the first of the set, *b += that of their squares. The values are given as
-   sums relative to the first of them, which is `first` from the set's.
+/* *a += the sum of n values relative to the first value of the set, *b += the sum of their squares. The values are
+   given as sums relative to the first of the n, which differs by `first` from that of the set.
 
-   Sums of 16-bit values are taken in fp32 over eight, since many devices do fp64 at 1/64 of the rate. Their differences
-   d are exact where they span at most 13 binades, the sums of their squares off by at most 8 2^-24. Such a sum is at
-   most 18 times that of (x - mean)^2 over the eight, as d^2 <= 2 (x - mean)^2 + 2 (first - mean)^2. The sum of d, off
-   by at most 7 2^-24 of that of |d|, counts 2 |first - mean| times, which is as much again: a variance is off by at
-   most 300 2^-24 of itself, if all roundings go one way. |d| over 2^62 overflows. That is little beside the rounding of
-   16-bit values; fp32 ones, whose statistics are right to 4 roundings, come one by one. */
+   Eight 16-bit values are summed in fp32 at a time, because many devices compute fp64 at 1/64 of the rate. Their
+   differences d are exact if they span at most 13 binades; the error of the sum of their squares is at most 8 2^-24 of
+   it. Such a sum is at most 18 times the sum of (x - mean)^2 over the eight, as d^2 <= 2 (x - mean)^2 + 2 (first -
+   mean)^2. The error of the sum of d, at most 7 2^-24 of the sum of |d|, counts 2 |first - mean| times, which is as
+   much again: the error of a variance is at most 300 2^-24 of itself, if all roundings go one way. |d| over 2^62
+   overflows. That is little compared to the rounding of 16-bit values. fp32 values are added one by one, for statistics
+   that are right to 4 roundings. */
 static __device__ __forceinline__ void mptc__moments_join(double *a, double *b, double first, unsigned n, float sum,
                                                           float square) {
     if (n == 1) {
@@ -2309,7 +2316,7 @@ static __device__ __forceinline__ void mptc__moments_join(double *a, double *b, 
     *b += (double)square + first * (total + relative);
 }
 
-/* Values whose moments go in fp32 first */
+/* How many values are summed in fp32 first */
 static __device__ __forceinline__ unsigned mptc__norm_few(mpt_dtype type) { return type == MPT_F32 ? 1 : MPTC__PACK; }
 
 struct mptc__moment_terms { /* x - shift and its square */
@@ -2358,14 +2365,14 @@ struct mptc__moment_terms { /* x - shift and its square */
     }
 };
 
-/* dy, behind the slope of a ReLU if there is one, and dy xhat. Eight are added in fp32 first, of any type: off by at
-   most 7 2^-24 of the sum of magnitudes, and a product by its rounding besides. */
+/* dy, times the slope of a ReLU if there is one, and dy xhat. Eight values of any type are added in fp32 first: the
+   error is at most 7 2^-24 of the sum of magnitudes, plus the rounding of each product. */
 struct mptc__gradient_terms {
     enum { SUMS = 2, LOADS = 2 };
     typedef double real;
     mpt_norm_op op;
-    mpt_norm_op running; /* statistics that are averaged besides, where stats is given */
-    int means;           /* 1: a column is a set, whose means dx needs */
+    mpt_norm_op running; /* statistics to be averaged as well; stats NULL: none */
+    int means;           /* 1: each column is a set, and dx needs its means */
     __device__ void add(unsigned row, unsigned end, unsigned c, unsigned n, unsigned, real (*acc)[MPTC__PACK]) const {
         const unsigned by = blockDim.y;
         const float least = mptc__norm_least(op.saved.type);
@@ -2424,7 +2431,7 @@ struct mptc__gradient_terms {
     }
 };
 
-/* A warp to each of `sets` sets, and in the backward pass to each channel: what the parts add up to */
+/* Adds up the parts of each set, and in the backward pass of each channel, with a warp for each. */
 static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t sets) {
     const size_t each = w.C / op.shape.groups, outputs = sets + (op.pass == MPT_NORM_BACKWARD ? w.C : 0);
     const mpt_array none = MPT_ZERO;
@@ -2447,11 +2454,11 @@ static __global__ void mptc__norm_fold_k(mpt_norm_op op, mptc__columns w, size_t
     }
 }
 
-/* Is each set a column? So it is of a batch norm. */
+/* Is each set a column, as in batch norm? */
 static int mptc__norm_sets_are_columns(const mpt_norm_shape *z) { return z->N == 1 && z->groups == z->C; }
 
-/* The sums of all columns, and of all sets unless sets is 0. Where sets are sums of columns, they take those of several
-   tiles, and so a launch of their own. The rows are cut in the same way whether sets are wanted or not. */
+/* The sums of all columns, and of all sets unless `sets` is 0. If sets are sums of columns, these may be in several
+   tiles, so they need another launch. Rows are divided the same way whether sets are wanted or not. */
 template <typename terms>
 static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, size_t sets, const terms &t) {
     const mpt_norm_shape *z = &op->shape;
@@ -2467,15 +2474,15 @@ static mpt_result mptc__norm_columns(mpt_context *ctx, const mpt_norm_op *op, si
     return MPTC__SPREAD(mptc__norm_fold_k, (sets + z->C) * MPTC__WARP, *op, w, sets);
 }
 
-/* -- By sets: blockDim.x threads are a team, blockDim.y teams a block -- */
+/* -- By sets: blockDim.x threads are a team, blockDim.y teams are a block -- */
 
-/* Sum over a team, the same in all of its threads: pairwise in a warp, then the warps in order. More than a warp is a
-   whole block. All threads of the block come. */
+/* Sum over a team, which all its threads get: pairwise in a warp, then the warps in order. A team of more than a warp
+   is a whole block. All threads of the block must call it. */
 static __device__ double mptc__team_sum(double x) {
     __shared__ double warps[MPTC__WARPS];
     x = mptc__warp_sum(x, blockDim.x < MPTC__WARP ? blockDim.x : MPTC__WARP);
     if (blockDim.x <= MPTC__WARP) return x;
-    __syncthreads(); /* until here the last sum is being read */
+    __syncthreads(); /* the previous sum may still be read */
     if (threadIdx.x % MPTC__WARP == 0) warps[threadIdx.x / MPTC__WARP] = x;
     __syncthreads();
     x = 0;
@@ -2488,7 +2495,7 @@ typedef struct mptc__run { /* of n channels of one pixel, from channel c on */
     unsigned n;
 } mptc__run;
 
-/* Run number i of a set: an empty one behind the last */
+/* Run number i of a set; an empty run after the last one */
 static __device__ __forceinline__ mptc__run mptc__run_of(const mpt_norm_shape *z, size_t set, size_t i) {
     const size_t each = z->C / z->groups, packs = (each + MPTC__PACK - 1) / MPTC__PACK;
     const size_t pixel = i / packs, within = i % packs * MPTC__PACK;
@@ -2527,7 +2534,7 @@ static __global__ void mptc__norm_stats_k(mpt_norm_op op) {
     }
 }
 
-/* x, dy behind the slope of a ReLU if there is one, and gamma of a run */
+/* x, dy (times the slope of a ReLU if there is one) and gamma of a run */
 static __device__ __forceinline__ void mptc__norm_run_load(const mpt_norm_op *op, mptc__run run, float mean,
                                                            float inverse, float *x, float *dy, float *gamma) {
     const float least = mptc__norm_least(op->saved.type);
@@ -2543,7 +2550,7 @@ static __device__ __forceinline__ void mptc__norm_run_load(const mpt_norm_op *op
     }
 }
 
-/* dx, with the sums that it needs: the second look at a set finds it in the cache */
+/* dx, and the sums that it needs: the second pass over a set finds it in the cache */
 static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
     const size_t sets = op.shape.N * op.shape.groups;
     const double count = (double)(op.shape.pixels * (op.shape.C / op.shape.groups));
@@ -2576,7 +2583,7 @@ static __global__ void mptc__norm_backward_k(mpt_norm_op op) {
     }
 }
 
-/* A team is as many threads as a set has packs, up to a warp; a block where a warp would take eight turns. */
+/* A team has as many threads as a set has packs, up to a warp; it is a block if a warp would need eight turns. */
 static dim3 mptc__norm_team(const mpt_norm_shape *z) {
     const size_t packs = z->pixels * mptc__divide_up(z->C / z->groups, MPTC__PACK);
     unsigned team = 1;
@@ -2587,8 +2594,8 @@ static dim3 mptc__norm_team(const mpt_norm_shape *z) {
 
 /* -- Elementwise: y, or dx from the sums -- */
 
-/* A thread takes a pack of channels of every `strands`-th pixel of a sample, and works out their constants once. Those
-   of dx are up to six a channel, so that takes over 64 registers. */
+/* A thread computes a pack of channels of every `strands`-th pixel of a sample, and loads their constants once. dx
+   needs up to six constants per channel, so it takes over 64 registers. */
 template <bool forward> static __global__ void mptc__norm_map_k(mpt_norm_op op, size_t strands) {
     const mpt_norm_shape z = op.shape;
     const size_t packs = (z.C + MPTC__PACK - 1) / MPTC__PACK, each = z.C / z.groups, sets = z.N * z.groups;
@@ -2649,7 +2656,7 @@ static mpt_result mptc__norm_stats(mpt_context *ctx, const mpt_norm_op *op) {
     return MPTC__LAUNCH(mptc__norm_stats_k, mptc__blocks(ctx, sets * team.x), team, *op);
 }
 
-/* dx comes last: it may take the place of dy. running: statistics that are to be averaged besides, or NULL */
+/* dx comes last, because it may overwrite dy. running: statistics to be averaged as well, or NULL */
 static mpt_result mptc__norm_backward(mpt_context *ctx, const mpt_norm_op *op, const mpt_norm_op *running) {
     const size_t sets = op->shape.N * op->shape.groups;
     const int through = op->dx.data && !op->frozen, by_sets = mptc__norm_by_sets(&op->shape);
@@ -2674,7 +2681,7 @@ static mpt_result mptc__norm_running(mpt_context *ctx, const mpt_norm_op *op) {
     return MPTC__SPREAD(mptc__norm_running_k, 2 * z->N * z->groups, *op, z->pixels * (z->C / z->groups));
 }
 
-/* The gradient, with the running statistics of the same batch norm, if they wait */
+/* The gradient, and the running statistics of the same batch norm if they are held */
 static mpt_result mptc__norm_gradient(mpt_context *ctx, const mpt_norm_op *op) {
     mptc__held *held = &mptc__of(ctx)->held;
     const mpt_norm_op running = held->averages;
@@ -2705,8 +2712,8 @@ enum {
     MPTC__CHUNK = 4096,
     MPTC__SCAN_BLOCKS = 64,
     MPTC__SCAN_THREADS = 64, /* of a launch block: small ones, so that a short array reaches many multiprocessors */
-    MPTC__SCAN_LOADS = 16,   /* that a thread has under way */
-    MPTC__SCAN_PARTS = 8     /* chunks that a thread of the last block has under way */
+    MPTC__SCAN_LOADS = 16,   /* loads that a thread has in flight */
+    MPTC__SCAN_PARTS = 8     /* chunks that a thread of the last block has in flight */
 };
 
 typedef struct mptc__scan_work {
@@ -2715,12 +2722,12 @@ typedef struct mptc__scan_work {
     size_t n, chunks;
     mpt_scan *parts;      /* (chunks) */
     mpt_scan *out;        /* of all */
-    mpt_update_op update; /* state not NULL: this is its check... */
-    mpt__rates *rates;    /* ...and these of its tensors follow from it */
+    mpt_update_op update; /* state not NULL: this scan is its check */
+    mpt__rates *rates;    /* the rates of its tensors, computed after the check */
     unsigned *ticket;
 } mptc__scan_work;
 
-/* *sum += part, of elements that follow those of sum */
+/* *sum += part, whose elements come after those of sum */
 static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
     if (sum->inf + sum->nan == 0 && part->inf + part->nan) sum->first = part->first;
     sum->sum_squares += part->sum_squares;
@@ -2728,7 +2735,7 @@ static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
     sum->nan += part->nan;
 }
 
-/* A thread's share of a chunk: it squares elements lane, lane + 32, ... in this order. */
+/* A thread's share of a chunk: it adds the squares of elements lane, lane + 32, ... in this order. */
 typedef struct mptc__scan_lane {
     unsigned inf, nan, first;
     double sum;
@@ -2736,7 +2743,7 @@ typedef struct mptc__scan_lane {
     size_t end, next; /* ...which ends here; where the next one starts */
 } mptc__scan_lane;
 
-/* Does element i, which follows those asked for before, lie in a tensor? Gradients between them count as 0. */
+/* Is element i in a tensor, rather than in the padding between them, which counts as 0? i must not decrease. */
 static __device__ __forceinline__ bool mptc__scan_inside(const mpt_update_op *update, size_t n, size_t i,
                                                          mptc__scan_lane *lane) {
     for (; i >= lane->next && lane->t < update->tensors; lane->t++) {
@@ -2746,8 +2753,8 @@ static __device__ __forceinline__ bool mptc__scan_inside(const mpt_update_op *up
     return i < lane->end;
 }
 
-/* Elements i + from + 32 j of x, j < SCAN_LOADS, which are scaled first. All loads are under way before the first value
-   is used: adding one after the other would wait for memory each time. */
+/* Elements i + from + 32 j of x, j < SCAN_LOADS, which are scaled first. All loads are in flight before the first value
+   is used; otherwise each addition would wait for memory. */
 static __device__ __forceinline__ void mptc__scan_some(const mpt_update_op *update, float factor, mpt_array x, size_t i,
                                                        unsigned from, unsigned n, mptc__scan_lane *lane) {
     uint32_t bits[MPTC__SCAN_LOADS];
@@ -2775,7 +2782,7 @@ static __device__ __forceinline__ void mptc__scan_some(const mpt_update_op *upda
     }
 }
 
-/* One warp, elements i .. i+n; the lanes are added pairwise at the end. */
+/* One warp scans elements i .. i+n; the lanes are added pairwise at the end. */
 static __device__ __forceinline__ void mptc__scan_chunk(const mpt_update_op *update, float factor, mpt_array x,
                                                         size_t i, unsigned n, mpt_scan *out) {
     const unsigned thread = threadIdx.x % MPTC__WARP, all = 0xffffffffu;
@@ -2797,7 +2804,7 @@ static __device__ __forceinline__ void mptc__scan_chunk(const mpt_update_op *upd
     out->first = i + lane.first;
 }
 
-/* Chunks begin .. end one after the other, SCAN_PARTS of them being loaded at a time */
+/* Adds chunks begin .. end in order, loading SCAN_PARTS of them at a time. */
 static __device__ mpt_scan mptc__scan_parts(const mpt_scan *parts, size_t begin, size_t end, size_t n) {
     mpt_scan sum = MPT_ZERO;
     sum.first = n;
@@ -2818,7 +2825,7 @@ static __device__ mpt_scan mptc__scan_parts(const mpt_scan *parts, size_t begin,
     return sum;
 }
 
-/* The rates of all tensors, for the update: a block's work. The clip limits may not be known yet. */
+/* Computes the rates of all tensors for the update; a block calls it. The clip limits may not be known yet. */
 static __device__ void mptc__rates_put(const mpt_update_op *op, mpt__rates *rates) {
     for (int t = (int)threadIdx.x; t < op->tensors; t += (int)blockDim.x)
         rates[t] = mpt__rates_of(op, &op->slices[t]);
@@ -2827,8 +2834,8 @@ static __device__ void mptc__rates_put(const mpt_update_op *op, mpt__rates *rate
 /* Over 64 registers: formulas in double, of one block of threads */
 static __global__ void mptc__rates_k(mpt_update_op op, mpt__rates *rates) { mptc__rates_put(&op, rates); }
 
-/* A warp a chunk; in the last block the chunks of each of at most 64 parts one after the other, then the parts. Over 64
-   registers: the parts that a thread of the last block has under way, of which few threads make use. */
+/* A warp scans a chunk; the last block adds the chunks of each of at most 64 parts in order, then the parts. Over 64
+   registers, for the parts that a thread of the last block has in flight. */
 static __global__ void mptc__scan_k(mptc__scan_work w) {
     __shared__ mpt_scan parts[MPTC__SCAN_BLOCKS];
     __shared__ int unsound; /* pending values that are inf or NaN */
@@ -2860,7 +2867,7 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     if (w.update.state) mptc__rates_put(&w.update, w.rates);
 }
 
-/* update NULL: the result is left at the start of the scratch block. */
+/* update NULL: the result is at the start of the scratch block. */
 static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_array x, const mpt_update_op *update) {
     mptc__device *device = mptc__of(ctx);
     mptc__scan_work w = MPT_ZERO;
@@ -2888,7 +2895,7 @@ static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array
     return mptc__download(ctx, host, mptc__of(ctx)->scratch.at, sizeof *host);
 }
 
-/* -- Histogram: integer counts, so atomics keep it the same every time -- */
+/* -- Histogram: integer counts, so atomics give the same result every time -- */
 
 typedef unsigned long long mptc__count; /* as atomicAdd names 64 bits */
 
@@ -2934,14 +2941,14 @@ static mpt_result mptc__histogram(mpt_context *ctx, size_t n, mpt_array x, mpt_h
     return MPT_OK;
 }
 
-/* -- Losses: a warp to a row -- */
+/* -- Losses: a warp for each row -- */
 
-typedef struct mptc__row { /* of one, whose weight is not there yet, or the sums of some */
+typedef struct mptc__row { /* the loss of a row, without its weight; or the sums of several */
     double loss, weight;
     unsigned counts, correct;
 } mptc__row;
 
-/* The largest of the lanes' values, and the first of its places */
+/* The largest of the lanes' values, and the first index that has it */
 static __device__ unsigned mptc__warp_best(float *largest, unsigned best) {
     for (unsigned width = MPTC__WARP / 2; width; width /= 2) {
         const float x = __shfl_xor_sync(0xffffffffu, *largest, width);
@@ -2990,7 +2997,7 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     for (unsigned c = lane; c < C; c += MPTC__WARP) {
         const float x = mptc__get(op->x, at + c) - largest, t = mpt__class_target(op, &aim, c);
         sum += (double)expf(x);
-        if (t > 0) aimed += (double)(t * x); /* an x of -inf has no part in a target of 0 */
+        if (t > 0) aimed += (double)(t * x); /* 0 * -inf would be NaN */
         targets += (double)t;
     }
     sum = mptc__warp_sum(sum);
@@ -3005,7 +3012,7 @@ static __device__ mptc__row mptc__cross_entropy_row(const mpt_loss_op *op, size_
     out.loss = aim.valid ? targets * log(sum) - aimed : (double)mpt__float(0x7fc00000u);
     out.counts = 1;
     out.correct = aim.valid && best == mptc__aim_class(op, &aim);
-    if (mpt__is_nan((float)sum)) out.correct = 0; /* of NaN none is the largest */
+    if (mpt__is_nan((float)sum)) out.correct = 0; /* with NaN no logit is the largest */
     return out;
 }
 
@@ -3024,7 +3031,7 @@ static __device__ mptc__row mptc__elementwise_row(const mpt_loss_op *op, size_t 
     return out;
 }
 
-/* Sum of the weights of all rows: a block to a chunk of labels, and in the last block every 256th chunk a thread */
+/* Sum of the weights of all rows: a block sums a chunk of labels; a thread of the last block adds every 256th chunk. */
 static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double *parts, double *weight,
                                            unsigned *ticket) {
     const size_t rows = op.N * op.positions;
@@ -3043,14 +3050,14 @@ static __global__ void mptc__loss_weight_k(mpt_loss_op op, size_t chunks, double
     if (threadIdx.x == 0) *weight = sum;
 }
 
-/* x(N, positions, C) += bias(C), if there is one; then sums of `each` rows by a warp; then, in the last block, of all,
-   every 256th a thread. weight: of all rows; NULL: their number. Over 64 registers: a warp's sums in double beside
-   those of its row; with 64 it would spill. */
+/* x(N, positions, C) += bias(C), if there is one; then a warp sums `each` rows; then a thread of the last block adds
+   every 256th of these sums. weight: of all rows; NULL: their number. Over 64 registers, for a warp's sums in double
+   and those of its row; with 64 it would spill. */
 static __global__ void __launch_bounds__(MPTC__THREADS, 3)
 mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, mptc__row *sums, unsigned *ticket) {
     const size_t rows = op.N * op.positions, count = (rows + each - 1) / each;
     const float scale = mpt__loss_factor(&op, weight ? *weight : (double)rows);
-    double loss = 0, weights = 0, counts = 0, correct = 0; /* whole numbers are exact */
+    double loss = 0, weights = 0, counts = 0, correct = 0; /* the counts are exact in double */
     for (size_t i = mptc__thread() / MPTC__WARP; i < count; i += mptc__stride() / MPTC__WARP) {
         mptc__row sum = {0, 0, 0, 0};
         for (size_t row = i * each; row < rows && row < (i + 1) * each; row++) {
@@ -3086,7 +3093,7 @@ mptc__loss_k(mpt_loss_op op, mpt_array bias, const double *weight, size_t each, 
     op.sum->correct += (uint64_t)correct;
 }
 
-/* The bias of these logits, if it waits to be added */
+/* The bias of these logits, if it is held */
 static mpt_array mptc__held_bias(mptc__device *device, const mpt_loss_op *op) {
     const mpt_gemm_op *g = &device->held.product;
     const mpt_array none = MPT_ZERO;
@@ -3118,9 +3125,9 @@ static mpt_result mptc__loss(mpt_context *ctx, const mpt_loss_op *user) {
     return MPTC__SPREAD(mptc__loss_k, count * MPTC__WARP, op, bias, weight, each, sums, device->tickets);
 }
 
-/* ==== POOLING ==== every output gathers what it needs: a thread takes a pack of channels of one position */
+/* ==== POOLING ==== every output gathers what it needs: a thread computes a pack of channels of one position */
 
-/* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C). Over 64 registers: a pack beside its taps; with 64 it would spill. */
+/* y(N,P,Q,C), index(N,P,Q,C) from x(N,H,W,C). Over 64 registers, for a pack and its taps; with 64 it would spill. */
 static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, mptc__divider by_packs) {
     const mpt_pool2d_shape z = op.shape;
     const unsigned H = (unsigned)z.H, W = (unsigned)z.W, R = (unsigned)z.R, S = (unsigned)z.S;
@@ -3130,7 +3137,7 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, m
         const size_t c = (size_t)((unsigned)i - row * by_packs.by) * MPTC__PACK, out = row * z.C + c;
         const mptc__position at = mptc__position_of(row, grid);
         const unsigned some = mptc__left(z.C, c);
-        double sum[MPTC__PACK] = {0}; /* an average may be of a whole image */
+        double sum[MPTC__PACK] = {0}; /* the window may be a whole image */
         float best[MPTC__PACK] = {0}, x[MPTC__PACK];
         uint16_t place[MPTC__PACK] = {0};
         bool any = false;
@@ -3156,8 +3163,8 @@ static __global__ void mptc__pool_forward_k(mpt_pool2d_op op, mptc__grid grid, m
     }
 }
 
-/* dx(N,H,W,C) from dy(N,P,Q,C) and index(N,P,Q,C), + beta dx. The slopes of ReLUs multiply dx and dy if their
-   y(N,H,W,C) and y(N,P,Q,C) are given. Over 64 registers: dy, y and indices of a pack beside its sums; with 64 it would
+/* dx(N,H,W,C) from dy(N,P,Q,C) and index(N,P,Q,C), + beta dx. dx and dy are multiplied by the slopes of ReLUs if their
+   y(N,H,W,C) and y(N,P,Q,C) are given. Over 64 registers, for dy, y, indices and sums of a pack; with 64 it would
    spill. */
 static __global__ void mptc__pool_backward_k(mpt_pool2d_op op, mpt_array relu, mpt_array relu_dy, mptc__grid grid,
                                              mptc__divider by_packs) {
@@ -3264,8 +3271,8 @@ static __global__ void mptc__broadcast_k(mpt_broadcast_op op, mptc__grid grid, m
     }
 }
 
-/* dx(N,H,W,C) from dy(N,H R,W S,C): `lanes` threads, side by side in a warp, share the R S pixels of a pack. Over 64
-   registers: sums of a pack in double beside a pack of dy and one of the factor. */
+/* dx(N,H,W,C) from dy(N,H R,W S,C): `lanes` neighbouring threads of a warp share the R S pixels of a pack. Over 64
+   registers, for the sums of a pack in double, a pack of dy and one of the factor. */
 static __global__ void mptc__broadcast_sums_k(mpt_broadcast_op op, mptc__grid grid, mptc__divider by_packs,
                                               unsigned lanes) {
     const mpt_broadcast_shape z = op.shape;
@@ -3311,8 +3318,8 @@ static mpt_result mptc__broadcast(mpt_context *ctx, const mpt_broadcast_op *op) 
                         mptc__divider_of(packs), lanes);
 }
 
-/* Is this the gradient of a ReLU in place, of what waits to be written there? Then that is written with it: the same
-   bits, since 0 and the value itself are rounded as they are. */
+/* If this is the gradient of a ReLU in place, and the values there are held, computes both together. The bits are the
+   same, because the gradient only replaces values by 0. */
 static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int *joins) {
     mptc__held *held = &mptc__of(ctx)->held;
     const mpt_pool2d_op pooling = held->pooling;
@@ -3331,7 +3338,7 @@ static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int 
 
 /* ==== RANKS ==== */
 
-/* slots(ranks,SLOT) = what this rank says of its losses */
+/* slots(ranks,SLOT) = what this rank tells about its losses */
 static __global__ void mptc__tell_k(const mpt_loss_sum *sum, float *slots, int rank, int ranks) {
     uint64_t words[MPT__SLOT_WORDS];
     memcpy(words, sum, sizeof words);
@@ -3339,7 +3346,7 @@ static __global__ void mptc__tell_k(const mpt_loss_sum *sum, float *slots, int r
         slots[i] = mpt__slot_put(words, rank, i);
 }
 
-/* sum = what all have said, and the mean of pending(n) */
+/* sum = the sum over all ranks; pending(n) = the mean over all ranks */
 static __global__ void mptc__hear_k(const float *slots, int ranks, mpt_loss_sum *sum, float *pending, size_t n) {
     const float share = 1.0f / (float)ranks;
     if (blockIdx.x == 0 && threadIdx.x < MPT__SLOT_WORDS)
@@ -3347,7 +3354,7 @@ static __global__ void mptc__hear_k(const float *slots, int ranks, mpt_loss_sum 
     for (size_t i = mptc__thread(); i < n; i += mptc__stride()) pending[i] = mpt__mul_rn(pending[i], share);
 }
 
-/* In a graph the sums are launched with it; then a call for nothing lets the engine tell its errors. */
+/* A graph contains the sums; then an empty call lets the engine report its errors. */
 static mpt_result mptc__ranks(mpt_context *ctx, const mpt_ranks_op *op) {
     const mpt_ranks *r = op->ranks;
     const size_t slots = (size_t)r->ranks * MPT__SLOT;
@@ -3386,7 +3393,7 @@ static __device__ __forceinline__ void mptc__weights_load(const mpt_update_op *o
     MPTC__EACH(e) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[e], low[e]);
 }
 
-/* first: index of element i within its tensor, which names its random number */
+/* first: index of element i in its tensor, which selects its random number */
 static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *op, size_t i, unsigned n,
                                                            const float *p, int tensor, size_t first) {
     uint16_t copy[MPTC__PACK], low[MPTC__PACK];
@@ -3404,11 +3411,11 @@ static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *
     if (op->low) mptc__store_bits(op->low + i, n, low);
 }
 
-typedef struct mptc__meter { /* integers, so that atomics keep them the same every time */
+typedef struct mptc__meter { /* integers, so atomics give the same result every time */
     unsigned long long moved, lost;
 } mptc__meter;
 
-/* n elements from i, all of tensor t, whose element `first` is the first */
+/* Updates n elements from i on, all in tensor t; `first` is the index of element i in it. */
 static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rates *rates, size_t i, unsigned n, int t,
                                          size_t first, mptc__meter *meter) {
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
@@ -3432,10 +3439,10 @@ static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rat
     }
 }
 
-/* A block takes tiles of the flat arrays. For each it fetches the rates of the tensors in it, one thread a tensor, and
-   then updates a pack a thread; what is committed with the step follows. The last block counts the step, when
-   nobody reads the state any more, and updates the scaler if one is given. Over 64 registers: up to six arrays of eight
-   values are under way in a thread, which hides more latency than more threads would. */
+/* A block updates tiles of the flat arrays. For each it loads the rates of the tensors in it, one thread per tensor;
+   then each thread updates a pack. Then the pending values are committed. The last block counts the step, when no other
+   block reads the state any more, and updates the scaler if one is given. Over 64 registers: a thread has up to six
+   arrays of eight values in flight, which hides more latency than more threads would. */
 static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, mpt_scaler_state *scaler,
                                       int32_t *stuck, mptc__meter *total, unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
@@ -3462,7 +3469,7 @@ static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, m
         if (skip) op.pending[i] = op.committed[i];
         else op.committed[i] = op.pending[i];
     }
-    if (op.desc.meter) { /* one atomic a warp: all of them go to one address */
+    if (op.desc.meter) { /* one atomic per warp, because all go to one address */
         meter.moved = mptc__warp_sum(meter.moved);
         meter.lost = mptc__warp_sum(meter.lost);
         if (meter.moved && threadIdx.x % MPTC__WARP == 0) {
@@ -3481,7 +3488,7 @@ static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, m
     if (stuck) *stuck = scaler->stuck;
 }
 
-/* All weights, padding too, once they are updated and the step is counted */
+/* The averages of all weights, padding included, after the update, which has counted the step */
 static __global__ void mptc__average_k(mpt_update_op op) {
     if (op.state->found) return;
     for (size_t i = mptc__thread() * MPTC__PACK; i < op.count; i += mptc__stride() * MPTC__PACK) {
@@ -3494,7 +3501,8 @@ static __global__ void mptc__average_k(mpt_update_op op) {
     }
 }
 
-/* scaler: whose only optimizer this is; NULL: mptc__scale follows. stuck: its mirror in pinned memory, or NULL */
+/* scaler: to be updated, if this is its only optimizer; NULL: mptc__scale follows. stuck: its mirror in pinned memory,
+   or NULL */
 static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler,
                                    int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
@@ -3510,12 +3518,12 @@ static mpt_result mptc__update(mpt_context *ctx, const mpt_update_op *op) {
     mptc__held *held = &device->held;
     const int rated = device->rated == op->state;
     MPTC__TRY(mptc__enter(ctx));
-    if (!rated) { /* other calls came between: learning rates may have changed, or there was another check */
+    if (!rated) { /* after other calls: learning rates may have changed, or there was another check */
         MPTC__TRY(mptc__grow(ctx, &device->rates, (size_t)op->tensors * sizeof(mpt__rates)));
         MPTC__TRY(MPTC__LAUNCH(mptc__rates_k, 1, MPTC__THREADS, *op, (mpt__rates *)(void *)device->rates.at));
     }
     if (!device->step.open) return mptc__update_run(ctx, op, NULL, NULL);
-    held->update = 1; /* the scaler is next */
+    held->update = 1; /* the scaler's update comes next */
     held->step = *op;
     return MPT_OK;
 }
@@ -3530,7 +3538,7 @@ static __global__ void mptc__scale_k(mpt_scaler_state *scaler, mptc__flags flags
     if (stuck) *stuck = scaler->stuck;
 }
 
-/* The place of this scaler's mirror, a free one if it has none yet, or -1. */
+/* The index of this scaler's mirror, a free one if it has none yet, or -1. */
 static int mptc__mirror(mptc__device *device, const mpt_scaler_state *scaler) {
     int place = -1;
     for (int i = 0; i < MPTC__MIRRORS; i++) {
@@ -3560,8 +3568,8 @@ static mpt_result mptc__scale_run(mpt_context *ctx, mpt_scaler_state *scaler, co
 
 static mpt_result mptc__step_close(mpt_context *ctx);
 
-/* *stuck comes from a copy in pinned memory that the kernel writes, so that nobody waits: what it holds now may be of
-   an earlier update. A seventeenth scaler has no copy and waits. */
+/* *stuck comes from a copy in pinned memory that the kernel writes, so the host does not wait; it may be from an
+   earlier update. A seventeenth scaler has no such copy and waits. */
 static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const int32_t *const *found, int count,
                               int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
@@ -3576,14 +3584,14 @@ static mpt_result mptc__scale(mpt_context *ctx, mpt_scaler_state *scaler, const 
 
 /* ==== STEPS ====
 
-   The calls of a model's step are the same every time, but for the batch. The first step runs them as they come, the
-   second records them as two graphs that read one feed each, and from then on they are made and left out, until scale,
-   the last, launches the graph of the feed that this step's uploads went to: on a stream of their own, while the step
-   before still reads the other feed. What differs between steps is in device memory: scale, learning rates, counters. A
-   step that cannot be recorded is launched call by call, and the next one tried again: what broke the recording may
-   have been another thread's call or a shortage of memory. The third failure is the last. */
+   The calls of a model's step are the same every time, except for the batch. The first step launches them one by one;
+   the second records them as two graphs, one for each feed. From then on the calls launch nothing until scale, the last
+   one, launches the graph whose feed received this step's uploads; these run on another stream while the step before
+   still reads the other feed. Everything else that differs between steps is in device memory: scale, learning rates,
+   counters. If recording fails, the step is launched call by call and the next one is recorded again, because the cause
+   may have been another thread's call or a shortage of memory. After the third failure it is not tried again. */
 
-/* What lies in the feed goes to where it was uploaded to. */
+/* Copies uploaded data from the feed to its destination. */
 static mpt_result mptc__held_copy(mpt_context *ctx, void *to) {
     mptc__device *device = mptc__of(ctx);
     const mptc__held *held = &device->held;
@@ -3613,7 +3621,7 @@ static mpt_result mptc__held_do(mpt_context *ctx) {
     return MPT_OK;
 }
 
-/* The bytes go to the feed and stay there if the next call is their only reader. */
+/* Uploads to the feed; the data stays there if the next call is its only reader. */
 static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
@@ -3622,7 +3630,7 @@ static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op) {
     const void *from = op->in_device ? op->x : feed->host + at;
     step->fed += mptc__round_up(op->bytes, mptc__align);
     if (step->fed > feed->bytes)
-        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: this step uploads over %zu bytes, not as before", feed->bytes);
+        return mpt_fail(ctx, MPT_ERROR_DEVICE, "cuda: this step uploads over %zu bytes, more than before", feed->bytes);
     if (step->reads == step->turn) {
         if (!op->in_device) mptc__stage(feed->host + at, (const char *)op->x, op->bytes, op);
         if (op->first < op->floats) return MPT_OK;
@@ -3641,7 +3649,7 @@ static mpt_result mptc__feed_take(mpt_context *ctx, mpt_feed_op *op) {
     return MPT_OK;
 }
 
-/* The place of these steps: that of their optimizer, anew if something changed, or the one not used for longest */
+/* The place of these steps: their optimizer's, emptied if something changed; or else the least recently used one */
 static mptc__graph *mptc__graph_of(mptc__device *device, const mpt_update_op *op) {
     mptc__graph *graph = &device->graphs[0];
     for (mptc__graph *g = graph; g < device->graphs + MPTC__GRAPHS && graph->key.state != op->state; g++)
@@ -3655,7 +3663,7 @@ static mptc__graph *mptc__graph_of(mptc__device *device, const mpt_update_op *op
     return graph;
 }
 
-/* Is there, or can there be, a graph that reads feed step->reads? */
+/* Starts a replay if there is a graph that reads this step's feed, else a recording. */
 static mpt_result mptc__step_record(mpt_context *ctx, int again) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
@@ -3671,20 +3679,20 @@ static mpt_result mptc__step_record(mpt_context *ctx, int again) {
     return MPT_OK;
 }
 
-/* Recording failed, and this is why. */
+/* Logs that recording failed, and why. */
 static void mptc__record_failed(mpt_context *ctx, const char *why) {
     mptc__graph *graph = mptc__of(ctx)->step.graph;
     const int last = ++graph->failures == MPTC__TRIES;
-    mptc__say(ctx, last ? "cuda: training steps are not recorded any more, which failed three times: "
+    mptc__say(ctx, last ? "cuda: training steps are no longer recorded, because it failed three times: "
                         : "cuda: a training step could not be recorded and is launched call by call: ", why);
-    cudaGetLastError(); /* it is no error of the step */
+    cudaGetLastError(); /* clears it: the step itself has not failed */
 }
 
 static mpt_result mptc__begin(mpt_context *ctx, const mpt_update_op *op, const void *staging) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
     const int again = step->again, failed = step->failed;
-    memset(step, 0, sizeof *step); /* first: whatever fails from here on asks for no other try */
+    memset(step, 0, sizeof *step); /* first: a failure from here on must not ask for another try */
     MPTC__TRY(mptc__enter(ctx));
     step->open = 1;
     step->staging = staging;
@@ -3694,7 +3702,7 @@ static mpt_result mptc__begin(mpt_context *ctx, const mpt_update_op *op, const v
     return MPT_OK;
 }
 
-/* Ends a recording, which failed if a call did: then `why` is the reason, else NULL. */
+/* Ends a recording. why: the reason if a call failed, else NULL */
 static void mptc__record_end(mpt_context *ctx, const char *why) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
@@ -3711,7 +3719,7 @@ static void mptc__record_end(mpt_context *ctx, const char *why) {
     mptc__record_failed(ctx, why ? why : cudaGetErrorString(e));
 }
 
-/* All calls of the step are made: a recorded one starts. */
+/* Called after all calls of a step: launches its graph if it has one. */
 static mpt_result mptc__step_close(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     mptc__step *step = &device->step;
@@ -3731,7 +3739,7 @@ static mpt_result mptc__step_close(mpt_context *ctx) {
     return MPT_OK;
 }
 
-/* Ends a recording that a bad input keeps from being made; the next step is recorded. */
+/* Ends a recording that a bad input interrupted; the next step will be recorded. */
 static void mptc__record_drop(mptc__device *device) {
     cudaGraph_t graph = NULL;
     if (cudaStreamEndCapture(device->stream, &graph) != cudaSuccess) cudaGetLastError();
@@ -3753,7 +3761,7 @@ static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
 
 /* ==== TABLE ==== */
 
-/* Has anybody made a context on this device? cudaSetDevice makes one, which takes some hundred megabytes. */
+/* Does this device have a context? cudaSetDevice would create one, which takes some hundred megabytes. */
 static int mptc__has_context(mptc__device *device, int number) {
     unsigned flags = 0;
     int active = 1;
@@ -3770,7 +3778,7 @@ static int mptc__has_context(mptc__device *device, int number) {
     return !device->context_state || device->context_state(number, &flags, &active) != 0 || active;
 }
 
-struct mptc__visit { /* the context's device is current while this lives, then the caller's, if it is in use, again */
+struct mptc__visit { /* makes the context's device current while it lives, then the caller's, if that is in use */
     int home;
     bool back;
     explicit mptc__visit(mptc__device *device) : home(0), back(false) {
@@ -3778,7 +3786,7 @@ struct mptc__visit { /* the context's device is current while this lives, then t
         if (cudaGetDevice(&home) == cudaSuccess && home == number) return;
         const int used = mptc__has_context(device, home);
         back = cudaSetDevice(number) == cudaSuccess && used;
-        cudaGetLastError(); /* the calls that follow fail as well, and tell */
+        cudaGetLastError(); /* if it failed, the calls that follow fail as well and report it */
     }
     ~mptc__visit() {
         if (back) cudaSetDevice(home);
@@ -3799,7 +3807,7 @@ static void mptc__close(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     const mpt_context_desc host = device->desc.context;
     if (device->stream) cudaStreamSynchronize(device->stream);
-    if (device->desc.cublas && device->cublas) { /* a new stream also takes our workspace away */
+    if (device->desc.cublas && device->cublas) { /* setting a stream also resets the workspace */
         cublasSetStream(device->cublas, device->user_stream);
         cublasSetMathMode(device->cublas, device->user_math);
         cublasSetPointerMode(device->cublas, device->user_mode);
@@ -3859,7 +3867,7 @@ static mpt_backend mptc__backend(void) {
     return table;
 }
 
-/* Is there such a device, and has this build code for it? */
+/* Checks that the device exists and that this build has code for it. */
 static mpt_result mptc__open_device(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     cudaFuncAttributes attributes;
@@ -3869,7 +3877,7 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "cuda: there is no device %d; this machine has %d",
                         device->desc.device, devices);
     MPTC__CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, device->desc.device));
-    if (!device->desc.workspace) { /* a slice that the product after its gather still finds in the cache */
+    if (!device->desc.workspace) { /* a gathered slice should still be in the cache when its product reads it */
         int cache = 0;
         MPTC__CUDA(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device->desc.device));
         device->desc.workspace = mptc__min((size_t)cache / 2, (size_t)64 << 20);
@@ -3879,8 +3887,8 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
     return MPT_OK;
 }
 
-/* *wrong = 1 where plain arithmetic is not IEEE's: -ftz flushes subnormals, -prec-div=false and -prec-sqrt=false round
-   otherwise; --use_fast_math is all three. No macro tells. */
+/* *wrong = 1 if plain arithmetic is not IEEE's: -ftz flushes subnormals, -prec-div=false and -prec-sqrt=false round
+   differently; --use_fast_math implies all three, and no macro shows it. */
 static __global__ void mptc__arithmetic_k(float subnormal, float half, unsigned *wrong) {
     unsigned bad = mpt__bits(subnormal * half) != mpt__bits(subnormal) / 2;
     for (unsigned i = 1; i < 64; i++) {
