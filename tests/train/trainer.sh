@@ -158,12 +158,12 @@ check $? "1 and 2 threads differ: $(cat "$t/1" "$t/2")"
 csv=$(dirname "$train")/csv
 "$csv" examples/data/iris/iris.csv "$t/iris" >"$t/out" 2>"$t/err"
 status=$?
-# 34 of 37 are right; some iris of two species overlap
-[ $status -eq 0 ] && [ "$(sed -n 's/^epoch 40: \([0-9]*\) of 37 right$/\1/p' "$t/out")" -ge 32 ] && grep -q '^logits' "$t/out"
+# 28 of 30 are right; some iris of two species overlap
+[ $status -eq 0 ] && [ "$(sed -n 's/^epoch 40: \([0-9]*\) of 30 right$/\1/p' "$t/out")" -ge 26 ] && grep -q '^logits' "$t/out"
 check $? "csv: exit status $status: $(cat "$t/out" "$t/err")"
 { cat examples/data/iris/iris.csv; echo 1,2,x,4,0; } >"$t/bad.csv"
 "$csv" "$t/bad.csv" "$t/iris" >"$t/out" 2>"$t/err"
-[ $? -eq 1 ] && [ "$(cat "$t/err")" = "csv: want 16 to 1000 rows of 4 numbers and a class" ]
+[ $? -eq 1 ] && [ "$(cat "$t/err")" = "csv: want 32 to 999 rows of 4 numbers and a class" ]
 check $? "csv takes a damaged row: $(cat "$t/out" "$t/err")"
 
 echo "trainer.sh: $passed passed, $failed failed"
