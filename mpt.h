@@ -9670,8 +9670,12 @@ static mpt_columns_op mpt__concat_op(const mpt__visit *v, int side, size_t *firs
     const size_t left = v->node->inputs / pixels;
     mpt_columns_op op = MPT_ZERO;
     op.rows = v->N * pixels;
-    op.C = side ? C - left : left;
-    *first = side ? left : 0;
+    op.C = left;
+    *first = 0;
+    if (side) {
+        op.C = C - left;
+        *first = left;
+    }
     return op;
 }
 
@@ -9754,10 +9758,16 @@ static mpt_result mpt__multiply_forward(const mpt__visit *v) {
 
 /* da = dy b, db = sums of dy a */
 static mpt_result mpt__multiply_data(const mpt__visit *v, int side) {
-    mpt_broadcast_op op = mpt__spread_op(v, side ? MPT_BACKWARD_DATA : MPT_FORWARD);
-    op.x = side ? v->dx[1] : v->x[1];
-    op.y = side ? v->dy : v->dx[0];
-    op.factor = side ? v->x[0] : v->dy;
+    mpt_broadcast_op op = mpt__spread_op(v, MPT_FORWARD);
+    op.x = v->x[1];
+    op.y = v->dx[0];
+    op.factor = v->dy;
+    if (side) {
+        op.pass = MPT_BACKWARD_DATA;
+        op.x = v->dx[1];
+        op.y = v->dy;
+        op.factor = v->x[0];
+    }
     op.beta = v->beta_x[side];
     return mpt_op_broadcast(v->ctx, &op);
 }
@@ -10251,15 +10261,19 @@ MPT_DEF mpt_policy mpt_policy_preset(mpt_level level, mpt_dtype type) {
     mpt_policy p = MPT_ZERO; /* O0 */
     if (level == MPT_O0) return p;
     p.compute = type;
-    p.param = level == MPT_O1 ? MPT_F32 : type;
-    p.output = level == MPT_O3 ? type : MPT_F32;
-    p.master = level == MPT_O3 ? MPT_MASTER_NONE : MPT_MASTER_F32;
+    if (level != MPT_O1) p.param = type;
+    if (level == MPT_O3) {
+        p.output = type;
+        p.master = MPT_MASTER_NONE;
+    }
     if ((unsigned)level > MPT_O3 || (type != MPT_F16 && type != MPT_BF16)) p.compute = MPT_DTYPE_COUNT;
     return p;
 }
 
 MPT_DEF mpt_model *mpt_model_new(mpt_context *ctx, mpt_policy policy) {
-    mpt_model *net = ctx ? (mpt_model *)mpt__host_alloc(ctx, sizeof *net) : NULL;
+    mpt_model *net;
+    if (!ctx) return NULL;
+    net = (mpt_model *)mpt__host_alloc(ctx, sizeof *net);
     if (!net) return NULL;
     net->ctx = ctx;
     net->policy = policy;
@@ -10433,14 +10447,16 @@ static void mpt__node_type(mpt_model *net, int id) {
     const mpt__node *in = mpt__input_of(net, node);
     const mpt__kind kind = mpt__kind_of(node);
     node->type = node->grad_type = node->policy.compute;
-    node->reason = kind.reason ? kind.reason : "policy";
+    node->reason = "policy";
+    if (kind.reason) node->reason = kind.reason;
     if (node->kind == MPT__INPUT && node->policy.output == MPT_F32 && !mpt__only_products(net, id)) {
         node->type = MPT_F32;
         node->reason = "not only products read it";
     }
     if (node->logits && in) {
         node->type = node->policy.output;
-        node->reason = mpt__loss_of(net) ? "the loss reads it" : "a head";
+        node->reason = "a head";
+        if (mpt__loss_of(net)) node->reason = "the loss reads it";
     } else if (kind.as_input || node->behind_logits) {
         node->type = in->type;
         node->grad_type = in->grad_type;
@@ -10494,21 +10510,24 @@ static void mpt__mark_logits(mpt_model *net, int id) {
 /* *count: elements of its weight. Returns 0 if they overflow size_t. */
 static int mpt__weights_of(const mpt__node *node, size_t *count) {
     const mpt__kind kind = mpt__kind_of(node);
-    *count = kind.weights_in_all ? kind.weights_in_all(node) : 0;
+    *count = 0;
+    if (kind.weights_in_all) *count = kind.weights_in_all(node);
     return !kind.fan_in || mpt__size_mul(count, kind.fan_in(node), (size_t)node->C);
 }
 
 /* Finds the linear layer whose outputs reshape `id` turns into an image. */
 static void mpt__mark_shaped(mpt_model *net, int id) {
     const mpt__node *image = mpt__node_of(net, id);
-    int at = image->kind == MPT__RESHAPE ? image->in[0] : 0;
+    int at = image->in[0];
+    if (image->kind != MPT__RESHAPE) return;
     while (at) {
         mpt__node *node = mpt__node_of(net, at);
         const mpt__kind kind = mpt__kind_of(node);
         size_t i = 0;
         if (node->H * node->W > 1 || mpt__node_count(node) != mpt__node_count(image)) return;
         if (kind.weight_dims == 2 && !node->shaped) node->shaped = id;
-        at = kind.follows ? kind.follows(net, node, &i) : 0;
+        if (!kind.follows) return;
+        at = kind.follows(net, node, &i);
     }
 }
 
@@ -10805,10 +10824,15 @@ static void mpt__build_averages(mpt_model *net, int *failed) {
 
 static mpt_result mpt__build_memory(mpt_model *net) {
     const mpt__node *loss = mpt__loss_of(net);
-    const size_t batch = (size_t)net->train.batch, outputs = loss ? mpt__loss_outputs(loss) : 0;
-    const size_t positions = loss ? mpt__loss_positions(loss) : 1;
-    const float *weights = loss ? mpt__loss_weights(loss) : NULL;
+    const size_t batch = (size_t)net->train.batch;
+    const float *weights = NULL; /* (outputs) */
+    size_t outputs = 0, positions = 1;
     int i, failed = 0;
+    if (loss) {
+        outputs = mpt__loss_outputs(loss);
+        positions = mpt__loss_positions(loss);
+        weights = mpt__loss_weights(loss);
+    }
     net->statistics = 0; /* of all batch norms: mean(C) and variance(C) of one after the other */
     for (i = 0; i < net->count; i++) {
         mpt__node *node = &net->nodes[i];
@@ -10957,8 +10981,9 @@ static uint64_t mpt__pass_number(const mpt_model *net) {
 
 /* What node `id` reads and writes in a pass over N samples, except for the gradients of its inputs. */
 static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int train) {
-    const mpt__node *node = mpt__node_of(net, id);
+    const mpt__node *node = mpt__node_of(net, id), *last = node; /* last: a norm that is folded into node, or node */
     mpt__visit v = MPT_ZERO;
+    if (node->folds) last = mpt__node_of(net, node->folds);
     v.ctx = net->ctx;
     v.node = node;
     v.N = N;
@@ -10967,8 +10992,8 @@ static mpt__visit mpt__visit_of(const mpt_model *net, int id, size_t N, int trai
     if (node->in[1]) v.x[1] = mpt__value(net, node->in[1]);
     v.y = mpt__value(net, id);
     v.weight = mpt__tensor_array(net, node, node->weight);
-    v.bias = mpt__tensor_array(net, node, node->folds ? mpt__node_of(net, node->folds)->bias : node->bias);
-    v.act = node->folds ? mpt__node_of(net, node->folds)->act : node->act;
+    v.bias = mpt__tensor_array(net, node, last->bias);
+    v.act = last->act;
     v.index = (uint16_t *)mpt__buffer_array(net, node->index, MPT_F32).data;
     v.stats = (float *)mpt__buffer_array(net, node->stats, MPT_F32).data;
     if (mpt__is_batch_norm(node)) {
