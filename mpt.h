@@ -12668,97 +12668,135 @@ static uint64_t mpt__walk_word(mpt__walk *w, uint64_t ours) {
     return theirs;
 }
 
-static void mpt__walk_differs(mpt__walk *w, const char *name, double theirs, double ours) {
+/* A number in memory as a word: a float by its bits. One byte: an enum of -fshort-enums. */
+static uint64_t mpt__word_of(const void *at, size_t size) {
+    uint64_t word = 0;
+    int32_t narrow = 0;
+    if (size == sizeof word) {
+        memcpy(&word, at, sizeof word);
+        return word;
+    }
+    if (size == sizeof narrow) memcpy(&narrow, at, sizeof narrow);
+    else narrow = *(const uint8_t *)at;
+    return (uint64_t)(int64_t)narrow;
+}
+
+static void mpt__word_store(void *at, size_t size, uint64_t word) {
+    const uint32_t narrow = (uint32_t)word;
+    if (size == sizeof word) memcpy(at, &word, sizeof word);
+    else if (size == sizeof narrow) memcpy(at, &narrow, sizeof narrow);
+    else *(uint8_t *)at = (uint8_t)word;
+}
+
+/* For a message */
+static double mpt__word_value(uint64_t word, size_t size, int real) {
+    double value;
+    if (real && size == sizeof(float)) return (double)mpt__float((uint32_t)word);
+    if (real) {
+        memcpy(&value, &word, sizeof value);
+        return value;
+    }
+    if (size == sizeof word) return (double)word;
+    return (double)(int64_t)word;
+}
+
+/* One number. Reading, it takes the file's value. */
+static void mpt__walk_number(mpt__walk *w, const char *name, void *at, size_t size, int real) {
+    const uint64_t ours = mpt__word_of(at, size), theirs = mpt__walk_word(w, ours);
+    if (theirs == ours) return;
+    mpt__word_store(at, size, theirs);
+    if (mpt__word_of(at, size) != theirs) w->unfit = name;
     if (w->differs) return;
     w->differs = name;
-    w->theirs = theirs;
-    w->ours = ours;
+    w->theirs = mpt__word_value(theirs, size, real);
+    w->ours = mpt__word_value(ours, size, real);
 }
 
-static uint64_t mpt__walk_uint64_t(mpt__walk *w, const char *name, uint64_t ours) {
-    const uint64_t theirs = mpt__walk_word(w, ours);
-    if (theirs != ours) mpt__walk_differs(w, name, (double)theirs, (double)ours);
-    return theirs;
+static void mpt__walk_int(mpt__walk *w, const char *name, int value) {
+    mpt__walk_number(w, name, &value, sizeof value, 0);
 }
 
-static int mpt__walk_int(mpt__walk *w, const char *name, int ours) {
-    const int64_t theirs = (int64_t)mpt__walk_word(w, (uint64_t)(int64_t)ours);
-    if (theirs != ours) mpt__walk_differs(w, name, (double)theirs, ours);
-    if (theirs != (int)theirs) w->unfit = name;
-    return (int)theirs;
+static void mpt__walk_uint64(mpt__walk *w, const char *name, uint64_t value) {
+    mpt__walk_number(w, name, &value, sizeof value, 0);
 }
 
-static double mpt__walk_double(mpt__walk *w, const char *name, double ours) {
-    double theirs;
-    uint64_t bits, kept;
-    memcpy(&kept, &ours, sizeof kept);
-    bits = mpt__walk_word(w, kept);
-    memcpy(&theirs, &bits, sizeof theirs);
-    if (bits != kept) mpt__walk_differs(w, name, theirs, ours);
-    return theirs;
+static void mpt__walk_double(mpt__walk *w, const char *name, double value) {
+    mpt__walk_number(w, name, &value, sizeof value, 1);
 }
 
-static float mpt__walk_float(mpt__walk *w, const char *name, float ours) {
-    return mpt__float((uint32_t)mpt__walk_int(w, name, (int)mpt__bits(ours)));
-}
+typedef struct mpt__member { /* a number in a struct */
+    const char *name;
+    uint16_t at;
+    uint8_t size, real;
+} mpt__member;
 
-/* X(type of the member, what it is walked as, member of s) */
 /* clang-format off */
-#define MPT__SCALER_MEMBERS(X) \
-    X(uint32_t, int, version) X(float, float, scale) X(int32_t, int, growth_tracker) X(int32_t, int, hysteresis_left) \
-    X(int32_t, int, stuck) X(uint64_t, uint64_t, updates) X(uint64_t, uint64_t, overflows) \
-    X(mpt_scaler_mode, int, desc.mode) X(float, float, desc.init_scale) X(double, double, desc.growth_factor) \
-    X(double, double, desc.backoff_factor) X(float, float, desc.min_scale) X(float, float, desc.max_scale) \
-    X(int, int, desc.growth_interval) X(int, int, desc.hysteresis) X(int, int, desc.patience) \
-    X(int, int, desc.refill_when_clean) X(int, int, desc.late_growth) X(int, int, desc.unguarded) \
-    X(int, int, desc.no_min) X(int, int, desc.no_max)
-#define MPT__OPTIMIZER_MEMBERS(X) \
-    X(uint32_t, int, version) X(int32_t, int, found) X(uint64_t, uint64_t, attempted) X(uint64_t, uint64_t, applied) \
-    X(uint64_t, uint64_t, skipped) X(double, double, beta1_power) X(double, double, beta2_power) \
-    X(double, double, grad_norm) X(double, double, inv_scale) X(double, double, schedule) X(double, double, clip) \
-    X(double, double, clip_value) \
-    X(uint64_t, uint64_t, moved) X(uint64_t, uint64_t, lost) X(double, double, scan.sum_squares) \
-    X(uint64_t, uint64_t, scan.inf) X(uint64_t, uint64_t, scan.nan) X(uint64_t, uint64_t, scan.first)
-#define MPT__SKIP_MEMBERS(X) \
-    X(uint64_t, uint64_t, step) X(float, float, scale) X(int32_t, int, tensor) X(uint64_t, uint64_t, inf) \
-    X(uint64_t, uint64_t, nan) X(int32_t, int, reason)
-#define MPT__TRAIN_MEMBERS(X) \
-    X(double, double, clip_norm) X(double, double, clip_value) X(uint64_t, uint64_t, seed) \
-    X(mpt_optimizer_kind, int, optimizer.kind) X(int, int, optimizer.nesterov) X(int, int, optimizer.amsgrad) \
-    X(int, int, optimizer.maximize) X(int, int, optimizer.meter) X(double, double, optimizer.momentum) \
-    X(double, double, optimizer.dampening) X(double, double, optimizer.beta1) X(double, double, optimizer.beta2) \
-    X(double, double, optimizer.eps) X(mpt_schedule_kind, int, optimizer.schedule.kind) \
-    X(uint64_t, uint64_t, optimizer.schedule.warmup) X(double, double, optimizer.schedule.warmup_start) \
-    X(uint64_t, uint64_t, optimizer.schedule.steps) X(double, double, optimizer.schedule.low) \
-    X(double, double, optimizer.schedule.start) X(double, double, optimizer.schedule.peak) \
-    X(int, int, optimizer.schedule.no_cycle_momentum) X(double, double, optimizer.schedule.base_momentum) \
-    X(double, double, optimizer.schedule.max_momentum)
-#define MPT__NODE_MEMBERS(X) \
-    X(mpt__node_kind, int, kind) X(int, int, in[0]) X(int, int, in[1]) X(int, int, no_bias) \
-    X(mpt_init, int, init) X(mpt_activation, int, act) X(float, float, p) \
-    X(size_t, uint64_t, conv.R) X(size_t, uint64_t, conv.S) X(size_t, uint64_t, conv.stride_h) \
-    X(size_t, uint64_t, conv.stride_w) X(size_t, uint64_t, conv.padding_h) X(size_t, uint64_t, conv.padding_w) \
-    X(size_t, uint64_t, conv.dilation_h) X(size_t, uint64_t, conv.dilation_w) X(size_t, uint64_t, conv.groups) \
-    X(mpt__norm_kind, int, norm) X(size_t, uint64_t, norm_shape.groups) X(float, float, norm_shape.eps) \
-    X(float, float, momentum) X(int, int, no_affine) X(mpt_pool_kind, int, pool_kind) \
-    X(size_t, uint64_t, pool.R) X(size_t, uint64_t, pool.S) \
-    X(size_t, uint64_t, pool.stride_h) X(size_t, uint64_t, pool.stride_w) X(size_t, uint64_t, pool.padding_h) \
-    X(size_t, uint64_t, pool.padding_w) X(int, int, pool.exclude_padding) X(int, int, first) \
-    X(float, float, negative_slope) \
-    X(mpt_loss_kind, int, loss) X(float, float, loss_desc.label_smoothing) X(int, int, loss_desc.ignore) \
-    X(int, int, loss_desc.probabilities) X(int, int, loss_desc.per_position) X(int, int, loss_desc.weighted) \
-    X(int32_t, int, loss_desc.ignore_index) X(float, float, loss_desc.delta) \
-    X(mpt_dtype, int, policy.param) X(mpt_dtype, int, policy.compute) \
-    X(mpt_dtype, int, type) X(mpt_dtype, int, grad_type) X(int, int, H) X(int, int, W) X(int, int, C)
+#define MPT__INT(owner, member) {#member, offsetof(owner, member), sizeof(((owner *)0)->member), 0}
+#define MPT__REAL(owner, member) {#member, offsetof(owner, member), sizeof(((owner *)0)->member), 1}
+static const mpt__member mpt__scaler_members[] = {
+    MPT__INT(mpt_scaler_state, version), MPT__REAL(mpt_scaler_state, scale), MPT__INT(mpt_scaler_state, growth_tracker),
+    MPT__INT(mpt_scaler_state, hysteresis_left), MPT__INT(mpt_scaler_state, stuck), MPT__INT(mpt_scaler_state, updates),
+    MPT__INT(mpt_scaler_state, overflows), MPT__INT(mpt_scaler_state, desc.mode),
+    MPT__REAL(mpt_scaler_state, desc.init_scale), MPT__REAL(mpt_scaler_state, desc.growth_factor),
+    MPT__REAL(mpt_scaler_state, desc.backoff_factor), MPT__REAL(mpt_scaler_state, desc.min_scale),
+    MPT__REAL(mpt_scaler_state, desc.max_scale), MPT__INT(mpt_scaler_state, desc.growth_interval),
+    MPT__INT(mpt_scaler_state, desc.hysteresis), MPT__INT(mpt_scaler_state, desc.patience),
+    MPT__INT(mpt_scaler_state, desc.refill_when_clean), MPT__INT(mpt_scaler_state, desc.late_growth),
+    MPT__INT(mpt_scaler_state, desc.unguarded), MPT__INT(mpt_scaler_state, desc.no_min),
+    MPT__INT(mpt_scaler_state, desc.no_max)};
+static const mpt__member mpt__counter_members[] = {
+    MPT__INT(mpt_optimizer_state, version), MPT__INT(mpt_optimizer_state, found),
+    MPT__INT(mpt_optimizer_state, attempted), MPT__INT(mpt_optimizer_state, applied),
+    MPT__INT(mpt_optimizer_state, skipped), MPT__REAL(mpt_optimizer_state, beta1_power),
+    MPT__REAL(mpt_optimizer_state, beta2_power), MPT__REAL(mpt_optimizer_state, grad_norm),
+    MPT__REAL(mpt_optimizer_state, inv_scale), MPT__REAL(mpt_optimizer_state, schedule),
+    MPT__REAL(mpt_optimizer_state, clip), MPT__REAL(mpt_optimizer_state, clip_value),
+    MPT__INT(mpt_optimizer_state, moved), MPT__INT(mpt_optimizer_state, lost),
+    MPT__REAL(mpt_optimizer_state, scan.sum_squares), MPT__INT(mpt_optimizer_state, scan.inf),
+    MPT__INT(mpt_optimizer_state, scan.nan), MPT__INT(mpt_optimizer_state, scan.first)};
+static const mpt__member mpt__skip_members[] = {
+    MPT__INT(mpt_skip, step), MPT__REAL(mpt_skip, scale), MPT__INT(mpt_skip, tensor), MPT__INT(mpt_skip, inf),
+    MPT__INT(mpt_skip, nan), MPT__INT(mpt_skip, reason)};
+static const mpt__member mpt__train_members[] = {
+    MPT__REAL(mpt_train_desc, clip_norm), MPT__REAL(mpt_train_desc, clip_value), MPT__INT(mpt_train_desc, seed),
+    MPT__INT(mpt_train_desc, optimizer.kind), MPT__INT(mpt_train_desc, optimizer.nesterov),
+    MPT__INT(mpt_train_desc, optimizer.amsgrad), MPT__INT(mpt_train_desc, optimizer.maximize),
+    MPT__INT(mpt_train_desc, optimizer.meter), MPT__REAL(mpt_train_desc, optimizer.momentum),
+    MPT__REAL(mpt_train_desc, optimizer.dampening), MPT__REAL(mpt_train_desc, optimizer.beta1),
+    MPT__REAL(mpt_train_desc, optimizer.beta2), MPT__REAL(mpt_train_desc, optimizer.eps),
+    MPT__INT(mpt_train_desc, optimizer.schedule.kind), MPT__INT(mpt_train_desc, optimizer.schedule.warmup),
+    MPT__REAL(mpt_train_desc, optimizer.schedule.warmup_start), MPT__INT(mpt_train_desc, optimizer.schedule.steps),
+    MPT__REAL(mpt_train_desc, optimizer.schedule.low), MPT__REAL(mpt_train_desc, optimizer.schedule.start),
+    MPT__REAL(mpt_train_desc, optimizer.schedule.peak), MPT__INT(mpt_train_desc, optimizer.schedule.no_cycle_momentum),
+    MPT__REAL(mpt_train_desc, optimizer.schedule.base_momentum),
+    MPT__REAL(mpt_train_desc, optimizer.schedule.max_momentum)};
+static const mpt__member mpt__node_members[] = {
+    MPT__INT(mpt__node, kind), MPT__INT(mpt__node, in[0]), MPT__INT(mpt__node, in[1]), MPT__INT(mpt__node, no_bias),
+    MPT__INT(mpt__node, init), MPT__INT(mpt__node, act), MPT__REAL(mpt__node, p), MPT__INT(mpt__node, conv.R),
+    MPT__INT(mpt__node, conv.S), MPT__INT(mpt__node, conv.stride_h), MPT__INT(mpt__node, conv.stride_w),
+    MPT__INT(mpt__node, conv.padding_h), MPT__INT(mpt__node, conv.padding_w), MPT__INT(mpt__node, conv.dilation_h),
+    MPT__INT(mpt__node, conv.dilation_w), MPT__INT(mpt__node, conv.groups), MPT__INT(mpt__node, norm),
+    MPT__INT(mpt__node, norm_shape.groups), MPT__REAL(mpt__node, norm_shape.eps), MPT__REAL(mpt__node, momentum),
+    MPT__INT(mpt__node, no_affine), MPT__INT(mpt__node, pool_kind), MPT__INT(mpt__node, pool.R),
+    MPT__INT(mpt__node, pool.S), MPT__INT(mpt__node, pool.stride_h), MPT__INT(mpt__node, pool.stride_w),
+    MPT__INT(mpt__node, pool.padding_h), MPT__INT(mpt__node, pool.padding_w), MPT__INT(mpt__node, pool.exclude_padding),
+    MPT__INT(mpt__node, first), MPT__REAL(mpt__node, negative_slope), MPT__INT(mpt__node, loss),
+    MPT__REAL(mpt__node, loss_desc.label_smoothing), MPT__INT(mpt__node, loss_desc.ignore),
+    MPT__INT(mpt__node, loss_desc.probabilities), MPT__INT(mpt__node, loss_desc.per_position),
+    MPT__INT(mpt__node, loss_desc.weighted), MPT__INT(mpt__node, loss_desc.ignore_index),
+    MPT__REAL(mpt__node, loss_desc.delta), MPT__INT(mpt__node, policy.param), MPT__INT(mpt__node, policy.compute),
+    MPT__INT(mpt__node, type), MPT__INT(mpt__node, grad_type), MPT__INT(mpt__node, H), MPT__INT(mpt__node, W),
+    MPT__INT(mpt__node, C)};
+static const mpt__member mpt__slice_members[] = {
+    MPT__REAL(mpt_tensor_slice, lr_factor), MPT__REAL(mpt_tensor_slice, weight_decay)};
 /* clang-format on */
-#define MPT__X(type, walk, member) s->member = (type)mpt__walk_##walk(w, #member, (walk)s->member);
 
-static void mpt__walk_scaler(mpt__walk *w, mpt_scaler_state *s) { MPT__SCALER_MEMBERS(MPT__X) }
-static void mpt__walk_counters(mpt__walk *w, mpt_optimizer_state *s) { MPT__OPTIMIZER_MEMBERS(MPT__X) }
-static void mpt__walk_skip(mpt__walk *w, mpt_skip *s) { MPT__SKIP_MEMBERS(MPT__X) }
-static void mpt__walk_train(mpt__walk *w, mpt_train_desc *s) { MPT__TRAIN_MEMBERS(MPT__X) }
-static void mpt__walk_node(mpt__walk *w, mpt__node *s) { MPT__NODE_MEMBERS(MPT__X) }
-#undef MPT__X
+static void mpt__walk_members(mpt__walk *w, void *owner, const mpt__member *members, size_t count) {
+    const mpt__member *m;
+    for (m = members; m < members + count; m++)
+        mpt__walk_number(w, m->name, (char *)owner + m->at, m->size, m->real);
+}
+#define MPT__WALK(w, owner, members) mpt__walk_members(w, owner, members, sizeof members / sizeof *members)
 
 /* Settings that are not restored but must be equal: walked in copies. */
 static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
@@ -12767,16 +12805,16 @@ static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
     train.optimizer = mpt_optimizer_get_desc(net->opt);
     mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
     mpt__walk_int(w, "batch", train.batch);
-    mpt__walk_uint64_t(w, "accumulate x ranks", (uint64_t)train.accumulate * (uint64_t)train.ranks.ranks);
-    mpt__walk_train(w, &train);
+    mpt__walk_uint64(w, "accumulate x ranks", (uint64_t)train.accumulate * (uint64_t)train.ranks.ranks);
+    MPT__WALK(w, &train, mpt__train_members);
     mpt__walk_int(w, "kind of masters", (int)net->params->desc.master);
     for (id = 1; id <= net->count; id++) {
         mpt__node node = *mpt__node_of(net, id);
         if (!w->differs) w->node = mpt__node_of(net, id)->name;
-        mpt__walk_node(w, &node);
+        MPT__WALK(w, &node, mpt__node_members);
     }
-    mpt__walk_uint64_t(w, "class_weights or pos_weight", net->weights_sum);
-    if (net->channels) mpt__walk_uint64_t(w, "scale and shift of bytes", net->bytes_sum);
+    mpt__walk_uint64(w, "class_weights or pos_weight", net->weights_sum);
+    if (net->channels) mpt__walk_uint64(w, "scale and shift of bytes", net->bytes_sum);
 }
 
 /* A hash of these, and of settings that a checkpoint restores or that may differ from it. */
@@ -12784,7 +12822,7 @@ static uint64_t mpt__settings_hash(const mpt_model *net) {
     mpt_scaler_state scaler = mpt_scaler_start(&net->train.scaler);
     mpt__walk w = MPT_ZERO;
     mpt__walk_settings(&w, net);
-    mpt__walk_scaler(&w, &scaler);
+    MPT__WALK(&w, &scaler, mpt__scaler_members);
     mpt__walk_int(&w, "accumulate", net->train.accumulate);
     mpt__walk_double(&w, "lr", net->train.optimizer.lr);
     mpt__walk_double(&w, "ema_decay", net->train.ema_decay);
@@ -12794,13 +12832,10 @@ static uint64_t mpt__settings_hash(const mpt_model *net) {
 
 static void mpt__walk_optimizer(mpt__walk *w, mpt__state *state, int tensors) {
     int i;
-    mpt__walk_counters(w, &state->optimizer);
-    for (i = 0; i < MPT_JOURNAL; i++) mpt__walk_skip(w, &state->optimizer.journal[i]);
-    state->lr = mpt__walk_double(w, "lr", state->lr);
-    for (i = 0; i < tensors; i++) {
-        state->slices[i].lr_factor = mpt__walk_double(w, "lr_factor", state->slices[i].lr_factor);
-        state->slices[i].weight_decay = mpt__walk_double(w, "weight_decay", state->slices[i].weight_decay);
-    }
+    MPT__WALK(w, &state->optimizer, mpt__counter_members);
+    for (i = 0; i < MPT_JOURNAL; i++) MPT__WALK(w, &state->optimizer.journal[i], mpt__skip_members);
+    mpt__walk_number(w, "lr", &state->lr, sizeof state->lr, 1);
+    for (i = 0; i < tensors; i++) MPT__WALK(w, &state->slices[i], mpt__slice_members);
 }
 
 static mpt__walk mpt__walk_state(const mpt__job *job, int which, unsigned char *at, int reading) {
@@ -12810,7 +12845,7 @@ static mpt__walk mpt__walk_state(const mpt__job *job, int which, unsigned char *
     w.node = "";
     if (which == MPT__SETTINGS) mpt__walk_settings(&w, job->net);
     if (which == MPT__OPTIMIZER) mpt__walk_optimizer(&w, job->state, job->net->opt->op.tensors);
-    if (which == MPT__SCALER) mpt__walk_scaler(&w, &job->state->scaler);
+    if (which == MPT__SCALER) MPT__WALK(&w, &job->state->scaler, mpt__scaler_members);
     return w;
 }
 
