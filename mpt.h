@@ -1224,8 +1224,13 @@ typedef struct mpt_ranks {
     int local_statistics; /* 1: each rank keeps running statistics of its own samples, as PyTorch's DDP; 0: their
                              mean */
     /* 1: the calls put work on the context's stream and do not wait, as NCCL's do. CUDA records it with the step; in
-       a step that is recorded already it calls sum once, with n 0, to be told of an error of the engine. */
+       a step that is recorded already, and after an error of the device, it calls sum once, with n 0, to be told of an
+       error of the engine. */
     int on_stream;
+    /* With on_stream, and without train.shard_optimizer, gradients are summed in ranges of at least so many bytes, those
+       of the last layers first; CUDA goes on with the backward pass while a range is summed. The same on all ranks.
+       0: 25 MiB, as PyTorch's bucket_cap_mb */
+    size_t bucket_bytes;
 } mpt_ranks;
 
 /* -- The build -- */
@@ -1547,6 +1552,8 @@ typedef struct mpt_feed_op { /* a batch of inputs; only the next map reads it */
 
 typedef struct mpt_ranks_op { /* what a step exchanges with the other ranks */
     const mpt_ranks *ranks;   /* host memory; all other pointers are device memory */
+    int early;                /* 1: only grad(count) is summed, and calls need not wait for it until the next such op
+                                 that is not early */
     float *slots;             /* (ranks,16), scratch */
     mpt_loss_sum *sum;        /* of this rank's samples; becomes that of all */
     float *grad;              /* (count), becomes the sum over all ranks */
@@ -7476,6 +7483,7 @@ static mpt_result mpt__cpu_ranks(mpt_context *ctx, const mpt_ranks_op *op) {
     size_t i;
     int w;
     (void)ctx;
+    if (op->early) return r->sum(r->user, op->grad, op->count);
     memcpy(words, op->sum, sizeof words);
     for (i = 0; i < slots; i++) op->slots[i] = mpt__slot_put(words, r->rank, i);
     MPT__TRY(r->sum(r->user, op->slots, slots));
@@ -8791,6 +8799,7 @@ struct mpt_model {
     float *sums_apart;                /* device */
     int sums_apart_count, sums_count; /* how many there is room for; how many sums there are */
     int sums_of[MPT__SUM_DEPTH];      /* passes in each */
+    size_t apart;                     /* gradients, from the first, that are not yet summed over all ranks */
     float *slots, *slots_host;        /* with ranks: (ranks, MPT__SLOT), what each tells the others; device and host.
                                          On the device one more slot follows, for this rank's own words */
     size_t rows;                      /* samples of the last forward pass of any kind */
@@ -10382,6 +10391,7 @@ static mpt_result mpt__outputs_check(mpt_model *net) {
 
 static mpt_result mpt__ranks_check(mpt_context *ctx, mpt_ranks *r) {
     r->ranks = mpt__or_int(r->ranks, 1);
+    if (!r->bucket_bytes) r->bucket_bytes = (size_t)25 << 20;
     if (r->ranks < 1 || r->ranks > 1 << 20 || r->rank < 0 || r->rank >= r->ranks || (r->ranks > 1 && !r->sum))
         return mpt_fail(ctx, MPT_ERROR_ARGUMENT, "model_build: rank %d of %d, or sum is NULL", r->rank, r->ranks);
     return MPT_OK;
@@ -10861,6 +10871,7 @@ static mpt_result mpt__build_memory(mpt_model *net) {
     net->opt->op.unit = mpt__passes(net) * (double)(batch * positions);
     net->opt->gather = mpt__gather_gradients;
     net->opt->gather_user = net;
+    net->apart = net->params->trained;
     return mpt_optimizer_commit(net->opt, net->statistics, net->pending, net->running);
 }
 
@@ -11283,19 +11294,24 @@ static void mpt__sums_begin(mpt_model *net) {
     net->sums_of[net->sums_count++] = 0;
 }
 
-/* Adds the last sum to the one before it. */
-static mpt_result mpt__sums_join(mpt_model *net) {
-    const size_t n = net->params->trained;
-    float *sum = net->sums_apart + (size_t)(net->sums_count - 2) * n;
+/* Adds elements first .. first+n of sum `last` to the one before it. */
+static mpt_result mpt__sums_add(mpt_model *net, int last, size_t first, size_t n) {
+    const size_t all = net->params->trained;
+    float *sum = net->sums_apart + (size_t)(last - 1) * all + first;
     mpt_map_op op = MPT_ZERO;
     op.map = MPT_MAP_ADD;
     op.n = n;
     op.b = mpt_f32_array(sum);
-    op.a = op.out = mpt_f32_array(net->sums_count > 2 ? sum - n : mpt_params_grad(net->params, 0));
+    op.a = op.out = mpt_f32_array(last > 1 ? sum - all : mpt_params_grad(net->params, 0) + first);
     op.beta = 1;
-    net->sums_count--;
-    net->sums_of[net->sums_count - 1] += net->sums_of[net->sums_count];
     return mpt_op_map(net->ctx, &op);
+}
+
+/* Adds the last sum to the one before it, except for what has been added already. */
+static mpt_result mpt__sums_join(mpt_model *net) {
+    const int last = --net->sums_count;
+    net->sums_of[last - 1] += net->sums_of[last];
+    return mpt__sums_add(net, last, 0, net->apart);
 }
 
 /* Joins sums of equally many passes; when the step has all its passes, joins all sums. */
@@ -11350,9 +11366,11 @@ MPT_DEF mpt_result mpt_output_grad(mpt_model *net, int id, const float *grad) {
     return MPT_OK;
 }
 
-MPT_DEF mpt_result mpt_backward(mpt_model *net) {
+static mpt_result mpt__gather_range(mpt_model *net, int id);
+
+/* last: no pass follows in this step. */
+static mpt_result mpt__run_backward(mpt_model *net, int last) {
     int id;
-    MPT__TRY(mpt__need_built(net, "backward"));
     if (!mpt__waits(net))
         return mpt_fail(net->ctx, MPT_ERROR_ORDER, "backward: there is no forward pass that it could follow");
     if (net->opt->phase != MPT__READY)
@@ -11363,11 +11381,19 @@ MPT_DEF mpt_result mpt_backward(mpt_model *net) {
     mpt__sums_begin(net);
     if (mpt__loss_of(net)) net->opt->op.loss = &net->sums[0];
     for (id = 1; id <= net->count; id++) mpt__node_of(net, id)->grad_started = 0;
-    for (id = mpt__last_value(net); id > 1; id--) MPT__TRY(mpt__node_backward(net, id, net->forward_rows));
+    for (id = mpt__last_value(net); id > 1; id--) {
+        MPT__TRY(mpt__node_backward(net, id, net->forward_rows));
+        if (last) MPT__TRY(mpt__gather_range(net, id));
+    }
     mpt__enter(net, 0, MPT_FORWARD, 0);
     net->forward_rows = 0;
     net->micro++;
     return mpt__sums_end(net);
+}
+
+MPT_DEF mpt_result mpt_backward(mpt_model *net) {
+    MPT__TRY(mpt__need_built(net, "backward"));
+    return mpt__run_backward(net, 0);
 }
 
 MPT_DEF mpt_result mpt_zero_grad(mpt_model *net) {
@@ -11393,7 +11419,7 @@ static mpt_result mpt__train_calls(mpt_model *net, const char *call, const void 
         MPT__TRY(mpt__feed(net, i ? NULL : call, mpt__samples_at(net, x, i), rows, &fed));
         if (!i) MPT__TRY(mpt__forget_passes(net));
         MPT__TRY(mpt__train_forward(net, fed, target + i * width, rows));
-        MPT__TRY(mpt_backward(net));
+        MPT__TRY(mpt__run_backward(net, i + rows == samples));
     }
     MPT__TRY(mpt_unscale(net->opt));
     if (net->train.clip_norm > 0) MPT__TRY(mpt_clip_norm(net->opt, net->train.clip_norm));
@@ -11443,11 +11469,21 @@ static mpt_result mpt__train_once(mpt_model *net, const char *call, const void *
         if (begun) r = ended;
         else *again = 0; /* the device is lost */
     }
-    if (*again) net->opt->phase = MPT__READY;
+    if (!*again) return r;
+    net->opt->phase = MPT__READY;
+    net->apart = net->params->trained;
     return r;
 }
 
 /* -- Ranks -- */
+
+/* The device failed: an engine on its stream may know why. */
+static mpt_result mpt__ranks_ask(mpt_model *net, mpt_result failed) {
+    const mpt_ranks *r = &net->train.ranks;
+    if (failed != MPT_ERROR_DEVICE || !r->on_stream) return failed;
+    if (r->sum(r->user, NULL, 0) == MPT_OK) return failed;
+    return mpt__exchanged(net->ctx, r, failed);
+}
 
 /* Tells words(SLOT_WORDS) to all ranks; those that each rank told are then in slots_host. */
 static mpt_result mpt__ranks_tell(mpt_model *net, const uint64_t *words) {
@@ -11532,20 +11568,43 @@ static mpt_result mpt__collect(void *user, int role) {
     return mpt__all_gather(net->ctx, p->shard->ranks, whole, p->shard->begin, size);
 }
 
+/* The backward pass has come to node `id`: sums the gradients from its own on, if they are enough for a range. The range
+   of the first layer is left to mpt__gather_gradients. On all ranks and in all steps the ranges are the same. */
+static mpt_result mpt__gather_range(mpt_model *net, int id) {
+    const mpt__node *node = mpt__node_of(net, id);
+    const mpt_ranks *r = &net->train.ranks;
+    const size_t first = node->trains && node->weight ? mpt__params_offset(net->params, node->weight) : 0;
+    mpt_ranks_op op = MPT_ZERO;
+    int last;
+    if (r->ranks < 2 || !r->on_stream || net->params->shard || !first || first >= net->apart) return MPT_OK;
+    op.ranks = r;
+    op.early = 1;
+    op.grad = mpt_params_grad(net->params, 0) + first;
+    op.count = net->apart - first;
+    if (op.count < r->bucket_bytes / sizeof(float)) return MPT_OK;
+    for (last = net->sums_count - 1; net->micro && last > 0; last--)
+        MPT__TRY(mpt__sums_add(net, last, first, op.count));
+    net->apart = first;
+    return mpt__exchanged(net->ctx, r, net->ctx->backend.ranks(net->ctx, &op));
+}
+
 /* Called before the gradients are checked: adds up the sums of all passes, then those of all ranks. */
 static mpt_result mpt__gather_gradients(void *user) {
     mpt_model *net = (mpt_model *)user;
     mpt_ranks_op op = MPT_ZERO;
+    int id;
+    for (id = mpt__last_value(net); id > 1; id--) MPT__TRY(mpt__gather_range(net, id));
     while (net->micro && net->sums_count > 1) MPT__TRY(mpt__sums_join(net));
     if (net->train.ranks.ranks < 2) return MPT_OK;
     op.ranks = &net->train.ranks;
     op.slots = net->slots;
     op.sum = &net->sums[net->opt->op.loss == &net->sums[2] ? 2 : 0];
     op.grad = mpt_params_grad(net->params, 0);
-    op.count = net->params->trained;
+    op.count = net->apart;
     op.shard = net->params->shard;
     op.pending = net->pending;
     if (!op.ranks->local_statistics) op.statistics = net->statistics;
+    net->apart = net->params->trained;
     return mpt__exchanged(net->ctx, op.ranks, net->ctx->backend.ranks(net->ctx, &op));
 }
 
@@ -11553,6 +11612,7 @@ static mpt_result mpt__gather_gradients(void *user) {
    step. */
 static void mpt__join_failed(mpt_model *net) {
     const float nan = mpt__float(0x7fc00000u);
+    float *grad = mpt_params_grad(net->params, 0);
     char why[sizeof net->ctx->why];
     const mpt_result failed = net->ctx->failed;
     mpt_result r;
@@ -11560,8 +11620,8 @@ static void mpt__join_failed(mpt_model *net) {
     r = mpt__forget_passes(net);
     net->opt->op.loss = &net->sums[0];
     if (r == MPT_OK) r = net->ctx->backend.zero(net->ctx, &net->sums[0], sizeof *net->sums);
-    if (r == MPT_OK) r = mpt_params_zero_grad(net->params);
-    if (r == MPT_OK) r = mpt_upload(net->ctx, mpt_params_grad(net->params, 0), &nan, sizeof nan);
+    if (r == MPT_OK) r = net->ctx->backend.zero(net->ctx, grad, net->apart * sizeof *grad);
+    if (r == MPT_OK) r = mpt_upload(net->ctx, grad, &nan, sizeof nan);
     if (r == MPT_OK) r = mpt_unscale(net->opt);
     if (r == MPT_OK) r = mpt_step(net->opt);
     if (r == MPT_OK) mpt_scaler_update(net->scaler);
@@ -11600,8 +11660,9 @@ static mpt_result mpt__train(mpt_model *net, const char *call, const void *x, co
         net->weights = weights;
         r = mpt__train_once(net, call, x, (const float *)target, samples, known && tries < 3, &again);
     }
-    if (r != MPT_OK && net->train.ranks.ranks > 1 && net->opt->phase == MPT__READY && r != MPT_ERROR_DIVERGED)
-        mpt__join_failed(net);
+    if (r == MPT_OK || net->train.ranks.ranks < 2) return r;
+    r = mpt__ranks_ask(net, r);
+    if (net->opt->phase == MPT__READY && r != MPT_ERROR_DIVERGED) mpt__join_failed(net);
     return r;
 }
 
@@ -12827,6 +12888,7 @@ static uint64_t mpt__settings_hash(const mpt_model *net) {
     mpt__walk_double(&w, "lr", net->train.optimizer.lr);
     mpt__walk_double(&w, "ema_decay", net->train.ema_decay);
     mpt__walk_int(&w, "shard_optimizer", net->train.shard_optimizer);
+    mpt__walk_uint64_t(&w, "bucket_bytes", net->train.ranks.bucket_bytes);
     return w.hash;
 }
 

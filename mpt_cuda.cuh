@@ -77,7 +77,8 @@
    7. Training steps. The second mpt_train_step of a model records its work as a CUDA graph; later steps are one launch,
    and an upload of the batch that overlaps with the step before. Learning rates, group settings, scale and weights may
    be set between steps. With ranks the sum over them is part of the graph if mpt_ranks.on_stream allows it;
-   examples/nccl.cuh is such a sum. */
+   examples/nccl.cuh is such a sum. A range of the gradients (see bucket_bytes) is summed on the
+   context's stream while the backward pass goes on in a second one. */
 
 #ifndef MPT_CUDA_H
 #define MPT_CUDA_H
@@ -238,7 +239,9 @@ typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
     int processors;
     int (*context_state)(int device, unsigned *flags, int *active); /* of the driver: cuDevicePrimaryCtxGetState */
-    cudaStream_t stream;
+    cudaStream_t stream; /* of the calls: the context's, or `beside` while the context's sums gradients of all ranks */
+    cudaStream_t beside, home; /* home: the context's stream while calls use `beside`; else NULL */
+    cudaEvent_t turned;        /* makes one of the two wait for the other */
     cublasHandle_t cublas;
     cudaStream_t user_stream; /* settings of the user's handle, to be restored */
     cublasMath_t user_math;
@@ -3354,12 +3357,59 @@ static __global__ void mptc__hear_k(const float *slots, int ranks, mpt_loss_sum 
     for (size_t i = mptc__thread(); i < n; i += mptc__stride()) pending[i] = mpt__mul_rn(pending[i], share);
 }
 
+/* Later calls put their work on `stream`. */
+static mpt_result mptc__turn_to(mpt_context *ctx, cudaStream_t stream) {
+    mptc__device *device = mptc__of(ctx);
+    device->stream = stream;
+    MPTC__CUBLAS(cublasSetStream(device->cublas, stream));
+    MPTC__CUBLAS(cublasSetWorkspace(device->cublas, device->products.at, device->products.bytes));
+    return MPT_OK;
+}
+
+/* `stream` waits for the work of all calls so far. */
+static mpt_result mptc__wait_for_calls(mpt_context *ctx, cudaStream_t stream) {
+    mptc__device *device = mptc__of(ctx);
+    MPTC__CUDA(cudaEventRecord(device->turned, device->stream));
+    MPTC__CUDA(cudaStreamWaitEvent(stream, device->turned, 0));
+    return MPT_OK;
+}
+
+/* Calls return to the context's stream, which waits for those on the other. */
+static mpt_result mptc__turn_home(mpt_context *ctx) {
+    mptc__device *device = mptc__of(ctx);
+    const cudaStream_t home = device->home;
+    if (!home) return MPT_OK;
+    device->home = NULL;
+    const mpt_result waits = mptc__wait_for_calls(ctx, home);
+    const mpt_result turned = mptc__turn_to(ctx, home);
+    return waits == MPT_OK ? turned : waits;
+}
+
+/* Sums on the context's stream, while later calls use the other. */
+static mpt_result mptc__ranks_early(mpt_context *ctx, const mpt_ranks_op *op) {
+    mptc__device *device = mptc__of(ctx);
+    const mpt_ranks *r = op->ranks;
+    if (device->home) {
+        MPTC__TRY(mptc__wait_for_calls(ctx, device->home));
+    } else {
+        MPTC__TRY(mptc__wait_for_calls(ctx, device->beside));
+        device->home = device->stream;
+        MPTC__TRY(mptc__turn_to(ctx, device->beside));
+    }
+    const mpt_result summed = r->sum(r->user, op->grad, op->count);
+    if (summed != MPT_OK) mptc__turn_home(ctx);
+    return summed;
+}
+
 /* A graph contains the sums; then an empty call lets the engine report its errors. */
 static mpt_result mptc__ranks(mpt_context *ctx, const mpt_ranks_op *op) {
     const mpt_ranks *r = op->ranks;
     const size_t slots = (size_t)r->ranks * MPT__SLOT;
+    const int replay = mptc__of(ctx)->step.mode == MPTC__REPLAY;
     MPTC__TRY(mptc__enter(ctx));
-    if (mptc__of(ctx)->step.mode == MPTC__REPLAY) return r->sum(r->user, NULL, 0);
+    if (op->early) return replay ? MPT_OK : mptc__ranks_early(ctx, op);
+    if (replay) return r->sum(r->user, NULL, 0);
+    MPTC__TRY(mptc__turn_home(ctx));
     MPTC__TRY(MPTC__SPREAD(mptc__tell_k, slots, op->sum, op->slots, r->rank, r->ranks));
     MPTC__TRY(r->sum(r->user, op->slots, slots));
     if (op->count) MPTC__TRY(r->sum(r->user, op->grad, op->count));
@@ -3749,6 +3799,7 @@ static void mptc__record_drop(mptc__device *device) {
 static mpt_result mptc__end(mpt_context *ctx, mpt_result result, int *again) {
     mptc__device *device = mptc__of(ctx);
     const int recording = device->step.mode == MPTC__RECORD;
+    if (device->home) mptc__turn_home(ctx); /* something failed */
     if (recording && result == MPT_ERROR_VALUE) mptc__record_drop(device);
     else if (recording) mptc__record_end(ctx, mpt_why(ctx));
     memset(&device->held, 0, sizeof device->held);
@@ -3806,6 +3857,7 @@ template <typename result, typename... types> struct mptc__visiting<result (*)(m
 static void mptc__close(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     const mpt_context_desc host = device->desc.context;
+    mptc__turn_home(ctx);
     if (device->stream) cudaStreamSynchronize(device->stream);
     if (device->desc.cublas && device->cublas) { /* setting a stream also resets the workspace */
         cublasSetStream(device->cublas, device->user_stream);
@@ -3824,6 +3876,8 @@ static void mptc__close(mpt_context *ctx) {
         cudaFree(slot->device);
     }
     if (device->feeder) cudaStreamDestroy(device->feeder);
+    if (device->beside) cudaStreamDestroy(device->beside);
+    if (device->turned) cudaEventDestroy(device->turned);
     if (device->arrived) cudaEventDestroy(device->arrived);
     cudaFreeHost(device->stuck);
     cudaFree(device->scratch.at);
@@ -3913,6 +3967,8 @@ static mpt_result mptc__open_stream(mpt_context *ctx) {
     device->stream = (cudaStream_t)device->desc.stream;
     if (!device->stream) MPTC__CUDA(cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
     MPTC__CUDA(cudaStreamCreateWithFlags(&device->feeder, cudaStreamNonBlocking));
+    MPTC__CUDA(cudaStreamCreateWithFlags(&device->beside, cudaStreamNonBlocking));
+    MPTC__CUDA(cudaEventCreateWithFlags(&device->turned, cudaEventDisableTiming));
     MPTC__CUDA(cudaEventCreateWithFlags(&device->arrived, cudaEventDisableTiming));
     for (int i = 0; i < MPTC__SLOTS; i++) {
         MPTC__CUDA(cudaEventCreateWithFlags(&device->slots[i].copied, cudaEventDisableTiming));

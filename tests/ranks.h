@@ -23,7 +23,8 @@ typedef struct rank {
     int bad;   /* step in which this rank has a bad label; -1: none */
     int large; /* step in which it has an input that is an inf in 16 bits; -1: none */
     const problem *p;
-    int local; /* see mpt_ranks */
+    int local;     /* see mpt_ranks */
+    size_t bucket; /* not 0: bucket_bytes of a sum on the stream */
     int shard, optimizer, meter, frozen;
     double ema, clip_value;
     int last;                      /* steps are first .. last - 1; 0: STEPS */
@@ -180,6 +181,9 @@ static void *live(void *user) {
     if (me->other == 3) train.scaler.growth_interval = 7;
     if (me->ranks > 1) CHECK_OK(ctx, rank_join(me, ctx, &train.ranks));
     train.ranks.local_statistics = me->local;
+    if (me->bucket) train.ranks.on_stream = 1;
+    train.ranks.bucket_bytes = me->bucket;
+    if (me->other == 5) train.ranks.bucket_bytes = 8;
     me->built = mpt_model_build(net, &train);
     me->memory = mpt_model_memory(net);
     me->held = rank_held(me) - before;
@@ -282,11 +286,12 @@ static rank like_of(int net, mpt_policy policy, const problem *p) {
 /* -- Tests -- */
 
 /* 1 x 4, 2 x 2 and 4 x 1, and 1 x 3 and 3 x 1: the same weights on every rank. */
-static void test_same_bits(int net, mpt_policy policy, int passes) {
+static void test_same_bits(int net, mpt_policy policy, int passes, size_t bucket) {
     problem *p = problem_new();
-    const rank like = like_of(net, policy, p);
+    rank like = like_of(net, policy, p);
     rank one[MOST], some[MOST];
     int ranks, r, step;
+    like.bucket = bucket;
     reset(one, MOST);
     reset(some, MOST);
     run(one, &like, 1, passes);
@@ -311,13 +316,14 @@ static void test_same_bits(int net, mpt_policy policy, int passes) {
 }
 
 /* A rank with a bad label returns its reason; all skip that step, and go on together. */
-static void test_bad_label(int ranks, int shard) {
+static void test_bad_label(int ranks, int shard, size_t bucket) {
     problem *p = problem_new();
     rank like = like_of(shard ? 4 : 1, mpt_policy_preset(MPT_O2, MPT_F16), p);
     rank some[MOST];
     int r;
     reset(some, MOST);
     like.shard = shard;
+    like.bucket = bucket;
     some[1].bad = 2;
     run(some, &like, ranks, 1);
     for (r = 0; r < ranks; r++) {

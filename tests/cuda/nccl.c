@@ -9,7 +9,9 @@
 #include "../check.h"
 #include "../../examples/nccl.cuh"
 #include <dlfcn.h>
+#include <signal.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ==== ENGINE ==== */
@@ -75,8 +77,8 @@ static void hex_read(const char *hex, ncclUniqueId *id) {
         ((unsigned char *)id)[i] = (unsigned char)byte;
 }
 
-/* This program again as each of two ranks; did all end well? */
-static int run_processes(const char *program, const char *part) {
+/* This program again as each of two ranks; did all end well, but for rank `killed`, which was? */
+static int run_processes(const char *program, const char *part, int killed) {
     ncclUniqueId id;
     char hex[HEX], number[2][2] = {"0", "1"};
     pid_t child[2];
@@ -93,7 +95,8 @@ static int run_processes(const char *program, const char *part) {
     }
     for (r = 0; r < 2; r++) {
         int status = 1;
-        well &= waitpid(child[r], &status, 0) == child[r] && status == 0;
+        well &= waitpid(child[r], &status, 0) == child[r];
+        well &= r == killed ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL : status == 0;
     }
     return well;
 }
@@ -106,6 +109,7 @@ static void train_part(engine *e, int number) {
     me.at.e = e;
     me.number = number;
     me.ranks = 2, me.accumulate = 1;
+    me.bucket = 4;
     one.ranks = 1, one.accumulate = 2;
     live(&me);
     live(&one);
@@ -121,39 +125,174 @@ static void train_part(engine *e, int number) {
 typedef unsigned long long (*counter_function)(const char *name);
 
 /* A step of two ranks is one graph launch: no synchronisation, no allocation, no call of NCCL. (Where the host is two
-   steps ahead it waits for an event, as without ranks.) */
-static void count_part(engine *e, int number, counter_function counter) {
+   steps ahead it waits for an event, as without ranks.) Returns the bytes that the first step sums, call by call: slots
+   and statistics in a call each, the gradients in one for each of `ranges`. */
+static unsigned long long count_steps(mpt_context *ctx, const mpt_train_desc *train, int ranges,
+                                      counter_function counter) {
     static const char *const names[] = {"graph_launches", "nccl_calls",  "memcpy_d2h", "sync_device",
                                         "sync_stream",    "sync_memcpy", "mallocs",    "host_allocs"};
     enum { COUNTERS = sizeof names / sizeof *names, FIRST = 4, LAST = 8 };
     static float x[BATCH * PIXELS];
     const int32_t label[BATCH] = {0, 1, 2, 0};
-    unsigned long long before[COUNTERS] = {0};
-    mpt_train_desc train = MPT_ZERO;
-    mpt_context *ctx;
-    mpt_model *net;
-    rank me;
+    unsigned long long before[COUNTERS] = {0}, calls, bytes;
+    mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     int step, i;
+    mpt_softmax_cross_entropy(net, layers(net, 1), NULL);
+    CHECK_OK(ctx, mpt_model_build(net, train));
+    test_floats(x, BATCH * PIXELS, 0, 1, (uint64_t)train->ranks.rank);
+    calls = counter("nccl_calls");
+    bytes = counter("nccl_bytes");
+    CHECK_OK(ctx, mpt_train_step(net, x, label));
+    calls = counter("nccl_calls") - calls;
+    bytes = counter("nccl_bytes") - bytes;
+    CHECK_EQUAL((double)calls, ranges + 2);
+    for (step = 2; step <= LAST; step++) {
+        for (i = 0; i < COUNTERS && step == FIRST; i++) before[i] = counter(names[i]);
+        CHECK_OK(ctx, mpt_train_step(net, x, label));
+    }
+    for (i = 0; i < COUNTERS; i++)
+        if (!CHECK_EQUAL((double)(counter(names[i]) - before[i]), i ? 0 : LAST - FIRST + 1))
+            printf("    %s\n", names[i]);
+    if (!train->ranks.rank)
+        printf("cuda/nccl: %d ranges: %llu calls, %llu bytes in the first step, 1 launch in a later one\n", ranges,
+               calls, bytes);
+    mpt_model_free(net);
+    return bytes;
+}
+
+static void count_part(engine *e, int number, counter_function counter) {
+    mpt_train_desc train = MPT_ZERO;
+    unsigned long long whole;
+    mpt_context *ctx;
+    rank me;
     memset(&me, 0, sizeof me);
     me.at.e = e;
     me.number = number;
     me.ranks = 2;
     ctx = rank_open(&me);
     CHECK_OK(ctx, rank_join(&me, ctx, &train.ranks));
+    train.batch = BATCH;
+    whole = count_steps(ctx, &train, 1, counter);
+    train.ranks.bucket_bytes = 4;
+    CHECK_EQUAL((double)count_steps(ctx, &train, 4, counter), (double)whole);
+    rank_leave(&me);
+    rank_close(&me, ctx);
+}
+
+/* ==== EARLY ==== */
+
+typedef struct early {
+    rank me;
+    pthread_barrier_t *seen;
+} early;
+
+/* Of no_graph, so that nothing but the order of the streams keeps what a step asks for from running. */
+static void *early_part(void *user) {
+    enum { STEP = 3, FEW = 8 };
+    early *s = (early *)user;
+    const int32_t label[BATCH] = {0, 1, 2, 0};
+    const time_t began = time(NULL);
+    const float *grad;
+    float x[BATCH * PIXELS], host[FEW] = {0};
+    mpt_train_desc train = MPT_ZERO;
+    cudaStream_t other;
+    mpt_context *ctx;
+    mpt_model *net;
+    int step;
+    s->me.at.desc.no_graph = 1;
+    ctx = rank_open(&s->me);
+    CHECK_OK(ctx, rank_join(&s->me, ctx, &train.ranks));
+    CHECK(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking) == cudaSuccess);
     net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     mpt_softmax_cross_entropy(net, layers(net, 1), NULL);
     train.batch = BATCH;
+    train.ranks.bucket_bytes = 4;
+    CHECK_OK(ctx, mpt_model_build(net, &train));
+    test_floats(x, BATCH * PIXELS, 0, 1, (uint64_t)s->me.number);
+    grad = mpt_params_grad(mpt_model_params(net), 1);
+    for (step = 1; step <= STEP; step++) {
+        const int last = step == STEP;
+        CHECK_OK(ctx, mpt_params_zero_grad(mpt_model_params(net)));
+        CHECK_OK(ctx, mpt_download(ctx, host, grad, sizeof host));
+        if (last && s->me.number) pthread_barrier_wait(s->seen);
+        CHECK_OK(ctx, mpt_train_step(net, x, label));
+        if (!last || s->me.number) continue;
+        while (host[0] == 0 && time(NULL) < began + 20) {
+            if (cudaMemcpyAsync(host, grad, sizeof host, cudaMemcpyDeviceToHost, other) != cudaSuccess) break;
+            if (cudaStreamSynchronize(other) != cudaSuccess) break;
+        }
+        CHECK(test_is_finite(host[0]) && host[0] != 0);
+        pthread_barrier_wait(s->seen);
+    }
+    CHECK_EQUAL((double)mpt_steps_applied(net), STEP);
+    CHECK(cudaStreamDestroy(other) == cudaSuccess);
+    mpt_model_free(net);
+    rank_leave(&s->me);
+    rank_close(&s->me, ctx);
+    return NULL;
+}
+
+/* The gradient of the first layer comes though the last layer's waits for the other rank, which has not begun. */
+static void test_early(void) {
+    pthread_barrier_t seen;
+    pthread_t thread[2];
+    early s[2];
+    engine e;
+    int r;
+    engine_begin(&e, 2);
+    memset(s, 0, sizeof s);
+    CHECK(pthread_barrier_init(&seen, NULL, 2) == 0);
+    for (r = 0; r < 2; r++) {
+        s[r].me.at.e = &e;
+        s[r].me.number = r;
+        s[r].me.ranks = 2;
+        s[r].seen = &seen;
+        CHECK(pthread_create(&thread[r], NULL, early_part, &s[r]) == 0);
+    }
+    for (r = 0; r < 2; r++) pthread_join(thread[r], NULL);
+    pthread_barrier_destroy(&seen);
+}
+
+/* ==== A KILLED RANK ==== */
+
+/* Rank 1 is killed between two steps. The others are told so within a few more, and can free all that they have. */
+static void killed_part(engine *e, int number, int ranks) {
+    enum { KILLED = 3, MOST_STEPS = 8, LIMIT = 30 };
+    const int32_t label[BATCH] = {0, 1, 2, 0};
+    float x[BATCH * PIXELS];
+    mpt_train_desc train = MPT_ZERO;
+    mpt_result result = MPT_OK;
+    mpt_context *ctx;
+    mpt_model *net;
+    time_t began = 0;
+    rank me;
+    int step;
+    memset(&me, 0, sizeof me);
+    me.at.e = e;
+    me.number = number;
+    me.ranks = ranks;
+    ctx = rank_open(&me);
+    CHECK_OK(ctx, rank_join(&me, ctx, &train.ranks));
+    train.batch = BATCH;
+    train.ranks.bucket_bytes = 4;
+    net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
+    mpt_softmax_cross_entropy(net, layers(net, 1), NULL);
     CHECK_OK(ctx, mpt_model_build(net, &train));
     test_floats(x, BATCH * PIXELS, 0, 1, (uint64_t)number);
-    for (step = 1; step <= LAST; step++) {
-        for (i = 0; i < COUNTERS && step == FIRST; i++) before[i] = counter(names[i]);
-        CHECK_OK(ctx, mpt_train_step(net, x, label));
+    for (step = 1; step <= MOST_STEPS && result == MPT_OK; step++) {
+        if (step == KILLED) began = time(NULL);
+        if (step == KILLED && number == 1) raise(SIGKILL);
+        result = mpt_train_step(net, x, label);
+        CHECK(step >= KILLED || result == MPT_OK);
     }
-    for (i = 0; i < COUNTERS; i++)
-        if (!CHECK_EQUAL(counter(names[i]) - before[i], i ? 0 : LAST - FIRST + 1)) printf("    %s\n", names[i]);
+    CHECK_EQUAL(result, MPT_ERROR_DEVICE);
+    if (!CHECK(strstr(mpt_why(ctx), "remote process exited"))) /* NCCL's text */
+        printf("    %s\n", mpt_why(ctx));
     mpt_model_free(net);
     rank_leave(&me);
-    rank_close(&me, ctx);
+    mpt_close(ctx);
+    cudaStreamDestroy(me.at.stream);
+    CHECK(time(NULL) - began < LIMIT);
 }
 
 /* ==== THE SUM ==== */
@@ -227,6 +366,7 @@ int main(int argc, char **argv) {
         engine e;
         hex_read(argv[3], &e.id);
         if (strcmp(argv[1], "train") == 0) train_part(&e, atoi(argv[2]));
+        else if (strcmp(argv[1], "killed") == 0) killed_part(&e, atoi(argv[2]), 2);
         else if (counter) count_part(&e, atoi(argv[2]), counter);
         return test_counts.failed != 0;
     }
@@ -234,14 +374,20 @@ int main(int argc, char **argv) {
         test_counts.skipped++;
         return test_finish("cuda/nccl");
     }
-    CHECK(run_processes(argv[0], "train"));
-    CHECK(run_processes(argv[0], "count"));
+    CHECK(run_processes(argv[0], "train", -1));
+    CHECK(run_processes(argv[0], "count", -1));
+    setenv("CUDACPU_EXITCODE", "0", 1); /* the runner counts what it says of the killed rank as an error */
+    CHECK(run_processes(argv[0], "killed", 1));
+    unsetenv("CUDACPU_EXITCODE");
+    if (!getenv("CUDACPU_LAZY")) test_early(); /* there nothing runs unless it is waited for */
     for (net = 0; net < 2; net++) {
-        test_same_bits(net, mpt_policy_preset(MPT_O0, MPT_F16), 2);
-        test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_F16), devices < 4 ? 2 : 4);
-        test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_BF16), devices < 3 ? 2 : 3);
+        test_same_bits(net, mpt_policy_preset(MPT_O0, MPT_F16), 2, 4);
+        test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_F16), devices < 4 ? 2 : 4, 0);
+        test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_F16), devices < 4 ? 2 : 4, 4);
+        test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_BF16), devices < 3 ? 2 : 3, 0);
     }
-    test_bad_label(2, 0);
+    test_bad_label(2, 0, 0);
+    test_bad_label(2, 0, 4);
     test_large_input(2, 0);
     test_running(2, 0);
     test_running(2, 1);

@@ -15,7 +15,7 @@ typedef struct engine {
 
 typedef struct seat { /* a rank's place in it */
     engine *e;
-    int rank;
+    int rank, sums;
     test_counter counter;
 } seat;
 
@@ -87,6 +87,7 @@ static void gather_arrays(engine *e, const task *t) {
 static mpt_result add_all(void *user, float *x, size_t n) {
     task t = {add_arrays, NULL, 0};
     t.size = n;
+    ((seat *)user)->sums++;
     return meet((seat *)user, x, &t);
 }
 
@@ -140,6 +141,25 @@ static mpt_result rank_join(rank *me, mpt_context *ctx, mpt_ranks *out) {
 
 static void rank_leave(rank *me) { (void)me; }
 
+/* The gradients of linear layer, convolution, norm and convolution, from the end: in a range each, in two, in one. A step
+   also sums slots and statistics, the build slots. */
+static void test_ranges(void) {
+    static const size_t bytes[] = {4, 1024, (size_t)25 << 20};
+    static const int ranges[] = {4, 2, 1};
+    problem *p = problem_new();
+    rank some[MOST];
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        rank like = like_of(1, mpt_policy_preset(MPT_O2, MPT_F16), p);
+        like.bucket = bytes[i];
+        reset(some, MOST);
+        run(some, &like, 2, 2);
+        CHECK_EQUAL(some[0].at.sums, 1 + STEPS * (ranges[i] + 2));
+        clear_ranks(some, MOST);
+    }
+    free(p);
+}
+
 static void test_rank_errors(void) {
     mpt_context *ctx = test_open(NULL);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
@@ -164,13 +184,16 @@ int main(int argc, char **argv) {
     test_begin(argc, argv);
     for (net = 0; net < 2; net++)
         for (passes = 3; passes <= 4; passes++) {
-            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O0, MPT_F16), passes));
-            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_F16), passes));
-            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_BF16), passes));
-            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O1, MPT_BF16), passes));
+            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O0, MPT_F16), passes, 0));
+            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_F16), passes, 0));
+            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_F16), passes, 4));
+            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O2, MPT_BF16), passes, 0));
+            RUN_TEST(test_same_bits(net, mpt_policy_preset(MPT_O1, MPT_BF16), passes, 0));
         }
-    RUN_TEST(test_bad_label(3, 0));
-    RUN_TEST(test_bad_label(3, 1));
+    RUN_TEST(test_ranges());
+    RUN_TEST(test_bad_label(3, 0, 0));
+    RUN_TEST(test_bad_label(3, 1, 0));
+    RUN_TEST(test_bad_label(3, 0, 4));
     RUN_TEST(test_large_input(3, 0));
     RUN_TEST(test_large_input(3, 1));
     for (passes = 2; passes <= 4; passes++) RUN_TEST(test_shards(passes));
