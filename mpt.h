@@ -14121,6 +14121,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           All losses take an mpt_loss_desc, which replaces mpt_cross_entropy_desc; it adds pos_weight, delta,
           probabilities as targets, losses per position (segmentation), and weights of samples: mpt_sample_weights.
           train.shard_optimizer, with two more calls in mpt_ranks; mpt_update_op names the part that a rank updates.
+          mpt_ranks.bucket_bytes: on CUDA gradients are summed over the ranks during the backward pass.
           Checkpoints of 0.1.0 are refused; its files of weights can be loaded.
    0.1.0  The first one.                                                                                              */
 

@@ -183,7 +183,7 @@ static void *live(void *user) {
     train.ranks.local_statistics = me->local;
     if (me->bucket) train.ranks.on_stream = 1;
     train.ranks.bucket_bytes = me->bucket;
-    if (me->other == 5) train.ranks.bucket_bytes = 8;
+    if (me->other == 6) train.ranks.bucket_bytes = 8;
     me->built = mpt_model_build(net, &train);
     me->memory = mpt_model_memory(net);
     me->held = rank_held(me) - before;
@@ -402,7 +402,7 @@ static void test_other_models(void) {
     const rank like = like_of(0, mpt_policy_preset(MPT_O0, MPT_F16), p);
     rank some[MOST];
     int r, other;
-    for (other = 1; other < 6; other++) {
+    for (other = 1; other < 7; other++) {
         reset(some, MOST);
         some[2].other = other;
         run(some, &like, 3, 1);
