@@ -1227,9 +1227,9 @@ typedef struct mpt_ranks {
        a step that is recorded already, and after an error of the device, it calls sum once, with n 0, to be told of an
        error of the engine. */
     int on_stream;
-    /* With on_stream, and without train.shard_optimizer, gradients are summed in ranges of at least so many bytes, those
-       of the last layers first; CUDA goes on with the backward pass while a range is summed. The same on all ranks.
-       0: 25 MiB, as PyTorch's bucket_cap_mb */
+    /* With on_stream, and without train.shard_optimizer, gradients are summed in ranges of at least this many bytes,
+       those of the last layers first; CUDA goes on with the backward pass while a range is summed. The same on all
+       ranks. 0: 25 MiB, as PyTorch's bucket_cap_mb */
     size_t bucket_bytes;
 } mpt_ranks;
 
@@ -11568,8 +11568,9 @@ static mpt_result mpt__collect(void *user, int role) {
     return mpt__all_gather(net->ctx, p->shard->ranks, whole, p->shard->begin, size);
 }
 
-/* The backward pass has come to node `id`: sums the gradients from its own on, if they are enough for a range. The range
-   of the first layer is left to mpt__gather_gradients. On all ranks and in all steps the ranges are the same. */
+/* Called when the backward pass has come to node `id`: sums the gradients from its own on, if they are enough for a
+   range. The range of the first layer is left to mpt__gather_gradients. The ranges are the same on all ranks and in all
+   steps. */
 static mpt_result mpt__gather_range(mpt_model *net, int id) {
     const mpt__node *node = mpt__node_of(net, id);
     const mpt_ranks *r = &net->train.ranks;

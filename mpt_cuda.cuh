@@ -77,8 +77,8 @@
    7. Training steps. The second mpt_train_step of a model records its work as a CUDA graph; later steps are one launch,
    and an upload of the batch that overlaps with the step before. Learning rates, group settings, scale and weights may
    be set between steps. With ranks the sum over them is part of the graph if mpt_ranks.on_stream allows it;
-   examples/nccl.cuh is such a sum. A range of the gradients (see bucket_bytes) is summed on the
-   context's stream while the backward pass goes on in a second one. */
+   examples/nccl.cuh is such a sum. A range of the gradients (see bucket_bytes there) is summed on the context's stream
+   while the backward pass goes on in a second one. */
 
 #ifndef MPT_CUDA_H
 #define MPT_CUDA_H
