@@ -12889,7 +12889,7 @@ static uint64_t mpt__settings_hash(const mpt_model *net) {
     mpt__walk_double(&w, "lr", net->train.optimizer.lr);
     mpt__walk_double(&w, "ema_decay", net->train.ema_decay);
     mpt__walk_int(&w, "shard_optimizer", net->train.shard_optimizer);
-    mpt__walk_uint64_t(&w, "bucket_bytes", net->train.ranks.bucket_bytes);
+    mpt__walk_uint64(&w, "bucket_bytes", net->train.ranks.bucket_bytes);
     return w.hash;
 }
 
