@@ -5,24 +5,24 @@
        #define LENS_IMPLEMENTATION
        #include "lens.h"
 
-   It stands on the public API of mpt.h and its BACKEND section alone, so that it also shows how to write such a thing.
-   It works on every device unless a function says otherwise, and costs nothing where it is not used.
+   It uses only the public API of mpt.h and its BACKEND section, so it also shows how to write such a tool. It works on
+   every device unless a function says otherwise, and costs nothing while it is not used.
 
    CONTENTS   search for "==== NAME"
      TABLES            lost updates, skipped steps, which products Tensor Cores take
-     PRESETS           loss scalers as other systems have them
+     PRESETS           the loss scalers of other systems
      HISTOGRAMS        what would a type, or a loss scale, do to these values?
      GRADIENTS         is backward the derivative of forward?
-     THE LENS          stands before a device: histograms of a net, what-if precision, the first bad operation
+     THE LENS          wraps a device: histograms of a net, what-if precision, the first bad operation
      - stop here if you only want the API -
      BASICS            memory, bits, tables
      TABLE PARTS
      PRESET PARTS
      HISTOGRAM PARTS
      GRADIENT PARTS
-     PRECISIONS        rounding as any format does
-     PASSING THROUGH   outputs on their way: counted, rounded, delivered
-     PLAIN PRODUCTS    sums that are rounded as they grow
+     PRECISIONS        rounding to any format
+     PASSING THROUGH   outputs: counted, rounded, delivered
+     PLAIN PRODUCTS    sums that are rounded after each addition
      OPERATIONS        the lens's own table
      LENS PARTS                                                                                                       */
 
@@ -39,19 +39,19 @@ extern "C" {
 
 /* ==== TABLES ====
 
-   As mpt_model_print and mpt_memory_print print theirs. */
+   Printed like those of mpt_model_print and mpt_memory_print. */
 
 /* Steps attempted, applied and skipped; norm of the last gradient; and with optimizer.meter the updates of the last
-   step that 16-bit weights would lose: a name and a value a line. */
+   step that 16-bit weights would lose: a name and a value per line. */
 MPT_DEF mpt_result lens_optimizer_print(mpt_model *net, mpt_style style, mpt_write write, void *user);
 /* The journal of skipped steps, oldest first: number of the attempt, scale, first tensor, how many inf and NaN, and the
    mpt_skip_reason. */
 MPT_DEF mpt_result lens_skips_print(mpt_model *net, mpt_style style, mpt_write write, void *user);
 
-/* A matrix product that a node makes in a pass over a whole batch, as BLAS is given it, row-major: c(m,n) = op(a)(m,k)
-   op(b)(k,n). A convolution makes one for each group, as mpt_cuda.cuh does: forward (output pixels x filters, over taps
-   and channels), dX (input pixels x channels, over taps and filters), dW (filters x taps and channels, over output
-   pixels). */
+/* A matrix product that a node computes in a pass over a whole batch, in BLAS's terms and row-major: c(m,n) =
+   op(a)(m,k) op(b)(k,n). A convolution is one product per group, as in mpt_cuda.cuh: forward (output pixels x filters,
+   over taps and channels), dX (input pixels x channels, over taps and filters), dW (filters x taps and channels, over
+   output pixels). */
 typedef struct lens_product {
     mpt_pass pass;
     int trans_a, trans_b;
@@ -62,17 +62,17 @@ typedef struct lens_product {
     const char *broken;   /* which of m, n, k break the rule below, as "n k"; "": none */
 } lens_product;
 
-/* The product of node 1.. in a pass; *out is all zero if the node makes none in it. Arithmetic on the plan: no device
-   is asked. Tensor Cores take a product at full speed when all rows that are contiguous in memory, and their distances,
-   are multiples of 16 bytes: 8 elements of 16 bits, 4 of TF32. (cuBLAS documentation, "Tensor Core Usage"; in newer
-   versions others run on them, too, padded and slower.) */
+/* The product of node 1.. in a pass; *out is all zero if the node computes none in it. This only reads the plan and
+   uses no device. Tensor Cores compute a product at full speed if all rows that are contiguous in memory, and the
+   distances between them, are multiples of 16 bytes: 8 elements of 16 bits, 4 of TF32. (cuBLAS documentation, "Tensor
+   Core Usage"; newer versions also run other products on them, padded and slower.) */
 MPT_DEF mpt_result lens_model_product(const mpt_model *net, int node, mpt_pass pass, lens_product *out);
 /* The same for all nodes and passes, and last the share of multiply-adds that are eligible. */
 MPT_DEF mpt_result lens_products_print(const mpt_model *net, mpt_style style, mpt_write write, void *user);
 
 /* ==== PRESETS ==== */
 
-/* Loss scalers with the settings of other systems, quirks included. Ours is an all-zero mpt_scaler_desc. */
+/* Loss scalers with the rules and settings of other systems. mpt's own is an all-zero mpt_scaler_desc. */
 typedef enum lens_scaler_system {
     LENS_SCALER_TORCH = 0, /* torch.amp.GradScaler: no smallest scale */
     LENS_SCALER_APEX,      /* apex.amp: at most 2^24 */
@@ -84,112 +84,111 @@ typedef enum lens_scaler_system {
 
 MPT_DEF mpt_scaler_desc lens_scaler_preset(lens_scaler_system system);
 
-/* ==== HISTOGRAMS ==== of mpt_histogram_add, or of a lens */
+/* ==== HISTOGRAMS ==== from mpt_histogram_add, or from a lens */
 
 typedef struct lens_fit {
     double flushed, subnormal, overflowed; /* shares of the nonzero finite values; 0 if there are none */
 } lens_fit;
 
-/* What would become of the values of *h in `type` if all were multiplied by 2^log2_scale first: share that rounds to
-   zero, that lands in the subnormals, that overflows. By exponent only, so values at a bin's edge count with their
-   bin. */
+/* What would happen to the values of *h in `type` if all were multiplied by 2^log2_scale first: the share that rounds
+   to zero, becomes subnormal, or overflows. It knows only exponents, so all values of a bin count alike. */
 MPT_DEF lens_fit lens_histogram_fit(const mpt_histogram *h, mpt_dtype type, int log2_scale);
 
-enum { LENS_HEADROOM = 2 }; /* what the tables here advise with: a later batch may be 4 times as large */
+enum { LENS_HEADROOM = 2 }; /* the headroom of the tables here: a later batch may have gradients 4 times as large */
 
-/* log2 of the loss scale that suits gradients like those of *h (of S = 1) in `type`: of all in 0..24 (the scaler's
-   range) that leave every value 2^headroom times below overflow, the one that flushes or makes subnormal the smallest
-   share; of equals the smallest. 0 if there is none, as for an empty histogram. */
+/* log2 of the loss scale that suits gradients like those of *h (with S = 1) in `type`: of all scales in 0..24 (the
+   scaler's range) that leave every value a factor 2^headroom below overflow, the one that flushes or makes subnormal
+   the smallest share; of equals the smallest. 0 if there is none, for example for an empty histogram. */
 MPT_DEF int lens_histogram_scale(const mpt_histogram *h, mpt_dtype type, int headroom);
 
-/* The bars, a line an exponent: log2, count, share. */
+/* The bars, one line per exponent: log2, count, share. */
 MPT_DEF mpt_result lens_histogram_print(const mpt_histogram *h, mpt_style style, mpt_write write, void *user);
-/* A line for each scale 2^first .. 2^last: what is flushed, subnormal and overflowed of fp16, bf16, e4m3, e5m2. */
+/* A line for each scale 2^first .. 2^last: what is flushed, subnormal and overflowed in fp16, bf16, e4m3, e5m2. */
 MPT_DEF mpt_result lens_sweep_print(const mpt_histogram *h, int first, int last, mpt_style style, mpt_write write,
                                     void *user);
 
 /* ==== GRADIENTS ==== */
 
-enum { LENS_CHECKED = 64 };         /* most elements that are looked at in a tensor, spread over all of it */
-#define LENS_GRADIENT_BOUND 0.03125 /* a relative error up to this may be the differences' own */
+enum { LENS_CHECKED = 64 };         /* most elements that are checked in a tensor, spread over all of it */
+#define LENS_GRADIENT_BOUND 0.03125 /* a relative error up to this may come from the differences */
 
-/* Compares the parameter gradients of n <= batch samples with differences of their mean loss, as training computes it
-   (dropout, statistics of the batch), for checking a layer of your own. fp32 models that end in a loss. A line for each
-   tensor that trains: elements, how many are checked, the largest derivative, the element (from 0) that is furthest
-   off, its gradient and difference, and the relative error: how far it is off over the largest derivative.
-   *worst, which may be NULL, is the largest relative error of all tensors: over LENS_GRADIENT_BOUND the gradient, or
-   the layer's value, is wrong.
+/* Checks the gradients of your own layer: compares the parameter gradients of n <= batch samples with differences of
+   their mean loss, as training computes it (with dropout and batch statistics). For fp32 models that end in a loss.
+   Prints a line for each tensor that trains: elements, how many are checked, the largest derivative, the element (from
+   0) with the largest error, its gradient and difference, and the relative error: that error divided by the largest
+   derivative. *worst, which may be NULL, is the largest relative error of all tensors: above LENS_GRADIENT_BOUND the
+   gradient, or the layer's value, is wrong.
 
-   The step is h = 2^-9. The loss is known to about 2^-23 (1 + loss), so its central difference to noise = 2^-23
-   (1 + loss) / h = 2^-14 (1 + loss); curvature adds h^2 / 6 of the third derivative, which is less. Where a step
-   crosses the kink of a ReLU or a maximum on one side, the difference of the other side alone holds, to h / 2 of the
-   second derivative; where it crosses them on both, a quarter of the step may not. The nearest of these counts.
-   noise / LENS_GRADIENT_BOUND is added to the largest derivative, for tensors whose gradient is 0, as of a bias before
-   a batch norm. What is off by less than 3 % passes.
+   The step is h = 2^-9. The loss is accurate to about 2^-23 (1 + loss), so its central difference to noise = 2^-23
+   (1 + loss) / h = 2^-14 (1 + loss); curvature adds h^2 / 6 times the third derivative, which is less. If a step
+   crosses the kink of a ReLU or a maximum on one side, the difference on the other side is still right, to h / 2 times
+   the second derivative; if it crosses kinks on both, a quarter of the step may not. The nearest of these counts.
+   noise / LENS_GRADIENT_BOUND is added to the largest derivative, for tensors whose gradient is 0, such as a bias
+   before a batch norm. Errors of less than 3 % pass.
 
-   The samples must weigh 1 each: no ignored labels, no class weights. The weights are put back, after an error, too.
-   Passes since the last step are forgotten, as by mpt_zero_grad. MPT_ERROR_TYPE: a node is not fp32; else as
-   mpt_forward. */
+   The samples must weigh 1 each: no ignored labels, no class weights. The weights are restored, also after an error.
+   Passes since the last step are discarded, as by mpt_zero_grad. MPT_ERROR_TYPE if a node is not fp32; otherwise the
+   errors of mpt_forward. */
 MPT_DEF mpt_result lens_gradients(mpt_model *net, const void *x, const void *target, size_t samples, mpt_style style,
                                   mpt_write write, void *user, double *worst);
 
 /* ==== THE LENS ====
 
-   A lens stands before a context's table of operations and looks at, or changes, what passes through. Open and close it
-   between any two calls: nothing is rebuilt, and without one nothing is slower. It works for whatever runs on the
-   context, on every device, and allocates where it first needs room. */
+   A lens wraps a context's table of operations and watches, or changes, what passes through. Open and close it between
+   any two calls: nothing is rebuilt, and without a lens nothing is slower. It works for everything that runs on the
+   context, on every device, and allocates memory when it first needs it. */
 
 typedef struct lens_view lens_view;
 
-/* An open lens does nothing until it is told to. NULL: out of memory. */
+/* An open lens does nothing until one of the calls below. Returns NULL if out of memory. */
 MPT_DEF lens_view *lens_open(mpt_context *ctx);
-/* Takes it away, before the context is closed. Lenses close in reverse order: MPT_ERROR_ORDER while a later one is
-   open. NULL is allowed. */
+/* Removes it; call this before the context is closed. Lenses close in reverse order: MPT_ERROR_ORDER while a later one
+   is open. NULL is allowed. */
 MPT_DEF mpt_result lens_close(lens_view *lens);
 
 /* -- What passes through: exponent histograms -- */
 
 typedef enum lens_role {
     LENS_WEIGHT = 0,          /* of a linear, convolution or norm (gamma), from the masters where there are some */
-    LENS_ACTIVATION,          /* the node's value: what it hands on, after a fused activation; node 1: the input */
+    LENS_ACTIVATION,          /* the node's value, after a fused activation; node 1: the input */
     LENS_ACTIVATION_GRADIENT, /* of that value */
     LENS_WEIGHT_GRADIENT,
     LENS_ROLE_COUNT
 } lens_role;
 
-/* Counts the values of all nodes of a built model, from zero, in every pass from now on (an evaluation's, too), until
-   called again; net NULL: no more. No other model may run on the context meanwhile.
+/* Counts the values of all nodes of a built model, from zero, in every pass from now on (also of evaluations), until it
+   is called again; net NULL: no more. No other model may run on the context meanwhile.
    Values are counted in fp32 before they are rounded to 16 bits: the operation writes to memory of the lens, which is
-   then rounded to where it belongs. On the CPU that leaves every bit of a training run as it was; on CUDA cuBLAS may
-   take another kernel for an fp32 result, with sums in another order. What an operation reads has been rounded: of
-   gradients far from the loss an fp32 model, or one whose scale is right, tells more.
-   Gradients are counted without the loss scale (shifted by log2 of it, rounded to an integer; accumulate's 1/n stays in
-   them), once a pass, when all parts have been added. A node without memory of its
-   own (fused activation, flatten; for its gradient an input of a "sum, dy shared") may have none: the node that it
-   shares with has them. */
+   then rounded to the destination. On the CPU this leaves all bits of a training run unchanged; on CUDA cuBLAS may use
+   another kernel for an fp32 result, with sums in another order. The inputs of an operation have been rounded, so for
+   gradients far from the loss an fp32 model, or one whose scale is right, shows more.
+   Gradients are counted without the loss scale (shifted by its log2, rounded to an integer; the 1/n of accumulate stays
+   in them), once per pass, when all parts have been added. A node without its own memory (fused activation, flatten;
+   for its gradient an input of a "sum, dy shared") may have no counts: they are at the node that it shares memory
+   with. */
 MPT_DEF mpt_result lens_watch(lens_view *lens, mpt_model *net);
-/* *out = what node 1.. has shown in a role; node 0: all nodes. Weights are those of now. */
+/* *out = the counts of node 1.. in a role; node 0: of all nodes. Weights are the present ones. */
 MPT_DEF mpt_result lens_histogram(lens_view *lens, int node, lens_role role, mpt_histogram *out);
 /* A line for each node, role and format, and for the sum of the nodes: counts, lowest and highest exponent, what is
    flushed, subnormal and overflowed in fp16, bf16, e4m3 and e5m2 at S = 1 and at S = 2^log2_scale, and for gradients
-   log2 of the advised scale. */
+   log2 of the suggested scale. */
 MPT_DEF mpt_result lens_print(lens_view *lens, int log2_scale, mpt_style style, mpt_write write, void *user);
 
 /* -- What if: another precision, simulated -- CPU contexts */
 
-typedef enum lens_format { /* those that mpt_dtype has, by the same numbers */
+typedef enum lens_format { /* those of mpt_dtype, with the same numbers */
                            LENS_F32 = 0,
                            LENS_F16,
                            LENS_BF16,
                            LENS_E4M3,
                            LENS_E5M2,
-                           LENS_TF32, /* 8 bits of exponent, 10 of fraction: what Tensor Cores read of fp32 */
+                           LENS_TF32, /* 8 bits of exponent, 10 of fraction: what Tensor Cores read from fp32 */
                            LENS_FORMAT_COUNT
 } lens_format;
 
 MPT_DEF const char *lens_format_name(lens_format format); /* "f32", "f16", ... "tf32" */
 
-/* All zero: fp32 as it is. */
+/* All zero: fp32, unchanged. */
 typedef struct lens_precision {
     lens_format format;
     mpt_round round;
@@ -197,30 +196,30 @@ typedef struct lens_precision {
     int flush; /* 1: subnormals of the format become 0 */
 } lens_precision;
 
-/* x as the format holds it; `random` as in mpt_narrow. */
+/* x rounded to the format; `random` as in mpt_narrow. */
 MPT_DEF float lens_precision_round(const lens_precision *p, float x, uint32_t random);
 
-/* All zero: nothing is changed, not by a bit. */
+/* All zero: nothing changes, not a bit. */
 typedef struct lens_what_if {
-    lens_precision operands; /* of products: both, and a bias, are rounded before it, in a copy */
-    lens_precision sum;      /* of products: rounded after each addition, to which it and fp32's rounding apply */
-    size_t chunk;            /* so many products are added in fp32 before they join the sum; 0: 1 */
-    lens_precision output;   /* of whatever the node writes in the pass, after bias and activation */
-    uint64_t seed;           /* of stochastic rounding: draws are named by it, a count of the lens, and the element */
+    lens_precision operands; /* of products: both, and a bias, are rounded before, in a copy */
+    lens_precision sum;      /* of products: rounded to fp32, then to this, after each addition */
+    size_t chunk;            /* this many products are added in fp32 before they are added to the sum; 0: 1 */
+    lens_precision output;   /* of everything that the node writes in the pass, after bias and activation */
+    uint64_t seed;           /* of stochastic rounding: draws depend on it, a count of the lens, and the element */
 } lens_what_if;
 
-/* From now on operations of a node (0: all, and those outside of models) in the passes of a mask of 1 << mpt_pass (0:
-   all three) run as told; of several calls the last that fits holds. what NULL: nothing is simulated any more. Build
-   the model in O0. A mpt_op_gemm outside of a model counts as forward. With sum.format other than F32, or a chunk, the
-   product is made by a plain loop on the caller's thread, in order of k (convolution: taps, then channels; dX: taps,
-   those of a row of the kernel from the last, then filters; dW: images and pixels; padding as zeros), some hundred
-   times slower; else by the engine. The input is not rounded, but operands are. Stochastic rounding differs between
-   calls and is the same in every run. MPT_ERROR_UNSUPPORTED on a device. */
+/* From now on the operations of a node (0: all, and those outside of models) in the passes of a mask of 1 << mpt_pass
+   (0: all three) are simulated like this; of several calls the last that fits counts. what NULL: nothing is simulated
+   any more. Build the model in O0. An mpt_op_gemm outside of a model counts as forward. With a sum.format other than
+   F32, or a chunk, the product is computed by a plain loop on the caller's thread, in order of k (convolution: taps,
+   then channels; dX: taps, those of a row of the kernel from the last, then filters; dW: images and pixels; padding as
+   zeros), about a hundred times slower; otherwise by the engine. The input is not rounded, but operands are. Stochastic
+   rounding differs between calls and is the same in every run. MPT_ERROR_UNSUPPORTED on a device. */
 MPT_DEF mpt_result lens_simulate(lens_view *lens, int node, unsigned passes, const lens_what_if *what);
 
 /* -- Why was this step skipped? -- */
 
-/* What is in an array. Magnitudes of finite values other than 0; both 0 if there are none. */
+/* The content of an array. smallest and largest: magnitudes of finite values other than 0; both 0 if there are none. */
 typedef struct lens_range {
     uint64_t count, zero, inf, nan;
     double smallest, largest;
@@ -228,21 +227,22 @@ typedef struct lens_range {
 
 /* The first operation of a pass whose output was not finite. */
 typedef struct lens_explanation {
-    int found;             /* 0: all were finite, and the rest is 0 */
+    int found;             /* 0: all outputs were finite, and the rest is 0 */
     const char *operation; /* "product", "convolution", "loss", ... */
-    int node;              /* that did it */
+    int node;              /* the node that it belongs to */
     mpt_pass pass;
     int output;         /* node whose value or gradient it wrote */
-    mpt_dtype type;     /* of that */
+    mpt_dtype type;     /* of that value or gradient */
     float scale;        /* loss scale of the replay */
-    lens_range result;  /* what it wrote: inf and nan as stored, the rest as it was in fp32 before it was rounded */
+    lens_range result;  /* what it wrote: inf and nan as stored, the rest in fp32 before rounding */
     lens_range read[2]; /* what it read: value and weight, or gradient and the other operand; count 0: none */
     char text[320];     /* all of this in a sentence */
 } lens_explanation;
 
-/* Replays forward and backward of at most `batch` samples, as mpt_replay does, at a loss scale (0: that of the last
-   skipped step, or the present one if none was) and names the first operation that wrote inf or NaN. After a skipped
-   step with the same samples that is the reason, for a skipped step changes nothing but the scale and the counters. */
+/* Replays forward and backward of at most `batch` samples, like mpt_replay, at a loss scale (0: that of the last
+   skipped step, or the present one if there was none) and names the first operation that wrote inf or NaN. After a
+   skipped step with the same samples this is the reason for the skip, because that changed only the scale and the
+   counters. */
 MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *target, size_t samples, float scale,
                                 lens_explanation *out);
 
@@ -303,7 +303,7 @@ static float lens__float(uint32_t u) {
     return x;
 }
 
-/* x as it is: no contraction into a fused multiply-add and no reassociation, in builds that do such things. */
+/* x, kept from contraction into a fused multiply-add and from reassociation in builds that allow them. */
 static float lens__kept(float x) {
 #if defined(__FAST_MATH__) || defined(__FP_FAST_FMAF)
     volatile float kept = x;
@@ -1505,8 +1505,8 @@ static mpt_result lens__plain_conv2d(lens_view *lens, const lens_what_if *what, 
 
 /* ==== OPERATIONS ==== */
 
-/* What the lens and those below it do when an operation is taken apart: each looks at the part in turn, then the device
-   does it. `op` writes op->out, or sums the columns of dy. */
+/* How the lens and those below it execute a part of an operation: each watches it in turn, then the device executes it.
+   `op` writes op->out, or sums the columns of dy. */
 
 static mpt_result lens__map_apart(lens_view *lens, lens__output o, mpt_map_op op) {
     LENS__TRY(lens__divert(lens, &o, &op.out, NULL));
@@ -1515,18 +1515,19 @@ static mpt_result lens__map_apart(lens_view *lens, lens__output o, mpt_map_op op
     return lens__deliver(lens, &o, op.out);
 }
 
-/* a_sums(C) of a(rows,C), beside a product with its own first column, which nobody reads */
+/* a_sums(C) of a(rows,C), along with a product by its own first column, whose result is not used */
 static mpt_result lens__sums_apart(lens_view *lens, lens__output o, mpt_gemm_op op) {
     mpt_result r;
     LENS__TRY(lens__scratch(lens, LENS__PATCH, op.m, &op.c));
     LENS__TRY(lens__divert(lens, &o, &op.a_sums, NULL));
     if (lens->below) r = lens__sums_apart(lens->below, o, op);
     else LENS__CALL(lens, r, base, gemm(lens->ctx, &op));
-    return r == MPT_OK ? lens__deliver(lens, &o, op.a_sums) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, op.a_sums);
 }
 
-/* db(C) = sums over the rows of dy(rows,C) + beta db, which a product makes in passing; *db is then none. Not if the
-   lens does not look in the product's pass: so an idle one leaves all bits as they are. */
+/* db(C) = sums over the rows of dy(rows,C) + beta db, which otherwise the product computes; *db is then none. Does
+   nothing if the lens does not watch the product's pass, so an idle lens changes no bits. */
 static mpt_result lens__bias_gradient(lens_view *lens, mpt_pass pass, size_t rows, size_t C, mpt_array dy, float beta,
                                       mpt_array *db) {
     lens__output o = lens__output_of(lens, "bias gradient", MPT_BACKWARD_WEIGHT, 1, C, C, beta);
@@ -1555,11 +1556,18 @@ static mpt_result lens__gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     const mpt_place place = mpt_context_place(ctx);
     const mpt_pass pass = place.node ? place.pass : MPT_FORWARD;
     const lens_what_if *what = lens__rule_of(lens, pass);
-    const size_t a_rows = op->trans_a ? op->k : op->m, b_rows = op->trans_b ? op->n : op->k;
-    const size_t a_columns = op->trans_a ? op->m : op->k, b_columns = op->trans_b ? op->k : op->n;
+    size_t a_rows = op->m, a_columns = op->k, b_rows = op->k, b_columns = op->n;
     lens__output o = lens__output_of(lens, "product", pass, op->m, op->n, op->ldc, op->beta);
     mpt_gemm_op run = *op;
     mpt_result r;
+    if (op->trans_a) {
+        a_rows = op->k;
+        a_columns = op->m;
+    }
+    if (op->trans_b) {
+        b_rows = op->n;
+        b_columns = op->k;
+    }
     LENS__TRY(lens__bias_gradient(lens, pass, op->k, op->m, op->a, op->beta, &run.a_sums));
     lens__output_reads(&o, op->a, op->m * op->k, op->b, op->k * op->n);
     LENS__TRY(lens__divert(lens, &o, &run.c, &run.ldc));
@@ -1567,7 +1575,8 @@ static mpt_result lens__gemm(mpt_context *ctx, const mpt_gemm_op *op) {
     LENS__TRY(lens__operand(lens, what, LENS__RIGHT, b_rows, b_columns, &run.b, &run.ldb));
     if (lens__sum_changes(what)) r = lens__plain_gemm(lens, what, &run);
     else LENS__CALL(lens, r, inner, gemm(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, run.c) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, run.c);
 }
 
 static mpt_result lens__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
@@ -1597,10 +1606,11 @@ static mpt_result lens__conv2d(mpt_context *ctx, const mpt_conv2d_op *op) {
     LENS__TRY(lens__operand(lens, what, LENS__RIGHT, 1, count[right], array[right], &count[right]));
     if (lens__sum_changes(what)) r = lens__plain_conv2d(lens, what, &run);
     else LENS__CALL(lens, r, inner, conv2d(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, *array[written]) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, *array[written]);
 }
 
-/* Casts are looked at for inf only, and as nothing but a cast to nearest can be told apart from its rounding. */
+/* Casts are watched only for inf, and as they are: their result before rounding is their input. */
 static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
     static const char *const names[] = {"cast", "activation", "activation gradient", "addition", "dropout", "bytes"};
     lens_view *lens = lens__of(ctx);
@@ -1610,10 +1620,13 @@ static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
     const int cast = op->map == MPT_MAP_CAST, keeps = gradient || op->map == MPT_MAP_DROPOUT;
     lens__output o = lens__output_of(lens, names[op->map], place.pass, 1, op->n, op->n, keeps ? op->beta : 0);
     mpt_map_op run = *op;
+    size_t reads_a = op->n, reads_b = 0;
     mpt_result r;
     if (in_place) o.beta = op->beta;
     if (cast) o.role = LENS_ROLE_COUNT;
-    lens__output_reads(&o, op->a, op->map == MPT_MAP_BYTES ? 0 : op->n, op->b, gradient || (add && adds) ? op->n : 0);
+    if (op->map == MPT_MAP_BYTES) reads_a = 0;
+    if (gradient || (add && adds)) reads_b = op->n;
+    lens__output_reads(&o, op->a, reads_a, op->b, reads_b);
     if (cast && place.output == 1 && place.pass == MPT_FORWARD) /* the input, in fp32 */
         LENS__TRY(lens__count(lens, 1, LENS_ACTIVATION, op->n, op->a, 0));
     if (cast && !(lens->explain && place.node)) {
@@ -1621,12 +1634,13 @@ static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
         return r;
     }
     LENS__TRY(lens__divert(lens, &o, &run.out, NULL));
-    if (in_place && adds) run.b = run.out; /* which has its content, for a lens below to see */
+    if (in_place && adds) run.b = run.out; /* it has the same content, which a lens below may watch */
     LENS__CALL(lens, r, inner, map(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, run.out) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, run.out);
 }
 
-/* A slice adds to a part of a gradient, in the place of which `old` was there: the whole was `kept`. */
+/* A slice adds to a part of a gradient. Keeps the counts of the whole in `kept`, and of the part before in `old`. */
 static mpt_result lens__part_begin(lens_view *lens, const lens__output *o, mpt_array y, lens__sight *s) {
     if (!(o->beta > 0 || o->beta < 0)) return MPT_OK;
     memset(&lens->fresh, 0, sizeof lens->fresh);
@@ -1638,7 +1652,7 @@ static mpt_result lens__part_begin(lens_view *lens, const lens__output *o, mpt_a
     return MPT_OK;
 }
 
-/* The last thing written is the whole again: what a slice that writes first does not have is 0. */
+/* Makes the last counts those of the whole again. If the slice was the first to write, the rest of the whole is 0. */
 static void lens__part_end(lens_view *lens, const lens__output *o, lens__sight *s, uint64_t others) {
     if (o->beta > 0 || o->beta < 0) {
         lens__histogram_join(&s->last, &lens->kept, 0, 0);
@@ -1670,35 +1684,44 @@ static mpt_result lens__columns(mpt_context *ctx, const mpt_columns_op *op) {
 static mpt_result lens__broadcast(mpt_context *ctx, const mpt_broadcast_op *op) {
     lens_view *lens = lens__of(ctx);
     const mpt_broadcast_shape *z = &op->shape;
-    const int forward = op->pass == MPT_FORWARD, alone = !op->factor.data;
-    const mpt_pass pass = mpt_context_place(ctx).pass; /* the gradient of a factor is made forward */
-    const size_t x = z->N * z->H * z->W * z->C, y = x * z->R * z->S, n = forward ? y : x;
-    lens__output o = lens__output_of(lens, alone ? "upsampling" : "product", pass, 1, n, n, op->beta);
+    const int alone = !op->factor.data;
+    const mpt_pass pass = mpt_context_place(ctx).pass; /* the gradient of a factor is a forward operation */
+    const size_t x = z->N * z->H * z->W * z->C, y = x * z->R * z->S, factors = alone ? 0 : y;
+    lens__output o = lens__output_of(lens, alone ? "upsampling" : "product", pass, 1, x, x, op->beta);
     mpt_broadcast_op run = *op;
-    mpt_array *written = forward ? &run.y : &run.x;
+    mpt_array *written = &run.x;
     mpt_result r;
-    lens__output_reads(&o, forward ? op->x : op->y, forward ? x : y, op->factor, alone ? 0 : y);
+    if (op->pass == MPT_FORWARD) {
+        written = &run.y;
+        o.C = o.stride = y;
+        lens__output_reads(&o, op->x, x, op->factor, factors);
+    } else lens__output_reads(&o, op->y, y, op->factor, factors);
     LENS__TRY(lens__divert(lens, &o, written, NULL));
     LENS__CALL(lens, r, inner, broadcast(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, *written) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, *written);
 }
 
 static mpt_result lens__pool2d(mpt_context *ctx, const mpt_pool2d_op *op) {
     lens_view *lens = lens__of(ctx);
     const mpt_pool2d_shape *z = &op->shape;
-    const int forward = op->pass == MPT_FORWARD;
-    const size_t x = z->N * z->H * z->W * z->C, y = z->N * op->P * op->Q * z->C, n = forward ? y : x;
-    lens__output o = lens__output_of(lens, "pooling", op->pass, 1, n, n, op->beta);
+    const size_t x = z->N * z->H * z->W * z->C, y = z->N * op->P * op->Q * z->C;
+    lens__output o = lens__output_of(lens, "pooling", op->pass, 1, x, x, op->beta);
     mpt_pool2d_op run = *op;
-    mpt_array *written = forward ? &run.y : &run.x;
+    mpt_array *written = &run.x;
     mpt_result r;
-    lens__output_reads(&o, forward ? op->x : op->y, forward ? x : y, op->x, 0);
+    if (op->pass == MPT_FORWARD) {
+        written = &run.y;
+        o.C = o.stride = y;
+        lens__output_reads(&o, op->x, x, op->x, 0);
+    } else lens__output_reads(&o, op->y, y, op->x, 0);
     LENS__TRY(lens__divert(lens, &o, written, NULL));
     LENS__CALL(lens, r, inner, pool2d(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, *written) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, *written);
 }
 
-/* The slope of the activation behind a norm by itself, so that the gradient between the two is seen */
+/* Applies the slope of the activation after a norm separately, so that the gradient between the two can be watched. */
 static mpt_result lens__norm_slope(lens_view *lens, mpt_norm_op *op) {
     const size_t n = op->shape.N * op->shape.pixels * op->shape.C;
     lens__output o = lens__output_of(lens, "activation gradient", MPT_BACKWARD_DATA, 1, n, n, 0);
@@ -1717,7 +1740,7 @@ static mpt_result lens__norm_slope(lens_view *lens, mpt_norm_op *op) {
     return lens__map_apart(lens, o, slope);
 }
 
-/* Writes three: dx, dgamma and dbeta. */
+/* It has three outputs: dx, dgamma and dbeta. */
 static mpt_result lens__norm_backward(lens_view *lens, const mpt_norm_op *op) {
     const size_t C = op->shape.C, n = op->shape.N * op->shape.pixels * C;
     lens__output dx = lens__output_of(lens, "normalisation", MPT_BACKWARD_DATA, 1, n, n, op->scale_x);
@@ -1738,7 +1761,8 @@ static mpt_result lens__norm_backward(lens_view *lens, const mpt_norm_op *op) {
     LENS__CALL(lens, r, inner, norm(lens->ctx, &run));
     if (r == MPT_OK) r = lens__deliver(lens, &dx, run.dx);
     if (r == MPT_OK) r = lens__deliver(lens, &dgamma, run.dgamma);
-    return r == MPT_OK ? lens__deliver(lens, &dbeta, run.dbeta) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &dbeta, run.dbeta);
 }
 
 static mpt_result lens__norm(mpt_context *ctx, const mpt_norm_op *op) {
@@ -1755,7 +1779,8 @@ static mpt_result lens__norm(mpt_context *ctx, const mpt_norm_op *op) {
     lens__output_reads(&o, op->x, n, op->gamma, op->shape.C);
     LENS__TRY(lens__divert(lens, &o, &run.y, NULL));
     LENS__CALL(lens, r, inner, norm(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, run.y) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, run.y);
 }
 
 /* log2 of the loss scale, rounded to an integer. */
@@ -1779,10 +1804,11 @@ static mpt_result lens__loss(mpt_context *ctx, const mpt_loss_op *op) {
     if (lens->net) LENS__TRY(lens__loss_scale(lens, op->loss_scale));
     LENS__TRY(lens__divert(lens, &o, &run.dx, NULL));
     LENS__CALL(lens, r, inner, loss(ctx, &run));
-    return r == MPT_OK ? lens__deliver(lens, &o, run.dx) : r;
+    LENS__TRY(r);
+    return lens__deliver(lens, &o, run.dx);
 }
 
-/* Within a forward pass an input that stays fp32 is uploaded. */
+/* An upload within a forward pass is the input, if it stays fp32. */
 static mpt_result lens__upload(mpt_context *ctx, void *device, const void *host, size_t bytes) {
     lens_view *lens = lens__of(ctx);
     const mpt_place place = mpt_context_place(ctx);
