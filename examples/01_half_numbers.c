@@ -2,9 +2,9 @@
 
        cc -O2 examples/01_half_numbers.c -o half_numbers -lm && ./half_numbers
 
-   You will see: what each format spends its bits on; that fp16 ends at 65504 and bf16 counts to 256 only; what
-   becomes of ordinary numbers in each; that rounding makes the order of a sum matter; and, as the figure, the gap
-   from each number to the next: half a gap is what rounding may cost.                                                */
+   You will see: what each format spends its bits on; that fp16 ends at 65504 and bf16 counts only to 256; what
+   ordinary numbers become in each; that rounding makes the order of a sum matter; and, in the figure, the gap from
+   each number to the next: rounding can cost half a gap.                                                            */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

@@ -2,10 +2,10 @@
 
        cc -O2 examples/02_lost_updates.c -o lost_updates -lm && ./lost_updates
 
-   You will see: 1 + 2^-11 is 1 in fp16, so a weight of 1 that is to grow by that much a step stays where it is. An
-   fp32 master, a compensation (Kahan), the 16 bits that bf16 lacks (split) each keep what rounding cuts off;
-   stochastic rounding loses it only half of the time, and is right on average. Then a net learns digits by small
-   steps: with masters as well as in fp32, without them less, in bf16 least. Takes about 15 s.                        */
+   You will see: 1 + 2^-11 is 1 in fp16, so a weight of 1 that should grow by that much per step does not move. An
+   fp32 master, a compensation (Kahan), or the 16 bits below a bf16 (split) each keep what rounding cuts off;
+   stochastic rounding loses it only some of the time, and is right on average. Then a net learns digits in small
+   steps: with masters as well as in fp32, without them less well, and worst in bf16. Takes about 15 s.              */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

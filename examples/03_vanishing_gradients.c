@@ -3,11 +3,11 @@
        cc -O2 examples/03_vanishing_gradients.c -o vanishing -lm && ./vanishing
 
    Two nets learn in fp32 while a lens counts their gradients by exponent: an MLP that reads digits, and a deep
-   autoencoder with sigmoids, whose loss is a mean over 512 x 64 pixels. You will see how many fp16 would round to
-   zero or keep with a few bits only (subnormal), that a power of two moves the whole histogram, and which one the
-   lens advises. Then both learn in fp16 with fixed loss scales from 2^-16 to 2^24. The MLP learns at any scale in a
-   wide window, 1 included: it would not need one. The autoencoder does: at S = 1 it learns worse than in fp32, from
-   2^8 on as well. A loss that is a mean over 2^8 times as many pixels stands 8 further left. Takes about 30 s.       */
+   autoencoder with sigmoids, whose loss is a mean over 512 x 64 pixels. You will see how many gradients fp16 would
+   round to zero or keep with only a few bits (subnormal), that a power of two moves the whole histogram, and which
+   one the lens suggests. Then both learn in fp16 with fixed loss scales from 2^-16 to 2^24. The MLP learns with any
+   scale in a wide window, also with 1: it needs none. The autoencoder does: with S = 1 it learns worse than in fp32,
+   from 2^8 on as well. A mean over 2^8 times as many pixels moves gradients 8 to the left. Takes about 30 s.        */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

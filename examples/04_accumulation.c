@@ -2,11 +2,11 @@
 
        cc -O2 examples/04_accumulation.c -o accumulation -lm && ./accumulation
 
-   You will see: dot products of two fp16 vectors of k numbers between 0 and 1, the sum rounded after each addition to
-   fp16, bf16 or fp32. The fp16 sum is fine at k = 16 and stands still at 2048 however long the vectors are: half of
-   the gap there is 1, more than what is added. Of numbers of both signs the sum stays small and the error grows
-   slowly: that is what most layers add, and why fp16 sums often pass unnoticed. In blocks of 32 that are summed in
-   fp32, as some chips do, the wall is 16 times as far away. mpt_op_gemm sums in fp32.                                   */
+   You will see: dot products of two fp16 vectors of k numbers between 0 and 1, with the sum rounded after each addition
+   to fp16, bf16 or fp32. The fp16 sum is fine at k = 16 and stops at 2048 however long the vectors are: half of the
+   gap there is 1, more than what is added. With numbers of both signs the sum stays small and the error grows slowly:
+   that is what most layers add, and why fp16 sums often go unnoticed. If blocks of 32 are summed in fp32 first, as on
+   some chips, the sum stops 16 times later. mpt_op_gemm sums in fp32.                                               */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

@@ -3,10 +3,10 @@
        cc -O2 examples/05_loss_scaler.c -o loss_scaler -lm && ./loss_scaler
 
    You will see an MLP learn digits in fp16 while its scale starts far too large, at 2^28: gradients overflow, the
-   step is skipped, the scale is halved, till they fit. After 200 good steps twice the scale is tried; if that is too
-   much one step is lost, and the scale goes back. So it stays as large as the gradients allow, at the cost of one
-   step in 200 (one in 2000 by default). A skipped step changes no weight: that is checked bit by bit. The journal
-   says which tensor overflowed first.                                                                                */
+   step is skipped and the scale halved, until they fit. After 200 good steps twice the scale is tried; if that is too
+   much, one step is lost and the scale goes back. So it stays as large as the gradients allow, at the cost of one
+   step in 200 (by default in 2000). A skipped step changes no weight, which is checked bit by bit. The journal shows
+   which tensor overflowed first.                                                                                    */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

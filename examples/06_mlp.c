@@ -3,10 +3,10 @@
        cc -O2 examples/06_mlp.c -o mlp -lm && ./mlp
 
    You will see the four levels side by side on the digits, each with 5 seeds: O0 all fp32; O1 autocast (fp32 weights,
-   products of 16 bits); O2 16-bit weights with fp32 masters; O3 all 16-bit, without masters and loss scale. O1 and O2
-   are as good as fp32. Activations take half the bytes from O1 on. Weights do not: with masters there are two copies,
-   and Adam's moments stay fp32; so 16 bits save memory where activations are most of it (07). Speed is that of one
-   thread of your CPU, which may know no 16-bit products; on a GPU see 10. Takes about 15 s.                          */
+   16-bit products); O2 16-bit weights with fp32 masters; O3 all 16-bit, without masters and loss scale. O1 and O2 are
+   as good as fp32. Activations take half the bytes from O1 on. Weights do not: with masters there are two copies, and
+   Adam's moments stay fp32; so 16 bits save memory where most of it is activations (07). The speed is that of one
+   thread of your CPU, which may have no 16-bit products; for a GPU see 10. Takes about 15 s.                        */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

@@ -3,9 +3,9 @@
        cc -O2 examples/07_cnn.c -o cnn -lm && ./cnn
 
    A CNN learns clothes from 3,000 pictures of Fashion-MNIST (Debian package dataset-fashion-mnist; unpacked by gzip),
-   or the digits where that is not installed: the first line says which. You will see fp32, bf16 and fp16 (O2), and
-   all bf16 without masters (O3), with 3 seeds each. A CNN's memory is activations, and they take half: that is where
-   mixed precision pays. Accuracy is the same. examples/train.c takes all 60,000.    Takes about 20 s.             */
+   or digits if that is not installed: the first line says which. You will see fp32, bf16 and fp16 (O2), and all bf16
+   without masters (O3), with 3 seeds each. Most of a CNN's memory is activations, and they take half: that is where
+   mixed precision pays. Accuracy is the same. examples/train.c uses all 60,000.    Takes about 20 s.                */
 
 #define _POSIX_C_SOURCE 200809L /* popen */
 #define MPT_IMPLEMENTATION

@@ -2,10 +2,10 @@
 
        cc -O2 examples/08_own_model.c -o own_model -lm && ./own_model
 
-   A softmax regression on the digits, its forward and backward pass written out over arrays of mpt_f16; mpt.h lends
-   the number type, the parameter block, the optimizer and the loss scaler. You will see: the scale starts far too
-   large, so the first gradients overflow; each time the step is skipped and the scale halved till they fit. Then the
-   loss falls, now and then a larger scale is tried, and some 95 % of the test digits are right.                      */
+   A softmax regression on the digits, with its forward and backward pass written out over arrays of mpt_f16; mpt.h
+   provides the number type, the parameter block, the optimizer and the loss scaler. You will see: the scale starts far
+   too large, so the first gradients overflow; each time the step is skipped and the scale halved, until they fit. Then
+   the loss falls, now and then a larger scale is tried, and about 95 % of the test digits are right.                */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

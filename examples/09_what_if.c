@@ -2,12 +2,12 @@
 
        cc -O2 examples/09_what_if.c -o what_if -lm && ./what_if
 
-   No hardware is needed to find out: the net stays in fp32, and a lens rounds what its products read or add up in as
-   another format would, in all layers or in one. You will see an autoencoder learn digits so, whose loss minds every
-   bit. TF32, bf16 and fp16 change nothing. e4m3 costs 2 %, but only with a loss scale: without one its gradients
-   vanish and the net hardly learns. Coarser e5m2 costs more, most in the last layer. Sums kept in 16 bits pass
-   unnoticed, since sums this short (32 to 64 products) stay small: see 04 for long ones; sums in 8 bits hurt, and
-   less if 16 products are added in fp32 first. Takes about 30 s.                                                     */
+   No hardware is needed to find out: the net stays in fp32, and a lens rounds the operands or the sums of its products
+   to another format, in all layers or in one. You will see how an autoencoder learns digits that way; its loss is
+   sensitive to every bit. TF32, bf16 and fp16 change nothing. e4m3 costs 2 %, but only with a loss scale: without one
+   its gradients vanish and the net hardly learns. The coarser e5m2 costs more, most in the last layer. 16-bit sums go
+   unnoticed, because sums this short (32 to 64 products) stay small: see 04 for long ones. 8-bit sums hurt, but less
+   if 16 products are added in fp32 first. Takes about 30 s.                                                         */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

@@ -4,11 +4,11 @@
        cc -O2 examples/10_gpu.c -o gpu -lm && ./gpu                              without: the CPU's half of the table
 
    The file is C. Only the call that opens the device differs; mpt_cuda.cuh says how to link a C compiler's object
-   with a library that nvcc made. You will see an MLP 784-1024-1024-10 on noise, in fp32, bf16 and fp16, on the CPU
-   and, where there is one, on the GPU: the loss is the same but for the order of sums, and the loss scale and the
-   number of skipped steps are equal. On a GPU with Tensor Cores 16 bits are to be well ahead of fp32 at this size,
-   and a net ten times smaller is not: then launching takes longer than multiplying. Whether they are is yours to see:
-   this has not been measured on a GPU here.                                                                          */
+   with a library built by nvcc. You will see an MLP 784-1024-1024-10 on noise, in fp32, bf16 and fp16, on the CPU
+   and, if there is one, on the GPU: the loss is the same except for the order of sums, and the loss scale and the
+   number of skipped steps are equal. On a GPU with Tensor Cores 16 bits should be well ahead of fp32 at this size,
+   but not for a net ten times smaller, where launching takes longer than multiplying. Measure it: this has not been
+   measured on a GPU here.                                                                                           */
 
 #define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #define MPT_IMPLEMENTATION

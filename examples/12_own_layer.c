@@ -1,11 +1,11 @@
-/* 12_own_layer.c - what does it take to train a layer that mpt.h has not?
+/* 12_own_layer.c - what does it take to train a layer that mpt.h does not have?
 
        cc -O2 examples/12_own_layer.c -o own_layer -lm && ./own_layer
 
-   PReLU (He et al. 2015): y = x, and slope * x below 0, with a slope for each channel that is learnt. Two functions,
-   forward and backward, in the types of the net. lens_gradients compares backward with differences of the loss, tensor
-   by tensor; it passes this one and catches one that forgets the slope. Then a CNN learns the digits with it in fp32,
-   bf16 and fp16, and prints the slopes that it has found.    Takes about 2 s.                                        */
+   PReLU (He et al. 2015): y = x, or slope * x below 0, where each channel learns its slope. Two functions, forward and
+   backward, in the types of the net. lens_gradients compares backward with differences of the loss, tensor by tensor;
+   it accepts this one and catches one that forgets the slope. Then a CNN learns the digits with it in fp32, bf16 and
+   fp16, and prints the slopes that it has found.    Takes about 2 s.                                                */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

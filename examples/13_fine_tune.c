@@ -2,11 +2,11 @@
 
        cc -O2 examples/13_fine_tune.c -o fine_tune -lm && ./fine_tune
 
-   A CNN learns the digits in fp16. Its weights are loaded by name into a net for digits of another scanner, which sets
-   them a pixel further right and so little that only 5 of each have a label. That net has a head of its own: the
-   program prints what was loaded and what was not. The body is frozen, the head learns. You will see: it has more
-   digits right than a net that learns all from the same samples, and less than half of the bytes that training adds.
-   Last, a net for predictions alone loads the result.    Takes about 2 s.                                            */
+   A CNN learns the digits in fp16. Its weights are loaded by name into a net for digits of another scanner, which
+   places them a pixel further right; only 5 of each have a label. That net has its own head: the program prints what
+   was loaded and what was not. The body is frozen, the head learns. You will see: it gets more digits right than a net
+   that learns everything from the same samples, with less than half of the bytes that training adds. At the end, a net
+   that only predicts loads the result.    Takes about 2 s.                                                          */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

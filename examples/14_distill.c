@@ -3,9 +3,9 @@
        cc -O2 examples/14_distill.c -o distill -lm && ./distill
 
    Distillation (Hinton et al. 2015): a CNN that has learnt the digits is the teacher of a small MLP. The MLP ends in
-   its logits; the loss is a program's: cross-entropy with the label, and T^2 times that with what the teacher says,
-   both softened by a temperature T. Only 100 digits have labels; the teacher saw those of all, and answers for any.
-   You will see: in fp32 and in fp16 alike the MLP that listens has more test digits right.    Takes about 5 s.       */
+   its logits, and this program computes the loss: the cross-entropy with the label, plus T^2 times the cross-entropy
+   with the teacher's answer, both softened by a temperature T. Only 100 digits have labels; the teacher has seen all.
+   You will see: in fp32 and in fp16 the MLP with a teacher gets more test digits right.    Takes about 5 s.         */
 
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"

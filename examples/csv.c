@@ -2,7 +2,7 @@
 
        cc -O2 examples/csv.c -o csv -lm -pthread && ./csv examples/data/iris/iris.csv iris.safetensors
 
-   The file: a line of names, then rows of numbers; the last column is the class, from 0. A fifth of the rows validates. */
+   The file: a line of names, then rows of numbers; the last column is the class, from 0. A fifth of the rows tests. */
 #define MPT_IMPLEMENTATION
 #include "../mpt.h"
 #include <stdio.h>
