@@ -2723,20 +2723,14 @@ typedef struct mptc__scan_work {
     mpt_array x;
     float factor;         /* x is multiplied by it first, unless it is 1 */
     size_t n, chunks;
+    size_t begin, end;    /* chunks that are scanned: all, or what this rank owns */
+    int last;             /* 1: the parts of all chunks are added up */
     mpt_scan *parts;      /* (chunks) */
     mpt_scan *out;        /* of all */
     mpt_update_op update; /* state not NULL: this scan is its check */
     mpt__rates *rates;    /* the rates of its tensors, computed after the check */
     unsigned *ticket;
 } mptc__scan_work;
-
-/* *sum += part, whose elements come after those of sum */
-static __device__ void mptc__scan_join(mpt_scan *sum, const mpt_scan *part) {
-    if (sum->inf + sum->nan == 0 && part->inf + part->nan) sum->first = part->first;
-    sum->sum_squares += part->sum_squares;
-    sum->inf += part->inf;
-    sum->nan += part->nan;
-}
 
 /* A thread's share of a chunk: it adds the squares of elements lane, lane + 32, ... in this order. */
 typedef struct mptc__scan_lane {
@@ -2823,7 +2817,7 @@ static __device__ mpt_scan mptc__scan_parts(const mpt_scan *parts, size_t begin,
         }
 #pragma unroll
         for (unsigned j = 0; j < MPTC__SCAN_PARTS; j++)
-            if (begin + j < end) mptc__scan_join(&sum, &part[j]);
+            if (begin + j < end) mpt__scan_join(&sum, &part[j]);
     }
     return sum;
 }
@@ -2844,13 +2838,13 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     __shared__ int unsound; /* pending values that are inf or NaN */
     const size_t each = (w.chunks + MPTC__SCAN_BLOCKS - 1) / MPTC__SCAN_BLOCKS;
     const unsigned used = each ? (unsigned)((w.chunks + each - 1) / each) : 1;
-    for (size_t chunk = mptc__thread() / MPTC__WARP; chunk < w.chunks; chunk += mptc__stride() / MPTC__WARP) {
+    for (size_t chunk = w.begin + mptc__thread() / MPTC__WARP; chunk < w.end; chunk += mptc__stride() / MPTC__WARP) {
         const size_t i = chunk * MPTC__CHUNK, left = w.n - i;
         const unsigned some = left < MPTC__CHUNK ? (unsigned)left : (unsigned)MPTC__CHUNK;
         if (w.update.state) mptc__scan_chunk(&w.update, 1, mpt_f32_array(w.update.grad), i, some, &w.parts[chunk]);
         else mptc__scan_chunk(NULL, w.factor, w.x, i, some, &w.parts[chunk]);
     }
-    if (!mptc__last_block(w.ticket, gridDim.x)) return;
+    if (!w.last || !mptc__last_block(w.ticket, gridDim.x)) return;
     if (threadIdx.x == 0) unsound = 0;
     __syncthreads();
     if (w.update.state)
@@ -2862,12 +2856,34 @@ static __global__ void mptc__scan_k(mptc__scan_work w) {
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (unsigned b = 1; b < used; b++) mptc__scan_join(&parts[0], &parts[b]);
+        for (unsigned b = 1; b < used; b++) mpt__scan_join(&parts[0], &parts[b]);
         if (!w.update.state) *w.out = parts[0];
         else mpt__state_checked(&w.update, &parts[0], !unsound);
     }
     __syncthreads();
     if (w.update.state) mptc__rates_put(&w.update, w.rates);
+}
+
+static mpt_result mptc__scan_launch(mpt_context *ctx, const mptc__scan_work *w) {
+    const size_t blocks = mptc__divide_up((w->end - w->begin) * MPTC__WARP, MPTC__SCAN_THREADS);
+    const size_t processors = (size_t)mptc__of(ctx)->processors;
+    const size_t most = processors * (MPTC__BLOCKS_EACH * MPTC__THREADS / MPTC__SCAN_THREADS);
+    return MPTC__LAUNCH(mptc__scan_k, (unsigned)mptc__min(blocks ? blocks : 1, most), MPTC__SCAN_THREADS, *w);
+}
+
+/* Every rank scans the chunks that it owns; then all add up those of all. A recorded step has the exchange in it. */
+static mpt_result mptc__scan_shards(mpt_context *ctx, mptc__scan_work w, const mpt_shard *shard) {
+    const mpt_ranks *r = shard->ranks;
+    w.parts = shard->parts;
+    w.begin = shard->chunks[r->rank];
+    w.end = shard->chunks[r->rank + 1];
+    w.last = 0;
+    MPTC__TRY(mptc__scan_launch(ctx, &w));
+    if (mptc__of(ctx)->step.mode != MPTC__REPLAY)
+        MPTC__TRY(mpt__all_gather(ctx, r, shard->parts, shard->chunks, sizeof *shard->parts));
+    w.begin = w.end;
+    w.last = 1;
+    return mptc__scan_launch(ctx, &w);
 }
 
 /* update NULL: the result is at the start of the scratch block. */
@@ -2878,7 +2894,8 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
     w.x = x;
     w.factor = factor;
     w.n = n;
-    w.chunks = mptc__divide_up(n, MPTC__CHUNK);
+    w.chunks = w.end = mptc__divide_up(n, MPTC__CHUNK);
+    w.last = 1;
     MPTC__TRY(mptc__grow(ctx, &device->scratch, (w.chunks + 1) * sizeof *w.parts));
     w.out = (mpt_scan *)(void *)device->scratch.at;
     w.parts = w.out + 1;
@@ -2888,9 +2905,8 @@ static mpt_result mptc__scan_run(mpt_context *ctx, size_t n, float factor, mpt_a
         w.rates = (mpt__rates *)(void *)device->rates.at;
     }
     w.ticket = device->tickets;
-    const size_t blocks = mptc__divide_up(w.chunks * MPTC__WARP, MPTC__SCAN_THREADS);
-    const size_t most = (size_t)device->processors * (MPTC__BLOCKS_EACH * MPTC__THREADS / MPTC__SCAN_THREADS);
-    return MPTC__LAUNCH(mptc__scan_k, (unsigned)mptc__min(blocks ? blocks : 1, most), MPTC__SCAN_THREADS, w);
+    if (update && update->shard) return mptc__scan_shards(ctx, w, update->shard);
+    return mptc__scan_launch(ctx, &w);
 }
 
 static mpt_result mptc__scan(mpt_context *ctx, size_t n, float factor, mpt_array x, mpt_scan *host) {
@@ -3412,7 +3428,8 @@ static mpt_result mptc__ranks(mpt_context *ctx, const mpt_ranks_op *op) {
     MPTC__TRY(mptc__turn_home(ctx));
     MPTC__TRY(MPTC__SPREAD(mptc__tell_k, slots, op->sum, op->slots, r->rank, r->ranks));
     MPTC__TRY(r->sum(r->user, op->slots, slots));
-    if (op->count) MPTC__TRY(r->sum(r->user, op->grad, op->count));
+    if (op->shard) MPTC__TRY(r->reduce_scatter(r->user, op->grad, op->shard->begin));
+    else if (op->count) MPTC__TRY(r->sum(r->user, op->grad, op->count));
     if (op->statistics) MPTC__TRY(r->sum(r->user, op->pending, op->statistics));
     return MPTC__SPREAD(mptc__hear_k, op->statistics, op->slots, r->ranks, op->sum, op->pending, op->statistics);
 }
@@ -3435,11 +3452,11 @@ enum {
 static __device__ __forceinline__ void mptc__weights_load(const mpt_update_op *op, size_t i, unsigned n, float *p) {
     uint16_t copy[MPTC__PACK], low[MPTC__PACK] = {0};
     if (op->master) {
-        mptc__load(mpt_f32_array(op->master), i, n, p);
+        mptc__load(mpt_f32_array(op->master), i - op->first, n, p);
         return;
     }
     mptc__load_bits((const uint16_t *)op->copy.data + i, n, copy);
-    if (op->low) mptc__load_bits(op->low + i, n, low);
+    if (op->low) mptc__load_bits(op->low + (i - op->first), n, low);
     MPTC__EACH(e) p[e] = mpt__weight_load(op->mode, op->copy.type, copy[e], low[e]);
 }
 
@@ -3448,8 +3465,10 @@ static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *
                                                            const float *p, int tensor, size_t first) {
     uint16_t copy[MPTC__PACK], low[MPTC__PACK];
     if (op->master) {
-        mptc__store(mpt_f32_array(op->master), i, n, p);
+        float *wide = op->slices[tensor].wide;
+        mptc__store(mpt_f32_array(op->master), i - op->first, n, p);
         if (op->copy.data) mptc__store(op->copy, i, n, p);
+        if (wide) mptc__store(mpt_f32_array(wide), first, n, p);
         return;
     }
     MPTC__EACH(e) {
@@ -3458,7 +3477,7 @@ static __device__ __forceinline__ void mptc__weights_store(const mpt_update_op *
         mpt__weight_store(op->mode, op->copy.type, p[e], random, &copy[e], &low[e]);
     }
     mptc__store_bits((uint16_t *)op->copy.data + i, n, copy);
-    if (op->low) mptc__store_bits(op->low + i, n, low);
+    if (op->low) mptc__store_bits(op->low + (i - op->first), n, low);
 }
 
 typedef struct mptc__meter { /* integers, so atomics give the same result every time */
@@ -3469,17 +3488,18 @@ typedef struct mptc__meter { /* integers, so atomics give the same result every 
 static __device__ void mptc__update_pack(const mpt_update_op *op, const mpt__rates *rates, size_t i, unsigned n, int t,
                                          size_t first, mptc__meter *meter) {
     const mpt_dtype type = op->copy.data ? op->copy.type : MPT_BF16; /* for the meter */
+    const size_t own = i - op->first;
     float before[MPTC__PACK], p[MPTC__PACK], g[MPTC__PACK];
     float m[MPTC__PACK] = {0}, v[MPTC__PACK] = {0}, largest[MPTC__PACK] = {0};
     mptc__weights_load(op, i, n, before);
     mptc__load(mpt_f32_array(op->grad), i, n, g);
-    if (op->moment[0]) mptc__load(mpt_f32_array(op->moment[0]), i, n, m);
-    if (op->moment[1]) mptc__load(mpt_f32_array(op->moment[1]), i, n, v);
-    if (op->moment[2]) mptc__load(mpt_f32_array(op->moment[2]), i, n, largest);
+    if (op->moment[0]) mptc__load(mpt_f32_array(op->moment[0]), own, n, m);
+    if (op->moment[1]) mptc__load(mpt_f32_array(op->moment[1]), own, n, v);
+    if (op->moment[2]) mptc__load(mpt_f32_array(op->moment[2]), own, n, largest);
     MPTC__EACH(e) p[e] = mpt__update_element(rates, before[e], g[e], &m[e], &v[e], &largest[e]);
-    if (op->moment[0]) mptc__store(mpt_f32_array(op->moment[0]), i, n, m);
-    if (op->moment[1]) mptc__store(mpt_f32_array(op->moment[1]), i, n, v);
-    if (op->moment[2]) mptc__store(mpt_f32_array(op->moment[2]), i, n, largest);
+    if (op->moment[0]) mptc__store(mpt_f32_array(op->moment[0]), own, n, m);
+    if (op->moment[1]) mptc__store(mpt_f32_array(op->moment[1]), own, n, v);
+    if (op->moment[2]) mptc__store(mpt_f32_array(op->moment[2]), own, n, largest);
     mptc__weights_store(op, i, n, p, t, first);
     if (!op->desc.meter) return;
     MPTC__EACH(e) {
@@ -3497,12 +3517,12 @@ static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, m
                                       int32_t *stuck, mptc__meter *total, unsigned *ticket) {
     __shared__ mpt__rates rates[MPTC__TILE_TENSORS];
     const float clip = (float)mpt__clip_factor(op.state, op.max_norm);
-    const size_t tiles = (op.count + MPTC__TILE - 1) / MPTC__TILE;
+    const size_t tiles = (op.own + MPTC__TILE - 1) / MPTC__TILE; /* a shard ends with one, or with the last tensor */
     const bool skip = mpt__step_found(&op) != 0;
     const int32_t *found = &op.state->found;
     mptc__meter meter = {0, 0};
     for (size_t tile = blockIdx.x; tile < tiles && !skip; tile += gridDim.x) {
-        const size_t begin = tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
+        const size_t begin = op.first + tile * MPTC__TILE, i = begin + threadIdx.x * MPTC__PACK;
         const int first = mpt__slice_at(op.slices, op.tensors, begin), mine = first + (int)threadIdx.x;
         if (threadIdx.x < MPTC__TILE_TENSORS && mine < op.tensors && op.slices[mine].offset < begin + MPTC__TILE) {
             rates[threadIdx.x] = all[mine];
@@ -3541,14 +3561,32 @@ static __global__ void mptc__update_k(mpt_update_op op, const mpt__rates *all, m
 /* The averages of all weights, padding included, after the update, which has counted the step */
 static __global__ void mptc__average_k(mpt_update_op op) {
     if (op.state->found) return;
-    for (size_t i = mptc__thread() * MPTC__PACK; i < op.count; i += mptc__stride() * MPTC__PACK) {
-        const unsigned n = mptc__left(op.count, i);
+    for (size_t i = mptc__thread() * MPTC__PACK; i < op.own; i += mptc__stride() * MPTC__PACK) {
+        const unsigned n = mptc__left(op.own, i);
         float p[MPTC__PACK], a[MPTC__PACK];
-        mptc__weights_load(&op, i, n, p);
+        mptc__weights_load(&op, op.first + i, n, p);
         mptc__load(mpt_f32_array(op.average), i, n, a);
         MPTC__EACH(e) a[e] = mpt__average(&op, a[e], p[e]);
         mptc__store(mpt_f32_array(op.average), i, n, a);
     }
+}
+
+/* What this rank's update has moved, for the others; heard: what all have */
+static __global__ void mptc__meters_k(mpt_optimizer_state *state, uint64_t *meters, int rank, int ranks, int heard) {
+    if (heard && !state->found) mpt__meters_add(state, meters, ranks);
+    if (heard) return;
+    meters[2 * rank] = state->moved;
+    meters[2 * rank + 1] = state->lost;
+}
+
+/* The weights go to all ranks; a recorded step has that in it. */
+static mpt_result mptc__update_share(mpt_context *ctx, const mpt_update_op *op) {
+    const mpt_shard *s = op->shard;
+    const mpt_ranks *r = s->ranks;
+    if (op->desc.meter) MPTC__TRY(MPTC__LAUNCH(mptc__meters_k, 1, 1, op->state, s->meters, r->rank, r->ranks, 0));
+    if (mptc__of(ctx)->step.mode != MPTC__REPLAY) MPTC__TRY(mpt__share_weights(ctx, op));
+    if (!op->desc.meter) return MPT_OK;
+    return MPTC__LAUNCH(mptc__meters_k, 1, 1, op->state, s->meters, r->rank, r->ranks, 1);
 }
 
 /* scaler: to be updated, if this is its only optimizer; NULL: mptc__scale follows. stuck: its mirror in pinned memory,
@@ -3556,10 +3594,11 @@ static __global__ void mptc__average_k(mpt_update_op op) {
 static mpt_result mptc__update_run(mpt_context *ctx, const mpt_update_op *op, mpt_scaler_state *scaler,
                                    int32_t *stuck) {
     mptc__device *device = mptc__of(ctx);
-    const size_t packs = mptc__divide_up(op->count, MPTC__PACK);
+    const size_t packs = mptc__divide_up(op->own, MPTC__PACK);
     MPTC__TRY(MPTC__SPREAD(mptc__update_k, packs, *op, (const mpt__rates *)(void *)device->rates.at, scaler, stuck,
                            (mptc__meter *)(void *)device->zeros, device->tickets));
-    if (op->average) return MPTC__SPREAD(mptc__average_k, packs, *op);
+    if (op->average) MPTC__TRY(MPTC__SPREAD(mptc__average_k, packs, *op));
+    if (op->shard) return mptc__update_share(ctx, op);
     return MPT_OK;
 }
 

@@ -1,4 +1,4 @@
-/* mpi.h - the sum of mpt_ranks over MPI: processes on one machine or on many train one model together.
+/* mpi.h - the calls of mpt_ranks over MPI: processes on one machine or on many train one model together.
 
        mpi_adapter mpi;
        MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &level);   mpt has threads; one of them calls MPI
@@ -7,9 +7,9 @@
        mpi_ranks_free(&mpi);
        MPI_Finalize();
 
-   Include it after mpt.h. The context is one of the CPU: arrays are in host memory. In a sum over R ranks each owns an
-   R-th of the array, gets the others' parts of it by MPI_Sendrecv, adds them in the order that mpt_ranks names, and
-   hands its sum to all by MPI_Allgather. So the bits do not depend on the MPI that is installed; and a rank sends
+   Include it after mpt.h. The context is one of the CPU: arrays are in host memory. All goes by MPI_Sendrecv. In a sum
+   over R ranks each owns an R-th of the array, gets the others' parts of it, adds them in the order that mpt_ranks
+   names, and gives its sums to all. So the bits do not depend on the MPI that is installed; and a rank sends
    2 (R - 1) / R of the array's bytes, the least for a sum that every rank gets. Keep this file out of the include path,
    where <mpi.h> would find it. C99 or C++11.                                                                         */
 
@@ -24,13 +24,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MPI_RANKS_FLOATS = 1 << 20 }; /* of the array, summed at a time; not fewer than ranks */
+enum { MPI_RANKS_FLOATS = 1 << 20 }; /* that a rank adds up at a time, those of all; at least as many as ranks */
 
 typedef struct mpi_adapter {
     mpt_context *ctx; /* is told the reason of a failed call; not owned */
-    MPI_Comm comm;    /* a duplicate: errors are returned, and no message of others is taken for one of the sum */
+    MPI_Comm comm;    /* a duplicate: errors are returned, and no message of others is taken for one of these */
     int rank, ranks;
-    float *parts; /* MPI_RANKS_FLOATS: the part that this rank owns as each rank has it; then the sums of all parts */
+    size_t *begin; /* (ranks + 1), of a sum: see mpt_ranks */
+    float *parts;  /* behind it, MPI_RANKS_FLOATS: some of what this rank owns as each rank has it */
 } mpi_adapter;
 
 static mpt_result mpi_ranks_check(mpt_context *ctx, const char *call, int error) {
@@ -41,66 +42,89 @@ static mpt_result mpi_ranks_check(mpt_context *ctx, const char *call, int error)
     return mpt_fail(ctx, MPT_ERROR_DEVICE, "%s: %s", call, text);
 }
 
-/* One piece: x(n), n <= MPI_RANKS_FLOATS. The last parts may be shorter, or empty. */
-static mpt_result mpi_ranks_sum_piece(const mpi_adapter *a, float *x, int n) {
-    const int ranks = a->ranks, most = (n - 1) / ranks + 1; /* floats in a part */
-    const int first = a->rank * most < n ? a->rank * most : n;
-    const int owned = n - first < most ? n - first : most;
-    int away, width, r, i, error = MPI_SUCCESS;
-    memcpy(a->parts + a->rank * most, x + first, (size_t)owned * sizeof *x);
-    for (away = 1; away < ranks && error == MPI_SUCCESS; away++) {
-        const int to = (a->rank + away) % ranks, from = (a->rank + ranks - away) % ranks;
-        const int begin = to * most < n ? to * most : n;
-        const int count = n - begin < most ? n - begin : most;
-        error = MPI_Sendrecv(x + begin, count, MPI_FLOAT, to, 0, a->parts + from * most, owned, MPI_FLOAT, from, 0,
-                             a->comm, MPI_STATUS_IGNORE);
-    }
-    if (error != MPI_SUCCESS) return mpi_ranks_check(a->ctx, "MPI_Sendrecv", error);
+/* What rank r owns but for its first `at` elements: how many, of at most `most`, from *from on. */
+static int mpi_ranks_some(const size_t *begin, int r, size_t at, size_t most, size_t *from) {
+    const size_t end = begin[r + 1], left = end - begin[r] < at ? 0 : end - begin[r] - at;
+    *from = end - left;
+    return (int)(left < most ? left : most);
+}
+
+/* x(n) = the sums of all ranks' parts(ranks,most) */
+static void mpi_ranks_add(const mpi_adapter *a, size_t most, float *x, size_t n) {
+    const size_t ranks = (size_t)a->ranks;
+    size_t width, r, i;
+    memcpy(a->parts + (size_t)a->rank * most, x, n * sizeof *x);
     for (width = 1; width < ranks; width *= 2)
         for (r = 0; r + width < ranks; r += 2 * width)
-            for (i = 0; i < owned; i++) a->parts[r * most + i] += a->parts[(r + width) * most + i];
-    memmove(a->parts + a->rank * most, a->parts, (size_t)owned * sizeof *x);
-    error = MPI_Allgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, a->parts, most, MPI_FLOAT, a->comm);
-    memcpy(x, a->parts, (size_t)n * sizeof *x);
-    return mpi_ranks_check(a->ctx, "MPI_Allgather", error);
+            for (i = 0; i < n; i++) a->parts[r * most + i] += a->parts[(r + width) * most + i];
+    memcpy(x, a->parts, n * sizeof *x);
+}
+
+/* Each two ranks exchange what they own of x, elements of `size` bytes, a piece at a time. add: each gives what the
+   other owns, and adds up what it owns itself. */
+static mpt_result mpi_ranks_exchange(const mpi_adapter *a, char *x, const size_t *begin, size_t size, int add) {
+    const size_t most = MPI_RANKS_FLOATS / (size_t)a->ranks;
+    size_t at, mine, out, in, longest = 0;
+    int r, away, error = MPI_SUCCESS;
+    for (r = 0; r < a->ranks; r++) longest = begin[r + 1] - begin[r] > longest ? begin[r + 1] - begin[r] : longest;
+    for (at = 0; at < longest && error == MPI_SUCCESS; at += most) {
+        const int owned = mpi_ranks_some(begin, a->rank, at, most, &mine);
+        for (away = 1; away < a->ranks && error == MPI_SUCCESS; away++) {
+            const int to = (a->rank + away) % a->ranks, from = (a->rank + a->ranks - away) % a->ranks;
+            const int given = mpi_ranks_some(begin, add ? to : a->rank, at, most, &out);
+            const int taken = mpi_ranks_some(begin, add ? a->rank : from, at, most, &in);
+            char *place = add ? (char *)(a->parts + (size_t)from * most) : x + in * size;
+            error = MPI_Sendrecv(x + out * size, given * (int)size, MPI_BYTE, to, 0, place, taken * (int)size, MPI_BYTE,
+                                 from, 0, a->comm, MPI_STATUS_IGNORE);
+        }
+        if (add && error == MPI_SUCCESS) mpi_ranks_add(a, most, (float *)(void *)x + mine, (size_t)owned);
+    }
+    return mpi_ranks_check(a->ctx, "MPI_Sendrecv", error);
+}
+
+static mpt_result mpi_ranks_reduce_scatter(void *user, float *x, const size_t *begin) {
+    return mpi_ranks_exchange((const mpi_adapter *)user, (char *)x, begin, sizeof *x, 1);
+}
+
+static mpt_result mpi_ranks_all_gather(void *user, void *x, const size_t *begin, size_t size) {
+    return mpi_ranks_exchange((const mpi_adapter *)user, (char *)x, begin, size, 0);
 }
 
 static mpt_result mpi_ranks_sum(void *user, float *x, size_t n) {
     const mpi_adapter *a = (const mpi_adapter *)user;
-    const size_t piece = (size_t)(MPI_RANKS_FLOATS / a->ranks) * (size_t)a->ranks;
-    size_t at;
-    for (at = 0; at < n; at += piece) {
-        const mpt_result r = mpi_ranks_sum_piece(a, x + at, (int)(n - at < piece ? n - at : piece));
-        if (r != MPT_OK) return r;
-    }
-    return MPT_OK;
+    const size_t ranks = (size_t)a->ranks;
+    mpt_result result;
+    size_t r;
+    for (r = 0; r <= ranks; r++) a->begin[r] = n / ranks * r + n % ranks * r / ranks;
+    result = mpi_ranks_reduce_scatter(user, x, a->begin);
+    return result == MPT_OK ? mpi_ranks_all_gather(user, x, a->begin, sizeof *x) : result;
 }
 
 static void mpi_ranks_free(mpi_adapter *a) {
-    if (a->comm != MPI_COMM_NULL) MPI_Comm_free(&a->comm);
-    free(a->parts);
-    a->parts = NULL;
+    MPI_Comm_free(&a->comm);
+    free(a->begin);
 }
 
 /* Fills *out for a model of ctx; every rank of comm calls it. *a must stay where it is until the model is freed, and is
    freed then; after an error there is nothing to free. */
 static mpt_result mpi_ranks(mpi_adapter *a, mpt_context *ctx, MPI_Comm comm, mpt_ranks *out) {
-    int error;
+    const int error = MPI_Comm_dup(comm, &a->comm);
+    if (error != MPI_SUCCESS) return mpi_ranks_check(ctx, "MPI_Comm_dup", error);
+    MPI_Comm_set_errhandler(a->comm, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(a->comm, &a->rank);
+    MPI_Comm_size(a->comm, &a->ranks);
     a->ctx = ctx;
-    a->comm = MPI_COMM_NULL;
-    a->parts = (float *)calloc(MPI_RANKS_FLOATS, sizeof *a->parts);
-    if (!a->parts) return mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "mpi_ranks: no memory");
-    error = MPI_Comm_dup(comm, &a->comm);
-    if (error == MPI_SUCCESS) error = MPI_Comm_set_errhandler(a->comm, MPI_ERRORS_RETURN);
-    if (error == MPI_SUCCESS) error = MPI_Comm_rank(a->comm, &a->rank);
-    if (error == MPI_SUCCESS) error = MPI_Comm_size(a->comm, &a->ranks);
-    if (error != MPI_SUCCESS) {
+    a->begin = (size_t *)malloc(((size_t)a->ranks + 1) * sizeof *a->begin + MPI_RANKS_FLOATS * sizeof *a->parts);
+    if (!a->begin) {
         mpi_ranks_free(a);
-        return mpi_ranks_check(ctx, "mpi_ranks", error);
+        return mpt_fail(ctx, MPT_ERROR_NO_MEMORY, "mpi_ranks: no memory");
     }
+    a->parts = (float *)(void *)(a->begin + a->ranks + 1);
     out->rank = a->rank;
     out->ranks = a->ranks;
     out->sum = mpi_ranks_sum;
+    out->reduce_scatter = mpi_ranks_reduce_scatter;
+    out->all_gather = mpi_ranks_all_gather;
     out->user = a;
     return MPT_OK;
 }

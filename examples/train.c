@@ -14,7 +14,7 @@
    and saves. A step has ranks x accumulate x batch samples: the same weights, to the bit, come of 4 ranks, of 2 ranks
    with --accumulate 2 and of one with --accumulate 4 (not the running statistics of batch norm: see mpt_ranks), and a
    run goes on from a checkpoint at another number of ranks if batch and ranks x accumulate are the same; every rank
-   reads the data and that file. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
+   reads the data and that file. With --shard each keeps only a part of the optimizer's arrays. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
    saved. (mpirun hands it on; Ctrl-C it takes for itself.) On several GPUs: `make build/examples/train_nccl`, which
    takes nvcc and NCCL besides, then `mpirun -np 4 build/examples/train_nccl --nccl`.                                 */
 
@@ -136,7 +136,8 @@ typedef struct options {
     int model, level, type;                 /* index in the task's nets, mpt_level, index in TYPES; or ALL */
     int epochs, batch;                      /* 0: the task's */
     double lr;                              /* 0: the net's */
-    int seeds, shift, flip, threads, cuda, mpi, nccl, accumulate;
+    int seeds, shift, flip, threads, cuda, mpi, nccl, shard, accumulate;
+    int helps_save; /* another rank saves, and needs this one's part */
     uint64_t seed;
     mpt_ranks ranks, processes; /* which sum the gradients; which sum what is in host memory, by MPI */
 #ifdef MPT_TRAINER_CUDA
@@ -245,6 +246,7 @@ static options parse_options(int argc, char **argv) {
         {"--mpi", "", "this is one of several ranks, started by mpirun: a step has the passes of all", FLAG, &o.mpi, 0,
          0},
         {"--nccl", "", "the same, each rank on a GPU of its own", FLAG, &o.nccl, 0, 0},
+        {"--shard", "", "of several ranks each keeps only a part of the optimizer's arrays", FLAG, &o.shard, 0, 0},
         {"--csv", "FILE", "writes one row per run", TEXT, &o.csv, 0, 0},
         {"--save", "FILE", "writes a checkpoint of the one run selected, at its end or after Ctrl-C", TEXT, &o.save, 0,
          0},
@@ -311,6 +313,7 @@ typedef struct run {
     mpt_histogram *gradients; /* not NULL: the weight gradients of the last epoch are added */
     int epochs;
     const char *save, *resume; /* NULL: not */
+    int helps_save;            /* as in options */
     int number, of;            /* for the progress line */
 
     int diverged;     /* results, from here on */
@@ -360,6 +363,7 @@ static run *select_runs(const options *o, const task *work, int *selected) {
              o->save ? "--save" : "--resume", n);
     for (int i = 0; i < n; i++) {
         runs[i].save = o->save;
+        runs[i].helps_save = o->helps_save;
         runs[i].resume = o->resume;
         runs[i].number = i + 1;
         runs[i].of = n;
@@ -400,6 +404,7 @@ static void join_ranks(mpi_adapter *mpi, mpt_context *ctx, options *o) {
     if (mpi_ranks(mpi, ctx, MPI_COMM_WORLD, &o->processes) != MPT_OK) FAIL(BAD_RUN, "--mpi: %s", mpt_why(ctx));
     o->ranks = o->processes;
     if (o->ranks.rank == 0) return;
+    o->helps_save = o->shard && o->save;
     o->csv = o->save = NULL;
     if (!freopen("/dev/null", "w", stdout)) FAIL(BAD_RUN, "/dev/null: %s", strerror(errno));
 }
@@ -648,6 +653,7 @@ static mpt_model *build_model(const loop *t) {
     train.batch = t->o->batch;
     train.accumulate = t->o->accumulate;
     train.ranks = t->o->ranks;
+    train.shard_optimizer = t->o->shard && !t->r->gradients; /* these must be whole */
     train.optimizer = optimizer_desc(t);
     train.scaler.mode = t->r->scaler;
     train.seed = t->r->seed;
@@ -720,6 +726,7 @@ static void check_save(const char *save) {
     free(path);
 }
 
+/* With --shard all ranks do this; only one has a name. */
 static void save_run(const loop *t) {
     const mpt_result result = mpt_checkpoint_save(t->net, t->r->save);
     if (result == MPT_ERROR_FILE) FAIL(BAD_USE, "%s", mpt_why(t->ctx));
@@ -782,7 +789,7 @@ static void train_run(mpt_context *ctx, const options *o, const image_data *data
     r->scale = mpt_loss_scale(t.net);
     r->skipped = mpt_steps_skipped(t.net);
     r->memory = mpt_model_memory(t.net);
-    if (r->save) save_run(&t);
+    if (r->save || r->helps_save) save_run(&t);
     if (interrupted && o->ranks.rank == 0)
         complain("%s %s %s: interrupted in epoch %d of %d, %s%s", r->net->name, level_name(r->level),
                  mpt_dtype_name(r->type), t.epoch, r->epochs, r->save ? "saved to " : "not saved",

@@ -1,5 +1,6 @@
-/* sum.c - examples/mpi.h from within, for tests/train/mpi.sh: sum | bytes | label | error | killed, and for
-   people `time`. Run by mpirun. What rank 0 finds it prints; exit status 1 where a check fails on any rank. */
+/* sum.c - examples/mpi.h from within, for tests/train/mpi.sh: sum | shards | bytes | shard_bytes | label |
+   error | killed, and for people `time`. Run by mpirun. What rank 0 finds it prints; exit status 1 where a check fails
+   on any rank. */
 #define _POSIX_C_SOURCE 200809L
 #define MPT_IMPLEMENTATION
 #include "../../mpt.h"
@@ -15,18 +16,11 @@ static size_t sent, calls;
 
 int MPI_Sendrecv(const void *out, int count, MPI_Datatype type, int to, int tag, void *in, int room,
                  MPI_Datatype in_type, int from, int in_tag, MPI_Comm comm, MPI_Status *status) {
-    sent += (size_t)count * sizeof(float);
+    int bytes = 0;
+    MPI_Type_size(type, &bytes);
+    sent += (size_t)count * (size_t)bytes;
     calls++;
     return PMPI_Sendrecv(out, count, type, to, tag, in, room, in_type, from, in_tag, comm, status);
-}
-
-int MPI_Allgather(const void *out, int count, MPI_Datatype type, void *in, int room, MPI_Datatype in_type,
-                  MPI_Comm comm) {
-    int ranks;
-    MPI_Comm_size(comm, &ranks);
-    sent += (size_t)(ranks - 1) * (size_t)room * sizeof(float); /* a part to each of the others, or handed on by each */
-    calls++;
-    return PMPI_Allgather(out, count, type, in, room, in_type, comm);
 }
 
 /* ---- The checks ---- */
@@ -71,13 +65,37 @@ static void check_sum(rank *me) {
     free(x);
 }
 
-static mpt_model *perceptron(rank *me) {
+/* Ranks that own nothing, little, and several pieces */
+static void check_shards(rank *me) {
+    const size_t ranks = (size_t)me->ranks.ranks, unit = MPI_RANKS_FLOATS / ranks / 2 + 1, n = unit * ranks * ranks;
+    size_t *begin = (size_t *)malloc((ranks + 1) * sizeof *begin), i, r, wrong = 0;
+    float *x = (float *)malloc((n + 1) * sizeof *x);
+    double *y = (double *)malloc((n + 1) * sizeof *y);
+    if (!begin || !x || !y) exit(1);
+    for (r = 0; r <= ranks; r++) begin[r] = unit * r * r;
+    if (ranks > 1) begin[1] = 0;
+    for (i = 0; i <= n; i++) x[i] = drawn(me->ranks.rank, i);
+    check(me, me->ranks.reduce_scatter(me->ranks.user, x, begin) == MPT_OK, "reduce_scatter");
+    for (i = begin[me->ranks.rank]; i < begin[me->ranks.rank + 1]; i++) wrong += x[i] != tree(0, me->ranks.ranks, i);
+    for (i = 0; i <= n; i++)
+        y[i] = i == n || (i >= begin[me->ranks.rank] && i < begin[me->ranks.rank + 1]) ? (double)i : -1;
+    check(me, me->ranks.all_gather(me->ranks.user, y, begin, sizeof *y) == MPT_OK, "all_gather");
+    for (i = 0; i < n; i++) wrong += y[i] < (double)i || y[i] > (double)i;
+    check(me, wrong == 0, "what a rank owns is another than it should be");
+    check(me, x[n] == drawn(me->ranks.rank, n) && (size_t)y[n] == n, "written beyond the array");
+    free(begin);
+    free(x);
+    free(y);
+}
+
+static mpt_model *perceptron(rank *me, int shard) {
     mpt_model *net = mpt_model_new(me->ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     const int h = mpt_relu(net, mpt_linear(net, mpt_input(net, 1, 1, FEATURES), HIDDEN, NULL));
     mpt_train_desc train = MPT_ZERO;
     mpt_softmax_cross_entropy(net, mpt_linear(net, h, CLASSES, NULL), NULL);
     train.batch = BATCH;
     train.ranks = me->ranks;
+    train.shard_optimizer = shard;
     check(me, mpt_model_build(net, &train) == MPT_OK, "build");
     return net;
 }
@@ -93,7 +111,7 @@ static mpt_result step(rank *me, mpt_model *net, int label) {
 
 /* A step sends the sum of the gradients, and what the ranks tell of their losses. */
 static void check_bytes(rank *me) {
-    mpt_model *net = perceptron(me);
+    mpt_model *net = perceptron(me, 0);
     const size_t ranks = (size_t)me->ranks.ranks, floats = mpt_params_count(mpt_model_params(net), 0);
     const size_t least = 2 * (ranks - 1) * floats * sizeof(float) / ranks;
     sent = calls = 0;
@@ -102,6 +120,23 @@ static void check_bytes(rank *me) {
         printf("%zu ranks: a step sends %zu bytes in %zu calls, least %zu\n", ranks, sent, calls, least);
     /* parts are rounded up to whole floats; a rank tells 16 floats to each */
     check(me, sent >= least && sent <= least + 2 * ranks * (1 + 16) * sizeof(float), "a step sends more than it must");
+    mpt_model_free(net);
+}
+
+/* With shards: the gradients once, the 16-bit weights once, and a sum of squares and counts of each run of 4096. */
+static void check_shard_bytes(rank *me) {
+    mpt_model *net = perceptron(me, 1);
+    const size_t ranks = (size_t)me->ranks.ranks, floats = mpt_params_count(mpt_model_params(net), 0);
+    const size_t least = (ranks - 1) * floats * (sizeof(float) + sizeof(uint16_t));
+    const size_t most = least + (ranks - 1) * (floats / 4096 + 1) * sizeof(mpt_scan) + 2 * ranks * ranks * 17 * 4;
+    unsigned long here, all = 0;
+    sent = calls = 0;
+    check(me, step(me, net, 1) == MPT_OK, "step");
+    here = (unsigned long)sent;
+    MPI_Allreduce(&here, &all, 1, MPI_UNSIGNED_LONG, MPI_SUM, MPI_COMM_WORLD);
+    if (me->ranks.rank == 0)
+        printf("%zu ranks with shards: a step sends %lu bytes, all ranks together; least %zu\n", ranks, all, least);
+    check(me, all >= least && all <= most, "a step with shards sends more than it must");
     mpt_model_free(net);
 }
 
@@ -129,7 +164,7 @@ static void print_times(rank *me) {
 
 /* The rank with the bad label is told, all skip the step and go on alike. */
 static void check_label(rank *me) {
-    mpt_model *net = perceptron(me);
+    mpt_model *net = perceptron(me, 0);
     const int bad = me->ranks.rank == 1;
     float *weights = (float *)malloc(mpt_params_count(mpt_model_params(net), 0) * sizeof *weights);
     float low, high;
@@ -150,7 +185,7 @@ static void check_label(rank *me) {
 
 /* MPI refuses the communicator: the step ends with MPI's words. */
 static void check_error(rank *me) {
-    mpt_model *net = perceptron(me);
+    mpt_model *net = perceptron(me, 0);
     MPI_Comm kept = me->mpi.comm;
     MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
     MPI_Comm_set_errhandler(MPI_COMM_SELF, MPI_ERRORS_RETURN);
@@ -164,7 +199,7 @@ static void check_error(rank *me) {
 
 /* The last rank dies in the midst of training, for which the others wait. */
 static void die(rank *me) {
-    mpt_model *net = perceptron(me);
+    mpt_model *net = perceptron(me, 0);
     check(me, step(me, net, 1) == MPT_OK, "step");
     if (me->ranks.rank == me->ranks.ranks - 1) raise(SIGKILL);
     step(me, net, 1);
@@ -176,8 +211,8 @@ int main(int argc, char **argv) {
         const char *name;
         void (*run)(rank *me);
     } parts[] = {
-        {"sum", check_sum},     {"bytes", check_bytes}, {"time", print_times},
-        {"label", check_label}, {"error", check_error}, {"killed", die}};
+        {"sum", check_sum},    {"shards", check_shards}, {"bytes", check_bytes}, {"shard_bytes", check_shard_bytes},
+        {"time", print_times}, {"label", check_label},   {"error", check_error}, {"killed", die}};
     mpt_context_desc desc = MPT_ZERO;
     rank me = MPT_ZERO;
     size_t i;

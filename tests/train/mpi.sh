@@ -30,9 +30,11 @@ for np in 1 2 3 4 7; do
     check $? "sum over $np ranks: $(cat "$t/out")"
 done
 for np in 2 3 4; do
-    $run -np $np "$build/tests/mpi/sum" bytes >"$t/out" 2>&1
-    check $? "bytes of $np ranks: $(cat "$t/out")"
-    cat "$t/out"
+    for part in bytes shard_bytes shards; do
+        $run -np $np "$build/tests/mpi/sum" $part >"$t/out" 2>&1
+        check $? "$part of $np ranks: $(cat "$t/out")"
+        cat "$t/out"
+    done
 done
 for part in label error; do
     $run -np 3 "$build/tests/mpi/sum" $part >"$t/out" 2>&1
@@ -76,6 +78,14 @@ for model in mlp cnn; do
     done
 done
 
+# The last of them again, where each rank keeps a part of the optimizer.
+for np in 2 4; do
+    trained ranks $np $options --accumulate $((4 / np)) --shard
+    cmp -s "$t/alone" "$t/ranks"
+    check $? "$options: $np ranks with --shard differ from one"
+    rm -f "$t/ranks"
+done
+
 # With dropout: the larger CNN, on the digits as if they were another set of images.
 mkdir "$t/images"
 for set in train t10k; do
@@ -111,7 +121,7 @@ wait $job
 check $? "SIGUSR1: $(cat "$t/err")"
 "$train" --threads 1 --accumulate 4 $options --save "$t/whole" >"$t/out" 2>"$t/err"
 for np in 1 4; do
-    trained resumed $np $options --accumulate $((4 / np)) --resume "$t/half"
+    trained resumed $np $options --accumulate $((4 / np)) --resume "$t/half" --shard
     cmp -s "$t/whole" "$t/resumed"
     check $? "resumed at $np ranks differs from the run that never stopped"
     rm -f "$t/resumed"

@@ -141,8 +141,8 @@ static mpt_result rank_join(rank *me, mpt_context *ctx, mpt_ranks *out) {
 
 static void rank_leave(rank *me) { (void)me; }
 
-/* The gradients of linear layer, convolution, norm and convolution, from the end: in a range each, in two, in one. A step
-   also sums slots and statistics, the build slots. */
+/* The gradients of linear layer, convolution, norm and convolution, from the end: in a range each, in two, in one. A
+   step also sums slots and statistics, the build slots. */
 static void test_ranges(void) {
     static const size_t bytes[] = {4, 1024, (size_t)25 << 20};
     static const int ranges[] = {4, 2, 1};
