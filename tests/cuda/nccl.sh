@@ -1,6 +1,6 @@
 #!/bin/sh
-# The trainer over NCCL, on the runner: two ranks, which are processes with a GPU each, write the checkpoint of one with
-# --accumulate 2; another seed on one of them ends both with the reason.
+# The trainer over NCCL, on the runner: two, three and four ranks, which are processes with a GPU each, write the
+# checkpoint of one with as much --accumulate; another seed on one of two ends both with the reason.
 # Usage: CUDACPU=FOLDER tests/cuda/nccl.sh, after run.sh, which builds the runner and the objects of both headers
 nvcc=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
@@ -28,23 +28,29 @@ check $? "the trainer does not compile"
 
 # A stream of the runner goes on only while its process calls CUDA. So rank 0 must not wait for one while rank 1 waits for
 # MPI, as it would for the loss that it shows on a terminal, which Open MPI makes of standard output.
-export CUDACPU_DEVICES=2 t
-ranks() { # ranks OPTION...: of two
+export CUDACPU_DEVICES=4 t
+ranks() { # ranks NP OPTION...
+    np=$1
+    shift
     # shellcheck disable=SC2016,SC2086
-    timeout 300 mpirun $mpi -np 2 sh -c 'exec "$0" "$@" >>"$t/out"' "$train" --nccl "$@" 2>"$t/err"
+    timeout 300 mpirun $mpi -np "$np" sh -c 'exec "$0" "$@" >>"$t/out"' "$train" --nccl "$@" 2>"$t/err"
 }
 mpi=
 if mpirun --version | grep -q 'Open MPI'; then mpi="--oversubscribe --allow-run-as-root"; fi
-options="--model cnn --policy O2 --type f16 --epochs 1 --batch 64"
-"$train" --device cuda $options --accumulate 2 --save "$t/alone" >"$t/out" 2>"$t/err" # split into words
-check $? "one rank: $(cat "$t/err")"
-: >"$t/out"
-ranks $options --save "$t/ranks" --csv "$t/csv"
-check $? "two ranks: $(cat "$t/err")"
-cmp "$t/alone" "$t/ranks"
-check $? "the checkpoint of two ranks is another than that of one"
-[ "$(wc -l <"$t/csv")" -eq 2 ] && [ "$(grep -c '^cnn  *O2' "$t/out")" -eq 1 ]
-check $? "not one table and one CSV file: $(cat "$t/out" "$t/csv")"
+options="--model cnn --policy O2 --type f16 --epochs 1 --batch 32"
+for np in 2 3 4; do
+    "$train" --device cuda $options --accumulate $np --save "$t/alone" >"$t/out" 2>"$t/err" # split into words
+    check $? "one rank: $(cat "$t/err")"
+    : >"$t/out"
+    rm -f "$t/csv"
+    ranks $np $options --save "$t/ranks" --csv "$t/csv"
+    check $? "$np ranks: $(cat "$t/err")"
+    cmp "$t/alone" "$t/ranks"
+    check $? "the checkpoint of $np ranks is another than that of one"
+    [ "$(wc -l <"$t/csv")" -eq 2 ] && [ "$(grep -c '^cnn  *O2' "$t/out")" -eq 1 ]
+    check $? "$np ranks: not one table and one CSV file: $(cat "$t/out" "$t/csv")"
+    rm -f "$t/alone" "$t/ranks"
+done
 timeout 300 mpirun $mpi -np 1 "$train" --nccl $options : -np 1 "$train" --nccl $options --seed 2 >"$t/out" 2>"$t/err"
 [ $? -ne 0 ] && grep -q 'rank 1 has another model, seed or setting than rank 0' "$t/err"
 check $? "another seed on rank 1: $(cat "$t/err")"
