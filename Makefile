@@ -7,7 +7,8 @@
 JOBS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 MAKEFLAGS += -j$(JOBS)
 
-WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wstrict-prototypes -Wundef
+WARN    = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wcast-align \
+          -Wstrict-prototypes -Wundef
 OPTIMISE = $(if $(FAST),-Ofast,-O2)
 SANITISE = $(if $(SAN),-g -fno-omit-frame-pointer -fsanitize=$(SAN) -fno-sanitize-recover=all)
 PYTHON  = python3
@@ -29,8 +30,8 @@ LONG     := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/long/*.c))
 SCRIPTS  := $(shell for f in $(filter-out tests/long/%,$(wildcard tests/*/*.sh)); do test -x $$f && echo $$f; done)
 RUN_TESTS = CC='$(CC)' BUILD=$(BUILD) JOBS=$(JOBS) sh tests/run.sh
 
-# has COMPILER,LANGUAGE,HEADER: `yes` if the compiler finds it. The `\#` is in a variable of its own because make takes
-# a backslash before it away in some versions and leaves it in others, and the preprocessor takes `\#include` for text.
+# has COMPILER,LANGUAGE,HEADER: `yes` if the compiler finds the header. The `\#` has a variable of its own because some
+# versions of make remove the backslash before it and others keep it, and the preprocessor reads `\#include` as text.
 hash   := \#
 has     = $(shell echo '$(hash)include <$(3)>' | $(1) -E -x $(2) - >/dev/null 2>&1 && echo yes)
 
@@ -41,19 +42,19 @@ $(PACKED): private DEFINES = $(if $(ZLIB),-DMPT_TRAINER_ZLIB)
 $(PACKED): private LIBS += $(if $(ZLIB),-lz)
 $(BUILD)/tests/train/readers: examples/train.c
 
-# MPI is optional: where mpicc is, and CC links with the flags that it adds (`mpicc -show` is a compiler and them), there
-# is a trainer for several ranks.
+# MPI is optional: if mpicc is installed and CC links with the flags that it adds (`mpicc -show` prints a compiler and
+# these flags), a trainer for several ranks is built.
 MPI    := $(shell flags=$$(mpicc -show 2>/dev/null | cut -d' ' -f2-) && \
 	echo 'int main(void) { return 0; }' | $(CC) -x c - $$flags -o /dev/null 2>/dev/null && echo "$$flags")
 RANKS  := $(if $(MPI),$(BUILD)/examples/train_mpi)
 
-# Tests share one compiled mpt.h; those that use its private names, as they say, compile it themselves.
+# Tests share one compiled mpt.h. Those that use its private names say so and compile it themselves.
 SHARED := $(filter-out $(patsubst %.c,$(BUILD)/%,$(shell grep -l mpt__ tests/*/*.c)),$(TESTS))
 $(SHARED): private DEFINES += -DMPT__IMPLEMENTED
 $(SHARED): private LIBS := $(BUILD)/tests/mpt.o $(LIBS)
 $(SHARED): $(BUILD)/tests/mpt.o
 
-# What peers.cpp measures beside mpt, where it is installed.
+# The libraries that peers.cpp measures beside mpt, if they are installed.
 PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
 .PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean \
@@ -124,20 +125,20 @@ clean:
 
 help: detect
 	@echo 'make            builds the examples in build/examples'
-	@echo 'make build/examples/train_mpi  the trainer for several ranks, where mpicc is; make builds it, too'
+	@echo 'make build/examples/train_mpi  the trainer for several ranks, if mpicc is installed (make builds it too)'
 	@echo 'make build/examples/train_nccl  the same for several GPUs, with nvcc, mpicxx and NCCL'
 	@echo 'make run        trains on the digits and writes build/digits.csv'
-	@echo 'make course     runs the lessons of examples/README.md, and draws build/figures where gnuplot is'
+	@echo 'make course     runs the lessons of examples/README.md; with gnuplot it also draws build/figures'
 	@echo 'make test       runs all tests; the last line is their sum'
 	@echo 'make test-long  runs the tests that take minutes'
-	@echo 'make test-cuda  builds the tests with nvcc and runs them on a GPU, or with CUDACPU=folder on that runner'
-	@echo 'make portable   builds and tests it for every target that is installed; CELLS="s390x gcc-O0" for some'
-	@echo 'make fuzz       runs each fuzzer for a minute, or SECONDS=10; needs clang'
-	@echo 'make coverage   which lines of mpt.h the tests run, by gcov'
-	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300: do the tests notice?'
+	@echo 'make test-cuda  builds the tests with nvcc and runs them on a GPU, or on the CPU runner in CUDACPU=folder'
+	@echo 'make portable   builds and tests for every target that is installed; CELLS="s390x gcc-O0" picks some'
+	@echo 'make fuzz       runs each fuzzer for a minute, or for SECONDS=10; needs clang'
+	@echo 'make coverage   prints which lines of mpt.h the tests run, from gcov'
+	@echo 'make mutants    changes 30 operators in a copy of mpt.h, or N=300, and tells which changes no test notices'
 	@echo 'make bench      prints one row per measured speed, beside the peak of this machine'
-	@echo 'make bench-peers  the same beside OpenBLAS, oneDNN and PyTorch where they are; PYTHON=... for one that has it'
-	@echo 'make bench-cuda  as bench, for mpt_cuda.cuh on a GPU; also as build/cuda/bench.csv'
+	@echo 'make bench-peers  the same beside those of OpenBLAS, oneDNN and PyTorch that are installed; PYTHON=... picks the Python'
+	@echo 'make bench-cuda  as bench, for mpt_cuda.cuh on a GPU; also writes build/cuda/bench.csv'
 	@echo 'make clean      removes build/'
 	@echo 'Options, each set built in its own folder under build/: CC=clang SAN=address,undefined FAST=1'
 
@@ -154,7 +155,7 @@ $(BUILD)/%: %.c $(HEADERS) $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(COMPILE) $(DEFINES) -I. $< -o $@ $(LIBS)
 
-# Written anew only when the command changes, and with it everything is built anew.
+# Written only when the command has changed; then everything is rebuilt.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(@D)
 	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@

@@ -2,21 +2,22 @@
 
        cc -O2 examples/train.c -o train -lm -pthread && ./train --help
 
-   Without options: an MLP and a CNN on the 1,797 handwritten digits in examples/data, in every policy and type; then it
-   asks whether fp16 needs its loss scale there, and answers with a run without one and the sizes of the gradients. --data
-   takes folders of MNIST, Fashion-MNIST and CIFAR-10, see readers.h.
+   Without options it trains an MLP and a CNN on the 1,797 handwritten digits in examples/data, in every policy and
+   type. Then it tests whether fp16 needs its loss scale there, by a run without one and by the sizes of the gradients.
+   --data takes folders of MNIST, Fashion-MNIST and CIFAR-10; see readers.h.
 
-   Exit status: 0 done; 1 a run failed (out of memory, diverged); 2 wrong options, bad files, output not written;
+   Exit status: 0 done; 1 a run failed (out of memory, diverged); 2 wrong options, bad files, or output not written;
    130 ended by Ctrl-C. Every failure is one line on stderr. Needs POSIX.
 
-   On several processors or machines, by MPI: `make build/examples/train_mpi`, then
-   `mpirun -np 4 build/examples/train_mpi --mpi --threads 1`. Each rank trains on its share of every step, rank 0 prints
-   and saves. A step has ranks x accumulate x batch samples: the same weights, to the bit, come of 4 ranks, of 2 ranks
-   with --accumulate 2 and of one with --accumulate 4 (not the running statistics of batch norm: see mpt_ranks), and a
-   run goes on from a checkpoint at another number of ranks if batch and ranks x accumulate are the same; every rank
-   reads the data and that file. With --shard each keeps only a part of the optimizer's arrays. SIGUSR1 ends such a run as Ctrl-C ends others: all after the same step,
-   saved. (mpirun hands it on; Ctrl-C it takes for itself.) On several GPUs: `make build/examples/train_nccl`, which
-   takes nvcc and NCCL besides, then `mpirun -np 4 build/examples/train_nccl --nccl`.                                 */
+   On several processors or machines, with MPI: `make build/examples/train_mpi`, then
+   `mpirun -np 4 build/examples/train_mpi --mpi --threads 1`. On several GPUs: `make build/examples/train_nccl`, which
+   also needs nvcc and NCCL, then `mpirun -np 4 build/examples/train_nccl --nccl`. Each rank trains on its share of
+   every step; rank 0 prints and saves. A step has ranks x accumulate x batch samples: 4 ranks, 2 ranks with
+   --accumulate 2 and one rank with --accumulate 4 give the same weights, bit for bit (but not the same running
+   statistics of batch norm: see mpt_ranks). A run can resume from a checkpoint on another number of ranks if batch and
+   ranks x accumulate stay the same; every rank reads the data and the checkpoint. With --shard
+   each rank keeps only its part of the optimizer's arrays. SIGUSR1 ends such a run as Ctrl-C ends others: all ranks
+   stop after the same step, and rank 0 saves. (mpirun passes SIGUSR1 on but acts on Ctrl-C itself.) */
 
 #define _POSIX_C_SOURCE 200809L
 #define MPT_IMPLEMENTATION
