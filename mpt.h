@@ -12855,8 +12855,7 @@ static const mpt__member mpt__slice_members[] = {
 
 static void mpt__walk_members(mpt__walk *w, void *owner, const mpt__member *members, size_t count) {
     const mpt__member *m;
-    for (m = members; m < members + count; m++)
-        mpt__walk_number(w, m->name, (char *)owner + m->at, m->size, m->real);
+    for (m = members; m < members + count; m++) mpt__walk_number(w, m->name, (char *)owner + m->at, m->size, m->real);
 }
 #define MPT__WALK(w, owner, members) mpt__walk_members(w, owner, members, sizeof members / sizeof *members)
 
