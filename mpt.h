@@ -2687,6 +2687,14 @@ struct mpt_context {
     char why[256];
 };
 
+/* What fails, builds models, opens or handles files: compiled for size by gcc, with what only it calls and the branches
+   that lead to it. Allocating is a part of it, since a training step never does. */
+#ifdef __GNUC__
+#define MPT__COLD __attribute__((cold))
+#else
+#define MPT__COLD
+#endif
+
 /* -- Errors -- */
 
 typedef struct mpt__text { /* bounded text under construction */
@@ -2754,8 +2762,7 @@ static void mpt__put_double(mpt__text *t, double x) {
 }
 
 /* By hand: printf's numbers depend on the locale, and there may be no stdio.h. */
-MPT__PRINTF(3, 0)
-static void mpt__format_list(char *out, size_t size, const char *format, va_list args) {
+MPT__COLD MPT__PRINTF(3, 0) static void mpt__format_list(char *out, size_t size, const char *format, va_list args) {
     mpt__text t;
     t.at = out;
     t.end = out + size - 1;
@@ -2785,7 +2792,7 @@ static void mpt__print(char *out, size_t size, const char *format, ...) {
     va_end(args);
 }
 
-MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...) {
+MPT__COLD MPT_DEF mpt_result mpt_fail(mpt_context *ctx, mpt_result result, const char *format, ...) {
     va_list args;
     if (!ctx) return result;
     ctx->failed = result;
@@ -2853,7 +2860,7 @@ typedef struct mpt__header { /* just below every aligned block */
 } mpt__header;
 
 /* Zeroed host memory, 64-byte aligned. */
-static void *mpt__host_alloc(mpt_context *ctx, size_t bytes) {
+MPT__COLD static void *mpt__host_alloc(mpt_context *ctx, size_t bytes) {
     mpt__header header;
     char *p;
     header.bytes = bytes + MPT__OVERHEAD;
@@ -3924,7 +3931,8 @@ static mpt_context *mpt__open_failed(const mpt_context_desc *desc, const char *w
     return NULL;
 }
 
-MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_backend *backend, void *device) {
+MPT__COLD MPT_DEF mpt_context *mpt_open_backend(const mpt_context_desc *user, const mpt_backend *backend,
+                                                void *device) {
     mpt_context_desc desc = MPT_ZERO;
     mpt_context *ctx;
     mpt__simd simd;
@@ -8398,7 +8406,8 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     return mpt_upload(ctx, op->state, &opt->mirror, sizeof opt->mirror);
 }
 
-MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler, const mpt_optimizer_desc *desc) {
+MPT__COLD MPT_DEF mpt_optimizer *mpt_optimizer_new(mpt_params *params, mpt_scaler *scaler,
+                                                   const mpt_optimizer_desc *desc) {
     const mpt_optimizer_desc d = mpt__optimizer_defaults(desc);
     mpt_optimizer *opt;
     int place = 0;
@@ -8909,7 +8918,8 @@ static mpt_result mpt__layer_check(mpt_model *net, const char *word, const char 
 
 /* Starts a node with the shape of its input, and makes up a name if it has none. NULL: it failed, and the reason is
    stored. The node counts only after mpt__layer_done. */
-static mpt__node *mpt__node_new(mpt_model *net, mpt__node_kind kind, const char *word, const char *name, int in) {
+MPT__COLD static mpt__node *mpt__node_new(mpt_model *net, mpt__node_kind kind, const char *word, const char *name,
+                                          int in) {
     mpt__node *node;
     const mpt__node *input;
     int i, number = 1;
@@ -10924,7 +10934,7 @@ static mpt_result mpt__model_try_build(mpt_model *net, const mpt_train_desc *tra
     return mpt__build_init(net);
 }
 
-MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) {
+MPT__COLD MPT_DEF mpt_result mpt_model_build(mpt_model *net, const mpt_train_desc *train) {
     mpt_result r;
     if (!net) return MPT_ERROR_ARGUMENT;
     mpt__forget(net->ctx);
@@ -13059,7 +13069,7 @@ static mpt_result mpt__write_part(mpt__job *job, const mpt__part *part, uint64_t
     return mpt__need_written(job, job->data, bytes);
 }
 
-static mpt_result mpt__write_all(mpt__job *job) {
+MPT__COLD static mpt_result mpt__write_all(mpt__job *job) {
     size_t most = 0;
     uint64_t sum = 0;
     int i;
@@ -13908,7 +13918,7 @@ static mpt_result mpt__upload_all(mpt__job *job) {
     return mpt_scaler_set_state(job->net->scaler, &state->scaler);
 }
 
-static mpt_result mpt__read_all(mpt__job *job) {
+MPT__COLD static mpt_result mpt__read_all(mpt__job *job) {
     if (job->load.partly) MPT__TRY(mpt__need_unfolded(job->net, job->call));
     MPT__TRY(mpt__read_header(job));
     MPT__TRY(mpt__state_new(job));
