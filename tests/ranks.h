@@ -130,6 +130,10 @@ static void save(rank *me, mpt_context *ctx, mpt_model *net) {
     if (sharded && me->number) CHECK_OK(ctx, mpt_weights_save(net, NULL, MPT_F32));
     else CHECK_OK(ctx, mpt_weights_save_memory(net, me->file + me->file_bytes, weights, &counted, MPT_F32));
     if (!sharded || !me->number) me->file_bytes += weights;
+    if (!sharded || mpt_params_weight(params, 0).type == MPT_F32 || me->policy.master != MPT_MASTER_F32) return;
+    CHECK_OK(ctx, mpt_forward(net, me->p->x, me->p->label, BATCH));
+    CHECK_OK(ctx, mpt_backward(net));
+    CHECK_ERROR(ctx, mpt_params_get(params, 0, me->weights), MPT_ERROR_ORDER, "gradients would be overwritten");
 }
 
 /* Pointers to what a rank has a part of are not handed out. */
@@ -184,6 +188,7 @@ static void *live(void *user) {
     if (me->bucket) train.ranks.on_stream = 1;
     train.ranks.bucket_bytes = me->bucket;
     if (me->other == 6) train.ranks.bucket_bytes = 8;
+    if (me->other == 7) train.ranks.all_gather = NULL;
     me->built = mpt_model_build(net, &train);
     me->memory = mpt_model_memory(net);
     me->held = rank_held(me) - before;
@@ -199,7 +204,7 @@ static void *live(void *user) {
         if (loss.weighted) mpt_sample_weights(net, me->p->weight + first);
         if (step == me->large) x[PIXELS + 1] = 3e38f;
         me->step[step] = mpt_train_step(net, x, label);
-        if (step == me->bad) snprintf(me->why, sizeof me->why, "%s", mpt_why(ctx));
+        if (me->step[step] != MPT_OK) snprintf(me->why, sizeof me->why, "%s", mpt_why(ctx));
     }
     if (me->built == MPT_OK) {
         me->weights = test_params(ctx, net, &me->count);
@@ -415,19 +420,20 @@ static void test_other_models(void) {
     free(p);
 }
 
-/* Each rank of shards has what each has without them: weights, file, output. */
-static void same_as_whole(rank *like, int ranks, int accumulate) {
+/* Each rank of shards has what each has without them: weights, file, output. large: of the last rank; see rank */
+static void same_as_whole(rank *like, int ranks, int accumulate, int large) {
     rank whole[MOST], some[MOST];
     int r, step;
     reset(whole, MOST);
     reset(some, MOST);
+    whole[ranks - 1].large = some[ranks - 1].large = large;
     like->shard = 0;
     run(whole, like, ranks, accumulate);
     like->shard = 1;
     run(some, like, ranks, accumulate);
     for (r = 0; r < ranks; r++) {
         const size_t bytes = some[r].file_bytes;
-        CHECK(some[r].built == MPT_OK && some[r].applied == STEPS);
+        CHECK(some[r].built == MPT_OK && some[r].applied == (large < 0 ? STEPS : STEPS - 1));
         for (step = 0; step < STEPS; step++) CHECK(some[r].step[step] == MPT_OK);
         CHECK(some[r].count == whole[0].count);
         CHECK(memcmp(some[r].weights, whole[0].weights, whole[0].count * sizeof(float)) == 0);
@@ -463,11 +469,26 @@ static void test_shards(int ranks) {
         rank like = like_of(i < count ? 3 : 4, policies[i % count], p);
         like.optimizer = (i + ranks) % 3;
         like.ema = i % 2 ? 0.8 : 0;
-        like.meter = i == 1 || i == 4 || i == 7;
+        like.meter = i == 1 || i == 4 || i == 7 || i == 8;
         like.clip_value = i % 3 ? 0 : 0.01;
         like.frozen = i % 2 == 0;
-        same_as_whole(&like, ranks, ranks == 2 ? 1 + i % 2 : 1);
+        same_as_whole(&like, ranks, ranks == 2 ? 1 + i % 2 : 1, i == 1 || i == 8 ? 2 : -1);
     }
+    free(p);
+}
+
+/* A rank without a call that shards need says so; the others learn that it is not there. */
+static void test_shard_calls(void) {
+    problem *p = problem_new();
+    rank like = like_of(3, mpt_policy_preset(MPT_O0, MPT_F16), p);
+    rank some[MOST];
+    like.shard = 1;
+    reset(some, MOST);
+    some[1].other = 7;
+    run(some, &like, 2, 1);
+    CHECK(some[1].built == MPT_ERROR_ARGUMENT && strstr(some[1].why, "all_gather"));
+    CHECK(some[0].built == MPT_ERROR_DEVICE && strstr(some[0].why, "rank 1 could not build"));
+    clear_ranks(some, MOST);
     free(p);
 }
 

@@ -9,13 +9,14 @@
 typedef struct engine {
     pthread_mutex_t lock;
     pthread_cond_t turn;
-    int ranks, came, left, broken;
+    int ranks, came, left;
     void *x[4];
 } engine;
 
 typedef struct seat { /* a rank's place in it */
     engine *e;
     int rank, sums;
+    int calls, fails; /* calls so far; number of the one that fails, from 1; 0: none */
     test_counter counter;
 } seat;
 
@@ -37,7 +38,6 @@ typedef struct task {
 
 static mpt_result meet(seat *s, void *x, const task *t) {
     engine *e = s->e;
-    int broken;
     pthread_mutex_lock(&e->lock);
     while (e->left) pthread_cond_wait(&e->turn, &e->lock); /* those before are still leaving */
     e->x[s->rank] = x;
@@ -50,9 +50,8 @@ static mpt_result meet(seat *s, void *x, const task *t) {
         while (!e->left) pthread_cond_wait(&e->turn, &e->lock);
     }
     if (--e->left == 0) pthread_cond_broadcast(&e->turn);
-    broken = e->broken;
     pthread_mutex_unlock(&e->lock);
-    return broken ? MPT_ERROR_DEVICE : MPT_OK;
+    return ++s->calls == s->fails ? MPT_ERROR_DEVICE : MPT_OK;
 }
 
 static void add_arrays(engine *e, const task *t) {
@@ -160,6 +159,30 @@ static void test_ranges(void) {
     free(p);
 }
 
+/* The engine fails on all ranks in a call of the first step: slots, gradients, statistics, with shards sums of squares.
+   All skip that step. */
+static void test_failed_call(int shard) {
+    enum { RANKS = 3 };
+    problem *p = problem_new();
+    rank some[MOST];
+    int fails, r;
+    for (fails = 2; fails <= 4 + shard; fails++) {
+        rank like = like_of(4, mpt_policy_preset(MPT_O2, MPT_BF16), p);
+        like.shard = shard;
+        like.at.fails = fails;
+        reset(some, MOST);
+        run(some, &like, RANKS, 1);
+        for (r = 0; r < RANKS; r++) {
+            CHECK(some[r].step[0] == MPT_ERROR_DEVICE && some[r].step[1] == MPT_OK);
+            CHECK(strstr(some[r].why, "of 3: an exchange with all ranks failed") != NULL);
+            CHECK(some[r].applied == STEPS - 1 && some[r].skipped == 1);
+            CHECK(memcmp(some[r].weights, some[0].weights, some[0].count * sizeof(float)) == 0);
+        }
+        clear_ranks(some, MOST);
+    }
+    free(p);
+}
+
 static void test_rank_errors(void) {
     mpt_context *ctx = test_open(NULL);
     mpt_model *net = mpt_model_new(ctx, mpt_policy_preset(MPT_O0, MPT_F16));
@@ -198,6 +221,9 @@ int main(int argc, char **argv) {
     RUN_TEST(test_large_input(3, 1));
     for (passes = 2; passes <= 4; passes++) RUN_TEST(test_shards(passes));
     RUN_TEST(test_shard_bytes());
+    RUN_TEST(test_shard_calls());
+    RUN_TEST(test_failed_call(0));
+    RUN_TEST(test_failed_call(1));
     RUN_TEST(test_shard_resume());
     RUN_TEST(test_running(3, 0));
     RUN_TEST(test_running(3, 1));
