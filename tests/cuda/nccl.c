@@ -77,23 +77,24 @@ static void hex_read(const char *hex, ncclUniqueId *id) {
         ((unsigned char *)id)[i] = (unsigned char)byte;
 }
 
-/* This program again as each of two ranks; did all end well, but for rank `killed`, which was? */
-static int run_processes(const char *program, const char *part, int killed) {
+/* This program again as each of the ranks; did all end well, but for rank `killed`, which was? */
+static int run_processes(const char *program, const char *part, int ranks, int killed) {
+    static const char *const digit[] = {"0", "1", "2", "3"};
     ncclUniqueId id;
-    char hex[HEX], number[2][2] = {"0", "1"};
-    pid_t child[2];
+    char hex[HEX];
+    pid_t child[MOST];
     int r, well = 1;
     CHECK(ncclGetUniqueId(&id) == ncclSuccess);
     hex_of(&id, hex);
     fflush(stdout);
-    for (r = 0; r < 2; r++) {
+    for (r = 0; r < ranks; r++) {
         child[r] = fork();
         if (child[r] == 0) {
-            execl(program, program, part, number[r], hex, (char *)NULL);
+            execl(program, program, part, digit[r], hex, digit[ranks], (char *)NULL);
             _exit(127);
         }
     }
-    for (r = 0; r < 2; r++) {
+    for (r = 0; r < ranks; r++) {
         int status = 1;
         well &= waitpid(child[r], &status, 0) == child[r];
         well &= r == killed ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL : status == 0;
@@ -193,13 +194,13 @@ static void *early_part(void *user) {
     enum { STEP = 3, FEW = 8 };
     early *s = (early *)user;
     const int32_t label[BATCH] = {0, 1, 2, 0};
-    const time_t began = time(NULL);
     const float *grad;
     float x[BATCH * PIXELS], host[FEW] = {0};
     mpt_train_desc train = MPT_ZERO;
     cudaStream_t other;
     mpt_context *ctx;
     mpt_model *net;
+    time_t began;
     int step;
     s->me.at.desc.no_graph = 1;
     ctx = rank_open(&s->me);
@@ -219,7 +220,8 @@ static void *early_part(void *user) {
         if (last && s->me.number) pthread_barrier_wait(s->seen);
         CHECK_OK(ctx, mpt_train_step(net, x, label));
         if (!last || s->me.number) continue;
-        while (host[0] == 0 && time(NULL) < began + 20) {
+        began = time(NULL);
+        while (host[0] == 0 && time(NULL) < began + 60) {
             if (cudaMemcpyAsync(host, grad, sizeof host, cudaMemcpyDeviceToHost, other) != cudaSuccess) break;
             if (cudaStreamSynchronize(other) != cudaSuccess) break;
         }
@@ -277,6 +279,7 @@ static void killed_part(engine *e, int number, int ranks) {
     CHECK_OK(ctx, rank_join(&me, ctx, &train.ranks));
     train.batch = BATCH;
     train.ranks.bucket_bytes = 4;
+    train.shard_optimizer = ranks > 2;
     net = mpt_model_new(ctx, mpt_policy_preset(MPT_O2, MPT_F16));
     mpt_softmax_cross_entropy(net, layers(net, 1), NULL);
     CHECK_OK(ctx, mpt_model_build(net, &train));
@@ -362,13 +365,14 @@ int main(int argc, char **argv) {
     counter_function counter;
     int devices = 0, net;
     memcpy(&counter, &found, sizeof counter);
-    setenv("CUDACPU_DEVICES", "4", 1); /* of the runner; a GPU knows nothing of it */
+    setenv("CUDACPU_DEVICES", "4", 1);        /* of the runner; a GPU knows nothing of it */
+    setenv("CUDACPU_NCCL_TIMEOUT", "120", 1); /* longer than test_early waits */
     setenv("NCCL_GRAPH_REGISTER", "0", 1);
-    if (argc == 4) {
+    if (argc == 5) {
         engine e;
         hex_read(argv[3], &e.id);
         if (strcmp(argv[1], "train") == 0) train_part(&e, atoi(argv[2]));
-        else if (strcmp(argv[1], "killed") == 0) killed_part(&e, atoi(argv[2]), 2);
+        else if (strcmp(argv[1], "killed") == 0) killed_part(&e, atoi(argv[2]), atoi(argv[4]));
         else if (counter) count_part(&e, atoi(argv[2]), counter);
         return test_counts.failed != 0;
     }
@@ -376,10 +380,11 @@ int main(int argc, char **argv) {
         test_counts.skipped++;
         return test_finish("cuda/nccl");
     }
-    CHECK(run_processes(argv[0], "train", -1));
-    CHECK(run_processes(argv[0], "count", -1));
+    CHECK(run_processes(argv[0], "train", 2, -1));
+    CHECK(run_processes(argv[0], "count", 2, -1));
     setenv("CUDACPU_EXITCODE", "0", 1); /* the runner counts what it says of the killed rank as an error */
-    CHECK(run_processes(argv[0], "killed", 1));
+    CHECK(run_processes(argv[0], "killed", 2, 1));
+    if (devices >= 3) CHECK(run_processes(argv[0], "killed", 3, 1));
     unsetenv("CUDACPU_EXITCODE");
     if (!getenv("CUDACPU_LAZY")) test_early(); /* there nothing runs unless it is waited for */
     for (net = 0; net < 2; net++) {

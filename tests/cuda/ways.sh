@@ -1,7 +1,7 @@
 #!/bin/sh
 # The short tests on the runner in each way in which a GPU may differ from its defaults: cuBLASLt without epilogues,
 # with one that fills little of the device, with a large workspace, a second device, streams that run late, other
-# architectures. The runner's README has the variables, tests/cuda/runner.cpp one more.
+# architectures than its 80. The runner's README has the variables, tests/cuda/runner.cpp one more.
 # Usage: CUDACPU=FOLDER tests/cuda/ways.sh [TEST.c...]
 [ $# -gt 0 ] || set -- tests/cuda/counters.c tests/cuda/graph.c tests/parity/operations.c
 passed=0 failed=0 skipped=0
@@ -11,7 +11,7 @@ if [ -z "${CUDACPU:-}" ] || ! command -v "${NVCC:-nvcc}" >/dev/null; then
     exit 0
 fi
 for way in CUDACPU_LT_REFUSE=all CUDACPU_LT_REFUSE=bias,relu CUDACPU_LT_REFUSE=bgrad MPT_TEST_WAVES=1 \
-    CUDACPU_LT_WORKSPACE=4194304 CUDACPU_DEVICES=2 CUDACPU_LAZY=1 CUDACPU_SM=75 CUDACPU_SM=80 CUDACPU_SM=90; do
+    CUDACPU_LT_WORKSPACE=4194304 CUDACPU_DEVICES=2 CUDACPU_LAZY=1 CUDACPU_SM=75 CUDACPU_SM=90; do
     echo "$way"
     log=$(env "$way" sh tests/cuda/run.sh "$@" 2>&1)
     status=$?
