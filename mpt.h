@@ -3543,22 +3543,39 @@ MPT__AVX2 static void mpt__pair_avx2(const uint16_t *low, const uint16_t *high, 
     mpt__pair_plain(low, high, n, out);
 }
 
-MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, size_t n, float *panel) {
-    size_t d, r, e;
-    for (r = 0; r < n; r += 4) {
-        const float *rows = x + r * stride;
-        for (d = 0; d + 4 <= depth; d += 4) {
-            __m128 x0 = _mm_loadu_ps(rows + d), x1 = _mm_loadu_ps(rows + stride + d);
-            __m128 x2 = _mm_loadu_ps(rows + 2 * stride + d), x3 = _mm_loadu_ps(rows + 3 * stride + d);
-            _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
-            _mm_storeu_ps(panel + d * n + r, x0);
-            _mm_storeu_ps(panel + (d + 1) * n + r, x1);
-            _mm_storeu_ps(panel + (d + 2) * n + r, x2);
-            _mm_storeu_ps(panel + (d + 3) * n + r, x3);
-        }
-        for (; d < depth; d++)
-            for (e = 0; e < 4; e++) memcpy(&panel[d * n + r + e], (const char *)(rows + e * stride + d), sizeof *panel);
+/* panel(4,8) = the transpose of x(8,4); rows are n and `stride` apart. A vector holds rows i and i + 4 of x, one in
+   each half, so that no shuffle has to cross the halves. */
+MPT__AVX2 static inline void mpt__transpose_8x4_avx2(const float *x, size_t stride, size_t n, float *panel) {
+    __m256 rows[4], low[2], high[2];
+    size_t i;
+    for (i = 0; i < 4; i++) {
+        const __m128 row = _mm_loadu_ps(x + i * stride), fourth = _mm_loadu_ps(x + (i + 4) * stride);
+        rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(row), fourth, 1);
     }
+    for (i = 0; i < 2; i++) {
+        low[i] = _mm256_unpacklo_ps(rows[i], rows[i + 2]);
+        high[i] = _mm256_unpackhi_ps(rows[i], rows[i + 2]);
+    }
+    _mm256_storeu_ps(panel, _mm256_unpacklo_ps(low[0], low[1]));
+    _mm256_storeu_ps(panel + n, _mm256_unpackhi_ps(low[0], low[1]));
+    _mm256_storeu_ps(panel + 2 * n, _mm256_unpacklo_ps(high[0], high[1]));
+    _mm256_storeu_ps(panel + 3 * n, _mm256_unpackhi_ps(high[0], high[1]));
+}
+
+/* Takes 16 words of all rows, so that each cache line is read once, and prefetches the words 32 further on: the rows
+   lie so far apart that the CPU does not do it by itself. */
+MPT__AVX2 static void mpt__transpose_avx2(const float *x, size_t stride, size_t depth, size_t n, float *panel) {
+    const size_t whole = depth / 4 * 4;
+    size_t begin, d, r;
+    for (begin = 0; begin < whole; begin += 16) {
+        const float *ahead = x + mpt__min(begin + 32, depth - 1);
+        for (r = 0; r < n; r++) _mm_prefetch((const char *)(ahead + r * stride), _MM_HINT_T0);
+        for (r = 0; r < n; r += 8)
+            for (d = begin; d < mpt__min(begin + 16, whole); d += 4)
+                mpt__transpose_8x4_avx2(x + r * stride + d, stride, n, panel + d * n + r);
+    }
+    for (r = 0; r < n; r++)
+        for (d = whole; d < depth; d++) memcpy(panel + d * n + r, x + r * stride + d, sizeof *panel);
 }
 
 static mpt__simd mpt__simd_avx2(void) {
@@ -5238,9 +5255,11 @@ typedef struct mpt__product { /* c(m,n) = act(alpha a(m,k) b(k,n) + beta c + bia
 
 static size_t mpt__each(const mpt__product *p) { return p->pairs ? 2 : 1; } /* elements of a word */
 
-/* Whether the left matrix is read in place */
+/* Whether the left matrix is read in place. If the depth runs across its rows, each word of it is in another cache
+   line, and few lines stay in L1. */
 static int mpt__in_place(const mpt__product *p) {
-    return p->a.along && mpt_dtype_size(p->a.data.type) * mpt__each(p) == sizeof(float) && p->k % mpt__each(p) == 0;
+    if (!p->a.along) return p->a.data.type == MPT_F32 && p->k <= 64;
+    return mpt_dtype_size(p->a.data.type) * mpt__each(p) == sizeof(float) && p->k % mpt__each(p) == 0;
 }
 
 /* For dw: dy(outputs,K); a strip is a row of the band's outputs. */
@@ -5416,23 +5435,23 @@ static void mpt__copy_columns(const mpt__product *p, size_t i, size_t rows, size
 static size_t mpt__left_matrix(const mpt__product *p, size_t i, size_t rows, size_t l, size_t depth,
                                const mpt__workspace *ws, mpt__left *left) {
     const size_t each = mpt__each(p), size = sizeof(float) / each, words = mpt__pieces(depth, each);
-    size_t r, row = words * sizeof(float); /* bytes between rows */
+    size_t r, row = sizeof(float), line; /* bytes between rows of the result, and between rows of what is read */
     left->count = 1;
     left->length = words;
     left->stride = sizeof(float);
     ws->runs[0] = 0;
     if (mpt__in_place(p)) {
-        left->base = (const char *)p->a.data.data + (i * p->a.stride + l) * size;
-        row = p->a.stride * size;
+        const size_t first = p->a.along ? i * p->a.stride + l : l * p->a.stride + i;
+        left->base = (const char *)p->a.data.data + first * size;
+        line = p->a.stride * size;
     } else {
         rows = mpt__min(rows, MPT__LEFT_WORDS / words / MPT__GROUP * MPT__GROUP);
+        line = (p->a.along ? words : rows) * sizeof(float);
         if (p->a.along) mpt__copy_rows(p, i, rows, l, depth, ws);
-        else {
-            mpt__copy_columns(p, i, rows, l, depth, ws);
-            row = sizeof(float);
-            left->stride = rows * sizeof(float);
-        }
+        else mpt__copy_columns(p, i, rows, l, depth, ws);
     }
+    if (p->a.along) row = line;
+    else left->stride = line;
     for (r = 0; r < rows; r++) ws->rows[r] = r * row;
     return rows;
 }
