@@ -14152,6 +14152,7 @@ MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path) {
           train.shard_optimizer, with two more calls in mpt_ranks; mpt_update_op names the part that a rank updates.
           mpt_ranks.bucket_bytes: on CUDA gradients are summed over the ranks during the backward pass.
           Checkpoints of 0.1.0 are refused; its files of weights can be loaded.
+          On CUDA, own_convolutions runs convolutions of 16 to 128 channels as one kernel; cuBLAS stays the default.
    0.1.0  The first one.                                                                                              */
 
 /* ==== LICENCE ====

@@ -31,7 +31,7 @@
      PACKS             eight elements of any type at a time, the loop over them, the last block of a launch
      ELEMENTWISE       cast, activation and its gradient, sum of two arrays, dropout, what comes after a product
      COLUMNS           sums over the rows of a matrix: bias gradients, and parts of what follows
-     PRODUCTS          gemm by cuBLAS, epilogues, convolution as gather and gemm, depthwise convolution
+     PRODUCTS          gemm by cuBLAS, epilogues; convolution as gather and gemm, as one kernel, depthwise
      NORMALISATION     statistics, forward, backward, running statistics
      REDUCTIONS        scan, histogram, losses
      POOLING           max and average, forward and backward; pixels that stand for several
@@ -67,8 +67,9 @@
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
    convolutions share a block that grows in the first step, up to desc.workspace (and beyond it only if a single row, or
-   with a stride the gradient of one image, needs more). The fp32 sums of products have such a block, too; operands of
-   different types are cast in a third one, as large as they are. After that a step allocates nothing.
+   with a stride the gradient of one image, needs more). The fp32 sums of products have such a block, too, and so do the
+   parts, up to 32 MiB, that own_convolutions makes a gradient of weights of; operands of different types are cast in a
+   third one, as large as they are. After that a step allocates nothing.
 
    6. Errors. An error of CUDA or cuBLAS becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE, with the call, file, line and
    the driver's text in mpt_why. Because work is asynchronous, a later call may report it; MPT_ERROR_DIVERGED may also
@@ -103,6 +104,11 @@ typedef struct mpt_cuda_desc {
                                  L2 cache, whichever is less, but at least 8 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
     int no_graph;             /* 1: training steps are not recorded: every kernel is launched separately */
+    int own_convolutions;     /* 1: 16-bit convolutions without groups from 16 to 128 channels to 16 to 128, all
+                                 multiples of 8, are one kernel of this file, instead of products by cuBLAS of a matrix
+                                 that is gathered first. Not 1x1 ones with stride 1, nor gradients of x with a stride.
+                                 Needs compute capability 8.0 and code for it, otherwise logs this and uses cuBLAS.
+                                 tests/cuda/probe.cu measures which is faster on a card */
 } mpt_cuda_desc;
 
 /* Opens a context on a GPU. desc may be NULL (all defaults); it is copied. Returns NULL if there is no device, the
@@ -238,6 +244,7 @@ typedef struct mptc__block { /* device memory that grows on demand */
 typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
     int processors;
+    int own; /* convolutions as one kernel: they are asked for, and can be had */
     int (*context_state)(int device, unsigned *flags, int *active); /* of the driver: cuDevicePrimaryCtxGetState */
     cudaStream_t stream; /* of the calls: the context's, or `beside` while the context's sums gradients of all ranks */
     cudaStream_t beside, home; /* home: the context's stream while calls use `beside`; else NULL */
@@ -1913,6 +1920,406 @@ static mpt_result mptc__conv2d_columns(mpt_context *ctx, const mpt_conv2d_op *op
     return MPT_OK;
 }
 
+/* -- Convolution as one kernel, see own_convolutions --
+
+   The products above without the gathered matrix: its elements go from x or dy straight to shared memory. A block makes
+   a tile of 128 x 64 sums, 32 terms at a time; `other` is what is not gathered:
+
+                 result                gathered               other
+     forward     y(outputs,K)          (outputs, R S C) of x  w(K, R S C)
+     data        dx(inputs,C)          (inputs, R S K) of dy  w(K,R,S,C), read as (R S K, C)
+     weights     dw(K, R S C), as its  (R S C, outputs) of x  dy(outputs,K)
+                 transpose (R S C, K)
+
+           32 terms           64 columns
+          +--+      32 terms +----+----+     Four warps make 64 x 32 sums each, of 16 x 8 at a time (mma.sync m16n8k16).
+          |  |               +----+----+     While they do, the next two steps' terms are on their way (cp.async), in
+     128  |  |               +----+----+     pieces of 16 bytes: eight channels of a tap, or zeros in the padding.
+     rows |  |               | 0  | 1  |     Of a step a thread fetches four pieces of the gathered matrix, of one tap
+          |  |               +----+----+     from one channel on, and two of the other.
+          +--+               | 2  | 3  |
+        gathered             +----+----+
+
+   A tile lies in shared memory as in global memory, in rows of its contiguous side: of terms where these are channels
+   of a tap, else one row a term, which ldmatrix transposes as it reads. Neighbouring rows have their pieces exchanged
+   (swizzled), so that the eight which are read or written at a time lie in eight different groups of four banks.
+
+   Order of the sums, whatever the device: a block adds its terms in fp32 in steps of 16, whose order within is the
+   hardware's. The terms of dw, positions, are cut into parts, as many as its shape says; the parts are added as
+   mptc__plain_terms has it. */
+
+enum {
+    MPTC__TILE_ROWS = 128,
+    MPTC__TILE_COLUMNS = 64,
+    MPTC__TILE_TERMS = 32,
+    MPTC__TILE_THREADS = 128,
+    MPTC__STAGES = 3,                                    /* steps in shared memory */
+    MPTC__PIECES = MPTC__TILE_TERMS / MPTC__PACK,        /* of a row of terms... */
+    MPTC__TALL = MPTC__TILE_ROWS / MPTC__PACK,           /* ...of a row of the gathered tile's transpose... */
+    MPTC__WIDE = MPTC__TILE_COLUMNS / MPTC__PACK,        /* ...of a row of columns... */
+    MPTC__GATHERED = MPTC__TILE_ROWS * MPTC__PIECES,     /* ...and of the tiles of a step */
+    MPTC__FETCHES = MPTC__GATHERED / MPTC__TILE_THREADS, /* of a thread, of the gathered tile */
+    MPTC__STAGE = MPTC__GATHERED + MPTC__TILE_COLUMNS * MPTC__PIECES,
+    MPTC__PITCH = MPTC__TILE_COLUMNS + MPTC__PACK,       /* of the sums, which take as much as the stages */
+    MPTC__OWN_LEAST = 16,                                /* channels */
+    MPTC__OWN_MOST = 128,
+    MPTC__OWN_BLOCKS = 512,                              /* into as many the terms of dw are cut, ... */
+    MPTC__OWN_TERMS = 256                                /* ...if each has so many */
+};
+
+typedef struct mptc__implicit {
+    mptc__grid grid;                 /* of the positions: outputs; inputs for dx */
+    mptc__position on;               /* how far from one line of positions that a thread fetches to the next */
+    unsigned down, across;           /* of the images that are gathered */
+    unsigned stride_h, stride_w;     /* position p's tap r reads row stride p + first + step r of its image, ... */
+    unsigned first_h, first_w;       /* ...modulo 2^32, where what lies before an image lies behind it as well */
+    unsigned step_h, step_w;
+    mptc__divider channels;          /* pieces of a tap */
+    mptc__divider S;
+    unsigned R;
+    const uint4 *gathered, *other;
+    unsigned rows, columns, terms;   /* of the product */
+    unsigned tiles_down, tiles_across;
+    unsigned part;                   /* terms of a block */
+    mpt_array out;                   /* y or dx; the parts of dw(K, R S C) in fp32, one after the other */
+    mpt_array bias;
+    mpt_activation act;
+    float beta;
+} mptc__implicit;
+
+/* Where a piece lies in a tile whose rows have four of them, or a multiple of eight */
+static __device__ __forceinline__ unsigned mptc__in_narrow(unsigned row, unsigned piece) {
+    return row * MPTC__PIECES + (piece ^ (row / 2 % MPTC__PIECES));
+}
+static __device__ __forceinline__ unsigned mptc__in_wide(unsigned pieces, unsigned row, unsigned piece) {
+    return row * pieces + (piece ^ row % 8);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+
+/* *to = *from, or zeros, some time before mptc__fetched */
+static __device__ __forceinline__ void mptc__fetch(uint4 *to, const uint4 *from, bool there) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+/* The end of what is fetched for a step, and the wait until only so many steps are on their way */
+static __device__ __forceinline__ void mptc__fetch_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int steps> static __device__ __forceinline__ void mptc__fetched() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(steps) : "memory");
+}
+
+/* Four matrices of 8 x 8; a lane has the address of a row, and gets a pair of each, of a row or of a column. */
+template <bool transposed> static __device__ __forceinline__ void mptc__load_matrices(const uint4 *row, uint32_t *to) {
+    const unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    if (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+
+/* d(16,8) += a(16,16) b(16,8) */
+template <mpt_dtype type>
+static __device__ __forceinline__ void mptc__mma(float *d, const uint32_t *a, const uint32_t *b) {
+    if (type == MPT_F16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* What a thread fetches of the gathered matrix: from channel c of tap (r,s) on. It keeps where tap (0,0) of its rows
+   is; or, where rows are terms, the position that is next. */
+typedef struct mptc__fetcher {
+    unsigned down[MPTC__FETCHES], across[MPTC__FETCHES];
+    unsigned piece[MPTC__FETCHES]; /* its number in all images */
+    mptc__position next;
+    unsigned r, s, c;              /* c in pieces */
+} mptc__fetcher;
+
+/* The number of the first piece of pixel (down, across) of image n */
+static __device__ __forceinline__ unsigned mptc__piece_of(const mptc__implicit *v, unsigned n, unsigned down,
+                                                          unsigned across) {
+    return ((n * v->down + down) * v->across + across) * v->channels.by;
+}
+
+template <mpt_pass pass> static __device__ __forceinline__ mptc__fetcher
+mptc__fetcher_of(const mptc__implicit *v, unsigned row, unsigned term) {
+    const unsigned k = pass == MPT_BACKWARD_WEIGHT ? row / MPTC__PACK + threadIdx.x % MPTC__TALL
+                                                   : threadIdx.x % MPTC__PIECES;
+    const unsigned tap = mptc__divide(k, v->channels);
+    mptc__fetcher f = {};
+    f.r = mptc__divide(tap, v->S);
+    f.s = tap - f.r * v->S.by;
+    f.c = k - tap * v->channels.by;
+    f.next = mptc__position_of(term + threadIdx.x / MPTC__TALL, v->grid);
+#pragma unroll
+    for (unsigned i = 0; i < MPTC__FETCHES; i++) {
+        const unsigned mine = row + threadIdx.x / MPTC__PIECES + i * (MPTC__TILE_THREADS / MPTC__PIECES);
+        const mptc__position at = mptc__position_of(mine < v->rows ? mine : v->rows - 1, v->grid);
+        f.down[i] = at.down * v->stride_h + v->first_h;
+        f.across[i] = at.across * v->stride_w + v->first_w;
+        f.piece[i] = mptc__piece_of(v, at.n, f.down[i], f.across[i]);
+    }
+    return f;
+}
+
+/* The gathered tile of terms `term` on; those from `end` on are zeros. */
+template <mpt_pass pass> static __device__ __forceinline__ void
+mptc__fetch_gathered(const mptc__implicit *v, mptc__fetcher *f, unsigned term, unsigned end, uint4 *tile) {
+    const unsigned tap_h = f->r * v->step_h, tap_w = f->s * v->step_w;
+    const unsigned apart = mptc__piece_of(v, 0, tap_h, tap_w) + f->c; /* from tap (0,0) */
+#pragma unroll
+    for (unsigned i = 0; i < MPTC__FETCHES; i++) {
+        const unsigned line = threadIdx.x / MPTC__TALL + i * (MPTC__TILE_THREADS / MPTC__TALL);
+        unsigned to = mptc__in_narrow(threadIdx.x / MPTC__PIECES, threadIdx.x % MPTC__PIECES);
+        unsigned piece = f->piece[i] + apart;
+        unsigned down = f->down[i] + tap_h, across = f->across[i] + tap_w;
+        bool there = f->r < v->R;
+        if (pass == MPT_BACKWARD_WEIGHT) {
+            to = mptc__in_wide(MPTC__TALL, threadIdx.x / MPTC__TALL, threadIdx.x % MPTC__TALL);
+            there &= term + line < end;
+            down = f->next.down * v->stride_h + v->first_h + tap_h;
+            across = f->next.across * v->stride_w + v->first_w + tap_w;
+            piece = mptc__piece_of(v, f->next.n, down, across) + f->c;
+            mptc__advance(&f->next, v->on, v->grid);
+        }
+        there &= down < v->down && across < v->across;
+        mptc__fetch(tile + to + i * MPTC__TILE_THREADS, v->gathered + (there ? piece : 0), there);
+    }
+    if (pass != MPT_BACKWARD_WEIGHT) f->c += MPTC__PIECES;
+    while (pass != MPT_BACKWARD_WEIGHT && f->c >= v->channels.by) {
+        f->c -= v->channels.by;
+        if (++f->s < v->S.by) continue;
+        f->s = 0;
+        f->r++;
+    }
+}
+
+/* The tile of the other matrix: the same terms, and columns `column` on */
+template <mpt_pass pass> static __device__ __forceinline__ void
+mptc__fetch_other(const mptc__implicit *v, unsigned column, unsigned term, unsigned end, uint4 *tile) {
+    const unsigned pieces = pass == MPT_FORWARD ? MPTC__PIECES : MPTC__WIDE, piece = threadIdx.x % pieces;
+#pragma unroll
+    for (unsigned i = 0; i < (MPTC__STAGE - MPTC__GATHERED) / MPTC__TILE_THREADS; i++) {
+        const unsigned row = threadIdx.x / pieces + i * (MPTC__TILE_THREADS / pieces);
+        unsigned k = term + row, n = column + piece * MPTC__PACK, line = k;
+        unsigned to = mptc__in_wide(pieces, threadIdx.x / pieces, piece);
+        if (pass == MPT_FORWARD) {
+            k = term + piece * MPTC__PACK;
+            n = column + row;
+            to = mptc__in_narrow(threadIdx.x / pieces, piece);
+        } else if (pass == MPT_BACKWARD_DATA) {
+            const unsigned tap = mptc__divide(k / MPTC__PACK, v->channels);
+            line = (k - tap * v->channels.by * MPTC__PACK) * v->R * v->S.by + tap; /* of w(K R S, C) */
+        }
+        const bool there = k < end && n < v->columns;
+        const unsigned at = pass == MPT_FORWARD ? n * (v->terms / MPTC__PACK) + k / MPTC__PACK
+                                                : line * (v->columns / MPTC__PACK) + n / MPTC__PACK;
+        mptc__fetch(tile + to + i * MPTC__TILE_THREADS, v->other + (there ? at : 0), there);
+    }
+}
+
+template <mpt_pass pass> static __device__ __forceinline__ void
+mptc__fetch_step(const mptc__implicit *v, mptc__fetcher *f, unsigned column, unsigned term, unsigned end, uint4 *to) {
+    mptc__fetch_gathered<pass>(v, f, term, end, to);
+    mptc__fetch_other<pass>(v, column, term, end, to + MPTC__GATHERED);
+    mptc__fetch_end();
+}
+
+/* sum(64,32) of this warp += its rows of a step's gathered tile times its columns of the other */
+template <mpt_dtype type, mpt_pass pass> static __device__ __forceinline__ void
+mptc__tile_multiply(const uint4 *gathered, const uint4 *other, unsigned row, unsigned column, float (*sum)[4][4]) {
+    const bool tall = pass == MPT_BACKWARD_WEIGHT, wide = pass != MPT_FORWARD;
+    const unsigned lane = threadIdx.x % MPTC__WARP, within = lane % 8, odd = lane / 8 % 2, upper = lane / 16;
+#pragma unroll
+    for (unsigned k = 0; k < MPTC__TILE_TERMS; k += 16) {
+        uint32_t a[4][4], b[8];
+#pragma unroll
+        for (unsigned i = 0; i < 4; i++) { /* rows by `odd`, terms by `upper` */
+            const unsigned at =
+                tall ? mptc__in_wide(MPTC__TALL, 8 * upper + within, row / MPTC__PACK + 2 * i + odd) + k * MPTC__TALL
+                     : mptc__in_narrow(row + 8 * odd + within, k / MPTC__PACK + upper) + 16 * i * MPTC__PIECES;
+            mptc__load_matrices<tall>(gathered + at, a[i]);
+        }
+#pragma unroll
+        for (unsigned j = 0; j < 4; j += 2) { /* columns by `upper`, terms by `odd` */
+            const unsigned at =
+                wide ? mptc__in_wide(MPTC__WIDE, 8 * odd + within, column / MPTC__PACK + j + upper) + k * MPTC__WIDE
+                     : mptc__in_narrow(column + 8 * upper + within, k / MPTC__PACK + odd) + 8 * j * MPTC__PIECES;
+            mptc__load_matrices<wide>(other + at, b + 2 * j);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < 4; i++)
+#pragma unroll
+            for (unsigned j = 0; j < 4; j++) mptc__mma<type>(sum[i][j], a[i], b + 2 * j);
+    }
+}
+
+/* out(rows,columns) = act(sums + beta out + bias), in mptc__finish_k's order */
+static __device__ void mptc__tile_finish(const mptc__implicit *v, const float *tile, unsigned row, unsigned column) {
+    for (unsigned i = threadIdx.x; i < MPTC__TILE_ROWS * MPTC__WIDE; i += MPTC__TILE_THREADS) {
+        const unsigned m = i / MPTC__WIDE, n = i % MPTC__WIDE * MPTC__PACK;
+        const size_t at = (size_t)(row + m) * v->columns + column + n;
+        float x[MPTC__PACK], y[MPTC__PACK];
+        if (row + m >= v->rows || column + n >= v->columns) continue;
+        MPTC__EACH(e) x[e] = tile[m * MPTC__PITCH + n + e];
+        if (v->beta != 0) {
+            mptc__load(v->out, at, MPTC__PACK, y);
+            MPTC__EACH(e) x[e] = mpt__add_rn(x[e], mpt__mul_rn(v->beta, y[e]));
+        }
+        if (v->bias.data) {
+            mptc__load(v->bias, column + n, MPTC__PACK, y);
+            MPTC__EACH(e) x[e] += y[e];
+        }
+        if (v->act) MPTC__EACH(e) x[e] = mptc__relu_slope(x[e], x[e]);
+        mptc__store(v->out, at, MPTC__PACK, x);
+    }
+}
+
+/* A part of dw: the transpose of a tile. Lanes take neighbouring columns of it, and each writes eight of its rows. */
+static __device__ void mptc__tile_leave(const mptc__implicit *v, const float *tile, unsigned row, unsigned column,
+                                        unsigned part) {
+    for (unsigned i = threadIdx.x; i < MPTC__TALL * MPTC__TILE_COLUMNS; i += MPTC__TILE_THREADS) {
+        const unsigned n = i % MPTC__TILE_COLUMNS, m = i / MPTC__TILE_COLUMNS * MPTC__PACK;
+        float x[MPTC__PACK];
+        if (row + m >= v->rows || column + n >= v->columns) continue;
+        MPTC__EACH(e) x[e] = tile[(m + e) * MPTC__PITCH + n];
+        mptc__store(v->out, ((size_t)part * v->columns + column + n) * v->rows + row + m, MPTC__PACK, x);
+    }
+}
+
+#endif /* __CUDA_ARCH__ */
+
+/* Over 64 registers: as many are a thread's sums. Before 8.0 it is empty, and is not started. */
+template <mpt_dtype type, mpt_pass pass>
+static __global__ void __launch_bounds__(MPTC__TILE_THREADS, 4) mptc__implicit_k(mptc__implicit v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    __shared__ uint4 stages[MPTC__STAGES * MPTC__STAGE];
+    const unsigned across = blockIdx.x % v.tiles_across, down = blockIdx.x / v.tiles_across % v.tiles_down;
+    const unsigned part = blockIdx.x / v.tiles_across / v.tiles_down, first = part * v.part;
+    const unsigned end = first + (v.terms - first < v.part ? v.terms - first : v.part);
+    const unsigned row = down * MPTC__TILE_ROWS, column = across * MPTC__TILE_COLUMNS;
+    const unsigned warp = threadIdx.x / MPTC__WARP, lane = threadIdx.x % MPTC__WARP;
+    const unsigned warp_row = warp / 2 * 64, warp_column = warp % 2 * 32;
+    const unsigned steps = (end - first + MPTC__TILE_TERMS - 1) / MPTC__TILE_TERMS;
+    mptc__fetcher f = mptc__fetcher_of<pass>(&v, row, first);
+    float sum[4][4][4] = {};
+#pragma unroll
+    for (unsigned i = 0; i < MPTC__STAGES - 1; i++)
+        mptc__fetch_step<pass>(&v, &f, column, first + i * MPTC__TILE_TERMS, end, stages + i * MPTC__STAGE);
+    unsigned now = 0, next = MPTC__STAGES - 1; /* stages */
+    for (unsigned step = 0; step < steps; step++) {
+        const unsigned term = first + (step + MPTC__STAGES - 1) * MPTC__TILE_TERMS; /* zeros, at last */
+        const uint4 *stage = stages + now * MPTC__STAGE;
+        mptc__fetched<MPTC__STAGES - 2>();
+        __syncthreads(); /* all have this step, and are done with the one before, whose stage is the next */
+        mptc__fetch_step<pass>(&v, &f, column, term, end, stages + next * MPTC__STAGE);
+        mptc__tile_multiply<type, pass>(stage, stage + MPTC__GATHERED, warp_row, warp_column, sum);
+        next = now;
+        now = now + 1 < MPTC__STAGES ? now + 1 : 0;
+    }
+    mptc__fetched<0>();
+    __syncthreads();
+    float *tile = (float *)stages; /* (TILE_ROWS, PITCH), in place of the stages */
+#pragma unroll
+    for (unsigned i = 0; i < 4; i++)
+#pragma unroll
+        for (unsigned j = 0; j < 4; j++)
+#pragma unroll
+            for (unsigned half = 0; half < 2; half++) {
+                const unsigned m = warp_row + 16 * i + 8 * half + lane / 4, n = warp_column + 8 * j + lane % 4 * 2;
+                *(float2 *)(tile + m * MPTC__PITCH + n) = make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
+            }
+    __syncthreads();
+    if (pass == MPT_BACKWARD_WEIGHT) mptc__tile_leave(&v, tile, row, column, part);
+    else mptc__tile_finish(&v, tile, row, column);
+#endif
+}
+
+template <mpt_dtype type> static mpt_result mptc__implicit_launch(mpt_context *ctx, mpt_pass pass, unsigned blocks,
+                                                                  const mptc__implicit &v) {
+    void (*kernel)(mptc__implicit) = mptc__implicit_k<type, MPT_FORWARD>;
+    if (pass == MPT_BACKWARD_DATA) kernel = mptc__implicit_k<type, MPT_BACKWARD_DATA>;
+    if (pass == MPT_BACKWARD_WEIGHT) kernel = mptc__implicit_k<type, MPT_BACKWARD_WEIGHT>;
+    return mptc__launch(ctx, "launch of mptc__implicit_k", __LINE__, kernel, blocks, MPTC__TILE_THREADS, v);
+}
+
+/* Is this one of its convolutions? g: the product of the pass. With a stride most of what dx would gather is zeros. */
+static int mptc__is_own(const mptc__device *device, const mpt_conv2d_op *op, const mpt_gemm_op *g) {
+    const mpt_conv2d_shape *z = &op->shape;
+    const int types = g->a.type == g->b.type && (g->a.type == MPT_F16 || g->a.type == MPT_BF16);
+    const int whole = ((uintptr_t)g->a.data | (uintptr_t)g->b.data) % 16 == 0 && (z->C | z->K) % MPTC__PACK == 0;
+    const size_t least = mptc__min(z->C, z->K), most = z->C + z->K - least, large = (size_t)INT_MAX * MPTC__PACK;
+    if (!device->own || !types || !whole || g->act > MPT_RELU) return 0;
+    if (least < MPTC__OWN_LEAST || most > MPTC__OWN_MOST) return 0;
+    if (z->N * z->H * z->W * z->C > large || z->N * op->P * op->Q * z->K > large || z->R * z->S * z->C * z->K > large)
+        return 0;
+    return op->pass != MPT_BACKWARD_DATA || (z->stride_h == 1 && z->stride_w == 1);
+}
+
+/* What is gathered, and how */
+static mptc__implicit mptc__implicit_of(const mpt_conv2d_op *op, const mpt_gemm_op *product) {
+    const mptc__gather g = mptc__gather_of(op);
+    const int for_weights = op->pass == MPT_BACKWARD_WEIGHT, for_data = op->pass == MPT_BACKWARD_DATA;
+    const unsigned lines = MPTC__TILE_THREADS / MPTC__TALL, line = g.grid.line.by, image = g.grid.image.by;
+    mptc__implicit v = MPT_ZERO;
+    v.grid = g.grid;
+    v.on.n = lines / image;
+    v.on.down = lines % image / line;
+    v.on.across = lines % line;
+    v.down = (unsigned)g.down;
+    v.across = (unsigned)g.across;
+    v.stride_h = for_data ? 1 : (unsigned)g.stride_h;
+    v.stride_w = for_data ? 1 : (unsigned)g.stride_w;
+    v.first_h = (unsigned)(for_data ? g.padding_h : -g.padding_h);
+    v.first_w = (unsigned)(for_data ? g.padding_w : -g.padding_w);
+    v.step_h = (unsigned)(for_data ? -g.dilation_h : g.dilation_h);
+    v.step_w = (unsigned)(for_data ? -g.dilation_w : g.dilation_w);
+    v.channels = mptc__divider_of((for_data ? op->shape.K : op->shape.C) / MPTC__PACK);
+    v.S = g.S;
+    v.R = (unsigned)op->shape.R;
+    v.gathered = (const uint4 *)(for_weights ? product->b.data : product->a.data);
+    v.other = (const uint4 *)(for_weights ? product->a.data : product->b.data);
+    v.rows = (unsigned)(for_weights ? product->n : product->m);
+    v.columns = (unsigned)(for_weights ? product->m : product->n);
+    v.terms = (unsigned)product->k;
+    v.tiles_down = (unsigned)mptc__divide_up(v.rows, MPTC__TILE_ROWS);
+    v.tiles_across = (unsigned)mptc__divide_up(v.columns, MPTC__TILE_COLUMNS);
+    v.part = v.terms;
+    v.out = product->c;
+    v.bias = product->bias;
+    v.act = product->act;
+    v.beta = product->beta;
+    return v;
+}
+
+static mpt_result mptc__implicit_run(mpt_context *ctx, const mpt_conv2d_op *op, const mpt_gemm_op *product) {
+    mptc__device *device = mptc__of(ctx);
+    mptc__implicit v = mptc__implicit_of(op, product);
+    const size_t tiles = (size_t)v.tiles_down * v.tiles_across, all = (size_t)v.rows * v.columns;
+    mptc__sums sums = {1, all, v.out, product->c, product->beta};
+    if (op->pass == MPT_BACKWARD_WEIGHT) {
+        const size_t most = mptc__divide_up(v.terms, MPTC__OWN_TERMS);
+        const size_t parts = mptc__min(mptc__divide_up(MPTC__OWN_BLOCKS, tiles), most);
+        v.part = (unsigned)mptc__round_up(mptc__divide_up(v.terms, parts), MPTC__TILE_TERMS);
+        sums.rows = mptc__divide_up(v.terms, v.part);
+        MPTC__TRY(mptc__grow(ctx, &device->sums, sums.rows * all * sizeof(float)));
+        sums.dy = v.out = mpt_typed_array(device->sums.at, MPT_F32);
+    }
+    const unsigned blocks = (unsigned)(tiles * sums.rows);
+    if (product->a.type == MPT_F16) MPTC__TRY(mptc__implicit_launch<MPT_F16>(ctx, op->pass, blocks, v));
+    else MPTC__TRY(mptc__implicit_launch<MPT_BF16>(ctx, op->pass, blocks, v));
+    if (op->pass != MPT_BACKWARD_WEIGHT) return MPT_OK;
+    if (sums.rows > 1) return mptc__sums_run(ctx, &sums);
+    return mptc__finish(ctx, product, v.out, product->n, product->beta);
+}
+
 static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     mptc__device *device = mptc__of(ctx);
     const mpt_conv2d_shape *z = &op->shape;
@@ -1929,6 +2336,7 @@ static mpt_result mptc__conv2d_one(mpt_context *ctx, const mpt_conv2d_op *op) {
     if (op->pass == MPT_FORWARD) a_count = mptc__span(inputs, z->C, g.lda);
     if (for_weights) b_count = mptc__span(inputs, z->C, g.ldb);
     if (g.a_sums.data) mptc__sums_wait(ctx, g.k, g.m, g.a, g.beta, g.a_sums);
+    if (mptc__is_own(device, op, &g)) return mptc__implicit_run(ctx, op, &g);
     MPTC__TRY(mptc__one_type(ctx, &g.a, a_count, &g.b, b_count));
     if (for_data && (z->stride_h > 1 || z->stride_w > 1)) return mptc__conv2d_columns(ctx, op, &g);
     const size_t size = mpt_dtype_size(g.a.type), columns = for_weights ? g.n : g.k;
@@ -3981,8 +4389,9 @@ static mpt_result mptc__open_device(mpt_context *ctx) {
 }
 
 /* *wrong = 1 if plain arithmetic is not IEEE's: -ftz flushes subnormals, -prec-div=false and -prec-sqrt=false round
-   differently; --use_fast_math implies all three, and no macro shows it. */
-static __global__ void mptc__arithmetic_k(float subnormal, float half, unsigned *wrong) {
+   differently; --use_fast_math implies all three, and no macro shows it. *built: __CUDA_ARCH__ of the code that
+   runs. */
+static __global__ void mptc__arithmetic_k(float subnormal, float half, unsigned *wrong, unsigned *built) {
     unsigned bad = mpt__bits(subnormal * half) != mpt__bits(subnormal) / 2;
     for (unsigned i = 1; i < 64; i++) {
         const float x = half * (float)i;
@@ -3990,15 +4399,22 @@ static __global__ void mptc__arithmetic_k(float subnormal, float half, unsigned 
         bad |= mpt__bits(sqrtf(x)) != mpt__bits(__fsqrt_rn(x));
     }
     *wrong = bad;
+#ifdef __CUDA_ARCH__
+    *built = __CUDA_ARCH__;
+#endif
 }
 
 static mpt_result mptc__open_arithmetic(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
-    unsigned wrong = 0;
-    MPTC__TRY(MPTC__LAUNCH(mptc__arithmetic_k, 1, 1, mpt__float(2u), 0.5f, device->tickets));
-    MPTC__TRY(mptc__download(ctx, &wrong, device->tickets, sizeof wrong));
-    if (wrong) mptc__say(ctx, "cuda: built with --use_fast_math or -ftz=true: ", "results are not those of the manual");
-    return mptc__zero(ctx, device->tickets, sizeof wrong);
+    unsigned found[2] = {0, 0};
+    MPTC__TRY(MPTC__LAUNCH(mptc__arithmetic_k, 1, 1, mpt__float(2u), 0.5f, device->tickets, device->tickets + 1));
+    MPTC__TRY(mptc__download(ctx, found, device->tickets, sizeof found));
+    if (found[0])
+        mptc__say(ctx, "cuda: built with --use_fast_math or -ftz=true: ", "results are not those of the manual");
+    device->own = device->desc.own_convolutions && found[1] >= 800;
+    if (device->desc.own_convolutions && !device->own)
+        mptc__say(ctx, "cuda: own_convolutions: ", "this device or this build is older than compute capability 8.0");
+    return mptc__zero(ctx, device->tickets, sizeof found);
 }
 
 static mpt_result mptc__open_stream(mpt_context *ctx) {

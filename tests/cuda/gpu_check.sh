@@ -19,7 +19,7 @@ failed=0
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then
     gpu=1 tiny='' target=-arch=native libraries="-lcublas -lcublasLt" jobs=$(nproc)
 else
-    gpu='' tiny=--tiny target="-gencode arch=compute_75,code=compute_75 -cudart none" jobs=1
+    gpu='' tiny=--tiny target="-gencode arch=compute_80,code=compute_80 -cudart none" jobs=1
     libraries="$build/runner.o -L$PWD/$build/runner -lcudacpu -Xlinker -rpath -Xlinker $PWD/$build/runner"
 fi
 
@@ -136,7 +136,7 @@ if [ -n "$gpu" ] && has compute-sanitizer; then
 else
     for name in memcheck racecheck initcheck synccheck eviction; do skip $name "needs a GPU and compute-sanitizer"; done
 fi
-for name in plans kernels host errors capture bits evict steps; do run "$name" $((40 * slow)) probe $name; done
+for name in plans kernels convolutions host errors capture bits evict steps; do run "$name" $((40 * slow)) probe $name; done
 run bench $((60 * slow)) benches
 if "$PYTHON" -c 'import torch' 2>/dev/null; then run peers $((90 * slow)) peers; else skip peers "needs PyTorch"; fi
 if [ -n "$gpu" ] && has ncu; then run nodes 40 nodes; else skip nodes "needs a GPU and ncu"; fi

@@ -3,6 +3,7 @@
    plans     which products cuBLASLt fuses; its time with no workspace and with the context's; BGRADB against a
              product and column sums: was the faster way taken?
    kernels   microseconds of the check of 0.67 M gradients; GB/s that a gather writes, by slice
+   convolutions  each pass by cuBLAS and as one kernel, see own_convolutions: microseconds, and how many times as fast
    host      microseconds that 1,000 steps take the host and the device
    errors    steps beside an event that is not done
    capture   steps 1 to 4 while another thread allocates: are they recorded?
@@ -164,6 +165,67 @@ static void kernels() {
     }
     mpt_free(ctx, op.x.data);
     mpt_free(ctx, matrix);
+    mpt_close(ctx);
+}
+
+/* ==== CONVOLUTIONS ==== */
+
+static void convolution(mpt_context *ctx, const char *name, mpt_conv2d_op *op) {
+    static const char *const passes[] = {"forward", "data", "weights"};
+    const mpt_conv2d_shape *z = &op->shape;
+    mptc__device *device = mptc__of(ctx);
+    char what[96];
+    op->P = (z->H - 1) / z->stride_h + 1; /* 3x3, padding 1 */
+    op->Q = (z->W - 1) / z->stride_w + 1;
+    const size_t x = z->N * z->H * z->W * z->C, w = z->K * 9 * z->C, y = z->N * op->P * op->Q * z->K;
+    void *sixteen[3] = {mpt_alloc(ctx, x * 2), mpt_alloc(ctx, w * 2), mpt_alloc(ctx, y * 2)};
+    void *dw = mpt_alloc(ctx, w * 4);
+    op->x = mpt_typed_array(sixteen[0], MPT_F16);
+    op->y = mpt_typed_array(sixteen[2], MPT_F16);
+    for (int pass = MPT_FORWARD; pass <= MPT_BACKWARD_WEIGHT; pass++) {
+        double seconds[2];
+        op->pass = (mpt_pass)pass;
+        op->w = pass == MPT_BACKWARD_WEIGHT ? mpt_f32_array((float *)dw) : mpt_typed_array(sixteen[1], MPT_F16);
+        const mpt_gemm_op product = mptc__conv2d_product(op);
+        if (!mptc__is_own(device, op, &product)) continue;
+        for (int own = 0; own < 2; own++) {
+            device->own = own;
+            seconds[own] = seconds_of(device, times(), [&] { need("convolutions", ctx, mptc__conv2d(ctx, op)); });
+            snprintf(what, sizeof what, "%s %s: %s", name, passes[pass], own ? "one kernel" : "cuBLAS");
+            row("convolutions", what, 1e6 * seconds[own], "us", 0, 1);
+        }
+        snprintf(what, sizeof what, "%s %s: one kernel", name, passes[pass]);
+        row("convolutions", what, seconds[0] / seconds[1], "times as fast", 0, 1);
+    }
+    for (void *p : sixteen) mpt_free(ctx, p);
+    mpt_free(ctx, dw);
+}
+
+/* The 3x3 layers of the nets below */
+static void convolutions() {
+    static const struct {
+        const char *name;
+        size_t N, side, C, K, stride;
+    } layers[] = {{"16 at 32x32 64", 64, 32, 16, 16, 1},      {"16-32 at 32x32 64", 64, 32, 16, 32, 2},
+                  {"32 at 16x16 64", 64, 16, 32, 32, 1},      {"64 at 8x8 64", 64, 8, 64, 64, 1},
+                  {"64 at 32x32 128", 128, 32, 64, 64, 1},    {"64-128 at 32x32 128", 128, 32, 64, 128, 2},
+                  {"128 at 16x16 128", 128, 16, 128, 128, 1}};
+    mpt_cuda_desc desc = MPT_ZERO;
+    desc.own_convolutions = 1;
+    mpt_context *ctx = mpt_cuda_open(&desc);
+    if (!mptc__of(ctx)->own) row("convolutions", "not on this device", 0, "-", 0, 1);
+    for (const auto &z : layers) {
+        mpt_conv2d_op op = MPT_ZERO;
+        if (!mptc__of(ctx)->own) break;
+        op.shape.N = tiny ? 1 : z.N;
+        op.shape.H = op.shape.W = tiny ? 4 : z.side;
+        op.shape.C = z.C;
+        op.shape.K = z.K;
+        op.shape.R = op.shape.S = 3;
+        op.shape.stride_h = op.shape.stride_w = z.stride;
+        op.shape.padding_h = op.shape.padding_w = op.shape.dilation_h = op.shape.dilation_w = op.shape.groups = 1;
+        convolution(ctx, z.name, &op);
+    }
     mpt_close(ctx);
 }
 
@@ -366,8 +428,9 @@ int main(int count, char **arguments) {
     static const struct {
         const char *name;
         void (*run)();
-    } stages[] = {{"plans", plans}, {"kernels", kernels}, {"host", host},  {"errors", errors},
-                  {"capture", capture}, {"bits", bits},   {"evict", evict}, {"steps", steps}};
+    } stages[] = {{"plans", plans},     {"kernels", kernels}, {"convolutions", convolutions},
+                  {"host", host},       {"errors", errors},   {"capture", capture},
+                  {"bits", bits},       {"evict", evict},     {"steps", steps}};
     int named = 0;
     for (int i = 1; i < count; i++) {
         if (strcmp(arguments[i], "--tiny") == 0) tiny = 1;

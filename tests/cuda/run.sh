@@ -24,7 +24,7 @@ if nvidia-smi -L 2>/dev/null | grep -q GPU; then
 elif [ -n "${CUDACPU:-}" ]; then
     runner=$PWD/$build/runner
     make -s -C "$CUDACPU" BUILD="$runner" CXXFLAGS=-O3 >/dev/null || exit 1 # -O3: it counts lines, byte by byte
-    target="-gencode arch=compute_75,code=compute_75 -cudart none"
+    target="-gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=compute_80 -cudart none"
     libraries="$build/runner.o -L$runner -lcudacpu -Xlinker -rpath -Xlinker $runner"
     defines="$defines -DMPT_TEST_RUNNER"
 else
