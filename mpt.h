@@ -181,7 +181,7 @@
 
    12. Several ranks. Processes on one machine or on many train one model together: train.ranks gives this process's
    rank and a function that sums an array over all ranks. The steps are bit for bit those of one process; see mpt_ranks.
-   With train.shard_optimizer each rank keeps and updates only its part of the optimizer's arrays; the bits stay.
+   With train.shard_optimizer each rank keeps and updates only its part of the optimizer's arrays, with the same bits.
 
    13. Not here: recurrent nets and attention.                                                                        */
 
@@ -1212,24 +1212,24 @@ typedef struct mpt_ranks {
     int rank, ranks; /* rank in 0..ranks-1; ranks 0: 1, alone */
     /* x[i] = the sum over all ranks of their x[i], the same bits on all: added in fp32 as a balanced tree,
        ((0 + 1) + (2 + 3)) + ..., where a subtree has the largest power of two of ranks to its left. n floats in the
-       memory of the context's device. What is not MPT_OK ends the step with MPT_ERROR_DEVICE. */
+       memory of the context's device. If it does not return MPT_OK, the step ends with MPT_ERROR_DEVICE. */
     mpt_result (*sum)(void *user, float *x, size_t n);
-    /* For train.shard_optimizer, else NULL. Rank r owns x[begin[r]] .. x[begin[r + 1] - 1], which may be nothing, of an
-       array in the memory of the context's device; begin(ranks + 1) is in host memory, and begin[0] 0.
-       reduce_scatter: what this rank owns becomes the sum over all ranks, added as in `sum`; the rest may become
-       anything. all_gather: every rank is given what each owns, elements of `size` bytes. */
+    /* Only train.shard_optimizer needs these two. x is in the memory of the context's device, begin(ranks + 1) in host
+       memory; begin[0] is 0. Rank r owns x[begin[r]] .. x[begin[r + 1] - 1], which may be no element at all.
+       reduce_scatter: the part that this rank owns becomes the sum over all ranks, added as in `sum`; the rest of x is
+       undefined afterwards. all_gather: every rank receives the parts of all others; elements have `size` bytes. */
     mpt_result (*reduce_scatter)(void *user, float *x, const size_t *begin);
     mpt_result (*all_gather)(void *user, void *x, const size_t *begin, size_t size);
     void *user;
-    int local_statistics; /* 1: each rank keeps running statistics of its own samples, as PyTorch's DDP; 0: their
-                             mean */
-    /* 1: the calls put work on the context's stream and do not wait, as NCCL's do. CUDA records it with the step; in
-       a step that is recorded already, and after an error of the device, it calls sum once, with n 0, to be told of an
-       error of the engine. */
+    int local_statistics; /* 1: each rank keeps running statistics of its own samples, as PyTorch's DDP does; 0: all
+                             keep the mean of them */
+    /* 1: the calls put work on the context's stream and do not wait, as NCCL's do. CUDA then records them as a part of
+       the step. When it replays a recorded step, and after an error of the device, it calls sum once with n = 0, so
+       that the engine can report an error. */
     int on_stream;
-    /* With on_stream, and without train.shard_optimizer, gradients are summed in ranges of at least this many bytes,
-       those of the last layers first; CUDA goes on with the backward pass while a range is summed. The same on all
-       ranks. 0: 25 MiB, as PyTorch's bucket_cap_mb */
+    /* With on_stream and without train.shard_optimizer, gradients are summed in ranges of at least this many bytes, the
+       last layers first, and CUDA continues the backward pass while a range is summed. Must be the same on all ranks.
+       0: 25 MiB, as PyTorch's bucket_cap_mb */
     size_t bucket_bytes;
 } mpt_ranks;
 
@@ -1249,13 +1249,14 @@ typedef struct mpt_train_desc {
     int fold; /* 1, with inference: mpt_weights_load folds a batch norm that has gamma and beta into the weights of the
                  convolution or linear layer before it, if nothing else reads or keeps that layer's value */
     mpt_ranks ranks; /* all zero: one rank */
-    /* 1: of several ranks each keeps a part of the moments, fp32 masters (or what a 16-bit weight has instead) and
-       averages, an R-th in whole runs of 4096 parameters, and updates that part (Rajbhandari et al. 2020, ZeRO-1). The
-       bits are those without it. A step sends each rank its part of the summed gradients, then all ranks the new
-       weights. mpt_params_grad is then the whole sum in that part alone, and mpt_params_master, mpt_params_low and
-       mpt_optimizer_moment are NULL where a rank has only a part. What puts an array together is called by all ranks
-       alike, between steps, and overwrites the gradients: mpt_params_get, mpt_evaluate and mpt_predict with
-       mpt_use_average, mpt_weights_save, mpt_checkpoint_save. */
+    /* 1: each of R ranks keeps and updates only its part, an R-th in whole chunks of 4096 parameters, of the moments,
+       averages and fp32 masters (or what a 16-bit weight has instead): ZeRO-1 (Rajbhandari et al. 2020). The bits are
+       the same as without it. In a step each rank receives its part of the summed gradients, and later the weights that
+       the others have updated. mpt_params_grad then holds the sum over all ranks only in this rank's part;
+       mpt_params_master, mpt_params_low and mpt_optimizer_moment return NULL where a rank has only a part. Calls that
+       need a whole array collect it from all ranks, so all ranks must make them, between steps, and they overwrite the
+       gradients: mpt_params_get, mpt_weights_save, mpt_checkpoint_save, and mpt_evaluate and mpt_predict with
+       mpt_use_average. */
     int shard_optimizer;
 } mpt_train_desc;
 
@@ -1430,9 +1431,9 @@ MPT_DEF mpt_result mpt_memory_print(const mpt_model *net, mpt_style style, mpt_w
    that it refuses names that contain a zero byte and two tensors of one name. The model must be built and between
    steps: MPT_ERROR_ORDER after mpt_backward until mpt_step and mpt_scaler_update.
 
-   With train.shard_optimizer all ranks call a save together, and the file is the one that is written without it. A rank
-   that should not write passes path NULL. In memory each rank passes a buffer of its own; a call that only counts needs
-   no other rank. If one rank fails, the others still finish.
+   With train.shard_optimizer all ranks must call a save together; the file has the same bytes as without it. A rank
+   that is not to write a file passes path NULL. In memory each rank passes its own buffer; a call that only counts
+   needs no other rank. If one rank fails, the others still finish.
 
    The calls that end in _memory read or write the same bytes in the caller's memory. Saving sets *size to their number;
    with buffer NULL it only counts them; if capacity is less it writes nothing and returns MPT_ERROR_ARGUMENT. After
@@ -1484,8 +1485,8 @@ MPT_DEF mpt_result mpt_checkpoint_save(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_save_memory(mpt_model *net, void *buffer, size_t capacity, size_t *size);
 /* Loads it into a model built with the same nodes, policy, batch, accumulate x ranks, clip limits, seed and optimizer:
    every setting that is not in the file must be equal, down to each member of each layer's descriptor. Of several ranks
-   one saves (but see train.shard_optimizer), and all load. shard_optimizer and ema_decay may differ; if the file has no
-   averages, they start anew. */
+   one saves (with train.shard_optimizer all of them do), and all load. shard_optimizer and ema_decay may differ; if the
+   file has no averages, they start anew. */
 MPT_DEF mpt_result mpt_checkpoint_load(mpt_model *net, const char *path);
 MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes, size_t size);
 
@@ -1497,18 +1498,20 @@ MPT_DEF mpt_result mpt_checkpoint_load_memory(mpt_model *net, const void *bytes,
 typedef struct mpt_tensor_slice { /* a tensor in the flat arrays, and how its group is updated */
     size_t offset, count;
     double lr, lr_factor, weight_decay; /* lr: the optimizer's times the factor */
-    float *wide; /* device: with masters in shards, its fp32 values (count), for those who read them; else NULL */
+    float *wide; /* device (count): its fp32 values, if masters are sharded but the net reads this one in fp32; else
+                    NULL */
 } mpt_tensor_slice;
 
-/* What a rank owns of the flat arrays with train.shard_optimizer. Rank r owns elements begin[r] .. begin[r + 1]. */
+/* Which parts of the flat arrays the ranks own with train.shard_optimizer. The four arrays of bounds have ranks + 1
+   entries in host memory: rank r owns entry r up to, not including, entry r + 1. */
 typedef struct mpt_shard {
     const mpt_ranks *ranks;
-    const size_t *begin;      /* host memory, (ranks + 1), as the next three */
-    const size_t *chunks;     /* the same in chunks of 4096 elements, whose sums of squares are `parts` */
-    const size_t *wide_begin; /* the same in `wide` */
-    const size_t *counting;   /* 0, 1, 2, ... */
-    mpt_scan *parts;          /* device (chunks of all) */
-    float *wide;              /* device: what slices name, one after the other; NULL: none does */
+    const size_t *begin;      /* of the elements */
+    const size_t *chunks;     /* of `parts`, one for each 4096 elements */
+    const size_t *wide_begin; /* of `wide` */
+    const size_t *counting;   /* of `meters`: 0, 1, 2, ... */
+    mpt_scan *parts;          /* device (chunks of all ranks) */
+    float *wide;              /* device: the arrays that slices point to, end to end; NULL: there are none */
     uint64_t *meters;         /* device (ranks, 2): moved and lost */
 } mpt_shard;
 
@@ -1519,8 +1522,8 @@ typedef struct mpt_update_op { /* everything a step reads and writes; all pointe
     const mpt_tensor_slice *slices; /* (tensors) */
     int tensors;
     size_t count; /* elements of the flat arrays, padding included */
-    /* With shard != NULL this rank updates elements first .. first + own, and tells the others. master, low, moment and
-       average begin with element `first`. */
+    /* If shard is not NULL, this rank updates elements first .. first + own and sends them to the others; master, low,
+       moment and average then begin with element `first`. */
     const mpt_shard *shard;
     size_t first, own; /* shard NULL: 0, count */
     const float *grad;
@@ -1552,13 +1555,13 @@ typedef struct mpt_feed_op { /* a batch of inputs; only the next map reads it */
 
 typedef struct mpt_ranks_op { /* what a step exchanges with the other ranks */
     const mpt_ranks *ranks;   /* host memory; all other pointers are device memory */
-    int early;                /* 1: only grad(count) is summed, and calls need not wait for it until the next such op
-                                 that is not early */
+    int early;                /* 1: only grad(count) is summed, and only the next ranks_op with early 0 has to wait for
+                                 it */
     float *slots;             /* (ranks,16), scratch */
     mpt_loss_sum *sum;        /* of this rank's samples; becomes that of all */
     float *grad;              /* (count), becomes the sum over all ranks */
     size_t count;             /* 0: none */
-    const mpt_shard *shard;   /* grad is summed in what this rank owns; NULL: all of it */
+    const mpt_shard *shard;   /* not NULL: only the part of grad that this rank owns is summed */
     float *pending;           /* (statistics), becomes the mean */
     size_t statistics;        /* 0: none */
 } mpt_ranks_op;
@@ -2424,7 +2427,7 @@ MPT_HD uint64_t mpt__slot_total(const float *slots, int ranks, int i) {
     return total;
 }
 
-/* What an exchange with the other ranks came to, as a call of mpt ends */
+/* The result of an exchange with the other ranks as a result of mpt, with a reason */
 static inline mpt_result mpt__exchanged(mpt_context *ctx, const mpt_ranks *r, mpt_result result) {
     char why[256];
     size_t length;
@@ -2442,7 +2445,7 @@ static inline mpt_result mpt__all_gather(mpt_context *ctx, const mpt_ranks *r, v
     return mpt__exchanged(ctx, r, r->all_gather(r->user, x, begin, size));
 }
 
-/* After an update every rank is given the weights that the others have updated. */
+/* After an update each rank receives the weights that the others have updated. */
 static inline mpt_result mpt__share_weights(mpt_context *ctx, const mpt_update_op *op) {
     const mpt_shard *s = op->shard;
     void *weights = op->copy.data;
@@ -7292,7 +7295,7 @@ static void mpt__scan_own_task(void *arg, size_t begin, size_t end, int worker) 
     }
 }
 
-/* Every rank scans the chunks that it owns; then all add up those of all, in the order of one rank. */
+/* Each rank scans the chunks that it owns; then every rank adds up the chunks of all, in the order of a single rank. */
 static mpt_result mpt__scan_shards(mpt_context *ctx, const mpt_update_op *op, mpt_scan *out) {
     const mpt_shard *s = op->shard;
     const size_t *chunks = s->chunks + s->ranks->rank, all = s->chunks[s->ranks->ranks];
@@ -7379,7 +7382,7 @@ static void mpt__weights_write(const mpt_context *ctx, const mpt_update_op *op, 
     }
 }
 
-/* p(n), from element `own` of the optimizer's arrays on, one step further */
+/* Updates p(n), whose moments start at element `own` of this rank's arrays. */
 static void mpt__update_some(const mpt__update_work *w, size_t own, size_t n, float *p) {
     float *const *moment = w->op->moment;
     w->ctx->simd.update(&w->rates, n, p, w->op->grad + w->op->first + own, mpt__floats_at(moment[0], own),
@@ -7466,7 +7469,7 @@ static void mpt__update_tensors(mpt__update_work *w) {
     }
 }
 
-/* Ranks exchange their weights after a step that is skipped, too, so that each can rely on the others. */
+/* Ranks exchange their weights even after a skipped step, so that no rank waits for another in vain. */
 static mpt_result mpt__update_share(mpt_context *ctx, const mpt_update_op *op) {
     const mpt_ranks *r = op->shard->ranks;
     uint64_t *meter = op->shard->meters + 2 * r->rank;
@@ -7786,11 +7789,11 @@ typedef struct mpt__tensor {
     char name[64];
     size_t offset, count;
     unsigned group;
-    int wide;       /* its fp32 value is read */
-    size_t wide_at; /* where it is in the shard's `wide`; others: where the next one is */
+    int wide;       /* the net reads its fp32 values */
+    size_t wide_at; /* where they begin in the shard's `wide`; if wide is 0, where those of the next tensor do */
 } mpt__tensor;
 
-/* What a shard has a part of, in the order in which it is put together to be saved; 0 is none. */
+/* The sharded arrays, in the order in which they are collected to be saved; 0 is none. */
 enum { MPT__MOMENTS = 1, MPT__AVERAGES = 4, MPT__MASTERS, MPT__LOWS, MPT__ROLES };
 
 struct mpt_params {
@@ -7808,7 +7811,7 @@ struct mpt_params {
     uint16_t *low;     /* see mpt_update_op */
     size_t first, own; /* trained elements that this rank updates: 0, trained without a shard */
     mpt_shard *shard;  /* NULL: none */
-    /* Puts a role together in `grad`, which all ranks do together. */
+    /* Collects a role in `grad`. All ranks must call it together. */
     mpt_result (*collect)(void *user, int role);
     void *collect_user;
 };
@@ -7931,8 +7934,9 @@ static size_t mpt__wide_before(const mpt_params *params, size_t i) {
     return before;
 }
 
-/* Are masters, or what a weight has instead, in shards? With fp32 weights the masters are what all ranks read. */
-static int mpt__parted(const mpt_params *params) { return params->shard && params->copy.data; }
+/* Whether masters, or what a weight has instead, are sharded. fp32 masters without 16-bit copies are not: all ranks
+   read them. */
+static int mpt__sharded(const mpt_params *params) { return params->shard && params->copy.data; }
 
 /* Deals the chunks out evenly, in the order of ranks. */
 static void mpt__shard_deal(mpt_params *params, const mpt_ranks *ranks, size_t *begin, size_t chunks) {
@@ -7978,16 +7982,16 @@ static mpt_result mpt__shard_new(mpt_params *params, const mpt_ranks *ranks, int
     return MPT_ERROR_NO_MEMORY;
 }
 
-/* Elements of an array of this rank's own: not 0, so that each is there or not on all ranks alike */
+/* Elements of a sharded array on this rank: never 0, so that an array exists on all ranks or on none */
 static size_t mpt__own_room(const mpt_params *params) { return mpt__max(params->own, MPT__TENSOR_ALIGN); }
 
-/* Elements of the arrays of masters and of low bits: those of frozen tensors follow this rank's own. */
-static size_t mpt__kept_room(const mpt_params *params, size_t elements, int parted) {
-    if (!parted) return elements;
+/* Elements of the arrays of masters and low bits. If they are sharded, frozen tensors follow this rank's part. */
+static size_t mpt__kept_room(const mpt_params *params, size_t elements, int sharded) {
+    if (!sharded) return elements;
     return mpt__max(params->own + elements - params->trained, MPT__TENSOR_ALIGN);
 }
 
-/* ranks: each is to have a part; else NULL */
+/* ranks: those among which the optimizer is sharded, or NULL */
 static mpt_result mpt__params_build(mpt_params *params, const mpt_ranks *ranks) {
     const mpt_params_desc *d;
     size_t elements = 0, bytes, kept;
@@ -8043,26 +8047,26 @@ static float *mpt__params_slice(const mpt_params *params, float *array, int tens
     return array + mpt__params_offset(params, tensor);
 }
 
-/* Where element i of the flat arrays is in masters and low bits, if this rank has it there */
+/* The place of element i of the flat arrays in masters and low bits, if this rank has it */
 static size_t mpt__kept_at(const mpt_params *params, size_t i) {
-    if (!mpt__parted(params)) return i;
+    if (!mpt__sharded(params)) return i;
     if (i < params->trained) return i - params->first;
     return params->own + i - params->trained;
 }
 
-/* Has this rank a part alone of a tensor's masters or low bits? */
-static int mpt__tensor_parted(const mpt_params *params, int tensor) {
-    return mpt__parted(params) && tensor <= params->trained_count;
+/* Whether this rank has only a part of a tensor's masters or low bits */
+static int mpt__tensor_sharded(const mpt_params *params, int tensor) {
+    return mpt__sharded(params) && tensor <= params->trained_count;
 }
 
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor) {
-    if (!mpt__params_has(params, tensor) || !params->master || mpt__tensor_parted(params, tensor)) return NULL;
+    if (!mpt__params_has(params, tensor) || !params->master || mpt__tensor_sharded(params, tensor)) return NULL;
     return params->master + mpt__kept_at(params, mpt__params_offset(params, tensor));
 }
 
-/* The fp32 values of a tensor for those who read them; NULL: it has none */
+/* The fp32 values of a tensor that the net reads; NULL: it has none */
 static float *mpt__params_f32(mpt_params *params, int tensor) {
-    if (!tensor || !mpt__tensor_parted(params, tensor)) return mpt_params_master(params, tensor);
+    if (!tensor || !mpt__tensor_sharded(params, tensor)) return mpt_params_master(params, tensor);
     if (!params->tensors[tensor - 1].wide) return NULL;
     return params->shard->wide + params->tensors[tensor - 1].wide_at;
 }
@@ -8073,7 +8077,7 @@ MPT_DEF float *mpt_params_grad(mpt_params *params, int tensor) {
 }
 
 MPT_DEF uint16_t *mpt_params_low(mpt_params *params, int tensor) {
-    if (!mpt__params_has(params, tensor) || !params->low || mpt__tensor_parted(params, tensor)) return NULL;
+    if (!mpt__params_has(params, tensor) || !params->low || mpt__tensor_sharded(params, tensor)) return NULL;
     return params->low + mpt__kept_at(params, mpt__params_offset(params, tensor));
 }
 
@@ -8134,12 +8138,12 @@ static mpt_result mpt__part_upload(mpt_params *params, void *array, size_t size,
                       (const char *)host + (frozen - at) * size, (end - frozen) * size);
 }
 
-/* The reverse, of masters or low bits. With a shard those of trained tensors have been put together. */
+/* The reverse, for masters or low bits. If they are sharded, those of trained tensors have been collected. */
 static mpt_result mpt__part_download(mpt_params *params, const void *array, size_t size, int tensor, void *host) {
     const size_t at = mpt__params_offset(params, tensor), end = at + mpt_params_count(params, tensor);
     const size_t to = mpt__min(end, params->trained), frozen = mpt__max(at, params->trained);
     const char *trained = (const char *)array;
-    if (mpt__parted(params)) trained = (const char *)params->grad;
+    if (mpt__sharded(params)) trained = (const char *)params->grad;
     if (at < to) MPT__TRY(mpt_download(params->ctx, host, trained + at * size, (to - at) * size));
     if (frozen >= end) return MPT_OK;
     return mpt_download(params->ctx, (char *)host + (frozen - at) * size,
@@ -8211,7 +8215,7 @@ MPT_DEF mpt_result mpt_params_set(mpt_params *params, int tensor, const float *h
                     mpt_params_weight(params, tensor), NULL);
 }
 
-/* Masters or low bits that are in shards have been put together. */
+/* If masters or low bits are sharded, they have been collected. */
 static mpt_result mpt__params_read(mpt_params *params, int tensor, float *host) {
     if (!params->master) return mpt__params_get_halves(params, tensor, 1, host);
     return mpt__part_download(params, params->master, sizeof *host, tensor, host);
@@ -8219,9 +8223,9 @@ static mpt_result mpt__params_read(mpt_params *params, int tensor, float *host) 
 
 MPT_DEF mpt_result mpt_params_get(mpt_params *params, int tensor, float *host) {
     MPT__TRY(mpt__params_need(params, "params_get", tensor, host));
-    if (mpt__tensor_parted(params, tensor) && params->master)
+    if (mpt__tensor_sharded(params, tensor) && params->master)
         MPT__TRY(params->collect(params->collect_user, MPT__MASTERS));
-    if (mpt__tensor_parted(params, tensor) && params->low) MPT__TRY(params->collect(params->collect_user, MPT__LOWS));
+    if (mpt__tensor_sharded(params, tensor) && params->low) MPT__TRY(params->collect(params->collect_user, MPT__LOWS));
     return mpt__params_read(params, tensor, host);
 }
 
@@ -8416,7 +8420,7 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     op->first = params->first;
     op->own = params->own;
     op->master = params->master;
-    if (params->master && !mpt__parted(params)) op->master += params->first;
+    if (params->master && !mpt__sharded(params)) op->master += params->first;
     op->copy = params->copy;
     op->low = params->low;
     opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
@@ -10617,12 +10621,12 @@ static mpt_result mpt__node_params(mpt_model *net, mpt__node *node) {
     return MPT_OK;
 }
 
-/* Does each rank keep a part of the optimizer alone? */
+/* Whether each rank keeps only a part of the optimizer */
 static int mpt__shards(const mpt_model *net) {
     return net->train.shard_optimizer && net->train.ranks.ranks > 1 && !net->train.inference;
 }
 
-/* Is the fp32 value of a node's tensors read where there are masters? A product reads the copies but in fp32. */
+/* Whether the net reads the fp32 values of a node's tensors. Only products in 16 bits read the copies instead. */
 static int mpt__reads_f32(const mpt__node *node) {
     return !mpt__kind_of(node).product || node->policy.compute == MPT_F32;
 }
@@ -10978,7 +10982,7 @@ static mpt_array mpt__grad(const mpt_model *net, int id) {
     return mpt__buffer_array(net, mpt__node_of(net, id)->grad, mpt__node_of(net, id)->grad_type);
 }
 
-/* Averages of all trained weights, which with a shard have been put together. */
+/* Averages of all trained weights. If they are sharded, they have been collected. */
 static float *mpt__averages(const mpt_model *net) {
     if (net->params->shard) return net->params->grad;
     return net->opt->op.average;
@@ -11536,7 +11540,7 @@ static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     uint64_t hash = mpt__settings_hash(net);
     size_t i;
     *failed = !weights;
-    if (weights && mpt__parted(net->params)) *failed = mpt__params_get_halves(net->params, 0, 0, weights) != MPT_OK;
+    if (weights && mpt__sharded(net->params)) *failed = mpt__params_get_halves(net->params, 0, 0, weights) != MPT_OK;
     else if (weights) *failed = mpt_params_get(net->params, 0, weights) != MPT_OK;
     if (!*failed)
         for (i = 0; i < count; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
@@ -11575,7 +11579,7 @@ static mpt_result mpt__ranks_compare(mpt_model *net, mpt_result built) {
     return MPT_OK;
 }
 
-/* What this rank owns of a role; NULL: the model has none of it. */
+/* This rank's part of a role; NULL: the model does not have that role. */
 static void *mpt__role_of(const mpt_model *net, int role) {
     if (role < MPT__AVERAGES) return net->opt->op.moment[role - MPT__MOMENTS];
     if (role == MPT__AVERAGES) return net->opt->op.average;
@@ -11583,7 +11587,7 @@ static void *mpt__role_of(const mpt_model *net, int role) {
     return net->params->low;
 }
 
-/* Puts a role together in the gradients, which are as long and rest between steps. */
+/* Collects a role in the array of gradients, which is as long and not in use between steps. */
 static mpt_result mpt__collect(void *user, int role) {
     mpt_model *net = (mpt_model *)user;
     const mpt_params *p = net->params;
@@ -11597,8 +11601,8 @@ static mpt_result mpt__collect(void *user, int role) {
     return mpt__all_gather(net->ctx, p->shard->ranks, whole, p->shard->begin, size);
 }
 
-/* Called when the backward pass has come to node `id`: sums the gradients from its own on, if they are enough for a
-   range. The range of the first layer is left to mpt__gather_gradients. The ranges are the same on all ranks and in all
+/* Called when the backward pass has reached node `id`: sums the gradients from this node's on, if there are enough of
+   them for a range. mpt__gather_gradients sums what is left at the end. The ranges are the same on all ranks and in all
    steps. */
 static mpt_result mpt__gather_range(mpt_model *net, int id) {
     const mpt__node *node = mpt__node_of(net, id);
@@ -12129,7 +12133,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     if (!net->built) return m;
     p = net->params;
     slices = (size_t)p->trained_count * sizeof(mpt_tensor_slice);
-    kept = mpt__kept_room(p, p->elements, mpt__parted(p));
+    kept = mpt__kept_room(p, p->elements, mpt__sharded(p));
     m.gradients = p->trained * 4 * (size_t)(1 + net->sums_apart_count);
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) m.moments += mpt__own_room(p) * 4;
@@ -12672,7 +12676,7 @@ static void mpt__list_states(mpt__job *job) {
 
 /* Is a role in shards? */
 static int mpt__is_sharded(const mpt_model *net, int role) {
-    if (role >= MPT__MASTERS) return mpt__parted(net->params);
+    if (role >= MPT__MASTERS) return mpt__sharded(net->params);
     return role && net->params->shard;
 }
 
