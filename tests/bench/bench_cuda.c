@@ -11,12 +11,16 @@
 #include "../../mpt.h"
 #include "../../mpt_cuda.cuh"
 #include "../cuda/nets.h"
+#include <cublas_v2.h>
+#include <cuda_runtime.h>
 #include <stdio.h>
 
 enum { REPEATS = 7 };
 
 typedef struct bench {
     mpt_context *ctx;
+    cublasHandle_t cublas; /* of the context of the products */
+    int tf32;              /* its choice */
     cudaStream_t stream;
     cudaEvent_t from, to;
     FILE *csv;
@@ -108,9 +112,8 @@ static void product(job *j) {
 static void square(job *j) {
     const float one = 1, zero = 0;
     const cudaDataType type = j->type == MPT_F32 ? CUDA_R_32F : j->type == MPT_F16 ? CUDA_R_16F : CUDA_R_16BF;
-    const mptc__device *device = (mptc__device *)mpt_context_device(j->b->ctx);
-    const int n = (int)j->n, tf32 = j->type == MPT_F32 && device->desc.tf32;
-    cublasGemmEx(device->cublas, CUBLAS_OP_T, CUBLAS_OP_N, n, n, n, &one, j->y.data, type, n, j->x.data, type, n, &zero,
+    const int n = (int)j->n, tf32 = j->type == MPT_F32 && j->b->tf32;
+    cublasGemmEx(j->b->cublas, CUBLAS_OP_T, CUBLAS_OP_N, n, n, n, &one, j->y.data, type, n, j->x.data, type, n, &zero,
                  j->z.data, type, n, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
@@ -372,7 +375,8 @@ static void bench_types(bench *b) {
     int t;
     for (t = 0; t < 4; t++) {
         mpt_cuda_desc desc = MPT_ZERO;
-        desc.stream = b->stream, desc.tf32 = t == 1;
+        desc.stream = b->stream, desc.tf32 = b->tf32 = t == 1;
+        desc.cublas = b->cublas;
         b->ctx = mpt_cuda_open(&desc);
         bench_products(b, types[t], names[t]);
         if (t == 3) bench_kernels(b);
@@ -395,6 +399,7 @@ int main(int argc, char **argv) {
     if (!b.ctx) return printf("no GPU that mpt can use\n"), 1;
     mpt_close(b.ctx);
     cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking);
+    cublasCreate(&b.cublas);
     cudaEventCreate(&b.from), cudaEventCreate(&b.to);
     if (b.csv) fprintf(b.csv, "group,case,type,value,unit,ratio\n");
     printf("%-8s %-28s %-5s %12s %-10s %6s\n", "group", "case", "type", "value", "unit", "ratio");
@@ -402,6 +407,7 @@ int main(int argc, char **argv) {
     bench_steps(&b);
     if (b.csv && fclose(b.csv)) b.failures++;
     cudaEventDestroy(b.from), cudaEventDestroy(b.to);
+    cublasDestroy(b.cublas);
     cudaStreamDestroy(b.stream);
     printf("bench_cuda: %d passed, %d failed\n", b.failures == 0, b.failures);
     return b.failures != 0;

@@ -6,8 +6,8 @@
 # the source with LINEINFO=1, for which each program takes half a minute to start.
 #
 # Both headers are compiled once and linked to the tests, which only include them. A test with private names, mpt__, has
-# the CPU's half to itself, one that names mptc__ or stands before the CUDA calls has both. Ranks over NCCL are left out
-# where it is not installed.
+# the CPU's half to itself, one that stands before the CUDA calls the other. Ranks over NCCL are left out where it is not
+# installed.
 NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
 warnings="-Wall,-Wextra"
@@ -86,8 +86,8 @@ test_program() {
     more=
     if grep -q 'nccl.cuh' "$2"; then
         flags="-x cu $lines $declared -DMPT__CUDA_IMPLEMENTED" objects="$cpu $cuda" more=-lnccl
-    elif grep -qE 'mptc__|define cuda' "$2"; then
-        flags="-x cu $lines" objects=
+    elif grep -q 'define cuda' "$2"; then
+        flags="-x cu $lines -DMPT__IMPLEMENTED" objects=$cpu
     elif grep -q 'mpt__' "$2"; then
         flags="-x c++ -include cuda_runtime.h" objects=$cuda
     else

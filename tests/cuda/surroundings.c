@@ -454,7 +454,7 @@ static void test_recordings(const training *expected) {
         CHECK_EQUAL(driver.unrecorded, fails < 3 ? 0 : fails - 3);
         CHECK_EQUAL(t->said, fails < 3 ? fails : 3);
         CHECK(!fails || strstr(t->last, cudaGetErrorString(cudaErrorStreamCaptureInvalidated)));
-        CHECK((strstr(t->last, "any more") != NULL) == (fails >= 3));
+        CHECK((strstr(t->last, "no longer") != NULL) == (fails >= 3));
         CHECK(driver_clean() && same(expected, t));
     }
     driver.unrecorded = 0;
