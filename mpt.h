@@ -7936,7 +7936,7 @@ static size_t mpt__wide_before(const mpt_params *params, size_t i) {
 
 /* Whether masters, or what a weight has instead, are sharded. fp32 masters without 16-bit copies are not: all ranks
    read them. */
-static int mpt__sharded(const mpt_params *params) { return params->shard && params->copy.data; }
+static int mpt__weights_sharded(const mpt_params *params) { return params->shard && params->copy.data; }
 
 /* Deals the chunks out evenly, in the order of ranks. */
 static void mpt__shard_deal(mpt_params *params, const mpt_ranks *ranks, size_t *begin, size_t chunks) {
@@ -8049,14 +8049,14 @@ static float *mpt__params_slice(const mpt_params *params, float *array, int tens
 
 /* The place of element i of the flat arrays in masters and low bits, if this rank has it */
 static size_t mpt__kept_at(const mpt_params *params, size_t i) {
-    if (!mpt__sharded(params)) return i;
+    if (!mpt__weights_sharded(params)) return i;
     if (i < params->trained) return i - params->first;
     return params->own + i - params->trained;
 }
 
 /* Whether this rank has only a part of a tensor's masters or low bits */
 static int mpt__tensor_sharded(const mpt_params *params, int tensor) {
-    return mpt__sharded(params) && tensor <= params->trained_count;
+    return mpt__weights_sharded(params) && tensor <= params->trained_count;
 }
 
 MPT_DEF float *mpt_params_master(mpt_params *params, int tensor) {
@@ -8143,7 +8143,7 @@ static mpt_result mpt__part_download(mpt_params *params, const void *array, size
     const size_t at = mpt__params_offset(params, tensor), end = at + mpt_params_count(params, tensor);
     const size_t to = mpt__min(end, params->trained), frozen = mpt__max(at, params->trained);
     const char *trained = (const char *)array;
-    if (mpt__sharded(params)) trained = (const char *)params->grad;
+    if (mpt__weights_sharded(params)) trained = (const char *)params->grad;
     if (at < to) MPT__TRY(mpt_download(params->ctx, host, trained + at * size, (to - at) * size));
     if (frozen >= end) return MPT_OK;
     return mpt_download(params->ctx, (char *)host + (frozen - at) * size,
@@ -8420,7 +8420,7 @@ static mpt_result mpt__optimizer_fill(mpt_optimizer *opt) {
     op->first = params->first;
     op->own = params->own;
     op->master = params->master;
-    if (params->master && !mpt__sharded(params)) op->master += params->first;
+    if (params->master && !mpt__weights_sharded(params)) op->master += params->first;
     op->copy = params->copy;
     op->low = params->low;
     opt->mirror.version = MPT_OPTIMIZER_STATE_VERSION;
@@ -11540,7 +11540,8 @@ static uint64_t mpt__model_hash(mpt_model *net, int *failed) {
     uint64_t hash = mpt__settings_hash(net);
     size_t i;
     *failed = !weights;
-    if (weights && mpt__sharded(net->params)) *failed = mpt__params_get_halves(net->params, 0, 0, weights) != MPT_OK;
+    if (weights && mpt__weights_sharded(net->params))
+        *failed = mpt__params_get_halves(net->params, 0, 0, weights) != MPT_OK;
     else if (weights) *failed = mpt_params_get(net->params, 0, weights) != MPT_OK;
     if (!*failed)
         for (i = 0; i < count; i++) hash = hash << 24 ^ mpt_hash(hash, i, 0, mpt__bits(weights[i]));
@@ -12133,7 +12134,7 @@ MPT_DEF mpt_memory mpt_model_memory(const mpt_model *net) {
     if (!net->built) return m;
     p = net->params;
     slices = (size_t)p->trained_count * sizeof(mpt_tensor_slice);
-    kept = mpt__kept_room(p, p->elements, mpt__sharded(p));
+    kept = mpt__kept_room(p, p->elements, mpt__weights_sharded(p));
     m.gradients = p->trained * 4 * (size_t)(1 + net->sums_apart_count);
     for (i = 0; i < 3; i++)
         if (net->opt->op.moment[i]) m.moments += mpt__own_room(p) * 4;
@@ -12675,8 +12676,8 @@ static void mpt__list_states(mpt__job *job) {
 }
 
 /* Is a role in shards? */
-static int mpt__is_sharded(const mpt_model *net, int role) {
-    if (role >= MPT__MASTERS) return mpt__sharded(net->params);
+static int mpt__role_sharded(const mpt_model *net, int role) {
+    if (role >= MPT__MASTERS) return mpt__weights_sharded(net->params);
     return role && net->params->shard;
 }
 
@@ -12685,7 +12686,7 @@ static void mpt__list_role(mpt__job *job, const char *prefix, int role, int type
     const mpt_model *net = job->net;
     int i = job->count;
     void *elements = mpt__role_of(net, role);
-    if (elements && mpt__is_sharded(net, role)) elements = net->params->grad;
+    if (elements && mpt__role_sharded(net, role)) elements = net->params->grad;
     if (elements) mpt__list_some(job, prefix, MPT__RAW, type, elements, last);
     for (; i < job->count; i++) job->parts[i].role = role;
 }
@@ -13049,7 +13050,7 @@ static int mpt__values_role(const mpt__job *job) {
 /* Is a role written that must be put together? */
 static int mpt__must_collect(const mpt__job *job, int role) {
     const mpt_model *net = job->net;
-    if (!job->saves || !mpt__is_sharded(net, role) || !mpt__role_of(net, role)) return 0;
+    if (!job->saves || !mpt__role_sharded(net, role) || !mpt__role_of(net, role)) return 0;
     if (!job->full) return role == mpt__values_role(job);
     return role != MPT__AVERAGES || net->opt->mirror.applied > net->opt->op.average_from;
 }
