@@ -456,8 +456,8 @@ static mpt_policy policy_with(mpt_dtype type, mpt_master master) {
     return policy;
 }
 
-/* Nets, types, masters, optimizers and clip limits */
-static void test_shards(int ranks) {
+/* Nets, types, masters, optimizers and clip limits: each of them, or every second, ... */
+static void test_shards(int ranks, int every) {
     problem *p = problem_new();
     const mpt_policy policies[] = {mpt_policy_preset(MPT_O0, MPT_F16),          mpt_policy_preset(MPT_O2, MPT_F16),
                                    mpt_policy_preset(MPT_O2, MPT_BF16),         mpt_policy_preset(MPT_O1, MPT_BF16),
@@ -465,7 +465,7 @@ static void test_shards(int ranks) {
                                    policy_with(MPT_BF16, MPT_MASTER_STOCHASTIC)};
     const int count = (int)(sizeof policies / sizeof *policies);
     int i;
-    for (i = 0; i < count + 4; i++) {
+    for (i = 0; i < count + 4; i += every) {
         rank like = like_of(i < count ? 3 : 4, policies[i % count], p);
         like.optimizer = (i + ranks) % 3;
         like.ema = i % 2 ? 0.8 : 0;

@@ -398,11 +398,11 @@ int main(int argc, char **argv) {
     test_large_input(2, 0);
     test_bad_label(2, 1, 0);
     test_large_input(2, 1);
-    test_shards(2);
+    test_shards(2, 4);
     test_shard_calls();
     if (devices >= 3) test_shard_bytes();
     if (devices >= 4) test_shard_resume();
-    if (devices >= 4) test_shards(4);
+    if (devices >= 4) test_shards(4, 8);
     test_running(2, 0);
     test_running(2, 1);
     if (devices >= 3) test_other_models();

@@ -219,7 +219,7 @@ int main(int argc, char **argv) {
     RUN_TEST(test_bad_label(3, 0, 4));
     RUN_TEST(test_large_input(3, 0));
     RUN_TEST(test_large_input(3, 1));
-    for (passes = 2; passes <= 4; passes++) RUN_TEST(test_shards(passes));
+    for (passes = 2; passes <= 4; passes++) RUN_TEST(test_shards(passes, 1));
     RUN_TEST(test_shard_bytes());
     RUN_TEST(test_shard_calls());
     RUN_TEST(test_failed_call(0));
