@@ -23,15 +23,23 @@ else
     libraries="$build/runner.o -L$PWD/$build/runner -lcudacpu -Xlinker -rpath -Xlinker $PWD/$build/runner"
 fi
 
+slow=1
+[ -n "$gpu" ] || slow=10 # the runner
+
 note() { # STAGE RESULT SECONDS TEXT
     printf '%-12s %-7s %4d s  %s\n' "$1" "$2" "$3" "$4" | tee -a "$out/summary"
     [ "$2" != FAILED ] || failed=$((failed + 1))
 }
 
-# stage NAME LIMIT COMMAND...: its last line is what the summary says of it
+# stage NAME LIMIT COMMAND...: its last line is what the summary says of it. All stages together end in time.
 stage() {
-    local name=$1 limit=$2 began=$SECONDS status result=passed
+    local name=$1 limit=$2 began=$SECONDS left=$((565 * slow - SECONDS)) status result=passed
     shift 2
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 1 ]; then
+        note "$name" FAILED 0 "no time left"
+        return
+    fi
     timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
     status=$?
     [ $status -eq 0 ] || result=FAILED
@@ -126,8 +134,6 @@ if ! has nvcc || { [ -z "$gpu" ] && [ -z "${CUDACPU:-}" ]; }; then
     skip everything "needs nvcc, and a GPU or CUDACPU"
     exit 0
 fi
-slow=1
-[ -n "$gpu" ] || slow=10 # the runner
 run builds $((120 * slow)) builds
 run suites $((150 * slow)) suites
 if [ -n "$gpu" ] && has compute-sanitizer; then
