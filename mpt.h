@@ -12893,15 +12893,19 @@ static void mpt__walk_members(mpt__walk *w, void *owner, const mpt__member *memb
 }
 #define MPT__WALK(w, owner, members) mpt__walk_members(w, owner, members, sizeof members / sizeof *members)
 
-/* Settings that are not restored but must be equal: walked in copies. */
-static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
+static void mpt__walk_train(mpt__walk *w, const mpt_model *net) {
     mpt_train_desc train = net->train;
-    int id;
     train.optimizer = mpt_optimizer_get_desc(net->opt);
-    mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
     mpt__walk_int(w, "batch", train.batch);
     mpt__walk_uint64(w, "accumulate x ranks", (uint64_t)train.accumulate * (uint64_t)train.ranks.ranks);
     MPT__WALK(w, &train, mpt__train_members);
+}
+
+/* Settings that are not restored but must be equal: walked in copies. */
+static void mpt__walk_settings(mpt__walk *w, const mpt_model *net) {
+    int id;
+    mpt__walk_int(w, "version", MPT__SETTINGS_VERSION);
+    mpt__walk_train(w, net);
     mpt__walk_int(w, "kind of masters", (int)net->params->desc.master);
     for (id = 1; id <= net->count; id++) {
         mpt__node node = *mpt__node_of(net, id);
