@@ -3890,12 +3890,17 @@ MPT__INLINE void mpt__mul_add_run(float *MPT__RESTRICT sum, const float *MPT__RE
     for (e = 0; e < MPT__RUN; e++) sum[e] += x[e] * y[e];
 }
 
+/* A plain function: its time is in expf and its like. */
+static void mpt__activate_other(mpt_activation act, float *x) {
+    size_t e;
+    for (e = 0; e < MPT__RUN; e++) x[e] = mpt__activate(act, x[e]);
+}
+
 MPT__INLINE void mpt__activate_run(mpt_activation act, float *x) {
     size_t e;
     if (act == MPT_RELU)
         for (e = 0; e < MPT__RUN; e++) x[e] = mpt__activate(MPT_RELU, x[e]);
-    else if (act)
-        for (e = 0; e < MPT__RUN; e++) x[e] = mpt__activate(act, x[e]);
+    else if (act) mpt__activate_other(act, x);
 }
 
 /* dx = dy act'(saved) */
@@ -6652,7 +6657,7 @@ static void mpt__norm_set_stats(const mpt__norm_work *w, size_t set, double a, d
 }
 
 /* The sums of sets that each belong to one sample, in the backward pass weighted by gamma */
-MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end, int worker) {
+static void mpt__norm_samples_task(void *arg, size_t begin, size_t end, int worker) {
     const mpt__norm_work *arg_work = (const mpt__norm_work *)arg;
     const mpt_norm_op *op = arg_work->op;
     const size_t groups = op->shape.groups, each = op->shape.C / groups, pixels = op->shape.pixels;
@@ -6684,7 +6689,6 @@ MPT__INLINE void mpt__norm_samples_task_body(void *arg, size_t begin, size_t end
         mpt__norm_set_stats(&w, begin, sums[0], sums[1], shift);
     }
 }
-MPT__TASKS(mpt__norm_samples_task)
 
 static void mpt__norm_put(const mpt__norm_work *w, mpt_array out, size_t c, double sum) {
     float x = 0;
@@ -6700,8 +6704,7 @@ static void mpt__norm_reduce(mpt__norm_work *w) {
     const int batch = op->shape.N == 1 && op->shape.groups == op->shape.C, backward = op->pass == MPT_NORM_BACKWARD;
     size_t c;
     if (!batch && !op->frozen)
-        mpt__parallel(w->ctx, op->shape.N * op->shape.groups, w->rows * op->shape.C,
-                      MPT__TASK(w->ctx, mpt__norm_samples_task), w);
+        mpt__parallel(w->ctx, op->shape.N * op->shape.groups, w->rows * op->shape.C, mpt__norm_samples_task, w);
     if (!batch && !backward) return;
     for (w->first = 0; w->first < op->shape.C; w->first += MPT__COLUMNS) {
         w->columns = mpt__min(op->shape.C - w->first, MPT__COLUMNS);
