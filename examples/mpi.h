@@ -7,15 +7,15 @@
        mpi_ranks_free(&mpi);
        MPI_Finalize();
 
-   Include it after mpt.h. The context is one of the CPU: arrays are in host memory. All goes by MPI_Sendrecv. In a sum
-   over R ranks each owns an R-th of the array, gets the others' parts of it, adds them in the order that mpt_ranks
-   names, and gives its sums to all. So the bits do not depend on the MPI that is installed; and a rank sends
-   2 (R - 1) / R of the array's bytes, the least for a sum that every rank gets. Keep this file out of the include path,
-   where <mpi.h> would find it. C99 or C++11.                                                                         */
+   Include it after mpt.h. The context must be one of the CPU, whose arrays are in host memory. In a sum over R ranks
+   each rank owns an R-th of the array. It receives what the others have there, adds it in the order that mpt_ranks
+   prescribes, and sends its sums to all. All messages are MPI_Sendrecv, so the bits do not depend on the MPI that is
+   installed. A rank sends 2 (R - 1) / R of the array's bytes, the least for a sum that every rank receives. Keep this
+   file out of the include path, where <mpi.h> would find it. C99 or C++11. */
 
 #ifndef MPT_MPI_H
 #define MPT_MPI_H
-#define OMPI_SKIP_MPICXX 1  /* C++ bindings, which MPI 3 has no longer */
+#define OMPI_SKIP_MPICXX 1  /* the C++ bindings, which MPI 3 removed */
 #define MPICH_SKIP_MPICXX 1 /* the same */
 #include <mpi.h>
 #ifndef MPI_VERSION
@@ -24,14 +24,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MPI_RANKS_FLOATS = 1 << 20 }; /* that a rank adds up at a time, those of all; at least as many as ranks */
+enum { MPI_RANKS_FLOATS = 1 << 20 }; /* of all ranks together, that a rank adds up at a time; at least one of each */
 
 typedef struct mpi_adapter {
-    mpt_context *ctx; /* is told the reason of a failed call; not owned */
-    MPI_Comm comm;    /* a duplicate: errors are returned, and no message of others is taken for one of these */
+    mpt_context *ctx; /* stores the reason of a failed call; not owned */
+    MPI_Comm comm;    /* a duplicate, which returns errors and keeps these messages apart from the program's own */
     int rank, ranks;
-    size_t *begin; /* (ranks + 1), of a sum: see mpt_ranks */
-    float *parts;  /* behind it, MPI_RANKS_FLOATS: some of what this rank owns as each rank has it */
+    size_t *begin; /* (ranks + 1): the parts of a sum, see mpt_ranks */
+    float *parts;  /* (MPI_RANKS_FLOATS), behind `begin`: a piece of this rank's part, as each rank has it */
 } mpi_adapter;
 
 static mpt_result mpi_ranks_check(mpt_context *ctx, const char *call, int error) {
@@ -42,14 +42,14 @@ static mpt_result mpi_ranks_check(mpt_context *ctx, const char *call, int error)
     return mpt_fail(ctx, MPT_ERROR_DEVICE, "%s: %s", call, text);
 }
 
-/* What rank r owns but for its first `at` elements: how many, of at most `most`, from *from on. */
+/* At most `most` elements of rank r's part after its first `at`: returns how many; *from is the first one's index. */
 static int mpi_ranks_some(const size_t *begin, int r, size_t at, size_t most, size_t *from) {
     const size_t end = begin[r + 1], left = end - begin[r] < at ? 0 : end - begin[r] - at;
     *from = end - left;
     return (int)(left < most ? left : most);
 }
 
-/* x(n) = the sums of all ranks' parts(ranks,most) */
+/* x(n) = the sums over the ranks of parts(ranks,most) */
 static void mpi_ranks_add(const mpi_adapter *a, size_t most, float *x, size_t n) {
     const size_t ranks = (size_t)a->ranks;
     size_t width, r, i;
@@ -60,8 +60,8 @@ static void mpi_ranks_add(const mpi_adapter *a, size_t most, float *x, size_t n)
     memcpy(x, a->parts, n * sizeof *x);
 }
 
-/* Each two ranks exchange what they own of x, elements of `size` bytes, a piece at a time. add: each gives what the
-   other owns, and adds up what it owns itself. */
+/* Every rank exchanges pieces of x with every other. add 0: it sends its own part, so that all ranks have the whole x
+   in the end. add 1: it sends each rank that rank's part, and adds up its own. Elements have `size` bytes. */
 static mpt_result mpi_ranks_exchange(const mpi_adapter *a, char *x, const size_t *begin, size_t size, int add) {
     const size_t most = MPI_RANKS_FLOATS / (size_t)a->ranks;
     size_t at, mine, out, in, longest = 0;
@@ -105,8 +105,8 @@ static void mpi_ranks_free(mpi_adapter *a) {
     free(a->begin);
 }
 
-/* Fills *out for a model of ctx; every rank of comm calls it. *a must stay where it is until the model is freed, and is
-   freed then; after an error there is nothing to free. */
+/* Fills *out for a model of ctx. Every rank of comm must call it. *a must not move while the model exists; then free it
+   with mpi_ranks_free. After an error there is nothing to free. */
 static mpt_result mpi_ranks(mpi_adapter *a, mpt_context *ctx, MPI_Comm comm, mpt_ranks *out) {
     const int error = MPI_Comm_dup(comm, &a->comm);
     if (error != MPI_SUCCESS) return mpi_ranks_check(ctx, "MPI_Comm_dup", error);

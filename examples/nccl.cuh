@@ -1,19 +1,19 @@
-/* nccl.cuh - the calls of mpt_ranks over NCCL: GPUs of one machine or of many train one model together, a rank each, as
-   processes or as threads.
+/* nccl.cuh - the calls of mpt_ranks over NCCL: GPUs of one machine or of many train one model together. Each rank has
+   one GPU and is a process or a thread.
 
        cuda.stream = stream;                 the context's stream is yours; cuda.device is this rank's
        ctx = mpt_cuda_open(&cuda);
-       if (rank == 0) ncclGetUniqueId(&id);  and to the other ranks, as by MPI_Bcast
+       if (rank == 0) ncclGetUniqueId(&id);  then send it to the other ranks, for example by MPI_Bcast
        if (nccl_ranks(&nccl, ctx, &cuda, id, rank, ranks, &train.ranks) != MPT_OK) puts(mpt_why(ctx));
        ...                                   build, train, free the model
        nccl_ranks_free(&nccl);
 
-   Include it after mpt_cuda.cuh, compile with nvcc, link with -lnccl; NCCL 2.9 or later. All is put on the context's
-   stream, so that it is part of a recorded step. Two ranks are summed by ncclAllReduce. That adds more of them in an
-   order of its own, so there each rank owns a part of the array, gets the others' parts of it, adds them in the order
-   that mpt_ranks names, and hands its sums to all: a rank sends 2 (R - 1) / R of the array's bytes, the least for such
-   a sum. Set NCCL_GRAPH_REGISTER=0 before the start: a rank that has to skip a step joins the others'
-   graphs by calls of its own, and may not be waited for when NCCL registers what graphs use.                         */
+   Include it after mpt_cuda.cuh, compile with nvcc, link with -lnccl; NCCL 2.9 or later. All work is put on the
+   context's stream, so that it is part of a recorded step. ncclAllReduce sums two ranks. With more ranks it would add
+   in an order of its own; then each rank owns a part of the array, receives what the others have there, adds it in the
+   order that mpt_ranks prescribes, and sends its sums to all. A rank sends 2 (R - 1) / R of the array's bytes, the
+   least for such a sum. Set NCCL_GRAPH_REGISTER=0 before the start: a rank that has to skip a step joins the others'
+   graphs with separate calls, which can hang if NCCL registers the buffers of graphs. */
 
 #ifndef MPT_NCCL_CUH
 #define MPT_NCCL_CUH
@@ -24,18 +24,18 @@
 
 enum {
     NCCL_RANKS_ROOM = 1 << 22,
-    NCCL_RANKS_FEW = 16,  /* this part of the room, of all ranks together, is not worth two exchanges */
-    NCCL_RANKS_MOST = 512 /* ranks: its square is that part */
+    NCCL_RANKS_FEW = 16,  /* a sum that takes at most this part of the room is one exchange instead of two */
+    NCCL_RANKS_MOST = 512 /* ranks: the square root of that part of the room, so that a float each always fits */
 };
 
 typedef struct nccl_adapter {
-    mpt_context *ctx; /* is told the reason of a failed call; not owned, nor is the stream */
+    mpt_context *ctx; /* stores the reason of a failed call; like the stream, it is not owned */
     cudaStream_t stream;
     ncclComm_t comm;
     int rank, ranks;
     size_t room;  /* floats that are summed at a time */
-    float *parts; /* device (room), what this rank adds up, as each rank has it */
-    size_t begin[NCCL_RANKS_MOST + 1]; /* of a sum: see mpt_ranks */
+    float *parts; /* device (room): a piece of this rank's part, as each rank has it */
+    size_t begin[NCCL_RANKS_MOST + 1]; /* the parts of a sum, see mpt_ranks */
 } nccl_adapter;
 
 static mpt_result nccl_ranks_check(const nccl_adapter *a, const char *call, ncclResult_t error) {
@@ -47,7 +47,7 @@ static mpt_result nccl_ranks_check(const nccl_adapter *a, const char *call, nccl
 #endif
 }
 
-/* x(n) = the sums of parts(ranks,n), which are lost */
+/* x(n) = the sums over the ranks of parts(ranks,n), which it overwrites */
 static __global__ void nccl_ranks_add(float *parts, int ranks, size_t n, float *x) {
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
         for (int width = 1; width < ranks; width *= 2)
@@ -56,7 +56,7 @@ static __global__ void nccl_ranks_add(float *parts, int ranks, size_t n, float *
     }
 }
 
-/* x(n) from what all ranks have brought to parts(ranks,n) */
+/* The same on the context's stream */
 static mpt_result nccl_ranks_added(const nccl_adapter *a, float *x, size_t n) {
     const size_t blocks = (n + 255) / 256;
     nccl_ranks_add<<<(unsigned)(blocks < 1024 ? blocks : 1024), 256, 0, a->stream>>>(a->parts, a->ranks, n, x);
@@ -64,21 +64,21 @@ static mpt_result nccl_ranks_added(const nccl_adapter *a, float *x, size_t n) {
     return e == cudaSuccess ? MPT_OK : mpt_fail(a->ctx, MPT_ERROR_DEVICE, "nccl_ranks_add: %s", cudaGetErrorString(e));
 }
 
-/* Few floats: every rank adds those of all. */
+/* For few floats: every rank receives those of all and adds them. */
 static mpt_result nccl_ranks_sum_few(const nccl_adapter *a, float *x, size_t n) {
     const mpt_result r =
         nccl_ranks_check(a, "ncclAllGather", ncclAllGather(x, a->parts, n, ncclFloat32, a->comm, a->stream));
     return r == MPT_OK ? nccl_ranks_added(a, x, n) : r;
 }
 
-/* What rank r owns, but for its first `at` elements: at most `most`, from *from on */
+/* At most `most` elements of rank r's part after its first `at`: returns how many; *from is the first one's index. */
 static size_t nccl_ranks_some(const size_t *begin, int r, size_t at, size_t most, size_t *from) {
     const size_t owned = begin[r + 1] - begin[r], passed = at < owned ? at : owned;
     *from = begin[r] + passed;
     return owned - passed < most ? owned - passed : most;
 }
 
-/* Element `at` and those behind it of what each rank owns: as many as there is room for */
+/* Adds up as many elements of each rank's part as there is room for, from element `at` of the part on. */
 static mpt_result nccl_ranks_scatter_some(const nccl_adapter *a, float *x, const size_t *begin, size_t at) {
     const size_t most = a->room / (size_t)a->ranks;
     size_t mine, from;
@@ -137,15 +137,15 @@ static void nccl_ranks_free(nccl_adapter *a) {
     ncclResult_t told = ncclSuccess;
     if (a->comm && ncclCommGetAsyncError(a->comm, &told) == ncclSuccess && told == ncclSuccess)
         ncclCommDestroy(a->comm);
-    else if (a->comm) ncclCommAbort(a->comm); /* it waits for nobody */
+    else if (a->comm) ncclCommAbort(a->comm); /* does not wait for other ranks */
     a->comm = NULL;
     cudaFree(a->parts);
     a->parts = NULL;
 }
 
-/* Fills *out for a model of ctx, which was opened by *desc; every rank calls it, and each waits for all. desc->device
-   is the current one from here on. *a must stay where it is until the model is freed, and is freed then; after an error
-   there is nothing to free. */
+/* Fills *out for a model of ctx, which was opened with *desc. Every rank must call it; it waits for all of them. Makes
+   desc->device the current device. *a must not move while the model exists; then free it with nccl_ranks_free. After an
+   error there is nothing to free. */
 static mpt_result nccl_ranks(nccl_adapter *a, mpt_context *ctx, const mpt_cuda_desc *desc, ncclUniqueId id, int rank,
                              int ranks, mpt_ranks *out) {
     const nccl_adapter adapter = {ctx, (cudaStream_t)desc->stream, NULL, rank, ranks, NCCL_RANKS_ROOM, NULL, {0}};
