@@ -67,9 +67,9 @@
 
    5. Memory. Arrays come from cudaMalloc, not from desc.context.alloc, which serves the host side. Temporaries of
    convolutions share a block that grows in the first step, up to desc.workspace (and beyond it only if a single row, or
-   with a stride the gradient of one image, needs more). The fp32 sums of products have such a block, too, and so do the
-   parts, up to 32 MiB, that own_convolutions makes a gradient of weights of; operands of different types are cast in a
-   third one, as large as they are. After that a step allocates nothing.
+   with a stride the gradient of one image, needs more). A second block has the fp32 sums of products, and up to 32 MiB
+   of parts of weight gradients with own_convolutions. A third one has operands of different types as fp32, and is as
+   large as they are. After the first step nothing is allocated.
 
    6. Errors. An error of CUDA or cuBLAS becomes MPT_ERROR_NO_MEMORY or MPT_ERROR_DEVICE, with the call, file, line and
    the driver's text in mpt_why. Because work is asynchronous, a later call may report it; MPT_ERROR_DIVERGED may also
@@ -104,10 +104,10 @@ typedef struct mpt_cuda_desc {
                                  L2 cache, whichever is less, but at least 8 MiB */
     int tf32;                 /* 1: fp32 products may round their operands to TF32 (10 bits of fraction) */
     int no_graph;             /* 1: training steps are not recorded: every kernel is launched separately */
-    int own_convolutions;     /* 1: 16-bit convolutions without groups from 16 to 128 channels to 16 to 128, all
-                                 multiples of 8, are one kernel of this file, instead of products by cuBLAS of a matrix
-                                 that is gathered first. Not 1x1 ones with stride 1, nor gradients of x with a stride.
-                                 Needs compute capability 8.0 and code for it, otherwise logs this and uses cuBLAS.
+    int own_convolutions;     /* 1: 16-bit convolutions without groups whose C and K are multiples of 8 in 16..128 run
+                                 as one kernel of this file, instead of gathering a matrix that cuBLAS multiplies.
+                                 Exceptions: 1x1 kernels with stride 1, and gradients of x with a larger stride. Needs
+                                 compute capability 8.0 and code for it, otherwise logs this and uses cuBLAS.
                                  tests/cuda/probe.cu measures which is faster on a card */
 } mpt_cuda_desc;
 
@@ -244,7 +244,7 @@ typedef struct mptc__block { /* device memory that grows on demand */
 typedef struct mptc__device {
     mpt_cuda_desc desc; /* defaults filled in */
     int processors;
-    int own; /* convolutions as one kernel: they are asked for, and can be had */
+    int own; /* 1: own_convolutions, and the device can run them */
     int (*context_state)(int device, unsigned *flags, int *active); /* of the driver: cuDevicePrimaryCtxGetState */
     cudaStream_t stream; /* of the calls: the context's, or `beside` while the context's sums gradients of all ranks */
     cudaStream_t beside, home; /* home: the context's stream while calls use `beside`; else NULL */
@@ -1922,8 +1922,8 @@ static mpt_result mptc__conv2d_columns(mpt_context *ctx, const mpt_conv2d_op *op
 
 /* -- Convolution as one kernel, see own_convolutions --
 
-   The products above without the gathered matrix: its elements go from x or dy straight to shared memory. A block makes
-   a tile of 128 x 64 sums, 32 terms at a time; `other` is what is not gathered:
+   The products above without a gathered matrix in memory: its elements go from x or dy straight to shared memory. A
+   block computes a tile of 128 x 64 sums, 32 terms at a time. `other` is the operand that is not gathered:
 
                  result                gathered               other
      forward     y(outputs,K)          (outputs, R S C) of x  w(K, R S C)
@@ -1932,47 +1932,47 @@ static mpt_result mptc__conv2d_columns(mpt_context *ctx, const mpt_conv2d_op *op
                  transpose (R S C, K)
 
            32 terms           64 columns
-          +--+      32 terms +----+----+     Four warps make 64 x 32 sums each, of 16 x 8 at a time (mma.sync m16n8k16).
-          |  |               +----+----+     While they do, the next two steps' terms are on their way (cp.async), in
-     128  |  |               +----+----+     pieces of 16 bytes: eight channels of a tap, or zeros in the padding.
-     rows |  |               | 0  | 1  |     Of a step a thread fetches four pieces of the gathered matrix, of one tap
-          |  |               +----+----+     from one channel on, and two of the other.
+          +--+      32 terms +----+----+     Each of four warps computes 64 x 32 sums, 16 x 8 at a time (mma.sync
+          |  |               +----+----+     m16n8k16). Meanwhile the terms of the next two steps are fetched (cp.async)
+     128  |  |               +----+----+     in pieces of 16 bytes: eight channels of a tap, or zeros in the padding.
+     rows |  |               | 0  | 1  |     In a step a thread fetches four pieces of the gathered matrix, all of the
+          |  |               +----+----+     same tap and channels, and two pieces of the other matrix.
           +--+               | 2  | 3  |
         gathered             +----+----+
 
-   A tile lies in shared memory as in global memory, in rows of its contiguous side: of terms where these are channels
-   of a tap, else one row a term, which ldmatrix transposes as it reads. Neighbouring rows have their pieces exchanged
-   (swizzled), so that the eight which are read or written at a time lie in eight different groups of four banks.
+   In shared memory a tile has the rows that are contiguous in global memory: rows of terms if these are channels of a
+   tap, else one row for each term, which ldmatrix transposes while it reads. The pieces of neighbouring rows are
+   permuted (swizzled), so that eight pieces that are read or written together are in different banks.
 
-   Order of the sums, whatever the device: a block adds its terms in fp32 in steps of 16, whose order within is the
-   hardware's. The terms of dw, positions, are cut into parts, as many as its shape says; the parts are added as
-   mptc__plain_terms has it. */
+   The order of sums does not depend on the device: a block adds its terms in fp32 in steps of 16, whose inner order is
+   the hardware's. The terms of dw, which are positions, are cut into parts; their number depends on the shape alone.
+   mptc__plain_terms adds the parts. */
 
 enum {
     MPTC__TILE_ROWS = 128,
     MPTC__TILE_COLUMNS = 64,
     MPTC__TILE_TERMS = 32,
     MPTC__TILE_THREADS = 128,
-    MPTC__STAGES = 3,                                    /* steps in shared memory */
-    MPTC__PIECES = MPTC__TILE_TERMS / MPTC__PACK,        /* of a row of terms... */
-    MPTC__TALL = MPTC__TILE_ROWS / MPTC__PACK,           /* ...of a row of the gathered tile's transpose... */
-    MPTC__WIDE = MPTC__TILE_COLUMNS / MPTC__PACK,        /* ...of a row of columns... */
-    MPTC__GATHERED = MPTC__TILE_ROWS * MPTC__PIECES,     /* ...and of the tiles of a step */
-    MPTC__FETCHES = MPTC__GATHERED / MPTC__TILE_THREADS, /* of a thread, of the gathered tile */
+    MPTC__STAGES = 3,                                    /* steps in shared memory at a time */
+    MPTC__PIECES = MPTC__TILE_TERMS / MPTC__PACK,        /* in a row of terms, */
+    MPTC__TALL = MPTC__TILE_ROWS / MPTC__PACK,           /* in a row of the gathered tile's transpose, */
+    MPTC__WIDE = MPTC__TILE_COLUMNS / MPTC__PACK,        /* in a row of columns, */
+    MPTC__GATHERED = MPTC__TILE_ROWS * MPTC__PIECES,     /* and in the gathered tile of a step */
+    MPTC__FETCHES = MPTC__GATHERED / MPTC__TILE_THREADS, /* of which a thread fetches so many */
     MPTC__STAGE = MPTC__GATHERED + MPTC__TILE_COLUMNS * MPTC__PIECES,
-    MPTC__PITCH = MPTC__TILE_COLUMNS + MPTC__PACK,       /* of the sums, which take as much as the stages */
+    MPTC__PITCH = MPTC__TILE_COLUMNS + MPTC__PACK,       /* of the sums, which replace the stages at the end */
     MPTC__OWN_LEAST = 16,                                /* channels */
     MPTC__OWN_MOST = 128,
-    MPTC__OWN_BLOCKS = 512,                              /* into as many the terms of dw are cut, ... */
-    MPTC__OWN_TERMS = 256                                /* ...if each has so many */
+    MPTC__OWN_BLOCKS = 512,                              /* wanted for dw, */
+    MPTC__OWN_TERMS = 256                                /* if each has at least so many terms */
 };
 
 typedef struct mptc__implicit {
     mptc__grid grid;                 /* of the positions: outputs; inputs for dx */
-    mptc__position on;               /* how far from one line of positions that a thread fetches to the next */
+    mptc__position on;               /* distance between the positions that a thread fetches */
     unsigned down, across;           /* of the images that are gathered */
-    unsigned stride_h, stride_w;     /* position p's tap r reads row stride p + first + step r of its image, ... */
-    unsigned first_h, first_w;       /* ...modulo 2^32, where what lies before an image lies behind it as well */
+    unsigned stride_h, stride_w;     /* tap r of position p reads row stride p + first + step r of its image, modulo */
+    unsigned first_h, first_w;       /* 2^32, so that a row above the image is also a row below it */
     unsigned step_h, step_w;
     mptc__divider channels;          /* pieces of a tap */
     mptc__divider S;
@@ -1981,13 +1981,13 @@ typedef struct mptc__implicit {
     unsigned rows, columns, terms;   /* of the product */
     unsigned tiles_down, tiles_across;
     unsigned part;                   /* terms of a block */
-    mpt_array out;                   /* y or dx; the parts of dw(K, R S C) in fp32, one after the other */
+    mpt_array out;                   /* y or dx; or the parts of dw(K, R S C) in fp32, one after another */
     mpt_array bias;
     mpt_activation act;
     float beta;
 } mptc__implicit;
 
-/* Where a piece lies in a tile whose rows have four of them, or a multiple of eight */
+/* The place of a piece in a tile whose rows have four pieces, or a multiple of eight */
 static __device__ __forceinline__ unsigned mptc__in_narrow(unsigned row, unsigned piece) {
     return row * MPTC__PIECES + (piece ^ (row / 2 % MPTC__PIECES));
 }
@@ -1997,19 +1997,20 @@ static __device__ __forceinline__ unsigned mptc__in_wide(unsigned pieces, unsign
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-/* *to = *from, or zeros, some time before mptc__fetched */
+/* *to = *from, or zeros; done when mptc__fetched says so */
 static __device__ __forceinline__ void mptc__fetch(uint4 *to, const uint4 *from, bool there) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(to);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
-/* The end of what is fetched for a step, and the wait until only so many steps are on their way */
+/* Ends the fetches of a step; waits until at most so many steps are still being fetched. */
 static __device__ __forceinline__ void mptc__fetch_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int steps> static __device__ __forceinline__ void mptc__fetched() {
     asm volatile("cp.async.wait_group %0;" ::"n"(steps) : "memory");
 }
 
-/* Four matrices of 8 x 8; a lane has the address of a row, and gets a pair of each, of a row or of a column. */
+/* Loads four matrices of 8 x 8. A lane gives the address of a row and gets two elements of each matrix, neighbours in a
+   row or, transposed, in a column. */
 template <bool transposed> static __device__ __forceinline__ void mptc__load_matrices(const uint4 *row, uint32_t *to) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(row);
     if (transposed)
@@ -2033,11 +2034,11 @@ static __device__ __forceinline__ void mptc__mma(float *d, const uint32_t *a, co
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/* What a thread fetches of the gathered matrix: from channel c of tap (r,s) on. It keeps where tap (0,0) of its rows
-   is; or, where rows are terms, the position that is next. */
+/* What a thread fetches of the gathered matrix: eight channels, from c on, of tap (r,s). It keeps where tap (0,0) of
+   its rows is or, for dw, whose terms are positions, the next position. */
 typedef struct mptc__fetcher {
     unsigned down[MPTC__FETCHES], across[MPTC__FETCHES];
-    unsigned piece[MPTC__FETCHES]; /* its number in all images */
+    unsigned piece[MPTC__FETCHES]; /* its number, counted over all images */
     mptc__position next;
     unsigned r, s, c;              /* c in pieces */
 } mptc__fetcher;
@@ -2069,7 +2070,7 @@ mptc__fetcher_of(const mptc__implicit *v, unsigned row, unsigned term) {
     return f;
 }
 
-/* The gathered tile of terms `term` on; those from `end` on are zeros. */
+/* Fetches the gathered tile of the terms from `term` on; from `end` on they are zeros. */
 template <mpt_pass pass> static __device__ __forceinline__ void
 mptc__fetch_gathered(const mptc__implicit *v, mptc__fetcher *f, unsigned term, unsigned end, uint4 *tile) {
     const unsigned tap_h = f->r * v->step_h, tap_w = f->s * v->step_w;
@@ -2101,7 +2102,7 @@ mptc__fetch_gathered(const mptc__implicit *v, mptc__fetcher *f, unsigned term, u
     }
 }
 
-/* The tile of the other matrix: the same terms, and columns `column` on */
+/* The same terms of the other matrix, columns `column` and following */
 template <mpt_pass pass> static __device__ __forceinline__ void
 mptc__fetch_other(const mptc__implicit *v, unsigned column, unsigned term, unsigned end, uint4 *tile) {
     const unsigned pieces = pass == MPT_FORWARD ? MPTC__PIECES : MPTC__WIDE, piece = threadIdx.x % pieces;
@@ -2132,7 +2133,7 @@ mptc__fetch_step(const mptc__implicit *v, mptc__fetcher *f, unsigned column, uns
     mptc__fetch_end();
 }
 
-/* sum(64,32) of this warp += its rows of a step's gathered tile times its columns of the other */
+/* sum(64,32) of this warp += its rows of the gathered tile times its columns of the other */
 template <mpt_dtype type, mpt_pass pass> static __device__ __forceinline__ void
 mptc__tile_multiply(const uint4 *gathered, const uint4 *other, unsigned row, unsigned column, float (*sum)[4][4]) {
     const bool tall = pass == MPT_BACKWARD_WEIGHT, wide = pass != MPT_FORWARD;
@@ -2182,7 +2183,7 @@ static __device__ void mptc__tile_finish(const mptc__implicit *v, const float *t
     }
 }
 
-/* A part of dw: the transpose of a tile. Lanes take neighbouring columns of it, and each writes eight of its rows. */
+/* Stores a part of dw, the transpose of a tile: a thread writes eight rows of one column of the tile. */
 static __device__ void mptc__tile_leave(const mptc__implicit *v, const float *tile, unsigned row, unsigned column,
                                         unsigned part) {
     for (unsigned i = threadIdx.x; i < MPTC__TALL * MPTC__TILE_COLUMNS; i += MPTC__TILE_THREADS) {
@@ -2196,7 +2197,7 @@ static __device__ void mptc__tile_leave(const mptc__implicit *v, const float *ti
 
 #endif /* __CUDA_ARCH__ */
 
-/* Over 64 registers: as many are a thread's sums. Before 8.0 it is empty, and is not started. */
+/* Over 64 registers, because a thread has 64 sums. Empty before compute capability 8.0, where it is never launched. */
 template <mpt_dtype type, mpt_pass pass>
 static __global__ void __launch_bounds__(MPTC__TILE_THREADS, 4) mptc__implicit_k(mptc__implicit v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -2215,10 +2216,10 @@ static __global__ void __launch_bounds__(MPTC__TILE_THREADS, 4) mptc__implicit_k
         mptc__fetch_step<pass>(&v, &f, column, first + i * MPTC__TILE_TERMS, end, stages + i * MPTC__STAGE);
     unsigned now = 0, next = MPTC__STAGES - 1; /* stages */
     for (unsigned step = 0; step < steps; step++) {
-        const unsigned term = first + (step + MPTC__STAGES - 1) * MPTC__TILE_TERMS; /* zeros, at last */
+        const unsigned term = first + (step + MPTC__STAGES - 1) * MPTC__TILE_TERMS; /* zeros after the last */
         const uint4 *stage = stages + now * MPTC__STAGE;
         mptc__fetched<MPTC__STAGES - 2>();
-        __syncthreads(); /* all have this step, and are done with the one before, whose stage is the next */
+        __syncthreads(); /* all threads have this step and have finished the one before, whose stage is filled next */
         mptc__fetch_step<pass>(&v, &f, column, term, end, stages + next * MPTC__STAGE);
         mptc__tile_multiply<type, pass>(stage, stage + MPTC__GATHERED, warp_row, warp_column, sum);
         next = now;
@@ -2250,7 +2251,8 @@ template <mpt_dtype type> static mpt_result mptc__implicit_launch(mpt_context *c
     return mptc__launch(ctx, "launch of mptc__implicit_k", __LINE__, kernel, blocks, MPTC__TILE_THREADS, v);
 }
 
-/* Is this one of its convolutions? g: the product of the pass. With a stride most of what dx would gather is zeros. */
+/* Whether this kernel computes the convolution. g: the product of the pass. With a stride, most of what dx would gather
+   is zeros. */
 static int mptc__is_own(const mptc__device *device, const mpt_conv2d_op *op, const mpt_gemm_op *g) {
     const mpt_conv2d_shape *z = &op->shape;
     const int types = g->a.type == g->b.type && (g->a.type == MPT_F16 || g->a.type == MPT_BF16);
