@@ -4946,7 +4946,7 @@ enum {
     MPT__DEEP = 576,              /* words of a part's depth at most if the left operand is copied, */
     MPT__DEEPEST = 1536,          /* and if it is read in place */
     MPT__LEFT_WORDS = 96 * 576,   /* of the left operand's copy: 216 KiB, */
-    MPT__RIGHT_WORDS = 128 * 768, /* and of panels, 384 KiB: both stay in L2 */
+    MPT__RIGHT_WORDS = 256 * 512, /* and of panels, 512 KiB: both stay in an L2 of 1 MiB */
     MPT__LINE = 256,              /* depth that is transposed at a time */
 #endif
     MPT__GROUP = 96,     /* rows of an epilogue at most: a multiple of every tile_m, and of RUN */
