@@ -1945,8 +1945,7 @@ static mpt_result mptc__conv2d_columns(mpt_context *ctx, const mpt_conv2d_op *op
    permuted (swizzled), so that eight pieces that are read or written together are in different banks.
 
    The order of sums does not depend on the device: a block adds its terms in fp32 in steps of 16, whose inner order is
-   the hardware's. The terms of dw, which are positions, are cut into parts; their number depends on the shape alone.
-   mptc__plain_terms adds the parts. */
+   the hardware's. The terms of dw, positions, are cut into parts by shape alone; mptc__plain_terms adds the parts. */
 
 enum {
     MPTC__TILE_ROWS = 128,
@@ -2009,8 +2008,8 @@ template <int steps> static __device__ __forceinline__ void mptc__fetched() {
     asm volatile("cp.async.wait_group %0;" ::"n"(steps) : "memory");
 }
 
-/* Loads four matrices of 8 x 8. A lane gives the address of a row and gets two elements of each matrix, neighbours in a
-   row or, transposed, in a column. */
+/* Loads four matrices of 8 x 8. A lane gives a row's address and gets two neighbours of a row (transposed: a
+   column). */
 template <bool transposed> static __device__ __forceinline__ void mptc__load_matrices(const uint4 *row, uint32_t *to) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(row);
     if (transposed)
@@ -2251,8 +2250,7 @@ template <mpt_dtype type> static mpt_result mptc__implicit_launch(mpt_context *c
     return mptc__launch(ctx, "launch of mptc__implicit_k", __LINE__, kernel, blocks, MPTC__TILE_THREADS, v);
 }
 
-/* Whether this kernel computes the convolution. g: the product of the pass. With a stride, most of what dx would gather
-   is zeros. */
+/* Whether this kernel computes it. g: the product of the pass. With a stride, dx would gather mostly zeros. */
 static int mptc__is_own(const mptc__device *device, const mpt_conv2d_op *op, const mpt_gemm_op *g) {
     const mpt_conv2d_shape *z = &op->shape;
     const int types = g->a.type == g->b.type && (g->a.type == MPT_F16 || g->a.type == MPT_BF16);
