@@ -266,7 +266,7 @@ MPT_DEF mpt_result lens_explain(mpt_model *net, const void *x, const void *targe
 
 /* ==== BASICS ==== */
 
-/* Returns from the calling function when a call did not succeed. */
+/* Returns from the calling function if a call fails. */
 #define LENS__TRY(call)                        \
     do {                                       \
         const mpt_result lens__r = (call);     \
@@ -347,7 +347,7 @@ static void lens__put(lens__table *t, char c) {
     if (t->length < LENS__LINE - 2) t->line[t->length++] = c;
 }
 
-/* CSV: in quotes where it must be. */
+/* CSV: in quotes if necessary */
 static void lens__put_csv(lens__table *t, const char *text) {
     const int quoted = strpbrk(text, ",\"\n") != NULL;
     if (quoted) lens__put(t, '"');
@@ -434,7 +434,7 @@ static double lens__percent(double part, double whole) { return whole > 0 ? 100 
 
 /* ==== TABLE PARTS ==== */
 
-/* The state of a model's optimizer. */
+/* The state of a model's optimizer */
 static mpt_result lens__need_state(mpt_model *net, const char *call, mpt_style style, mpt_write write,
                                    mpt_optimizer_state *out) {
     mpt_context *ctx = mpt_model_context(net);
@@ -514,12 +514,12 @@ static void lens__linear_product(lens_product *p, size_t N, size_t D, size_t O) 
     p->ldc = p->n;
 }
 
-/* Does each output read one pixel, the one in its place? */
+/* Whether each output reads only the pixel in its own place */
 static int lens__is_product(const mpt_conv2d_shape *z) {
     return z->R * z->S == 1 && z->stride_h * z->stride_w == 1 && !z->padding_h && !z->padding_w;
 }
 
-/* As mpt_cuda.cuh makes it: one operand gathered to rows of taps that are padded to 16 bytes, but for a 1x1 kernel.
+/* As mpt_cuda.cuh computes it: except for a 1x1 kernel, one operand is gathered into rows of taps, padded to 16 bytes.
    N images in, P x Q pixels out. */
 static void lens__filters_product(lens_product *p, size_t N, const mpt_node_info *node) {
     const mpt_conv2d_shape *z = &node->conv;
@@ -809,7 +809,8 @@ static mpt_result lens__loss_at(mpt_model *net, const lens__samples *s, int tens
     return r == MPT_OK ? lens__loss_of(net, s, loss) : r;
 }
 
-/* The differences of the loss to both sides, up and down by h: what is nearer to `gradient` than *nearest goes in. */
+/* The differences of the loss to both sides, by h up and down. The one that is nearest to `gradient`, if it is nearer
+   than *nearest, replaces that. */
 static mpt_result lens__differences(mpt_model *net, const lens__samples *s, int tensor, float *w, size_t element,
                                     double loss, float h, double gradient, double *nearest) {
     const float up = w[element] + h, down = w[element] - h;
@@ -825,7 +826,7 @@ static mpt_result lens__differences(mpt_model *net, const lens__samples *s, int 
     return MPT_OK;
 }
 
-/* At the step, and where that is off by more than 2^-8 at a quarter of it. */
+/* With the step and, if that is off by more than 2^-8, with a quarter of it */
 static mpt_result lens__difference(mpt_model *net, const lens__samples *s, int tensor, float *w, size_t element,
                                    double loss, double gradient, double *difference) {
     *difference = HUGE_VAL;
@@ -857,7 +858,7 @@ static mpt_result lens__check_tensor(mpt_model *net, const lens__samples *s, int
     return MPT_OK;
 }
 
-/* Everything of one tensor; its weights are put back. */
+/* Checks one tensor and restores its weights. */
 static mpt_result lens__try_tensor(mpt_model *net, const lens__samples *s, int tensor, lens__derivative *out) {
     mpt_context *ctx = mpt_model_context(net);
     mpt_params *params = mpt_model_params(net);
@@ -962,7 +963,7 @@ static uint32_t lens__round_tf32(const lens_precision *p, uint32_t u, uint32_t r
     return sign | magnitude;
 }
 
-typedef struct lens__rounder { /* a precision made ready */
+typedef struct lens__rounder { /* a precision, prepared */
     lens_precision precision;
     mpt_dtype type;
     int fraction, lowest, top; /* fp32 exponent fields of the smallest normal and of the largest value */
@@ -1002,8 +1003,8 @@ static int lens__precision_changes(const lens_precision *p) { return p->format !
 
 /* ==== PASSING THROUGH ==== */
 
-/* Memory of the lens: copies of two operands, up to three outputs, one of them as it will be, and what plain products
-   need. */
+/* Memory of the lens: copies of two operands, up to three outputs, one output in its final type, and what plain
+   products need. */
 enum {
     LENS__LEFT = 0,
     LENS__RIGHT,
@@ -1018,7 +1019,7 @@ enum {
 
 typedef struct lens__sight { /* of a node in a role */
     mpt_histogram total;
-    mpt_histogram last; /* what the last write added to it: replaced when another adds to the same array */
+    mpt_histogram last; /* what the last write added to it; the next write to the same array replaces that */
 } lens__sight;
 
 typedef struct lens__rule {
@@ -1030,16 +1031,16 @@ typedef struct lens__rule {
 struct lens_view {
     mpt_context *ctx;
     mpt_backend *table; /* the context's */
-    mpt_backend inner;  /* the table that it stands before */
-    mpt_backend base;   /* the one before which no lens stands: for its own casts and counts */
-    lens_view *below;   /* the lens that it stands before; NULL: none */
+    mpt_backend inner;  /* the table that it wraps */
+    mpt_backend base;   /* the table without any lens: for its own casts and counts */
+    lens_view *below;   /* the lens that it wraps; NULL: none */
     mpt_array scratch[LENS__SCRATCHES];
     size_t bytes[LENS__SCRATCHES];
     mpt_model *net;          /* watched; NULL: none */
-    int nodes;               /* of it */
-    lens__sight *sights;     /* (nodes, roles) of it */
+    int nodes;               /* of that model */
+    lens__sight *sights;     /* (nodes, roles) of that model */
     int shift;               /* log2 of the loss scale of this pass */
-    mpt_histogram fresh;     /* of the array at hand */
+    mpt_histogram fresh;     /* of the current array */
     mpt_histogram old, kept; /* see lens__part_begin */
     lens__rule *rules;
     int rule_count, rule_capacity;
@@ -1047,7 +1048,7 @@ struct lens_view {
     lens_explanation *explain; /* what a replay fills; NULL: none */
 };
 
-/* result = table.operation(...), where that finds its own user. */
+/* result = table.operation(...), with that table's own user in the context */
 #define LENS__CALL(lens, result, from, call)     \
     do {                                         \
         void *lens__user = (lens)->table->user;  \
@@ -1064,7 +1065,7 @@ static mpt_result lens__map(lens_view *lens, const mpt_map_op *op) {
     return r;
 }
 
-/* fp32 memory of the device, of `count` elements, kept until more are wanted. */
+/* fp32 memory of the device for `count` elements, kept until more are needed */
 static mpt_result lens__scratch(lens_view *lens, int which, size_t count, mpt_array *out) {
     const size_t bytes = count * sizeof(float);
     if (lens->bytes[which] < bytes) {
@@ -1099,7 +1100,7 @@ static mpt_result lens__copy(lens_view *lens, size_t rows, size_t C, mpt_array f
     return r;
 }
 
-/* What is simulated of this operation; NULL: nothing. */
+/* What is simulated for this operation; NULL: nothing */
 static const lens_what_if *lens__rule_of(const lens_view *lens, mpt_pass pass) {
     const int node = mpt_context_place(lens->ctx).node;
     int i;
@@ -1110,7 +1111,7 @@ static const lens_what_if *lens__rule_of(const lens_view *lens, mpt_pass pass) {
     return NULL;
 }
 
-/* Is something to be seen or done in a pass of this operation? */
+/* Whether the lens watches or simulates a pass of this operation */
 static int lens__looks(const lens_view *lens, mpt_pass pass) {
     const int seen = mpt_context_place(lens->ctx).node && (lens->net || lens->explain);
     return seen || lens__rule_of(lens, pass);
@@ -1153,7 +1154,7 @@ static void lens__output_reads(lens__output *o, mpt_array a, size_t a_count, mpt
     o->counts[1] = b_count;
 }
 
-/* Sends *array, with its rows, to fp32 memory of the lens if it looks. */
+/* If the lens looks, makes *array fp32 memory of the lens. */
 static mpt_result lens__divert(lens_view *lens, lens__output *o, mpt_array *array, size_t *stride) {
     const int dense = array->type == MPT_F32 && o->stride == o->C;
     o->real = *array;
@@ -1185,7 +1186,7 @@ static mpt_result lens__histogram_of(lens_view *lens, size_t n, mpt_array x, mpt
     return r;
 }
 
-/* NULL: it is not looked at. */
+/* NULL: the lens does not look at it. */
 static lens__sight *lens__sight_of(const lens_view *lens, int node, lens_role role) {
     if (!lens->net || !node || node > lens->nodes || role == LENS_ROLE_COUNT) return NULL;
     return &lens->sights[(node - 1) * LENS_ROLE_COUNT + (int)role];
@@ -1214,7 +1215,7 @@ static void lens__round(lens_view *lens, const lens_precision *precision, uint64
 
 static mpt_result lens__explain_output(lens_view *lens, const lens__output *o, mpt_array array);
 
-/* What was written is seen, rounded as simulated, and brought to where it belongs. */
+/* Counts what was written, rounds it as simulated, and moves it to its place. */
 static mpt_result lens__deliver(lens_view *lens, const lens__output *o, mpt_array array) {
     const lens_what_if *what = lens__rule_of(lens, o->pass);
     const size_t n = o->rows * o->C;
@@ -1230,7 +1231,7 @@ static int lens__sum_changes(const lens_what_if *what) {
     return what && (what->chunk || lens__precision_changes(&what->sum));
 }
 
-/* An operand as it would be read: rounded, in a dense copy. Plain products take fp32 alone. */
+/* An operand as it would be read: rounded, in a dense copy. Plain products take only fp32. */
 static mpt_result lens__operand(lens_view *lens, const lens_what_if *what, int which, size_t rows, size_t C,
                                 mpt_array *x, size_t *stride) {
     const int rounds = what && lens__precision_changes(&what->operands);
@@ -1247,8 +1248,8 @@ static mpt_result lens__operand(lens_view *lens, const lens_what_if *what, int w
 
 /* ==== PLAIN PRODUCTS ==== operands and result in fp32, rows of the result without gaps
 
-   c(m,n) = sums of a(m,k) b(k,n), one depth after the other: a chunk of products is added in fp32 (parts), then joins
-   the sums, which are rounded. */
+   c(m,n) = sums of a(m,k) b(k,n) in order of k: the products of a chunk are added in fp32 (parts), then the chunk is
+   added to the sums, which are rounded. */
 
 typedef struct lens__plain {
     lens__rounder rounder;
@@ -1266,7 +1267,7 @@ static lens__plain lens__plain_of(const lens_what_if *what) {
     return w;
 }
 
-/* Depth l of row i: parts(n) += a * b(n); at the end of a chunk they join sums(n). */
+/* Depth l of row i: parts(n) += a * b(n); at the end of a chunk sums(n) += parts(n). */
 static void lens__add_depth(const lens__plain *w, size_t i, size_t l, float a, const float *b, float *parts,
                             float *sums) {
     const int joins = (l + 1) % w->chunk == 0 || l + 1 == w->k;
@@ -1364,7 +1365,7 @@ static mpt_result lens__plain_gemm(lens_view *lens, const lens_what_if *what, co
 
 typedef struct lens__convolution {
     const mpt_conv2d_op *op;
-    float *x, *w, *y; /* from the group's first channel or filter on */
+    float *x, *w, *y; /* starting at the group's first channel or filter */
     size_t C, K;
 } lens__convolution;
 
@@ -1385,14 +1386,14 @@ static void lens__patch(const lens__convolution *v, size_t u, float *out) {
         }
 }
 
-/* The output, of `outputs`, whose tap is `distance` behind its first input; outputs are `stride` apart. -1: none */
+/* Which of the outputs, `stride` apart, has a tap `distance` after its first input; -1: none */
 static ptrdiff_t lens__output_at(ptrdiff_t distance, size_t stride, size_t outputs) {
     const ptrdiff_t apart = (ptrdiff_t)stride;
     if (distance < 0 || distance % apart || distance / apart >= (ptrdiff_t)outputs) return -1;
     return distance / apart;
 }
 
-/* out(R,S,K) = of dy what input pixel u went into, the last tap of a row of the kernel first */
+/* out(R,S,K) = the elements of dy that input pixel u contributed to, the last tap of a kernel row first */
 static void lens__back_patch(const lens__convolution *v, size_t u, float *out) {
     const mpt_conv2d_shape *z = &v->op->shape;
     const size_t image = u / z->W / z->H, row = u / z->W % z->H, column = u % z->W;
@@ -1433,7 +1434,7 @@ static mpt_result lens__plain_forward(lens_view *lens, lens__plain *w, const len
     return MPT_OK;
 }
 
-/* dx(NHW,C) = patches of dy(NHW,RSK) times filters(RSK,C), turned about in S */
+/* dx(NHW,C) = patches of dy(NHW,RSK) times filters(RSK,C), with S reversed */
 static mpt_result lens__plain_data(lens_view *lens, lens__plain *w, const lens__convolution *v, float *patch) {
     const mpt_conv2d_op *op = v->op;
     const mpt_conv2d_shape *z = &op->shape;
@@ -1634,13 +1635,14 @@ static mpt_result lens__table_map(mpt_context *ctx, const mpt_map_op *op) {
         return r;
     }
     LENS__TRY(lens__divert(lens, &o, &run.out, NULL));
-    if (in_place && adds) run.b = run.out; /* it has the same content, which a lens below may watch */
+    if (in_place && adds) run.b = run.out; /* has the same content, which a lens below may watch */
     LENS__CALL(lens, r, inner, map(ctx, &run));
     LENS__TRY(r);
     return lens__deliver(lens, &o, run.out);
 }
 
-/* A slice adds to a part of a gradient. Keeps the counts of the whole in `kept`, and of the part before in `old`. */
+/* A slice adds to a part of a gradient. Keeps the counts of the whole in `kept`, and those of the part as it was in
+   `old`. */
 static mpt_result lens__part_begin(lens_view *lens, const lens__output *o, mpt_array y, lens__sight *s) {
     if (!(o->beta > 0 || o->beta < 0)) return MPT_OK;
     memset(&lens->fresh, 0, sizeof lens->fresh);
@@ -1652,7 +1654,7 @@ static mpt_result lens__part_begin(lens_view *lens, const lens__output *o, mpt_a
     return MPT_OK;
 }
 
-/* Makes the last counts those of the whole again. If the slice was the first to write, the rest of the whole is 0. */
+/* Makes the last counts those of the whole again. If the slice wrote first, the rest of the whole is 0. */
 static void lens__part_end(lens_view *lens, const lens__output *o, lens__sight *s, uint64_t others) {
     if (o->beta > 0 || o->beta < 0) {
         lens__histogram_join(&s->last, &lens->kept, 0, 0);
@@ -1942,7 +1944,7 @@ static void lens__print_sight(lens__table *t, const mpt_histogram *h, int id, co
     lens__row_end(t);
 }
 
-/* All roles of a node, or of all nodes for 0; those that have shown nothing are left out. */
+/* All roles of a node, or of all nodes for 0, except those without counts */
 static mpt_result lens__print_node(lens_view *lens, int id, int log2_scale, lens__table *t) {
     mpt_histogram *h = &lens->fresh;
     mpt_node_info node;
@@ -1993,7 +1995,7 @@ static int lens__precision_known(const lens_precision *p) {
            (unsigned)p->overflow <= MPT_OVERFLOW_SATURATE;
 }
 
-/* Room for one rule more. */
+/* Makes room for one more rule. */
 static mpt_result lens__grow_rules(lens_view *lens) {
     const size_t size = sizeof *lens->rules, used = (size_t)lens->rule_count * size;
     const int capacity = lens->rule_capacity ? 2 * lens->rule_capacity : 8;
@@ -2045,7 +2047,7 @@ static void lens__range_add(lens_range *range, float x) {
     }
 }
 
-/* Downloaded a piece at a time: only the one operation that is named is looked at so. */
+/* Downloads it a piece at a time, which is slow, but only for the one operation that is named. */
 static mpt_result lens__range_of(lens_view *lens, size_t n, mpt_array x, lens_range *range) {
     const size_t size = mpt_dtype_size(x.type);
     unsigned char raw[512];
@@ -2068,7 +2070,7 @@ static mpt_result lens__range_of(lens_view *lens, size_t n, mpt_array x, lens_ra
     return MPT_OK;
 }
 
-/* Is *o, which is still in fp32, finite in the type that it will have? If not it is the one that is sought. */
+/* Whether *o, which is still in fp32, is finite in its final type. If not, this is the operation that was sought. */
 static mpt_result lens__explain_output(lens_view *lens, const lens__output *o, mpt_array array) {
     lens_explanation *e = lens->explain;
     const size_t n = o->rows * o->C;
