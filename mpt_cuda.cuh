@@ -3765,7 +3765,7 @@ static mpt_result mptc__slope_joins(mpt_context *ctx, const mpt_map_op *op, int 
 
 /* ==== RANKS ==== */
 
-/* slots(ranks,SLOT) = what this rank tells about its losses */
+/* slots(ranks,SLOT) = this rank's sums of losses in its own slot, zeros in the others */
 static __global__ void mptc__tell_k(const mpt_loss_sum *sum, float *slots, int rank, int ranks) {
     uint64_t words[MPT__SLOT_WORDS];
     memcpy(words, sum, sizeof words);
@@ -3798,7 +3798,7 @@ static mpt_result mptc__wait_for_calls(mpt_context *ctx, cudaStream_t stream) {
     return MPT_OK;
 }
 
-/* Calls return to the context's stream, which waits for those on the other. */
+/* Later calls use the context's stream again, which waits for the work on the other one. */
 static mpt_result mptc__turn_home(mpt_context *ctx) {
     mptc__device *device = mptc__of(ctx);
     const cudaStream_t home = device->home;
@@ -3809,7 +3809,7 @@ static mpt_result mptc__turn_home(mpt_context *ctx) {
     return waits == MPT_OK ? turned : waits;
 }
 
-/* Sums on the context's stream, while later calls use the other. */
+/* Sums on the context's stream; later calls use the other one. */
 static mpt_result mptc__ranks_early(mpt_context *ctx, const mpt_ranks_op *op) {
     mptc__device *device = mptc__of(ctx);
     const mpt_ranks *r = op->ranks;
