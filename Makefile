@@ -55,7 +55,7 @@ $(SHARED): private LIBS := $(BUILD)/tests/mpt.o $(LIBS)
 $(SHARED): $(BUILD)/tests/mpt.o
 
 # The libraries that peers.cpp measures beside mpt, if they are installed.
-PEERS := $(strip $(if $(call has,$(CXX),c++,cblas.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
+PEERS := $(strip $(if $(call has,$(CXX),c++,openblas_config.h),OPENBLAS) $(if $(call has,$(CXX),c++,dnnl.hpp),ONEDNN))
 
 .PHONY: all run course test test-long test-cuda portable fuzz coverage mutants bench bench-peers bench-cuda clean \
 	help detect FORCE

@@ -18,7 +18,7 @@ static void row(timing t, double operations, const char *peer) {
 #include <cblas.h>
 
 static void run_openblas(void *arg) {
-    const product *p = static_cast<const product *>(arg);
+    const mpt_gemm_op *p = &static_cast<const product *>(arg)->op;
     const auto m = static_cast<blasint>(p->m), n = static_cast<blasint>(p->n), k = static_cast<blasint>(p->k);
     cblas_sgemm(CblasRowMajor, p->trans_a ? CblasTrans : CblasNoTrans, p->trans_b ? CblasTrans : CblasNoTrans, m, n, k,
                 1, static_cast<const float *>(p->a.data), p->trans_a ? m : k, static_cast<const float *>(p->b.data),
@@ -76,7 +76,7 @@ static memory placed(const memory::desc &chosen, const memory::dims &dims, mpt_a
 
 static memory::dim dim(size_t n) { return static_cast<memory::dim>(n); }
 
-static onednn matmul_of(const product *p) {
+static onednn matmul_of(const mpt_gemm_op *p) {
     const memory::dims a{dim(p->m), dim(p->k)}, b{dim(p->k), dim(p->n)}, c{dim(p->m), dim(p->n)};
     const tag tag_a = p->trans_a ? tag::ba : tag::ab, tag_b = p->trans_b ? tag::ba : tag::ab;
     const memory::desc any_b(b, type_of(p->b), tag::any), plain_a(a, type_of(p->a), tag_a);
@@ -90,7 +90,7 @@ static onednn matmul_of(const product *p) {
     return o;
 }
 
-static onednn convolution_of(const convolution *c) {
+static onednn convolution_of(const mpt_conv2d_op *c) {
     const mpt_conv2d_shape *z = &c->shape;
     const auto direct = dnnl::algorithm::convolution_direct;
     const memory::dims x{dim(z->N), dim(z->C), dim(z->H), dim(z->W)}, y{dim(z->N), dim(z->K), dim(z->H), dim(z->W)};
@@ -124,7 +124,7 @@ static onednn convolution_of(const convolution *c) {
 
 static void product_row(product *p) {
 #ifdef BENCH_OPENBLAS
-    if (p->a.type == MPT_F32) {
+    if (p->op.a.type == MPT_F32) {
         const timing t = measure(run_product, p, run_openblas, p);
         print_product(p);
         row(t, product_operations(p), "openblas");
@@ -132,7 +132,7 @@ static void product_row(product *p) {
 #endif
 #ifdef BENCH_ONEDNN
     try {
-        onednn o = matmul_of(p);
+        onednn o = matmul_of(&p->op);
         const timing t = measure(run_product, p, run_onednn, &o);
         print_product(p);
         row(t, product_operations(p), "onednn");
@@ -143,7 +143,7 @@ static void product_row(product *p) {
 static void convolution_row(convolution *c) {
 #ifdef BENCH_ONEDNN
     try {
-        onednn o = convolution_of(c);
+        onednn o = convolution_of(&c->op);
         const timing t = measure(run_convolution, c, run_onednn, &o);
         print_convolution(c);
         row(t, convolution_operations(c), "onednn");

@@ -315,6 +315,16 @@ check "private names: whoever uses them says why" nothing "$dir/silent"
 grep -h examples/ "$dir/users" >"$dir/examples"
 check "private names: no example uses them" nothing "$dir/examples"
 
+# ---- tests/bench/peers.cpp with each of its libraries that is installed ----
+
+for peer in OPENBLAS:openblas_config.h ONEDNN:dnnl.hpp; do
+    if echo "#include <${peer#*:}>" | "$CXX" -E -x c++ - >/dev/null 2>&1; then
+        check "peers.cpp, $peer" "$CXX" -std=c++11 -fsyntax-only -I. "-DBENCH_${peer%:*}" tests/bench/peers.cpp
+    else
+        skip "peers.cpp: ${peer#*:} is not installed"
+    fi
+done
+
 # ---- line length ----
 
 for file in mpt.h mpt_cuda.cuh examples/lens.h; do
