@@ -12826,7 +12826,7 @@ static void mpt__walk_double(mpt__walk *w, const char *name, double value) {
 }
 
 typedef struct mpt__member { /* a number in a struct */
-    const char *name;
+    char name[40];           /* no pointer, so that tables need no relocation */
     uint16_t at;
     uint8_t size, real;
 } mpt__member;
