@@ -969,6 +969,19 @@ static mpt_result mptc__map(mpt_context *ctx, const mpt_map_op *user) {
     return MPT_OK;
 }
 
+/* x(PACK) += beta out + bias: n elements, from `at` of out and `column` of bias on */
+static __device__ __forceinline__ void mptc__add_rest(mpt_array out, size_t at, float beta, mpt_array bias,
+                                                      size_t column, unsigned n, float *x) {
+    float y[MPTC__PACK];
+    if (beta != 0) {
+        mptc__load(out, at, n, y);
+        MPTC__EACH(e) x[e] = mpt__add_rn(x[e], mpt__mul_rn(beta, y[e]));
+    }
+    if (!bias.data) return;
+    mptc__load(bias, column, n, y);
+    MPTC__EACH(e) x[e] += y[e];
+}
+
 /* out(m,n) = act(x(m,n) + beta out + bias(n)); rows of x are ld apart, of out ldc. x may be out. */
 static __global__ void __launch_bounds__(MPTC__THREADS, 4)
 mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_t ldc, float beta, mpt_array bias,
@@ -977,16 +990,9 @@ mptc__finish_k(size_t m, size_t n, mpt_array in, size_t ld, mpt_array out, size_
     for (size_t i = mptc__thread(); i < m * packs; i += mptc__stride()) {
         const size_t row = i / packs, column = i % packs * MPTC__PACK;
         const unsigned some = mptc__left(n, column);
-        float x[MPTC__PACK], y[MPTC__PACK];
+        float x[MPTC__PACK];
         mptc__load(in, row * ld + column, some, x);
-        if (beta != 0) {
-            mptc__load(out, row * ldc + column, some, y);
-            MPTC__EACH(e) x[e] = mpt__add_rn(x[e], mpt__mul_rn(beta, y[e]));
-        }
-        if (bias.data) {
-            mptc__load(bias, column, some, y);
-            MPTC__EACH(e) x[e] += y[e];
-        }
+        mptc__add_rest(out, row * ldc + column, beta, bias, column, some, x);
         MPTC__EACH(e) x[e] = mptc__activate(act, x[e]);
         mptc__store(out, row * ldc + column, some, x);
     }
@@ -2161,22 +2167,15 @@ mptc__tile_multiply(const uint4 *gathered, const uint4 *other, unsigned row, uns
     }
 }
 
-/* out(rows,columns) = act(sums + beta out + bias), in mptc__finish_k's order */
+/* out(rows,columns) = act(sums + beta out + bias) */
 static __device__ void mptc__tile_finish(const mptc__implicit *v, const float *tile, unsigned row, unsigned column) {
     for (unsigned i = threadIdx.x; i < MPTC__TILE_ROWS * MPTC__WIDE; i += MPTC__TILE_THREADS) {
         const unsigned m = i / MPTC__WIDE, n = i % MPTC__WIDE * MPTC__PACK;
         const size_t at = (size_t)(row + m) * v->columns + column + n;
-        float x[MPTC__PACK], y[MPTC__PACK];
+        float x[MPTC__PACK];
         if (row + m >= v->rows || column + n >= v->columns) continue;
         MPTC__EACH(e) x[e] = tile[m * MPTC__PITCH + n + e];
-        if (v->beta != 0) {
-            mptc__load(v->out, at, MPTC__PACK, y);
-            MPTC__EACH(e) x[e] = mpt__add_rn(x[e], mpt__mul_rn(v->beta, y[e]));
-        }
-        if (v->bias.data) {
-            mptc__load(v->bias, column + n, MPTC__PACK, y);
-            MPTC__EACH(e) x[e] += y[e];
-        }
+        mptc__add_rest(v->out, at, v->beta, v->bias, column + n, MPTC__PACK, x);
         if (v->act) MPTC__EACH(e) x[e] = mptc__relu_slope(x[e], x[e]);
         mptc__store(v->out, at, MPTC__PACK, x);
     }
