@@ -5218,9 +5218,12 @@ static size_t mpt__halo_line(const mpt__image *image, const mpt__halo *h, size_t
 static void mpt__image_rows(const mpt__image *image, const mpt__band *band, const mpt__kernel_slice *slice,
                             const mpt__halo *h, const mpt__workspace *ws, mpt__left *left) {
     const size_t across = image->dilation_w > 1 ? slice->S : 1; /* runs of a tap row */
+    const size_t step = image->stride_w * h->pixel;
     size_t *rows = ws->rows, row, q, r, s;
-    for (row = 0; row < band->rows; row++)
-        for (q = 0; q < band->columns; q++) *rows++ = mpt__halo_line(image, h, row) + q * image->stride_w * h->pixel;
+    for (row = 0; row < band->rows; row++) {
+        const size_t line = mpt__halo_line(image, h, row);
+        for (q = 0; q < band->columns; q++) *rows++ = line + q * step;
+    }
     for (r = 0; r < slice->R; r++)
         for (s = 0; s < across; s++)
             ws->runs[r * across + s] = r * image->dilation_h * h->pitch + s * image->dilation_w * h->pixel;
