@@ -3703,6 +3703,14 @@ static int mpt__cpu_has_bf16(void) {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 
+/* Whether products of bf16 pairs are faster than those of the same numbers widened to fp32. In a cycle AMD's CPUs do
+   twice the operations of fp32 in bf16 pairs (measured on Zen 4), and Intel's do half (measured on Emerald Rapids). */
+static int mpt__cpu_has_fast_pairs(void) {
+    const unsigned genu = 0x756e6547; /* of GenuineIntel */
+    unsigned a, b, c, d;
+    return mpt__cpu_has_bf16() && __get_cpuid(0, &a, &b, &c, &d) && b != genu;
+}
+
 static mpt__simd mpt__simd_avx512(void) {
     mpt__simd s = mpt__simd_avx2();
     s.name = "avx512";
@@ -3718,7 +3726,7 @@ static mpt__simd mpt__simd_avx512(void) {
     s.tile_m = 8;
     s.tile_n = 32;
     if (mpt__cpu_has_bf16()) s.store_bf16 = mpt__store_bf16_native;
-    if (mpt__cpu_has_bf16()) {
+    if (mpt__cpu_has_fast_pairs()) {
         s.tile[1][0] = mpt__pairs_avx512;
         s.tile[1][1] = mpt__half_pairs_avx512;
     }

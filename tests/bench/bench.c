@@ -156,13 +156,14 @@ static yardstick yardstick_new(mpt_context *ctx, size_t bytes, int small) {
 
 static void yardstick_free(yardstick *y) { mpt_free(y->ctx, y->from); }
 
-/* The most operations that operands of a type allow here: two a lane of a vector, four with pairs of bf16. */
+/* The most operations that operands of a type allow here: two a lane of a vector, four with pairs of bf16 where the
+   engine multiplies them. */
 static yardstick arithmetic_new(mpt_context *ctx, mpt_dtype type) {
     yardstick y = yardstick_new(ctx, 0, 0);
     double lanes = 0;
     (void)type;
 #ifdef BENCH_X86
-    if (type == MPT_BF16 && __builtin_cpu_supports("avx512bf16")) y.arithmetic = arithmetic_bf16, lanes = 32;
+    if (type == MPT_BF16 && ctx->simd.tile[1][0]) y.arithmetic = arithmetic_bf16, lanes = 32;
     else if (__builtin_cpu_supports("avx512f")) y.arithmetic = arithmetic_avx512, lanes = 16;
     else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) y.arithmetic = arithmetic_avx2, lanes = 8;
 #endif
@@ -631,7 +632,8 @@ static void print_machine(mpt_context *ctx) {
     FEATURE("avx512bf16");
 #undef FEATURE
 #endif
-    printf("%s path=%s processors=%d\n", *best ? "" : "unknown", mpt_isa_name(ctx), mpt_thread_count(ctx));
+    printf("%s path=%s bf16=%s processors=%d\n", *best ? "" : "unknown", mpt_isa_name(ctx),
+           ctx->simd.tile[1][0] ? "pairs" : "widened", mpt_thread_count(ctx));
 }
 
 static void bench_arrays(mpt_context *ctx) {

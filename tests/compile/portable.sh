@@ -123,6 +123,7 @@ else
     sed -e 's/,avx512f,avx512bw,avx512dq,avx512vl\(,avx512bf16\)*//' \
         -e 's/(b & avx512) == avx512 && (states & 0xe6) == 0xe6/avx512 != 0/' \
         -e 's/__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)/__get_cpuid_count(7, 1, \&a, \&b, \&c, \&d) || 1/' \
+        -e 's/ && b != genu;/ \&\& genu;/' \
         mpt.h >"$dir/mpt512.h"
     examples= tests="tests/unit/operations.c tests/unit/casts.c"
     cell $name "" "" gcc -O2 -std=c99 -Wno-psabi -mavx2 -mfma -mf16c -I tests/compile -include avx512.h -I "$dir"
