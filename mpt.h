@@ -2646,7 +2646,8 @@ typedef struct mpt__left {
     size_t count, length, stride; /* runs, words of each, bytes from one word to the next */
 } mpt__left;
 
-typedef void (*mpt__tile)(const mpt__left *left, size_t row, const float *b, float *sums, size_t stride, int add);
+typedef void (*mpt__tile)(const mpt__left *left, size_t row, const float *b, size_t b_stride, float *sums,
+                          size_t stride, int add);
 
 typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     const char *name;
@@ -2659,15 +2660,15 @@ typedef struct mpt__simd { /* bulk loops of one instruction set, see SIMD */
     int (*squares[3])(const void *x, size_t n, double *lanes);
     /* new values of n parameters from their scaled gradients and moments, see mpt__update_element */
     void (*update)(const mpt__rates *rates, size_t n, float *p, const float *g, float *m, float *v, float *largest);
-    /* sums(tile_m,tile_n) = rows row.. of left times the panel b(words,tile_n), + sums if add; rows of sums are
-       `stride` apart. [0]: words are floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half of the columns.
-       AMX would be another row. (AVX512-FP16 does not help, because it adds in fp16.) */
+    /* sums(tile_m,tile_n) = rows row.. of left times the panel b(words,tile_n), + sums if add; rows of b are `b_stride`
+       apart, rows of sums `stride`. [0]: words are floats; [1]: pairs of bf16, or NULL. [.][1]: only the first half_n
+       columns. AMX would be another row. (AVX512-FP16 does not help, because it adds in fp16.) */
     mpt__tile tile[2][2];
     /* out[e] = low[e] and high[e] as a pair */
     void (*pair)(const uint16_t *low, const uint16_t *high, size_t n, uint32_t *out);
     /* panel(depth,n) = the transpose of x(n,depth), whose rows are `stride` words apart; n a multiple of 4 */
     void (*transpose)(const float *x, size_t stride, size_t depth, size_t n, float *panel);
-    size_t tile_m, tile_n;
+    size_t tile_m, tile_n, half_n;
     int avx2; /* the CPU can run the tasks' AVX2 clones, see MPT__TASKS */
 } mpt__simd;
 
@@ -3237,14 +3238,15 @@ static void mpt__update_plain(const mpt__rates *rates, size_t n, float *p, const
 
 enum { MPT__PLAIN_M = 4, MPT__PLAIN_N = 8 };
 
-static void mpt__tile_plain(const mpt__left *left, size_t row, const float *b, float *sums, size_t stride, int add) {
+static void mpt__tile_plain(const mpt__left *left, size_t row, const float *b, size_t b_stride, float *sums,
+                            size_t stride, int add) {
     float tile[MPT__PLAIN_M][MPT__PLAIN_N] = {{0}}, a;
     const char *rows[MPT__PLAIN_M];
     size_t r, d;
     int i, j;
     for (i = 0; i < MPT__PLAIN_M; i++) rows[i] = left->base + left->rows[row + (size_t)i];
     for (r = 0; r < left->count; r++)
-        for (d = 0; d < left->length; d++, b += MPT__PLAIN_N)
+        for (d = 0; d < left->length; d++, b += b_stride)
             for (i = 0; i < MPT__PLAIN_M; i++) {
                 memcpy(&a, rows[i] + left->runs[r] + d * left->stride, sizeof a);
                 for (j = 0; j < MPT__PLAIN_N; j++) tile[i][j] += a * b[j];
@@ -3278,7 +3280,7 @@ static mpt__simd mpt__simd_plain(void) {
     s.update = mpt__update_plain;
     s.tile[0][0] = s.tile[0][1] = mpt__tile_plain;
     s.tile_m = MPT__PLAIN_M;
-    s.tile_n = MPT__PLAIN_N;
+    s.tile_n = s.half_n = MPT__PLAIN_N;
     s.pair = mpt__pair_plain;
     s.transpose = mpt__transpose_plain;
     return s;
@@ -3489,26 +3491,30 @@ MPT__AVX2 static void mpt__update_avx2(const mpt__rates *rates, size_t n, float 
 }
 
 /* MPT__TILE generates a kernel of mpt__simd.tile: AVX2 6 rows by 16 columns, AVX-512 8 by 32, the same on pairs of bf16
-   (vdpbf16ps, which treats subnormals as zeros), and each once more for half as many columns. Six functions, 4 KB.
+   (vdpbf16ps, which treats subnormals as zeros), and each once more for half as many columns. Six functions, 7 KB.
 
    EACH is MPT__EACH_6 or MPT__EACH_8 and pastes a line for each row; V is _mm256 or _mm512; VECTORS is 2, or 1 for half
    a tile. Row i's sums stay in the registers left<i> and right<i>. For each word of the depth a kernel loads the
    panel's vectors left and right, and by FMA adds the word of row i times them. A word may lie at an odd multiple of
-   two bytes. */
+   two bytes. Four copies of the loop's body are 4 to 8 % faster if each word of a row is in another cache line. */
 typedef __m256 mpt__vector_mm256;
 typedef float mpt__unaligned __attribute__((may_alias, aligned(1)));
-#define MPT__TILE(name, target, EACH, FMA, V, VECTORS)                                                             \
-    target static void name(const mpt__left *l, size_t row, const float *b, float *sums, size_t stride, int add) { \
-        enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b, two = VECTORS == 2 };                                   \
-        const size_t word = l->stride;                                                                             \
-        size_t r, d, end;                                                                                          \
-        EACH(MPT__TILE_ROW, V)                                                                                     \
-        for (r = 0; r < l->count; r++)                                                                             \
-            for (d = l->runs[r], end = d + l->length * word; d < end; d += word, b += 2 * WIDTH) {                 \
-                const mpt__vector##V left = V##_loadu_ps(b), right = two ? V##_loadu_ps(b + WIDTH) : left;         \
-                EACH(FMA, V)                                                                                       \
-            }                                                                                                      \
-        EACH(MPT__TILE_KEEP, V)                                                                                    \
+#define MPT__TILE(name, target, EACH, FMA, V, VECTORS)                                                     \
+    target static void name(const mpt__left *l, size_t row, const float *b, size_t b_stride, float *sums,  \
+                            size_t stride, int add) {                                                      \
+        enum { WIDTH = sizeof(mpt__vector##V) / sizeof *b, two = VECTORS == 2 };                           \
+        const size_t word = l->stride;                                                                     \
+        size_t r, d, end;                                                                                  \
+        EACH(MPT__TILE_ROW, V)                                                                             \
+        for (r = 0; r < l->count; r++) {                                                                   \
+            d = l->runs[r];                                                                                \
+            end = d + l->length * word;                                                                    \
+            _Pragma("GCC unroll 4") for (; d < end; d += word, b += b_stride) {                            \
+                const mpt__vector##V left = V##_loadu_ps(b), right = two ? V##_loadu_ps(b + WIDTH) : left; \
+                EACH(FMA, V)                                                                               \
+            }                                                                                              \
+        }                                                                                                  \
+        EACH(MPT__TILE_KEEP, V)                                                                            \
     }
 #define MPT__TILE_ROW(i, V)                        \
     const char *a##i = l->base + l->rows[row + i]; \
@@ -3596,6 +3602,7 @@ static mpt__simd mpt__simd_avx2(void) {
     s.tile[0][1] = mpt__half_avx2;
     s.tile_m = 6;
     s.tile_n = 16;
+    s.half_n = 8;
     s.pair = mpt__pair_avx2;
     s.transpose = mpt__transpose_avx2;
     s.avx2 = 1;
@@ -3725,6 +3732,7 @@ static mpt__simd mpt__simd_avx512(void) {
     s.tile[0][1] = mpt__half_avx512;
     s.tile_m = 8;
     s.tile_n = 32;
+    s.half_n = 16;
     if (mpt__cpu_has_bf16()) s.store_bf16 = mpt__store_bf16_native;
     if (mpt__cpu_has_fast_pairs()) {
         s.tile[1][0] = mpt__pairs_avx512;
@@ -5580,6 +5588,43 @@ typedef struct mpt__block { /* of the result: at (i,j) */
     mpt__kernel_slice slice; /* and whose depth or rows are a slice */
 } mpt__block;
 
+/* Where tiles find a block's right operand: word w of column c, the first of a panel, is base[c * column + w * stride],
+   and the panel's other columns follow it. */
+typedef struct mpt__panels {
+    const float *base;
+    size_t column, stride;
+} mpt__panels;
+
+/* Whether tiles read the right operand in place, in the caller's array. Its words must be fp32 rows at one distance, of
+   whole vectors. It pays if few tiles read a panel: with more of them a copy, whose words follow each other, is sooner
+   read than it was made. Rows a multiple of 2^i bytes apart share places in an L2 of 1 MiB and 8 ways; 2^(20-i) of them
+   find room. */
+static int mpt__right_in_place(const mpt__product *p, const mpt__right *right, const mpt__block *b) {
+    const size_t apart = right->stride * sizeof(float), power = apart & (0 - apart), few = 8;
+    size_t r;
+    if (p->b.data.type != MPT_F32 || right->column_stride != 1 || b->columns % p->ctx->simd.half_n) return 0;
+    if (b->rows > few * p->ctx->simd.tile_m || right->count * right->length > (1u << 20) / power) return 0;
+    for (r = 1; r < right->count; r++)
+        if (right->strips[r] - right->strips[r - 1] != right->length * right->stride) return 0;
+    return 1;
+}
+
+/* The block's columns of a part, in place or packed. packed: the panels still hold them */
+static mpt__panels mpt__panels_of(const mpt__product *p, const mpt__right *right, const mpt__block *b, int packed,
+                                  const mpt__workspace *ws) {
+    const size_t words = right->count * mpt__pieces(right->length, mpt__each(p));
+    mpt__panels panels;
+    panels.base = ws->panels;
+    panels.column = words;
+    panels.stride = p->ctx->simd.tile_n;
+    if (mpt__right_in_place(p, right, b)) {
+        panels.base = (const float *)p->b.data.data + right->strips[0] + b->j;
+        panels.column = 1;
+        panels.stride = right->stride;
+    } else if (!packed) mpt__pack_right(p, right, b->j, b->columns, words, ws);
+    return panels;
+}
+
 static void mpt__epilogue_block(const mpt__product *p, const mpt__block *b, size_t r, size_t rows, float *sums,
                                 const mpt__workspace *ws) {
     if (p->transposed) mpt__epilogue_transposed(p, &b->slice, b->i + r, rows, b->j, b->columns, sums, ws);
@@ -5588,7 +5633,7 @@ static void mpt__epilogue_block(const mpt__product *p, const mpt__block *b, size
 
 /* Multiplies `rows` rows of left, rows r .. of a block, with all panels. After the last part comes the epilogue. */
 static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const mpt__left *left, size_t r, size_t rows,
-                               size_t words, size_t part, const mpt__workspace *ws) {
+                               const mpt__panels *panels, size_t part, const mpt__workspace *ws) {
     const mpt__simd *simd = &p->ctx->simd;
     const int last = part + 1 == p->parts;
     size_t g, c, t;
@@ -5598,15 +5643,16 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
         if (p->parts > 1) sums += (r + g) * p->columns; /* sums are kept from part to part */
         for (c = 0; c < b->columns; c += simd->tile_n) {
             const size_t across = mpt__min(simd->tile_n, b->columns - c);
-            const mpt__tile tile = simd->tile[p->pairs][across <= simd->tile_n / 2];
+            const float *panel = panels->base + c * panels->column;
+            const mpt__tile tile = simd->tile[p->pairs][across <= simd->half_n];
             for (t = 0; t < group; t += simd->tile_m) {
                 const size_t down = mpt__min(simd->tile_m, group - t);
                 float *out = sums + t * p->columns + c;
                 if (p->plain && across == simd->tile_n && down == simd->tile_m)
-                    tile(left, g + t, ws->panels + c * words,
+                    tile(left, g + t, panel, panels->stride,
                          (float *)p->c.data + (b->i + r + g + t) * p->ldc + b->j + c, p->ldc, part || p->beta != 0);
                 else {
-                    tile(left, g + t, ws->panels + c * words, out, p->columns, part > 0);
+                    tile(left, g + t, panel, panels->stride, out, p->columns, part > 0);
                     if (p->plain && last) /* the edges of a block */
                         mpt__epilogue_rows(p, b->i + r + g + t, down, b->j + c, across, out, p->columns, ws);
                 }
@@ -5621,8 +5667,9 @@ static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, i
     const mpt__image *image = &p->image;
     mpt__left left;
     mpt__right right;
+    mpt__panels panels;
     mpt__halo h;
-    size_t words, r;
+    size_t r;
     if (image->kind == MPT__OUTPUTS_ARE_DEPTH) {
         b->band = mpt__band_of(image, part);
         right = mpt__right_outputs(p, &b->band, ws);
@@ -5631,8 +5678,7 @@ static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, i
         if (image->flipped) right = mpt__right_flipped(p, &b->slice, ws);
         else right = mpt__right_filters(p, &b->slice, ws);
     }
-    words = right.count * mpt__pieces(right.length, mpt__each(p));
-    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, ws);
+    panels = mpt__panels_of(p, &right, b, packed, ws);
     h = mpt__halo_of(image, &b->band, &b->slice, p->pairs, image->kind == MPT__OUTPUTS_ARE_ROWS ? mpt__each(p) : 1);
     mpt__halo_fill(p->ctx, image, &b->band, &b->slice, &h, ws);
     left.base = (const char *)ws->left;
@@ -5641,16 +5687,15 @@ static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, i
     if (image->kind == MPT__OUTPUTS_ARE_ROWS) mpt__image_rows(image, &b->band, &b->slice, &h, ws, &left);
     else mpt__image_taps(image, &b->band, &b->slice, &h, ws, &left);
     for (r = b->rows; r % p->ctx->simd.tile_m; r++) ws->rows[r] = ws->rows[b->rows - 1];
-    mpt__product_tiles(p, b, &left, 0, b->rows, words, part, ws);
+    mpt__product_tiles(p, b, &left, 0, b->rows, &panels, part, ws);
 }
 
 static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t part, int packed,
                              const mpt__workspace *ws) {
-    const size_t l = part * p->deepest, depth = mpt__min(p->deepest, p->k - l),
-                 words = mpt__pieces(depth, mpt__each(p));
+    const size_t l = part * p->deepest, depth = mpt__min(p->deepest, p->k - l);
     const mpt__right right = mpt__right_matrix(p, l, depth, ws);
+    const mpt__panels panels = mpt__panels_of(p, &right, b, packed, ws);
     size_t r, some, t;
-    if (!packed) mpt__pack_right(p, &right, b->j, b->columns, words, ws);
     for (r = 0; r < b->rows; r += some) {
         mpt__left left;
         left.base = (const char *)ws->left;
@@ -5658,7 +5703,7 @@ static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t 
         left.runs = ws->runs;
         some = mpt__left_matrix(p, b->i + r, b->rows - r, l, depth, ws, &left);
         for (t = some; t % p->ctx->simd.tile_m; t++) ws->rows[t] = ws->rows[some - 1];
-        mpt__product_tiles(p, b, &left, r, some, words, part, ws);
+        mpt__product_tiles(p, b, &left, r, some, &panels, part, ws);
     }
 }
 

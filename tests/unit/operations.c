@@ -102,6 +102,51 @@ static void test_gemms(void) {
         }
 }
 
+/* A right operand in fp32 is read in place within these limits, a shape on either side of each: 8 tiles of rows (4, 6 or
+   8 of one), whole vectors of columns, and 1 MiB over the largest power of two that divides the bytes of a row. */
+static void test_gemm_in_place(void) {
+    static const struct {
+        size_t shape[3], extra;
+    } limits[] = {{{32, 32, 9}, 0},    {{33, 32, 9}, 0},     {{48, 16, 40}, 0},    {{49, 16, 40}, 0},
+                  {{64, 112, 65}, 0},  {{65, 112, 65}, 0},   {{7, 31, 20}, 1},     {{7, 33, 20}, 31},
+                  {{5, 8, 20}, 0},     {{5, 24, 20}, 0},     {{5, 264, 20}, 0},    {{3, 32, 256}, 992},
+                  {{3, 32, 257}, 992}, {{11, 48, 512}, 464}, {{11, 48, 513}, 464}, {{2, 512, 1030}, 0}};
+    size_t i;
+    int trans;
+    for (i = 0; i < sizeof limits / sizeof *limits; i++)
+        for (trans = 0; trans < 2; trans++) {
+            mpt_gemm_op op = gemm_of(trans, limits[i].shape, MPT_F32, MPT_F32, MPT_F32);
+            widen(&op, limits[i].extra);
+            op.beta = (float)(i % 2);
+            CHECK_ONCE(context, TEST_GEMM, &op);
+        }
+}
+
+/* A right operand that ends with its block of memory, so that sanitizers see a vector reach over the end */
+static void test_gemm_end(void) {
+    enum { M = 5, K = 20 };
+    static const size_t columns[] = {1, 8, 15, 24, 33, 47};
+    float a[M * K], c[M * 47];
+    size_t i, e;
+    int engine;
+    for (e = 0; e < M * K; e++) a[e] = 1;
+    for (i = 0; i < sizeof columns / sizeof *columns; i++) {
+        const size_t n = columns[i], shape[3] = {M, n, K};
+        float *b = (float *)malloc(K * n * sizeof *b);
+        mpt_gemm_op op = gemm_of(0, shape, MPT_F32, MPT_F32, MPT_F32);
+        for (e = 0; e < K * n; e++) b[e] = (float)(e % n);
+        op.a.data = a;
+        op.b.data = b;
+        op.c.data = c;
+        for (engine = 0; engine < ENGINES; engine++) {
+            if (!contexts[engine][0]) continue;
+            CHECK_OK(context, mpt_op_gemm(contexts[engine][0], &op));
+            for (e = 0; e < M * n; e++) CHECK_EQUAL((size_t)c[e], K * (e % n));
+        }
+        free(b);
+    }
+}
+
 /* N I O of linear layers: forward with bias and ReLU or without, and the gradients of input, weights and bias. */
 static void check_linear(const size_t *shape, mpt_dtype x, mpt_dtype w, mpt_dtype y, int plain, float beta) {
     const size_t N = shape[0], I = shape[1], O = shape[2];
@@ -350,6 +395,8 @@ static const mpt_conv2d_shape limit_shapes[] = {
     {1, 48, 47, 3, 3, 46, 46, 1, 1, 0, 0, 1, 1, 3, 0}, /* depthwise taps */
     {1, 1, 70001, 1, 2, 1, 3, 35000, 35000, 0, 0, 1, 1, 1, 0},
     {1, 2, 2, 3, 2, 3, 3, 7, 7, 9, 9, 2, 2, 1, 0}, /* a stride beyond all */
+    {2, 5, 6, 2, 32, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0},
+    {1, 3, 579, 2, 32, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0}, /* rows of dy that follow each other, and not */
 };
 
 static void test_conv2d_limits(void) {
@@ -2280,6 +2327,8 @@ int main(int argc, char **argv) {
     test_begin(argc, argv);
     open_all();
     RUN_TEST(test_gemms());
+    RUN_TEST(test_gemm_in_place());
+    RUN_TEST(test_gemm_end());
     RUN_TEST(test_linears());
     RUN_TEST(test_gemm_activations());
     RUN_TEST(test_gemm_by_hand());
