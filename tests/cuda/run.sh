@@ -10,7 +10,7 @@
 # installed.
 NVCC=${NVCC:-nvcc}
 build=${BUILD:-build}/cuda
-warnings="-Wall,-Wextra"
+warnings="-Wall,-Wextra,-Werror"
 defines="-DMPT_TEST_CUDA -DMPT_TRAINER_CUDA -I."
 mkdir -p "$build" || exit 1
 
@@ -30,8 +30,8 @@ elif [ -n "${CUDACPU:-}" ]; then
 else
     printf '#include "mpt_cuda.cuh"\nint main(void) { return mpt_cuda_open(NULL) != NULL; }\n' >"$build/all.cu"
     # shellcheck disable=SC2086
-    "$NVCC" -O2 -std=c++17 -Xcompiler $warnings -arch=all-major -DMPT_IMPLEMENTATION -I. --threads 2 "$build/all.cu" \
-        -o "$build/all" $libraries || exit 1
+    "$NVCC" -Werror all-warnings -O2 -std=c++17 -Xcompiler $warnings -arch=all-major -DMPT_IMPLEMENTATION -I. \
+        --threads 2 "$build/all.cu" -o "$build/all" $libraries || exit 1
     echo "no GPU and no CUDACPU: compiled and linked for all architectures, and nothing was run"
     echo "1 passed, 0 failed, 1 skipped"
     exit 0
@@ -51,7 +51,8 @@ compile() {
     object=$1 source=$2
     shift 2
     # shellcheck disable=SC2086
-    "$NVCC" "$@" -O2 -std=c++17 -Xcompiler $warnings $target $defines -c "$source" -o "$object" && return
+    "$NVCC" "$@" -Werror all-warnings -O2 -std=c++17 -Xcompiler $warnings $target $defines -c "$source" \
+        -o "$object" && return
     echo "$source does not compile"
     rm -f "$object"
     return 1
