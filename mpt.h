@@ -5614,8 +5614,8 @@ static int mpt__right_in_place(const mpt__product *p, const mpt__right *right, c
     return 1;
 }
 
-/* The block's columns of a part, in place or packed. packed: the panels still hold them */
-static mpt__panels mpt__panels_of(const mpt__product *p, const mpt__right *right, const mpt__block *b, int packed,
+/* The block's columns of a part, in place or packed. *packed: the panels already hold them */
+static mpt__panels mpt__panels_of(const mpt__product *p, const mpt__right *right, const mpt__block *b, int *packed,
                                   const mpt__workspace *ws) {
     const size_t words = right->count * mpt__pieces(right->length, mpt__each(p));
     mpt__panels panels;
@@ -5626,7 +5626,10 @@ static mpt__panels mpt__panels_of(const mpt__product *p, const mpt__right *right
         panels.base = (const float *)p->b.data.data + right->strips[0] + b->j;
         panels.column = 1;
         panels.stride = right->stride;
-    } else if (!packed) mpt__pack_right(p, right, b->j, b->columns, words, ws);
+    } else if (!*packed) {
+        mpt__pack_right(p, right, b->j, b->columns, words, ws);
+        *packed = 1;
+    }
     return panels;
 }
 
@@ -5667,8 +5670,8 @@ static void mpt__product_tiles(const mpt__product *p, const mpt__block *b, const
     }
 }
 
-/* Adds a part to a block of a convolution. packed: the panels still hold this part from the previous block */
-static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int packed, const mpt__workspace *ws) {
+/* Adds a part to a block of a convolution. *packed: the panels hold this part from an earlier block */
+static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, int *packed, const mpt__workspace *ws) {
     const mpt__image *image = &p->image;
     mpt__left left;
     mpt__right right;
@@ -5695,7 +5698,7 @@ static void mpt__image_part(const mpt__product *p, mpt__block *b, size_t part, i
     mpt__product_tiles(p, b, &left, 0, b->rows, &panels, part, ws);
 }
 
-static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t part, int packed,
+static void mpt__matrix_part(const mpt__product *p, const mpt__block *b, size_t part, int *packed,
                              const mpt__workspace *ws) {
     const size_t l = part * p->deepest, depth = mpt__min(p->deepest, p->k - l);
     const mpt__right right = mpt__right_matrix(p, l, depth, ws);
@@ -5761,12 +5764,14 @@ static void mpt__product_task(void *arg, size_t begin, size_t end, int worker) {
     size_t last, i, part;
     for (; begin < end; begin = last) {
         last = mpt__blocks_together(p, begin, end, down);
-        for (part = 0; part < p->parts; part++)
+        for (part = 0; part < p->parts; part++) {
+            int packed = 0;
             for (i = begin; i < last; i++) {
                 mpt__block b = mpt__block_of(p, i, down);
-                if (p->image.kind) mpt__image_part(p, &b, part, i > begin, &ws);
-                else mpt__matrix_part(p, &b, part, i > begin, &ws);
+                if (p->image.kind) mpt__image_part(p, &b, part, &packed, &ws);
+                else mpt__matrix_part(p, &b, part, &packed, &ws);
             }
+        }
         if (!p->parts)
             for (i = begin; i < last; i++) {
                 const mpt__block b = mpt__block_of(p, i, down);

@@ -397,6 +397,7 @@ static const mpt_conv2d_shape limit_shapes[] = {
     {1, 2, 2, 3, 2, 3, 3, 7, 7, 9, 9, 2, 2, 1, 0}, /* a stride beyond all */
     {2, 5, 6, 2, 32, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0},
     {1, 3, 579, 2, 32, 3, 3, 1, 1, 0, 0, 1, 1, 1, 0}, /* rows of dy that follow each other, and not */
+    {3, 133, 48, 16, 16, 1, 1, 2, 2, 0, 0, 1, 1, 1, 0}, /* on 4 threads one begins with a small band of dx */
 };
 
 static void test_conv2d_limits(void) {
