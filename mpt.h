@@ -5601,9 +5601,8 @@ typedef struct mpt__panels {
 } mpt__panels;
 
 /* Whether tiles read the right operand in place, in the caller's array. Its words must be fp32 rows at one distance, of
-   whole vectors. It pays if few tiles read a panel: with more of them a copy, whose words follow each other, is sooner
-   read than it was made. Rows a multiple of 2^i bytes apart share places in an L2 of 1 MiB and 8 ways; 2^(20-i) of them
-   find room. */
+   whole vectors. It pays if few tiles read a panel; if many do, a copy pays, because its words follow each other in
+   memory. An L2 of 1 MiB with 8 ways holds 2^(20-i) rows whose distance is an odd multiple of 2^i bytes. */
 static int mpt__right_in_place(const mpt__product *p, const mpt__right *right, const mpt__block *b) {
     const size_t apart = right->stride * sizeof(float), power = apart & (0 - apart), few = 8;
     size_t r;
