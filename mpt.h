@@ -6091,11 +6091,21 @@ static mpt__halo mpt__depthwise_halo(const mpt__depthwise *d, const mpt__band *b
     return h;
 }
 
-/* y or dx: the sum of an output's taps, each channel times its filter */
+/* sum += the taps of an output, the first of them at x, each channel times its filter */
+MPT__INLINE void mpt__depthwise_taps(const mpt__image *image, const mpt__halo *h, const char *x, const float *w,
+                                     float *sum) {
+    const size_t down = image->dilation_h * h->pitch, right = image->dilation_w * h->pixel;
+    size_t r, s;
+    for (r = 0; r < image->R; r++)
+        for (s = 0; s < image->S; s++, w += MPT__RUN)
+            mpt__mul_add_run(sum, (const float *)(const void *)(x + r * down + s * right), w);
+}
+
+/* y or dx */
 MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, int worker) {
     const mpt__depthwise *d = (const mpt__depthwise *)arg;
     const mpt__image *image = &d->finish->image;
-    const size_t C = d->op->shape.C, S = image->S, taps = image->R * S, bands = mpt__bands(image);
+    const size_t C = d->op->shape.C, taps = image->R * image->S, bands = mpt__bands(image);
     const mpt__workspace ws = mpt__workspace_of(d->ctx, worker);
     float *w = ws.panels; /* (taps, RUN): channels side by side */
     size_t row, q, t, e;
@@ -6107,17 +6117,14 @@ MPT__INLINE void mpt__depthwise_task_body(void *arg, size_t begin, size_t end, i
         for (e = 0; e < run; e++)
             for (t = 0; t < taps; t++)
                 w[t * MPT__RUN + e] = mpt__get(d->ctx, d->op->w, (c + e) * taps + (image->flipped ? taps - 1 - t : t));
-        for (row = 0; row < band.rows; row++)
+        for (row = 0; row < band.rows; row++) {
+            const char *line = (char *)ws.left + mpt__halo_line(image, &h, row);
             for (q = 0; q < band.columns; q++, sums += MPT__RUN) {
-                const char *first = (char *)ws.left + mpt__halo_line(image, &h, row) + q * image->stride_w * h.pixel;
                 float sum[MPT__RUN] = {0};
-                for (t = 0; t < taps; t++)
-                    mpt__mul_add_run(sum,
-                                     (const float *)(const void *)(first + t / S * image->dilation_h * h.pitch +
-                                                                   t % S * image->dilation_w * h.pixel),
-                                     w + t * MPT__RUN);
+                mpt__depthwise_taps(image, &h, line + q * image->stride_w * h.pixel, w, sum);
                 memcpy(sums, sum, sizeof sum);
             }
+        }
         mpt__epilogue_rows(d->finish, band.row * image->Q + band.q, band.rows * band.columns, c, run, ws.sums, MPT__RUN,
                            &ws);
     }
